@@ -1,0 +1,69 @@
+"""Every setting of the project, with its default.
+
+Edit a value here, or give it for one run as a flag of the same name in lower case:
+`python train.py --batch_size 64`. Paths written here are relative to this file's folder, paths
+given as flags are relative to the folder you are in. None means "the default that the comment
+names".
+"""
+
+# --- Data -----------------------------------------------------------------------------------
+DATASET = "flickr30k"  # flickr30k or flickr8k (downloaded), or custom (your own photos)
+DATA_DIR = "../assets/multimodal_image_transformer/"  # where the data set lives
+IMAGE_DIR = None  # folder of photos; None: images/ in DATA_DIR
+CAPTIONS_FILE = None  # {"photo.jpg": ["caption", ...]}; None: captions.json in DATA_DIR
+VOCAB_FILE = None  # the tokenizer's vocabulary; None: vocab.json in DATA_DIR
+MERGES_FILE = None  # the tokenizer's merges; None: merges.txt in DATA_DIR
+SPLIT = "karpathy"  # karpathy (the field's split, needs its JSON) or ratio (by file name)
+KARPATHY_FILE = None  # dataset_*.json in Karpathy's format; None: downloaded for flickr30k/8k
+TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
+MAX_BAD_IMAGES = 10  # photos that may be missing or unreadable before the run is refused
+
+# --- Frozen image encoder -------------------------------------------------------------------
+ENCODER_MODEL_NAME = "google/vit-base-patch16-224-in21k"  # Hub name or local folder
+ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest
+ENCODER_LAYERS = "-1"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
+FEATURES_DIR = None  # the feature cache; None: features/ in DATA_DIR
+FEATURE_VIEWS = 1  # cached views of each training photo: 1 plain, 2 adds its mirror image, more: crops
+FEATURE_BATCH_SIZE = 32  # photos per encoder pass while the cache is built
+
+# --- Tokenizer ------------------------------------------------------------------------------
+VOCAB_SIZE = 10000  # most entries of the BPE vocabulary, trained on the training captions only
+MAX_CAPTION_LENGTH = 100  # longest caption in tokens, START and END included; longer ones are cut
+
+# --- Decoder --------------------------------------------------------------------------------
+DECODER_EMBED_DIM = 512  # width of the decoder
+DECODER_LAYERS = 6  # Transformer blocks
+DECODER_HEADS = 8  # attention heads; must divide DECODER_EMBED_DIM
+DECODER_FF_DIM = 2048  # hidden width of the feed-forward layers
+DROPOUT = 0.1  # on embeddings, residual branches and the memory
+
+# --- Training -------------------------------------------------------------------------------
+EPOCHS = 20  # passes over the training photos, each with all of its captions
+BATCH_SIZE = 32  # photos per step (a photo brings all its captions: 32 photos are 160 captions)
+GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
+LEARNING_RATE = 5e-4  # peak of the schedule
+MIN_LEARNING_RATE = 1e-5  # where the cosine decay ends
+WARMUP_STEPS = 500  # updates of linear warm-up (at most a tenth of the run)
+WEIGHT_DECAY = 0.05  # AdamW, on matrices only
+GRADIENT_CLIP = 1.0  # largest norm of the gradient
+LABEL_SMOOTHING = 0.1  # share of the target spread over the vocabulary
+SEED = 0  # of weights, order and dropout
+DEVICE = "auto"  # auto, cuda, mps or cpu
+PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
+
+# --- Checkpoints ----------------------------------------------------------------------------
+OUTPUT_DIR = None  # checkpoints and logs; None: DATA_DIR
+CHECKPOINT_PREFIX = "captioner"  # {prefix}_epoch_{E}_val_loss_{L}.pt and .safetensors
+KEEP_CHECKPOINTS = 3  # how many of the best stay on disk; 0: all
+RESUME_CHECKPOINT_PATH = None  # a .pt to go on from, e.g. OUTPUT_DIR/last.pt; None: start anew
+
+# --- Captions while training and by default afterwards ---------------------------------------
+SAMPLE_IMAGES = 4  # validation photos whose captions are shown after each epoch
+BEAM_SIZE = 3  # beams of the search; 1: greedy
+LENGTH_PENALTY = 1.0  # scores are divided by length ** LENGTH_PENALTY; higher: longer captions
+
+# --- Tracking and sharing -------------------------------------------------------------------
+WANDB_PROJECT = "multimodal_image_transformer"  # Weights & Biases project; empty: no tracking
+WANDB_ENTITY = None  # user or team; None: your default
+WANDB_RUN_NAME = None  # None: Weights & Biases invents one
+HF_REPO_ID = "wazzuck/multimodal_image_transformer"  # where each new best is pushed; empty: nowhere

@@ -1,0 +1,236 @@
+"""Settings with command-line overrides, seeding, device choice, and whole-or-absent file writes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import errno
+import os
+import random
+import sys
+import tempfile
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message says what is wrong and what to do."""
+
+
+# --- Settings -------------------------------------------------------------------------------
+
+
+def constants(config: ModuleType) -> dict[str, Any]:
+    """The UPPER_CASE values of a configuration module, in the order in which they stand."""
+    return {name: value for name, value in vars(config).items() if name.isupper()}
+
+
+def constant_comments(config: ModuleType) -> dict[str, str]:
+    """The comment at the end of each constant's line: it is the flag's help text."""
+    with tokenize.open(config.__file__) as file:
+        comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(file.readline)
+            if token.type == tokenize.COMMENT
+        }
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    return {
+        node.targets[0].id: comments.get(node.end_lineno, "")
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _optional_string(text: str) -> str | None:
+    return None if text.lower() in ("", "none") else text
+
+
+def _flag_type(default: object) -> Callable[[str], Any]:
+    if isinstance(default, bool):
+        return _boolean
+    return _optional_string if default is None else type(default)
+
+
+def load_settings(
+    config: ModuleType,
+    argv: Sequence[str] | None,
+    description: str,
+    *,
+    only: Sequence[str] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    preset: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
+    epilog: str | None = None,
+) -> SimpleNamespace:
+    """Read the settings of one run: `config`, then a preset, then command-line flags.
+
+    `only` names the constants that are flags of this script (all by default). `add_arguments`
+    adds the script's own flags, which arrive in lower case (`settings.demo`). `preset` maps the
+    parsed flags to values that replace the configuration's, but not the flags given.
+
+    The module is never changed. An unknown or ill-typed flag ends the program with code 2.
+    """
+    defaults = constants(config)
+    comments = constant_comments(config)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if add_arguments:
+        add_arguments(parser)
+    group = parser.add_argument_group("settings (defaults stand in config.py)")
+    for name in only if only is not None else defaults:
+        default = defaults[name]
+        group.add_argument(
+            f"--{name.lower()}",
+            dest=name,
+            type=_flag_type(default),
+            default=argparse.SUPPRESS,
+            metavar="TEXT" if default is None else type(default).__name__.upper(),
+            help=f"{comments[name]} [{default}]".replace("%", "%%"),
+        )
+    flags = parser.parse_args(argv)
+    root = Path(config.__file__).resolve().parent
+    values = {name: _anchor(root, name, value) for name, value in defaults.items()}
+    if preset:
+        values |= preset(flags)
+    return SimpleNamespace(**values | vars(flags))
+
+
+def _anchor(root: Path, name: str, value: object) -> object:
+    """A path in the configuration is meant from the configuration's folder."""
+    if isinstance(value, str) and value and name.endswith(PATH_SUFFIXES):
+        return os.path.normpath(root / Path(value).expanduser())
+    return value
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
+    try:
+        code = main()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# --- Seeds, devices, precision --------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device named, or the best one here: CUDA, else MPS, else the CPU.
+
+    Raises:
+        UserError: the device is unknown or not available on this machine.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind = name.split(":")[0]
+    if kind not in available:
+        raise UserError(f"DEVICE is {name!r}: use auto, cuda, mps or cpu")
+    if not available[kind]:
+        raise UserError(f"DEVICE is {name!r}, but this torch sees no such device: use --device auto")
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: bf16 where the hardware multiplies it fast, else fp32.
+
+    Raises:
+        UserError: the precision is unknown.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"PRECISION is {precision!r}: use auto, bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if _multiplies_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+# --- Files ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; once the block has ended well, it becomes `path`.
+
+    A reader sees the old file or the whole new one, never a part, even if the machine stops.
+
+    Raises:
+        UserError: the disk is full, or the folder can't be written; the old file is intact.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(error: OSError, path: Path) -> Exception:
+    """Say in a user's words that `path` can't be written; other errors come back as they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"no room left to write {path}: free some space on that disk and run again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
+    return error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
