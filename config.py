@@ -23,7 +23,7 @@ ENCODER_MODEL_NAME = "google/vit-base-patch16-224-in21k"  # Hub name or local fo
 ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest
 ENCODER_LAYERS = "-1"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
 FEATURES_DIR = None  # the feature cache; None: features/ in DATA_DIR
-FEATURE_VIEWS = 1  # cached views of each training photo: 1 plain, 2 adds its mirror image, more: crops
+FEATURE_VIEWS = 1  # cached views per training photo: 1 plain, 2 adds its mirror image, more: crops
 FEATURE_BATCH_SIZE = 32  # photos per encoder pass while the cache is built
 
 # --- Tokenizer ------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def check_name(path: Path, name: str) -> None:
         UserError: the name is empty, absolute, or holds `..`, a backslash or a zero byte.
     """
     parts = name.split("/")
-    if not name or "\\" in name or "\0" in name or ".." in parts or parts[0] == "" or ":" in parts[0]:
+    if parts[0] == "" or ":" in parts[0] or ".." in parts or "\\" in name or "\0" in name:
         raise UserError(f"{path}: {name!r} is not a name within the photo folder")
 
 

@@ -167,7 +167,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if kind not in available:
         raise UserError(f"DEVICE is {name!r}: use auto, cuda, mps or cpu")
     if not available[kind]:
-        raise UserError(f"DEVICE is {name!r}, but this torch sees no such device: use --device auto")
+        raise UserError(f"DEVICE is {name!r}, but torch sees no such device: use --device auto")
     return torch.device(name)
 
 
@@ -224,7 +224,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_error(error: OSError, path: Path) -> Exception:
     """Say in a user's words that `path` can't be written; other errors come back as they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"no room left to write {path}: free some space on that disk and run again")
+        return UserError(f"no room left to write {path}: free some space there and run again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
     return error
