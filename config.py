@@ -11,8 +11,8 @@ DATASET = "flickr30k"  # flickr30k or flickr8k (downloaded), or custom (your own
 DATA_DIR = "../assets/multimodal_image_transformer/"  # where the data set lives
 IMAGE_DIR = None  # folder of photos; None: images/ in DATA_DIR
 CAPTIONS_FILE = None  # {"photo.jpg": ["caption", ...]}; None: captions.json in DATA_DIR
-VOCAB_FILE = None  # the tokenizer's vocabulary; None: vocab.json in DATA_DIR
-MERGES_FILE = None  # the tokenizer's merges; None: merges.txt in DATA_DIR
+VOCAB_FILE = None  # a BPE vocabulary of your own; None: learned, to vocab.json in DATA_DIR
+MERGES_FILE = None  # its merges; None: learned, to merges.txt in DATA_DIR
 SPLIT = "karpathy"  # karpathy (the field's split, needs its JSON) or ratio (by file name)
 KARPATHY_FILE = None  # dataset_*.json in Karpathy's format; None: downloaded for flickr30k/8k
 TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
@@ -46,6 +46,7 @@ MIN_LEARNING_RATE = 1e-5  # where the cosine decay ends
 WARMUP_STEPS = 500  # updates of linear warm-up (at most a tenth of the run)
 WEIGHT_DECAY = 0.05  # AdamW, on matrices only
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
+MAX_BAD_STEPS = 10  # updates skipped in a row for a loss or gradient that is not finite
 LABEL_SMOOTHING = 0.1  # share of the target spread over the vocabulary
 SEED = 0  # of weights, order and dropout
 DEVICE = "auto"  # auto, cuda, mps or cpu
@@ -59,6 +60,7 @@ RESUME_CHECKPOINT_PATH = None  # a .pt to go on from, e.g. OUTPUT_DIR/last.pt; N
 
 # --- Captions while training and by default afterwards ---------------------------------------
 SAMPLE_IMAGES = 4  # validation photos whose captions are shown after each epoch
+SCORED_IMAGES = 1000  # validation photos captioned greedily and scored (CIDEr) each epoch; 0: none
 BEAM_SIZE = 3  # beams of the search; 1: greedy
 LENGTH_PENALTY = 1.0  # scores are divided by length ** LENGTH_PENALTY; higher: longer captions
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer import PAD_ID
 from utils import UserError
+
+IGNORE = -100  # a target that carries no loss: padding, and the tokens of a question
 
 SPLITS = ("train", "val", "test")
 
@@ -208,3 +215,91 @@ def load_splits(path: Path) -> dict[str, list[str]]:
     if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
         raise UserError(f"{path} is not a table of splits: run python prepare_dataset.py")
     return {split: table[split] for split in SPLITS}
+
+
+# --- Batches --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Photos with all their captions, one photo a row; every tensor is (images, row).
+
+    `tokens` are the captions one after the other, each from START to its last word; `targets`
+    the same moved by one, to END, with IGNORE where no loss is due; `positions` count within a
+    caption; `segments` number the captions of a row, -1 is padding.
+    """
+
+    names: list[str]
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[1:])
+        return Batch(self.names, *moved)
+
+
+def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]) -> Batch:
+    """Lay the encoded captions of each photo into a row of its own; see `Batch`."""
+    length = max(sum(len(ids) - 1 for ids in group) for group in captions)
+    shape = (len(captions), length)
+    tokens = np.full(shape, PAD_ID)
+    targets = np.full(shape, IGNORE)
+    positions = np.zeros(shape, dtype=np.int64)
+    segments = np.full(shape, -1)
+    for row, group in enumerate(captions):
+        start = 0
+        for number, ids in enumerate(group):
+            end = start + len(ids) - 1
+            tokens[row, start:end] = ids[:-1]
+            targets[row, start:end] = ids[1:]
+            positions[row, start:end] = np.arange(end - start)
+            segments[row, start:end] = number
+            start = end
+    rows = (torch.from_numpy(array) for array in (tokens, targets, positions, segments))
+    return Batch(list(names), *rows)
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch, as indices: random, yet photos of like row length together.
+
+    Photos are shuffled, sorted by row length within pools of 64 batches, cut into batches, and
+    the batches shuffled. The order depends on the seed and the epoch only, so that a run that
+    resumes in mid-epoch meets the same batches.
+    """
+    dice = np.random.default_rng((seed, epoch))
+    shuffled = dice.permutation(len(lengths))
+    pool = 64 * batch_size
+    batches = []
+    for start in range(0, len(shuffled), pool):
+        members = shuffled[start : start + pool]
+        members = members[np.argsort(np.asarray(lengths)[members], kind="stable")]
+        batches += [
+            members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)
+        ]
+    return [batches[i] for i in dice.permutation(len(batches))]
+
+
+class CaptionRows:
+    """The encoded captions of some photos, cut into batches."""
+
+    def __init__(self, captions: dict[str, list[list[int]]]):
+        """Args: `captions`, each photo's captions as ids from START to END."""
+        self.names = list(captions)
+        self.captions = list(captions.values())
+        self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The epoch's batches in its own order, without the first `skip` of them."""
+        for members in epoch_order(self.lengths, batch_size, seed, epoch)[skip:]:
+            yield make_batch([self.names[i] for i in members], [self.captions[i] for i in members])
+
+    def count(self, batch_size: int) -> int:
+        """Batches in an epoch."""
+        pool = 64 * batch_size
+        full, rest = divmod(len(self), pool)
+        return full * 64 + -(-rest // batch_size)

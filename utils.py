@@ -190,6 +190,11 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which matrix products are done in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 # --- Files ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Installs Miniconda into ~/miniconda3 if this machine has neither conda nor a usable Python.
+# Needs no administrator; safe to run again.
+set -euo pipefail
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+target=$HOME/miniconda3
+
+usable() { # a Python for which every pinned package has a build, and that can make environments
+    "$1" -I -c 'import ensurepip, sys, venv
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+done_with() {
+    echo "$1"
+    echo "Next: bash $here/01_setup.sh"
+    exit 0
+}
+
+for name in python3.13 python3.12 python3.11 python3.10 python3; do
+    if usable "$name"; then
+        done_with "Found $("$name" --version) at $(command -v "$name"): nothing to install."
+    fi
+done
+for conda in "$(command -v conda || true)" "${CONDA_EXE:-}" "$target/bin/conda"; do
+    if [[ -n $conda ]] && version=$("$conda" --version 2>/dev/null); then
+        done_with "Found $version at $conda: nothing to install."
+    fi
+done
+
+case "$(uname -s)-$(uname -m)" in
+    Linux-x86_64) platform=Linux-x86_64 ;;
+    Linux-aarch64 | Linux-arm64) platform=Linux-aarch64 ;;
+    Darwin-arm64) platform=MacOSX-arm64 ;;
+    Darwin-x86_64) platform=MacOSX-x86_64 ;;
+    *)
+        echo "error: no Miniconda for $(uname -s) on $(uname -m):" \
+            "install Python 3.10 to 3.13 yourself, then run bash $here/01_setup.sh" >&2
+        exit 1
+        ;;
+esac
+url=https://repo.anaconda.com/miniconda/Miniconda3-latest-$platform.sh
+
+echo "Found neither conda nor Python 3.10 to 3.13 with venv: installing Miniconda into $target"
+installer=$(mktemp -d)
+trap 'rm -rf "$installer"' EXIT
+if command -v curl >/dev/null; then
+    curl -fL --retry 3 --progress-bar -o "$installer/miniconda.sh" "$url"
+elif command -v wget >/dev/null; then
+    wget -q --tries=3 -O "$installer/miniconda.sh" "$url"
+else
+    echo "error: neither curl nor wget is here: install one of them and run this again" >&2
+    exit 1
+fi
+bash "$installer/miniconda.sh" -b -u -p "$target" # -u: mends what a broken-off run left behind
+done_with "Installed $("$target/bin/conda" --version) in $target."

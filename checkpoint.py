@@ -1,0 +1,193 @@
+"""One self-contained checkpoint format: `.safetensors` for use, `.pt` for going on with training.
+
+Both hold the decoder's weights and a description: the decoder's size, the encoder's name, revision
+and preprocessing, the tokenizer, the generation defaults and the settings it was trained with.
+Neither holds the frozen encoder. A digest over all content finds any changed value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from decoder import DecoderConfig
+from generation import GenerationOptions
+from model import CaptionModel
+from tokenizer import CaptionTokenizer
+from utils import UserError, atomic_write, write_error
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """A trained captioner, all but the encoder.
+
+    Args:
+        encoder: `FrozenEncoder.identity()` of the encoder it was trained on.
+        generation: options to caption with unless others are asked for.
+        settings: the configuration it was trained with, for the record.
+        scores: what was measured of it, e.g. {"val_loss": 2.5}.
+        training: what going on with training needs; None in a `.safetensors`.
+    """
+
+    model: CaptionModel
+    tokenizer: CaptionTokenizer
+    encoder: dict[str, Any]
+    generation: GenerationOptions
+    settings: dict[str, Any]
+    scores: dict[str, float]
+    training: dict[str, Any] | None = None
+
+    def description(self) -> dict[str, Any]:
+        """All but weights and training state, as plain values."""
+        return {
+            "format": FORMAT,
+            "feature_width": self.model.feature_width,
+            "decoder": asdict(self.model.config),
+            "encoder": self.encoder,
+            "tokenizer": self.tokenizer.to_json(),
+            "generation": asdict(self.generation),
+            "settings": self.settings,
+            "scores": self.scores,
+        }
+
+
+def digest(content: Any) -> str:
+    """A hash of tensors and plain values, however nested."""
+    hasher = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().view(-1)
+            hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            hasher.update(flat.view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            hasher.update(b"{")
+            for key in sorted(value, key=str):
+                feed(str(key))
+                feed(value[key])
+        elif isinstance(value, (list, tuple)):
+            hasher.update(f"[{len(value)}".encode())
+            for part in value:
+                feed(part)
+        else:
+            hasher.update(f"{type(value).__name__}:{value!r};".encode())
+
+    feed(content)
+    return hasher.hexdigest()
+
+
+# --- Saving ---------------------------------------------------------------------------------
+
+
+def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a `.safetensors` that `inference.py` can use, whole or not at all."""
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    text = json.dumps(checkpoint.description())
+    metadata = {"captioner": text, "digest": digest([text, weights])}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(weights, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise UserError(f"{path} can't be written: {error}") from error
+
+
+def save_for_training(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a `.pt` from which training goes on, whole or not at all."""
+    content = {
+        "captioner": json.dumps(checkpoint.description()),
+        "model": checkpoint.model.state_dict(),
+        "training": checkpoint.training,
+    }
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(content | {"digest": digest(content)}, temporary)
+        except RuntimeError as error:
+            # What torch makes of a full disk; the file system's own error is its cause or context.
+            if isinstance(error.__context__, OSError):
+                raise write_error(error.__context__, path) from error
+            raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
+
+
+# --- Loading --------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed.
+
+    Raises:
+        UserError: missing, not a checkpoint of ours, damaged, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    try:
+        description = json.loads(content["captioner"])
+        if description["format"] > FORMAT:
+            raise UserError(f"{path} was written by a newer version: update this project")
+        return Checkpoint(
+            _restore_model(description, content["model"]),
+            CaptionTokenizer.from_json(description["tokenizer"]),
+            description["encoder"],
+            GenerationOptions(**description["generation"]),
+            description["settings"],
+            description["scores"],
+            content.get("training"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # Its digest is right, so nobody changed it by accident: it was never one of ours.
+        raise UserError(f"{path} is not a checkpoint of this project ({error!r})") from None
+
+
+def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
+    # Without storage of its own, the model takes no memory before the shapes are known to fit.
+    with torch.device("meta"):
+        config = DecoderConfig(**description["decoder"])
+        model = CaptionModel(description["feature_width"], config)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a .safetensors file: {error}") from None
+    if "captioner" not in metadata:
+        raise UserError(f"{path} holds weights, but not a captioner of this project")
+    if metadata.get("digest") != digest([metadata["captioner"], weights]):
+        raise UserError(f"{path} is damaged: its content doesn't match its checksum")
+    return {"captioner": metadata["captioner"], "model": weights}
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is damaged or not a .pt checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict) or "captioner" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    stored = content.pop("digest", None)
+    if stored != digest(content):
+        raise UserError(f"{path} is damaged: its content doesn't match its checksum")
+    return content

@@ -1,0 +1,232 @@
+"""The frozen, pretrained image encoder with its own preprocessing: pictures to patch vectors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from utils import UserError
+
+# The vision half of models that also hold a text half; every other encoder loads as AutoModel.
+VISION_CLASSES = {
+    "blip_vision_model": "BlipVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+}
+
+
+class ImageError(UserError):
+    """A picture that can't be read; the message names the file."""
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white.
+
+    Of an animation the first frame is used.
+
+    Raises:
+        ImageError: the file is missing, no picture, truncated, or beyond Pillow's size limit.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError(f"{path}: there is no such picture") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder, not a picture") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large a picture: {error}") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # What Pillow raises for broken files differs by format; these are all of its kinds.
+        raise ImageError(f"{path} is not a readable picture: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+class FrozenEncoder(nn.Module):
+    """A vision tower from Hugging Face `transformers` that never trains.
+
+    `train()` leaves it in evaluation mode and its parameters take no gradient, so that a model
+    that holds it can't wake its dropout or change its weights.
+    """
+
+    def __init__(self, tower: nn.Module, processor: Any, layers: Sequence[int], source: dict):
+        super().__init__()
+        self.tower = tower.requires_grad_(False).eval()
+        self.processor = processor
+        self.layers = tuple(layers)
+        self.source = source
+        self.square = tower.config.model_type == "siglip2_vision_model"
+
+    @classmethod
+    def load(
+        cls, name: str, revision: str | None = None, layers: Sequence[int] = (-1,)
+    ) -> FrozenEncoder:
+        """Load a vision tower by Hub name or from a local folder.
+
+        Args:
+            layers: hidden layers whose vectors are joined along the width; -1 is the last one,
+                after the tower's closing norm.
+
+        Raises:
+            UserError: not found, not a vision tower, or with weights missing.
+        """
+        try:
+            with _quiet_library():
+                config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+                config = getattr(config, "vision_config", config)
+                tower_class, options = _tower_class(name, config)
+                tower, info = tower_class.from_pretrained(
+                    name,
+                    config=config,
+                    revision=revision,
+                    output_loading_info=True,
+                    dtype=torch.float32,
+                    **options,
+                )
+                processor = transformers.AutoImageProcessor.from_pretrained(
+                    name, revision=revision, backend="pil"
+                )
+        except (OSError, ValueError) as error:
+            # What transformers raises when a name, a file or the network isn't there.
+            where = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"the encoder {name!r} can't be loaded from that {where}: {reason}\n"
+                "Give another one with --encoder_model_name."
+            ) from None
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        if missing or info["mismatched_keys"]:
+            wrong = sorted(missing) + sorted(map(str, info["mismatched_keys"]))
+            raise UserError(
+                f"the encoder {name!r} has no weights for {len(wrong)} parameters of its vision "
+                f"tower, first {wrong[0]}: it would be partly random. Choose another encoder."
+            )
+        depth = config.num_hidden_layers
+        for layer in layers:
+            if not -depth - 1 <= layer <= -1:
+                raise UserError(
+                    f"ENCODER_LAYERS has {layer}, but {name!r} has the layers -{depth + 1} to -1"
+                )
+        source = {
+            "name": name,
+            "revision": getattr(config, "_commit_hash", None) or revision,
+            "weights": _fingerprint(tower),
+        }
+        return cls(tower, processor, layers, source)
+
+    @property
+    def width(self) -> int:
+        """Width of a feature vector: that of the tower times the number of layers joined."""
+        return self.tower.config.hidden_size * len(self.layers)
+
+    @property
+    def patch_size(self) -> int:
+        return self.tower.config.patch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What the features depend on: weights, layers and preprocessing, as plain values."""
+        processing = json.loads(self.processor.to_json_string())
+        # These say how the processor was loaded, not what it does to a picture.
+        for key in ("_processor_class", "processor_class", "image_processor_type"):
+            processing.pop(key, None)
+        return self.source | {"layers": list(self.layers), "preprocessing": processing}
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Do nothing: frozen means frozen."""
+        return self
+
+    def preprocess(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """RGB pictures -> what `forward` takes; `pixel_values` is (images, 3, height, width)."""
+        options = {}
+        if self.square:
+            # SigLIP2's NaFlex towers take any shape; a square one gives each picture the same
+            # number of patches, none of them padding, as the feature cache needs.
+            patches = int(self.tower.config.num_patches**0.5)
+            side = patches * self.patch_size
+            images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+            options = {"max_num_patches": patches**2}
+        return dict(self.processor(images=list(images), return_tensors="pt", **options))
+
+    @torch.inference_mode()
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Preprocessed pictures -> features (images, patches, width), the whole sequence."""
+        deep = self.layers != (-1,)
+        output = self.tower(**inputs, output_hidden_states=deep)
+        if not deep:
+            return output.last_hidden_state
+        return torch.cat(
+            [
+                output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+                for layer in self.layers
+            ],
+            dim=-1,
+        )
+
+
+@contextlib.contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep the library's loading report off the screen: what matters in it we check and say."""
+    library = transformers.utils.logging
+    level = library.get_verbosity()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        library.enable_progress_bar()
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers.
+
+    Raises:
+        UserError: not a list of negative whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
+
+
+def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
+    if config.model_type in VISION_CLASSES:
+        # BLIP's tower alone doesn't know the prefix that its weights have in the whole model.
+        options = {"key_mapping": {r"^vision_model\.": ""}} if "blip" in config.model_type else {}
+        return getattr(transformers, VISION_CLASSES[config.model_type]), options
+    if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
+        raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
+    tower_class = transformers.AutoModel._model_mapping[type(config)]
+    if "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters:
+        return tower_class, {"add_pooling_layer": False}
+    return tower_class, {}
+
+
+def _fingerprint(tower: nn.Module) -> str:
+    """A hash of all weights: the same name may hold other weights tomorrow."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tower.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

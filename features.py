@@ -1,0 +1,307 @@
+"""The feature cache: every photo passes the encoder once, and training reads the result.
+
+The cache is a folder of shards. A shard is two files: the features of some photos in half
+precision, one after the other, and a JSON list saying which photos, with each one's size, time
+and hash, and a checksum of its features. Shards are only ever added, each whole or absent, so a
+build that was interrupted goes on where it stopped, and a photo that changed is encoded again
+into a new shard, whose entry then counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from encoder import FrozenEncoder, ImageError, open_image
+from utils import UserError, atomic_write, autocast
+
+FORMAT = 1
+SHARD_BYTES = 64 * 2**20
+
+In, Out = TypeVar("In"), TypeVar("Out")
+Item = tuple[str, int]  # a photo's name, and which view of it
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an item's features stand, and of which file they were made."""
+
+    shard: Path
+    row: int
+    size: int
+    mtime: int
+    digest: str
+    checksum: int
+
+
+class FeatureCache:
+    """Read access to features by photo and view. Use `build_features` to get one."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int], entries: dict[Item, Entry]):
+        """Args: `shape`, (patches, width) of each photo's features."""
+        self.folder = folder
+        self.shape = shape
+        self.entries = entries
+        self._files: dict[Path, int] = {}
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self.entries
+
+    def read(self, items: Sequence[Item]) -> Tensor:
+        """Features (items, patches, width) in half precision, checked against their checksums.
+
+        Plain reads instead of a memory map: mapped pages count as this process's memory, which
+        then seems to grow with the data set.
+
+        Raises:
+            UserError: a shard is damaged; the message says which one to delete.
+        """
+        features = np.empty((len(items), *self.shape), dtype=np.float16)
+        for row, item in zip(features, items, strict=True):
+            entry = self.entries[item]
+            if entry.shard not in self._files:
+                self._files[entry.shard] = os.open(entry.shard, os.O_RDONLY)
+            buffer = memoryview(row).cast("B")
+            got = os.preadv(self._files[entry.shard], [buffer], entry.row * row.nbytes)
+            if got != row.nbytes or zlib.crc32(buffer) != entry.checksum:
+                raise UserError(
+                    f"the feature shard {entry.shard} is damaged (at {item[0]}): delete it and "
+                    "run the same command again, which makes what it held anew"
+                )
+        return torch.from_numpy(features)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def prefetch(
+    load: Callable[[In], Out], items: Iterable[In], threads: int = 1, ahead: int = 3
+) -> Iterator[Out]:
+    """`map(load, items)` on threads, at most `ahead` items ahead of the reader."""
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def view_of(image: Image.Image, name: str, view: int) -> Image.Image:
+    """A view of a photo: 0 is the photo, 1 its mirror image, the others random crops.
+
+    A crop keeps 60 to 100 % of each side, every second one is mirrored, and it is the same
+    each time for the same photo and view.
+    """
+    if view == 0:
+        return image
+    if view > 1:
+        dice = random.Random(f"{name}/{view}")
+        width, height = (max(1, round(side * dice.uniform(0.6, 1.0))) for side in image.size)
+        left, top = dice.randint(0, image.width - width), dice.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(image) if view % 2 else image
+
+
+def build_features(
+    encoder: FrozenEncoder,
+    image_dir: Path,
+    items: Sequence[Item],
+    root: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+    max_bad: int = 0,
+    say: Callable[[str], None] = print,
+) -> tuple[FeatureCache, list[str]]:
+    """Encode what the cache under `root` lacks, and open it.
+
+    Args:
+        encoder: on the device where it shall run.
+        items: the photos and views wanted, names relative to `image_dir`.
+        dtype: the precision of the encoder's matrix products.
+        max_bad: how many photos may be unreadable.
+
+    Returns:
+        The cache, and the names of the photos that can't be read and so aren't in it.
+
+    Raises:
+        UserError: more than `max_bad` photos can't be read (the message names some), or the
+            disk is full; what is built stays and is used next time.
+    """
+    identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
+    folder = _open_folder(root, identity, say)
+    entries = _read_index(folder, say)
+    missing = _missing(items, entries, image_dir)
+    bad: dict[str, str] = {}
+    if missing:
+        done = len(items) - len(missing)
+        say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}")
+        _build(encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad)
+    if bad:
+        listing = "\n  ".join(bad.values())
+        say(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
+    if not entries:
+        raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
+    shape = json.loads(next(folder.glob("shard_*.json")).read_text())["shape"]
+    return FeatureCache(folder, tuple(shape), entries), sorted(bad)
+
+
+# --- The folder -----------------------------------------------------------------------------
+
+
+def _open_folder(root: Path, identity: dict[str, Any], say: Callable[[str], None]) -> Path:
+    """The folder for features of this identity; say what changed if there are others."""
+    # A folder that moved or a branch that was renamed holds the same weights all the same.
+    decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    folder = root / f"{Path(identity['name']).name}-{key}"
+    if not (folder / "identity.json").exists():
+        for other in sorted(root.glob("*/identity.json")):
+            there = json.loads(other.read_text())
+            changed = [name for name in decisive if there.get(name) != decisive[name]]
+            say(
+                f"features in {other.parent} are of another kind ({', '.join(changed)} differ): "
+                "not used; delete that folder if you no longer need it"
+            )
+        with atomic_write(folder / "identity.json") as path:
+            path.write_text(json.dumps(identity))
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return folder
+
+
+def _read_index(folder: Path, say: Callable[[str], None]) -> dict[Item, Entry]:
+    entries: dict[Item, Entry] = {}
+    for index in sorted(folder.glob("shard_*.json")):
+        shard = index.with_suffix(".bin")
+        table = json.loads(index.read_text())
+        if not shard.exists() or shard.stat().st_size != table["bytes"]:
+            say(f"the feature shard {shard} is not whole: what it held is made anew")
+            index.unlink()
+            continue
+        for row, (name, view, size, mtime, digest, checksum) in enumerate(table["items"]):
+            entries[name, view] = Entry(shard, row, size, mtime, digest, checksum)
+    return entries
+
+
+def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
+    """The items without features of the file as it is now."""
+    states: dict[str, tuple[int, int]] = {}
+    missing = []
+    for item in items:
+        entry = entries.get(item)
+        if entry is None:
+            missing.append(item)
+            continue
+        file = image_dir / item[0]
+        if item[0] not in states:
+            stat = os.stat(file)
+            states[item[0]] = stat.st_size, stat.st_mtime_ns
+        if states[item[0]] != (entry.size, entry.mtime) and _digest(file) != entry.digest:
+            missing.append(item)
+    return missing
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+# --- Building -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Batch:
+    inputs: dict[str, Tensor]
+    items: list[tuple[str, int, int, int, str]]  # name, view, size, mtime, digest
+    bad: dict[str, str]
+
+
+def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) -> _Batch:
+    images, loaded, bad = [], [], {}
+    for name, view in items:
+        file = image_dir / name
+        try:
+            stat = os.stat(file)
+            image = open_image(file)
+        except (ImageError, FileNotFoundError) as error:
+            bad[name] = str(error)
+            continue
+        images.append(view_of(image, name, view))
+        loaded.append((name, view, stat.st_size, stat.st_mtime_ns, _digest(file)))
+    return _Batch(encoder.preprocess(images) if images else {}, loaded, bad)
+
+
+def _build(encoder, image_dir, items, folder, entries, bad, dtype, batch_size, max_bad) -> None:
+    """Encode `items` into new shards; add them to `entries` and unreadable photos to `bad`."""
+    device = next(encoder.parameters()).device
+    rows: list[np.ndarray] = []
+    labels: list[tuple] = []
+    # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
+    chunks = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+    def load(chunk: Sequence[Item]) -> _Batch:
+        return _load_batch(encoder, image_dir, chunk)
+
+    bar = tqdm(total=len(items), unit="photo", desc="features", disable=None)
+    with bar:
+        for batch in prefetch(load, chunks, threads=max(2, os.cpu_count() or 2)):
+            bad |= batch.bad
+            if len(bad) > max_bad:
+                listing = "\n  ".join(list(bad.values())[:10])
+                raise UserError(
+                    f"{len(bad)} photos can't be read, more than MAX_BAD_IMAGES = {max_bad}:\n  "
+                    f"{listing}\nMend them, take them out, or raise --max_bad_images."
+                )
+            if batch.items:
+                inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+                with autocast(device, dtype):
+                    features = encoder(inputs)
+                rows.extend(features.to("cpu", torch.float16).numpy())
+                labels.extend(batch.items)
+            bar.update(len(batch.items) + len(batch.bad))
+            if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
+                _write_shard(folder, rows, labels, entries)
+                rows, labels = [], []
+        if rows:
+            _write_shard(folder, rows, labels, entries)
+
+
+def _write_shard(folder, rows, labels, entries) -> None:
+    numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
+    shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}.bin"
+    if not np.isfinite(rows).all():
+        raise UserError("the encoder gave features that are not finite: run with --precision fp32")
+    with atomic_write(shard) as path, open(path, "wb") as file:
+        for row in rows:
+            file.write(row.tobytes())
+    items = [
+        (*label, zlib.crc32(row.tobytes())) for label, row in zip(labels, rows, strict=True)
+    ]
+    # The index comes last: without it the shard's features don't count.
+    with atomic_write(shard.with_suffix(".json")) as path:
+        table = {"bytes": shard.stat().st_size, "shape": rows[0].shape, "items": items}
+        path.write_text(json.dumps(table))
+    for row, (name, view, size, mtime, digest, checksum) in enumerate(items):
+        entries[name, view] = Entry(shard, row, size, mtime, digest, checksum)

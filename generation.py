@@ -1,0 +1,300 @@
+"""Write captions: greedy, beam, diverse beam and sampling, one implementation, batched and cached.
+
+The row of a photo holds the newest token of each of its beams. The cache keeps every token that
+any beam ever took, and a mask says from which of them a beam descends, so that nothing is copied
+when beams are reordered, and the memory's keys and values exist once per photo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoder import KeyValueCache
+from model import CaptionModel
+from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+
+MINUS_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to write. The defaults are greedy.
+
+    Args:
+        beam_size: beams, or samples, per photo.
+        length_penalty: a hypothesis scores log-probability / length ** length_penalty.
+        min_length, max_length: in tokens, END counted; None: as long as the decoder can.
+        no_repeat_ngram: no n-gram of this size stands twice in a caption; 0: allowed.
+        groups: diverse beam search (Vijayakumar et al. 2016): beams in this many groups.
+        diversity: what a token loses per earlier group that took it at the same step.
+        sample: draw tokens instead of searching; beam_size independent samples.
+        temperature, top_k, top_p: shape the distribution that is drawn from; 0 and 1 are off.
+        seed: of the draws.
+    """
+
+    beam_size: int = 1
+    length_penalty: float = 1.0
+    min_length: int = 1
+    max_length: int | None = None
+    no_repeat_ngram: int = 0
+    groups: int = 1
+    diversity: float = 0.5
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 1 or self.groups < 1 or self.beam_size % self.groups:
+            raise ValueError("beam_size must be a multiple of groups, both at least 1")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("temperature must be above 0, top_p in (0, 1], top_k 0 or more")
+        if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:
+            raise ValueError("min_length must be at least 1 and at most max_length")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A caption as ids, without START and END, and what the model thinks of it.
+
+    `log_probability` is the model's own, END included, whatever the options were; `score` is
+    that over length ** length_penalty; `ended` is False where max_length cut it short.
+    """
+
+    tokens: list[int]
+    log_probability: float
+    score: float
+    ended: bool
+
+
+@torch.inference_mode()
+def generate(
+    model: CaptionModel, features: Tensor, options: GenerationOptions
+) -> list[list[Hypothesis]]:
+    """Captions of photos, best first.
+
+    Args:
+        features: (images, patches, feature_width), on the model's device.
+
+    Returns:
+        For each photo up to `beam_size` hypotheses (exactly that many when sampling).
+
+    Raises:
+        ValueError: max_length is beyond what the decoder can write.
+    """
+    longest = model.config.max_length - 1
+    limit = options.max_length or longest
+    if limit > longest:
+        raise ValueError(f"max_length {limit} is beyond the decoder's {longest} tokens")
+    training = model.training
+    model.eval()
+    try:
+        rows = _Rows(model, features, options, limit)
+        while rows.images:
+            rows.step()
+        return [_ranked(found, options.beam_size) for found in rows.found]
+    finally:
+        model.train(training)
+
+
+def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:
+    return sorted(found, key=lambda hypothesis: -hypothesis.score)[:count]
+
+
+class _Rows:
+    """The photos that are being captioned, one a row, with the state of each of their beams."""
+
+    def __init__(self, model, features: Tensor, options: GenerationOptions, limit: int):
+        count, device = features.shape[0], features.device
+        self.model, self.options, self.limit = model, options, limit
+        self.found: list[list[Hypothesis]] = [[] for _ in range(count)]
+        self.images = list(range(count))
+        self.memory = model.memory(features)
+        self.cache = KeyValueCache(model.config.layers, 1 + (limit - 1) * options.beam_size)
+        # (rows, beams) and (rows, beams, seen): the first step has one beam, which then forks.
+        self.tokens = torch.full((count, 1), START_ID, device=device)
+        self.log_probability = torch.zeros(count, 1, device=device)
+        self.ended = torch.zeros(count, 1, dtype=torch.bool, device=device)
+        self.descent = torch.zeros(count, 1, 0, dtype=torch.bool, device=device)
+        self.history = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
+        self.greedy = torch.zeros(count, dtype=torch.long, device=device)
+        if options.sample:
+            dice = torch.Generator().manual_seed(options.seed)
+            self.draws = torch.rand(count, limit, options.beam_size, generator=dice).to(device)
+
+    def step(self) -> None:
+        """Let every beam take one token; photos whose captions are complete leave the rows."""
+        beams = self.tokens.shape[1]
+        itself = torch.eye(beams, dtype=torch.bool, device=self.tokens.device)
+        mask = torch.cat([self.descent, itself.expand(len(self.images), -1, -1)], dim=2)
+        length = self.history.shape[2]
+        positions = torch.full_like(self.tokens, length)
+        hidden = self.model.decoder(self.tokens, positions, mask, self.memory, self.cache)
+        logits = self.model.decoder.logits(hidden).float()  # (rows, beams, vocab)
+        own = logits.log_softmax(-1)
+        allowed = self._constrain(own, length + 1)
+        if self.options.sample:
+            parents, tokens = self._draw(allowed)
+        else:
+            parents, tokens = self._search(allowed)
+        self._advance(parents, tokens, own, mask)
+        self._retire()
+
+    # --- which tokens may follow ---
+
+    def _constrain(self, own: Tensor, length: int) -> Tensor:
+        """Log-probabilities (rows, beams, vocab) with what the options forbid taken out."""
+        allowed = own.clone()
+        allowed[..., [PAD_ID, START_ID, ANSWER_ID]] = MINUS_INFINITY
+        if length < self.options.min_length:
+            allowed[..., END_ID] = MINUS_INFINITY
+        size = self.options.no_repeat_ngram
+        if size and length > size:
+            grams = self.history.unfold(2, size, 1)  # (rows, beams, starts, size)
+            tail = self.history[:, :, length - size :].unsqueeze(2)
+            repeated = (grams[..., :-1] == tail).all(-1)
+            row, beam, start = repeated.nonzero(as_tuple=True)
+            allowed[row, beam, grams[row, beam, start, -1]] = MINUS_INFINITY
+        return allowed
+
+    # --- which tokens do follow: (rows, beams) parents and tokens ---
+
+    def _draw(self, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        count, beams, vocab = allowed.shape
+        wanted = self.options.beam_size
+        logits = allowed / self.options.temperature
+        if self.options.top_k:
+            least = logits.topk(min(self.options.top_k, vocab), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, MINUS_INFINITY)
+        probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        # The nucleus: the fewest tokens that reach top_p, so at least the most probable one.
+        probabilities = probabilities.masked_fill(before >= self.options.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1).expand(count, wanted, vocab).contiguous()
+        draws = self.draws[self.images, self.history.shape[2]]  # (rows, samples)
+        target = draws.unsqueeze(-1) * cumulative[..., -1:]
+        choice = torch.searchsorted(cumulative, target, right=True)
+        possible = (probabilities > 0).sum(-1, keepdim=True).expand(count, wanted, 1)
+        choice = torch.minimum(choice, possible - 1)
+        tokens = order.expand(count, wanted, vocab).gather(-1, choice).squeeze(-1)
+        parents = torch.arange(wanted, device=allowed.device).clamp(max=beams - 1)
+        return parents.expand(count, wanted), tokens.masked_fill(self.ended, PAD_ID)
+
+    def _search(self, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        """The best continuations; those that END are put aside as found hypotheses."""
+        groups = self.options.groups
+        size = self.options.beam_size // groups
+        beams = self.tokens.shape[1]
+        taken = torch.zeros_like(allowed[:, 0])  # (rows, vocab): by earlier groups in this step
+        chosen = []
+        for group in range(groups):
+            # In the first step all groups fork from the one beam that there is.
+            start, stop = (0, 1) if beams == 1 else (group * size, (group + 1) * size)
+            scores = self.log_probability[:, start:stop, None] + allowed[:, start:stop]
+            ranked = scores - self.options.diversity * taken.unsqueeze(1)
+            parents, tokens = self._best(scores, ranked, size, start, group == 0)
+            taken.scatter_add_(1, tokens, torch.ones_like(taken[:, :size]))
+            chosen.append((parents + start, tokens))
+        parents, tokens = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
+        return parents, tokens
+
+    def _best(self, scores, ranked, size: int, start: int, leads: bool) -> tuple[Tensor, Tensor]:
+        vocab = ranked.shape[-1]
+        width = min(2 * size, ranked.shape[1] * vocab)
+        best = ranked.flatten(1).topk(width, dim=1)  # twice as many: up to `size` may be END
+        parents, tokens = best.indices // vocab, best.indices % vocab
+        ends = tokens == END_ID
+        possible = best.values > MINUS_INFINITY
+        for row, rank in (ends & possible)[:, :size].nonzero().tolist():
+            beam = parents[row, rank]
+            self._found(row, beam + start, scores[row, beam, END_ID].item(), True)
+        open_first = torch.sort(ends.long(), dim=1, stable=True).indices[:, :size]
+        parents, tokens = parents.gather(1, open_first), tokens.gather(1, open_first)
+        if leads:
+            self._keep_greedy(scores, parents, tokens)
+        return parents, tokens
+
+    def _keep_greedy(self, scores: Tensor, parents: Tensor, tokens: Tensor) -> None:
+        """Hold the greedy caption in the last beam, if need be, until it ends.
+
+        Beam search may prune it and end worse than greedy search would have.
+        """
+        rows = torch.arange(len(self.images), device=scores.device)
+        beam = self.greedy.clamp(min=0)
+        token = scores[rows, beam].argmax(-1)
+        alive = self.greedy >= 0
+        for row in (alive & (token == END_ID)).nonzero().flatten().tolist():
+            self._found(row, beam[row], scores[row, beam[row], END_ID].item(), True)
+        alive = alive & (token != END_ID)
+        same = (parents == beam[:, None]) & (tokens == token[:, None])
+        lost = alive & ~same.any(1)
+        parents[lost, -1], tokens[lost, -1] = beam[lost], token[lost]
+        place = torch.where(lost, parents.shape[1] - 1, same.long().argmax(1))
+        self.greedy = torch.where(alive, place, -1)
+
+    # --- the new state ---
+
+    def _advance(self, parents: Tensor, tokens: Tensor, own: Tensor, mask: Tensor) -> None:
+        rows = torch.arange(len(self.images), device=tokens.device).unsqueeze(1)
+        gained = own[rows, parents, tokens]
+        ended = self.ended[rows, parents]
+        gained = gained.masked_fill(ended, 0.0)
+        self.log_probability = self.log_probability[rows, parents] + gained
+        self.descent = mask[rows, parents]
+        self.history = torch.cat([self.history[rows, parents], tokens.unsqueeze(2)], dim=2)
+        self.ended = ended | (tokens == END_ID)
+        self.tokens = tokens
+
+    def _retire(self) -> None:
+        """Put aside what is complete, and drop its rows."""
+        if self.history.shape[2] == self.limit:
+            done = list(range(len(self.images)))
+        else:
+            done = self._complete()
+        for row in done:
+            # Cut captions count only where no other is to be had.
+            if self.options.sample or not self.found[self.images[row]]:
+                scores, ended = self.log_probability[row].tolist(), self.ended[row].tolist()
+                for beam, score in enumerate(scores):
+                    self._found(row, beam, score, ended[beam])
+        if done:
+            self._keep([row for row in range(len(self.images)) if row not in set(done)])
+
+    def _complete(self) -> list[int]:
+        """The rows where nothing better is to be expected."""
+        if self.options.sample:
+            return self.ended.all(1).nonzero().flatten().tolist()
+        length = self.history.shape[2] ** self.options.length_penalty
+        open_scores = (self.log_probability.max(1).values / length).tolist()
+        greedy_ended = (self.greedy < 0).tolist()
+        done = []
+        for row, image in enumerate(self.images):
+            found = _ranked(self.found[image], self.options.beam_size)
+            full = len(found) == self.options.beam_size
+            if full and greedy_ended[row] and open_scores[row] <= found[-1].score:
+                done.append(row)
+        return done
+
+    def _keep(self, rows: list[int]) -> None:
+        self.images = [self.images[row] for row in rows]
+        index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
+        for name in ("tokens", "log_probability", "ended", "descent", "history", "greedy"):
+            setattr(self, name, getattr(self, name)[index])
+        self.memory = [(keys[index], values[index]) for keys, values in self.memory]
+        self.cache.keep(index)
+
+    def _found(self, row: int, beam: int, log_probability: float, ended: bool) -> None:
+        """Note the hypothesis that a beam holds, up to its END if it stands there already."""
+        tokens = self.history[row, beam].tolist()
+        if END_ID in tokens:
+            tokens = tokens[: tokens.index(END_ID)]
+        length = len(tokens) + ended
+        score = log_probability / length**self.options.length_penalty
+        found = Hypothesis(tokens, log_probability, score, ended)
+        group = self.found[self.images[row]]
+        if self.options.sample or all(other.tokens != tokens for other in group):
+            group.append(found)

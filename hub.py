@@ -1,0 +1,429 @@
+"""The Hugging Face Hub: fetch a checkpoint, push checkpoints beside training, write a card."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the client's own HTTP library, whose name depends on the client's version
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from utils import UserError, write_error
+
+WEIGHTS = "model.safetensors"
+LOGIN = "run hf auth login"
+
+# --- Download -------------------------------------------------------------------------------
+
+DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasses of later ones
+    (HFValidationError, "it is neither a file here nor the name of a Hub repository (user/name)"),
+    (GatedRepoError, f"its owner gives access on request: ask on its page, then {LOGIN}"),
+    (RepositoryNotFoundError, f"no such Hub repository: check the name; if it's private, {LOGIN}"),
+    (RevisionNotFoundError, "it has no such revision: check the branch, tag or commit"),
+    (RemoteEntryNotFoundError, f"it holds no {WEIGHTS}, so this project's train.py didn't make it"),
+    (
+        LocalEntryNotFoundError,
+        "the Hub can't be reached, and no copy was downloaded before: check the network "
+        "(and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local file",
+    ),
+)
+
+
+def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch a repository's weights into the Hub cache; without a network, use what is there.
+
+    Raises:
+        UserError: bad name, no such repository, revision or file, no access, no network, no room.
+    """
+    name = repo_id if revision is None else f"{repo_id} (revision {revision})"
+    try:
+        validate_repo_id(repo_id)
+        offline = not _hub_answers(repo_id, revision)
+        return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, local_files_only=offline))
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
+        known = (text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
+        raise UserError(f"checkpoint {name}: {next(known, _reason(error))}") from error
+    except OSError as error:
+        raise write_error(error, Path(constants.HF_HUB_CACHE)) from error
+
+
+def _hub_answers(repo_id: str, revision: str | None) -> bool:
+    """Ask once; the client alone would try for half a minute before saying that nothing answers."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS, revision=revision))
+    except HfHubHTTPError as error:
+        return error.response.status_code < 500
+    except (HTTPError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
+# --- Upload ---------------------------------------------------------------------------------
+
+UPLOAD_ERRORS = (HTTPError, OSError, ValueError, LookupError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    weights: Path  # our own link to the checkpoint, or copy of it
+    config: str
+    card: str
+    message: str
+
+
+class HubPusher:
+    """Pushes checkpoints to one Hub repository on a background thread; training never waits.
+
+    A newer push replaces one that is still waiting. One that failed waits for the next `push`,
+    `retry` or `close`, with a single warning until something arrives again. Without a login, or
+    with an empty `repo_id`, nothing is pushed. `report` receives lines for the user, from either
+    thread; `stall_timeout` is how many seconds the Hub may stay silent in one request.
+
+    Raises:
+        UserError: `repo_id` can't be a repository's name.
+    """
+
+    def __init__(
+        self,
+        repo_id: str | None,
+        *,
+        report: Callable[[str], None] = print,
+        stall_timeout: float = 60.0,
+    ):
+        self.repo_id = repo_id
+        self.active = False
+        self._report = report
+        self._stall_timeout = stall_timeout
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._uploading: _Upload | None = None
+        self._waiting: _Upload | None = None
+        self._newest: Path | None = None
+        self._numbers = itertools.count()
+        self._repo_exists = False
+        self._arrivals = 0
+        self._problem: str | None = None
+        if not repo_id:
+            return
+        _check_pushable(repo_id)
+        if get_token() is None:
+            report(f"Hub: no login, checkpoints stay on this machine; to share them, {LOGIN}")
+            return
+        self.active = True
+        # The client's bars and retry notices would break into the training's own bar.
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def push(
+        self, checkpoint: Path, card: str, message: str, config: Mapping[str, Any] | str
+    ) -> None:
+        """Queue one commit of the weights, `README.md` and `config.json`; returns at once.
+
+        `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned.
+        """
+        if not self.active:
+            return
+        text = config if isinstance(config, str) else json.dumps(config, indent=2) + "\n"
+        self._newest = Path(checkpoint)
+        try:
+            weights = _keep(self._newest, next(self._numbers))
+        except OSError as error:
+            self._failed(error)
+            return
+        upload = _Upload(weights, redact(text), redact(card), redact(message))
+        with self._lock:
+            replaced, self._waiting = self._waiting, upload
+        if replaced:
+            replaced.weights.unlink(missing_ok=True)
+        self.retry()
+
+    def retry(self) -> None:
+        """Try again what failed, if anything did; returns at once."""
+        with self._lock:
+            if self._waiting is None or self._thread is not None:
+                return
+            self._uploading, self._waiting = self._waiting, None
+            # A daemon: a Hub that hangs must not keep the program from ending.
+            self._thread = threading.Thread(
+                target=self._upload, args=(self._uploading,), name="hub", daemon=True
+            )
+            self._thread.start()
+
+    def close(self, timeout: float = 120.0) -> bool:
+        """Wait up to `timeout` seconds for the last push, trying once more if it had failed.
+
+        Returns whether the last push arrived (True if there was none); if not, it is reported
+        with the command that does it by hand.
+        """
+        deadline = time.monotonic() + timeout
+        self._wait(deadline)
+        self.retry()
+        self._wait(deadline)
+        with self._lock:
+            left = [upload for upload in (self._waiting, self._uploading) if upload]
+            self._waiting = None
+            was_active, self.active = self.active, False
+        for upload in left:
+            upload.weights.unlink(missing_ok=True)
+        arrived = not left and self._problem is None
+        if was_active and not arrived:
+            self._report(
+                "Hub: the last checkpoint has not arrived "
+                f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
+                f"hf upload {self.repo_id} {shlex.quote(str(self._newest))} {WEIGHTS}"
+            )
+        return arrived
+
+    def _wait(self, deadline: float) -> None:
+        while (thread := self._thread) and (left := deadline - time.monotonic()) > 0:
+            thread.join(left)
+
+    def _upload(self, upload: _Upload) -> None:
+        arrived = False
+        try:
+            url = self._commit(upload)
+            arrived = True
+            self._succeeded(url)
+        except UPLOAD_ERRORS as error:
+            self._failed(error)
+        finally:
+            with self._lock:
+                newer = self._waiting is not None
+                if not (arrived or newer or not self.active):
+                    self._waiting = upload
+                self._thread = self._uploading = None
+            if self._waiting is not upload:
+                upload.weights.unlink(missing_ok=True)
+            if newer:
+                self.retry()
+
+    def _commit(self, upload: _Upload) -> str:
+        """Make one commit; returns its address."""
+        # The client has no limit of its own for uploads: a silent Hub would hold us for ever.
+        get_session().timeout = self._stall_timeout
+        api = HfApi(token=True)  # reads the login each time: it may have been renewed
+        if not self._repo_exists:
+            api.create_repo(self.repo_id, exist_ok=True)
+            self._repo_exists = True
+        files = {
+            WEIGHTS: upload.weights,
+            "config.json": upload.config.encode(),
+            "README.md": upload.card.encode(),
+        }
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        commit = api.create_commit(self.repo_id, operations, commit_message=upload.message)
+        return commit.commit_url
+
+    def _succeeded(self, url: str) -> None:
+        if self._arrivals == 0 or self._problem:
+            self._tell(f"Hub: pushed, see {url}")
+        self._arrivals += 1
+        self._problem = None
+
+    def _failed(self, error: Exception) -> None:
+        first, self._problem = self._problem is None, _reason(error)
+        if first:
+            self._tell(f"Hub: checkpoint not pushed: {self._problem}; the next push tries again")
+
+    def _tell(self, line: str) -> None:
+        # Once closed, the program may be ending, and its streams with it.
+        if self.active:
+            self._report(line)
+
+
+def _check_pushable(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(
+            f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: "
+            "write user/name, or leave it empty to push nowhere"
+        ) from error
+
+
+def _keep(checkpoint: Path, number: int) -> Path:
+    """Give the file a second name beside it, so that it outlives the first; else copy it."""
+    kept = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
+    try:
+        os.link(checkpoint, kept)
+    except OSError:  # a file system without links
+        try:
+            shutil.copyfile(checkpoint, kept)
+        except OSError:
+            kept.unlink(missing_ok=True)
+            raise
+    return kept
+
+
+def redact(text: str) -> str:
+    """Hide the login's token, and whatever has the form of one."""
+    for token in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):
+        text = text.replace(token, "hf_***")
+    return re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a request, in a user's words and without secrets."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)  # the client wraps what happened to the large file
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return f"the Hub doesn't accept the login (401): {LOGIN}"
+    if status == 403:
+        return (
+            f"the login may not do this (403): {LOGIN} with a token that may, "
+            "or choose a repository of yours (HF_REPO_ID)"
+        )
+    if status == 404:
+        return "no such repository (404)"
+    if status:
+        return f"the Hub answered {status}"
+    if isinstance(error, HTTPError):
+        return f"the Hub can't be reached ({type(error).__name__})"
+    first_line = redact(str(error)).partition("\n")[0]
+    return re.sub(r"\bhf_\w+", "hf_***", f"{type(error).__name__}: {first_line}")
+
+
+# --- Model card -----------------------------------------------------------------------------
+
+
+def model_card(
+    *,
+    repo_id: str,
+    encoder: str,
+    encoder_revision: str | None,
+    dataset: str,
+    split: str,
+    scorer: str,
+    scores: Mapping[str, float],
+    command: str,
+    samples: Mapping[str, str],
+) -> str:
+    """The README of a Hub repository: front matter for machines, then text for people.
+
+    `scores` holds measured values only ({"CIDEr": 35.3}), on `split` of `dataset` by `scorer`;
+    `samples` maps photos' names to the captions that the model gave them.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not all(math.isfinite(value) for value in scores.values()):
+        raise ValueError(f"a score is not finite: {dict(scores)}")
+    # Someone's folder is no address, and its path is nobody's business.
+    local = os.path.isabs(encoder) or Path(encoder).exists()
+    encoder_name = Path(encoder).name if local else encoder
+    data = ModelCardData(
+        language="en",
+        license="other",
+        license_name="see-license-section",
+        base_model=None if local else encoder,
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "pytorch"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="image-to-text",
+                task_name="Image captioning",
+                dataset_type=re.sub(r"\W+", "-", dataset.lower()),
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=metric.lower(),
+                metric_name=metric,
+                metric_value=float(value),
+                metric_args={"scorer": scorer},
+            )
+            for metric, value in scores.items()
+        ],
+    )
+    at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
+    body = CARD.format(
+        name=data.model_name,
+        repo_id=repo_id,
+        encoder=f"`{encoder_name}`{at_revision}",
+        dataset=dataset,
+        command=command,
+        scores=_score_table(scores, split, dataset, scorer),
+        samples="\n".join(f"- `{photo}`: {caption}" for photo, caption in samples.items())
+        or "None were made.",
+    )
+    return str(ModelCard(redact(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+
+
+CARD = """\
+# {name}
+
+A Transformer decoder that captions photos from the features of the frozen image encoder
+{encoder}. It was trained from scratch on the captions of {dataset}. `model.safetensors` holds
+the decoder and its tokenizer; the encoder is not in it and comes from where it is published.
+
+## Use
+
+```
+python inference.py --image_path photo.jpg --checkpoint {repo_id}
+```
+
+## Scores
+
+{scores}
+
+## Captions it gave
+
+{samples}
+
+## Training
+
+```
+{command}
+```
+
+## Licence
+
+The decoder's weights were learned from the photos and captions of {dataset}, on features of
+{encoder}. No licence of their own is granted beyond what those of the photos, the captions and
+the encoder allow: check them before you use these weights.
+"""
+
+
+def _score_table(scores: Mapping[str, float], split: str, dataset: str, scorer: str) -> str:
+    if not scores:
+        return "Not measured yet."
+    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
+    return (
+        f"On the {split} split of {dataset}, measured with {scorer}:\n\n"
+        f"| metric | value |\n|---|---|\n{rows}"
+    )

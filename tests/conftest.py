@@ -1,0 +1,141 @@
+"""Small real things that the tests share: encoders of each family, photos, a project run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
+
+
+def vision_sizes(**more: object) -> dict:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    } | more
+
+
+def text_sizes() -> dict:
+    return {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+    }
+
+
+def build_encoder(family: str, folder: Path) -> Path:
+    """Save a tiny random encoder of a family, with its image processor, as the Hub has them."""
+    tf = transformers
+    torch.manual_seed(1)
+    size = {"height": 32, "width": 32}
+    processor = tf.ViTImageProcessorPil(size=size)
+    if family == "vit":
+        model = tf.ViTModel(tf.ViTConfig(**vision_sizes(hidden_dropout_prob=0.5)))
+    elif family == "clip":
+        config = tf.CLIPConfig(text_config=text_sizes(), vision_config=vision_sizes())
+        model = tf.CLIPModel(config)
+        processor = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    elif family == "siglip":
+        config = tf.SiglipConfig(text_config=text_sizes(), vision_config=vision_sizes())
+        model = tf.SiglipModel(config)
+        processor = tf.SiglipImageProcessorPil(size=size)
+    elif family == "siglip2":
+        vision = vision_sizes(num_patches=16)
+        del vision["image_size"]
+        model = tf.Siglip2Model(tf.Siglip2Config(text_config=text_sizes(), vision_config=vision))
+        processor = tf.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    elif family == "dinov2":
+        model = tf.Dinov2Model(tf.Dinov2Config(**vision_sizes()))
+        processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
+    elif family == "blip":
+        config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
+        model = tf.BlipForConditionalGeneration(config)
+        processor = tf.BlipImageProcessorPil(size=size)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_encoder("vit", tmp_path_factory.mktemp("encoder"))
+
+
+def paint(colour: str, place: str, seed: int) -> Image.Image:
+    """A grey picture with a coloured square on the left or on the right."""
+    dice = random.Random(seed)
+    image = Image.new("RGB", (48, 40), (dice.randrange(90, 140),) * 3)
+    left = dice.randrange(2, 6) + (24 if place == "right" else 0)
+    image.paste(COLOURS[colour], (left, 10, left + 16, 30))
+    return image
+
+
+def write_photos(folder: Path, count: int = 24) -> Path:
+    """A data set of `count` painted pictures, two captions each, as a user would lay it out."""
+    (folder / "images").mkdir(parents=True)
+    captions = {}
+    for i in range(count):
+        colour, place = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
+        name = f"{i:03d}.png"
+        paint(colour, place, i).save(folder / "images" / name)
+        captions[name] = [
+            f"A {colour} square on the {place} .",
+            f"On the {place} there is a square that is {colour}",
+        ]
+    (folder / "captions.json").write_text(json.dumps(captions))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "data")
+
+
+def small_flags(data: Path, encoder: Path) -> list[str]:
+    """Flags of a run that takes seconds."""
+    flags = {
+        "dataset": "custom", "data_dir": data, "split": "ratio", "train_split_ratio": 0.7,
+        "encoder_model_name": encoder, "decoder_embed_dim": 32, "decoder_layers": 2,
+        "decoder_heads": 4, "decoder_ff_dim": 64, "vocab_size": 400, "max_caption_length": 20,
+        "epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32",
+        "device": "cpu", "wandb_project": "", "hf_repo_id": "",
+    }  # fmt: skip
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
+
+def run(*command: object, cwd: Path = REPO, **env: str) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does, offline; returns its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
+    """A data folder in which a short training has left its checkpoints."""
+    data = write_photos(tmp_path_factory.mktemp("trained") / "data")
+    result = run(REPO / "train.py", *small_flags(data, encoder_dir))
+    assert result.returncode == 0, result.stderr
+    return data

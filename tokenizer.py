@@ -1,0 +1,122 @@
+"""Byte-level BPE through `tokenizers`, and the special tokens, defined here and nowhere else.
+
+The special tokens have ids but no merge rule leads to them: a caption that holds the text
+"<end>" is encoded as those five characters, never as the token.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from utils import UserError, atomic_write
+
+PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
+SPECIAL_TOKENS = (PAD, START, END, ANSWER)
+PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
+
+
+def normalize(caption: str) -> str:
+    """Lower case, single spaces, no closing full stop: what the decoder learns to write.
+
+    The scorers of the field drop case and punctuation as well, and a vocabulary without them
+    sees each word more often.
+    """
+    return " ".join(unicodedata.normalize("NFC", caption).lower().split()).rstrip(" .")
+
+
+class CaptionTokenizer:
+    """Text to token ids and back. Special tokens have the ids 0 to 3, words the ids after."""
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
+        """Use a vocabulary and its merge rules, as `train` or `load` give them.
+
+        Raises:
+            UserError: the special tokens don't stand first in the vocabulary.
+        """
+        if any(vocab.get(token) != i for i, token in enumerate(SPECIAL_TOKENS)):
+            raise UserError(f"the vocabulary doesn't begin with {', '.join(SPECIAL_TOKENS)}")
+        self.vocab, self.merges = vocab, merges
+        self._tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+        """Learn a vocabulary of at most `vocab_size` entries from captions."""
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterable(map(normalize, captions), trainer)
+        return cls.from_json(tokenizer.to_str())
+
+    @classmethod
+    def from_json(cls, text: str) -> CaptionTokenizer:
+        """Read back what `to_json` wrote."""
+        model = json.loads(text)["model"]
+        return cls(model["vocab"], [tuple(pair) for pair in model["merges"]])
+
+    def to_json(self) -> str:
+        """The whole tokenizer as one string, for checkpoints."""
+        return json.dumps({"model": {"vocab": self.vocab, "merges": self.merges}})
+
+    @classmethod
+    def load(cls, vocab_file: Path, merges_file: Path) -> CaptionTokenizer:
+        """Read vocab.json and merges.txt.
+
+        Raises:
+            UserError: a file is missing or not of that kind.
+        """
+        try:
+            vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+            raise UserError(f"{vocab_file} and {merges_file} are no BPE files: {error}") from None
+        return cls(vocab, merges)
+
+    def save(self, vocab_file: Path, merges_file: Path) -> None:
+        """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""
+        with atomic_write(vocab_file) as path:
+            path.write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
+        with atomic_write(merges_file) as path:
+            lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, normalised, without special tokens."""
+        return self._tokenizer.encode(normalize(text), add_special_tokens=False).ids
+
+    def encode_captions(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
+        """`[START, ..., END]` for each caption, at most `max_length` ids long.
+
+        A caption that is cut has no END: the decoder must not learn to stop there.
+        """
+        texts = [normalize(caption) for caption in captions]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [[START_ID, *encoding.ids, END_ID][:max_length] for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids up to the first END; special tokens are left out."""
+        words = []
+        for i in ids:
+            if i == END_ID:
+                break
+            if i >= len(SPECIAL_TOKENS):
+                words.append(int(i))
+        return self._tokenizer.decode(words).strip()
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,754 @@
+"""Train a captioner: prepare the data, encode each photo once, then fit the decoder.
+
+    python train.py --demo                  # the built-in demo, minutes on a laptop
+    python train.py                         # what config.py says
+    python train.py --batch_size 64         # any setting, for one run
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from metrics import score
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import config
+import prepare_dataset
+from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use
+from dataset import IGNORE, Batch, CaptionRows, DataPaths, load_captions, load_splits
+from decoder import DecoderConfig
+from encoder import FrozenEncoder, parse_layers
+from features import FeatureCache, build_features, prefetch
+from generation import GenerationOptions, generate
+from hub import HubPusher, model_card
+from model import CaptionModel
+from tokenizer import CaptionTokenizer
+from utils import (
+    UserError,
+    autocast,
+    choose_device,
+    choose_dtype,
+    constants,
+    load_settings,
+    run_script,
+    seed_everything,
+)
+
+EXAMPLES = """examples:
+  python train.py --demo
+  python train.py --dataset flickr8k --split ratio --epochs 10
+  python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
+"""
+
+
+# --- The data of a run ----------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Captions by split, and the features of their photos."""
+
+    captions: dict[str, list[str]]
+    splits: dict[str, list[str]]
+    cache: FeatureCache
+    encoder: dict[str, Any]  # FrozenEncoder.identity()
+
+    def references(self, names: Sequence[str]) -> dict[str, list[str]]:
+        return {name: self.captions[name] for name in names}
+
+
+def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device) -> Data:
+    """Read captions and splits, and encode the photos that aren't in the feature cache yet."""
+    captions = load_captions(paths.captions)
+    splits = load_splits(paths.splits)
+    encoder = FrozenEncoder.load(
+        settings.ENCODER_MODEL_NAME,
+        settings.ENCODER_REVISION or None,
+        parse_layers(settings.ENCODER_LAYERS),
+    ).to(device)
+    views = range(settings.FEATURE_VIEWS)
+    items = [(name, view) for view in views for name in splits["train"]]
+    items += [(name, 0) for name in splits["val"]]
+    cache, bad = build_features(
+        encoder,
+        paths.images,
+        items,
+        paths.features,
+        dtype=choose_dtype(settings.PRECISION, device),
+        batch_size=settings.FEATURE_BATCH_SIZE,
+        max_bad=settings.MAX_BAD_IMAGES,
+    )
+    splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
+    return Data(captions, splits, cache, encoder.identity())
+
+
+def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
+    """The tokenizer the user gave, or a new one learned from the training captions."""
+    if settings.VOCAB_FILE and settings.MERGES_FILE:
+        return CaptionTokenizer.load(paths.vocab, paths.merges)
+    captions = [text for name in data.splits["train"] for text in data.captions[name]]
+    tokenizer = CaptionTokenizer.train(captions, settings.VOCAB_SIZE)
+    tokenizer.save(paths.vocab, paths.merges)
+    return tokenizer
+
+
+def encode_rows(
+    tokenizer: CaptionTokenizer, data: Data, split: str, max_length: int
+) -> CaptionRows:
+    names = data.splits[split]
+    texts = [text for name in names for text in data.captions[name]]
+    ids = iter(tokenizer.encode_captions(texts, max_length))
+    return CaptionRows({name: [next(ids) for _ in data.captions[name]] for name in names})
+
+
+# --- The state of a run ---------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far training is; saved with each checkpoint, so that a run goes on where it was."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done in the epoch under way
+    step: int = 0  # updates done
+    seconds: float = 0.0  # spent training, validation included
+    loss_sum: float = 0.0  # of the epoch under way, in nats
+    loss_tokens: int = 0
+    best_loss: float = math.inf
+    best_cider: float = -math.inf
+    best_path: str = ""
+    written: list[str] = field(default_factory=list)  # names of best-loss checkpoints on disk
+    bad_steps: int = 0  # in a row, without a finite loss and gradient
+    wandb_id: str = ""
+
+
+@dataclass
+class Run:
+    """Everything that training needs, built once by `start_run`."""
+
+    settings: SimpleNamespace
+    paths: DataPaths
+    output: Path
+    device: torch.device
+    dtype: torch.dtype
+    data: Data
+    tokenizer: CaptionTokenizer
+    rows: dict[str, CaptionRows]
+    model: CaptionModel
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    progress: Progress
+
+    def checkpoint(self, scores: dict[str, float]) -> Checkpoint:
+        settings = self.settings
+        kept = {name: getattr(settings, name) for name in constants(config)}
+        options = GenerationOptions(settings.BEAM_SIZE, settings.LENGTH_PENALTY)
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": asdict(self.progress),
+            "random": random_state(self.device),
+        }
+        return Checkpoint(
+            self.model, self.tokenizer, self.data.encoder, options, kept, scores, training
+        )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def start_run(settings: SimpleNamespace) -> Run:
+    """Prepare the data and build the model, new or as the checkpoint to resume from has it."""
+    device = choose_device(settings.DEVICE)
+    paths = prepare_dataset.prepare(settings)
+    output = Path(settings.OUTPUT_DIR or paths.data_dir).expanduser()
+    resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
+    data = load_data(settings, paths, device)
+    tokenizer = resumed.tokenizer if resumed else load_tokenizer(settings, paths, data)
+    seed_everything(settings.SEED)
+    size = decoder_config(settings, len(tokenizer))
+    width = data.cache.shape[1]
+    if resumed:
+        check_resumed(resumed, settings.RESUME_CHECKPOINT_PATH, size, data.encoder)
+    model = (resumed.model if resumed else CaptionModel(width, size)).to(device)
+    rows = {
+        split: encode_rows(tokenizer, data, split, size.max_length) for split in ("train", "val")
+    }
+    optimizer = make_optimizer(model, settings, device)
+    groups = math.ceil(
+        rows["train"].count(settings.BATCH_SIZE) / settings.GRADIENT_ACCUMULATION_STEPS
+    )
+    schedule = make_schedule(optimizer, settings, groups * settings.EPOCHS)
+    progress = Progress()
+    if resumed:
+        optimizer.load_state_dict(resumed.training["optimizer"])
+        schedule.load_state_dict(resumed.training["schedule"])
+        progress = Progress(**resumed.training["progress"])
+        restore_random_state(resumed.training["random"], device)
+    dtype = choose_dtype(settings.PRECISION, device)
+    return Run(
+        settings, paths, output, device, dtype, data, tokenizer, rows, model, optimizer, schedule,
+        progress,
+    )  # fmt: skip
+
+
+def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
+    """The decoder's size as configured.
+
+    Raises:
+        UserError: the figures don't fit each other.
+    """
+    if settings.DECODER_EMBED_DIM % settings.DECODER_HEADS:
+        raise UserError(
+            f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "
+            f"DECODER_HEADS = {settings.DECODER_HEADS}: change one of them"
+        )
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        width=settings.DECODER_EMBED_DIM,
+        layers=settings.DECODER_LAYERS,
+        heads=settings.DECODER_HEADS,
+        ff_dim=settings.DECODER_FF_DIM,
+        max_length=settings.MAX_CAPTION_LENGTH,
+        dropout=settings.DROPOUT,
+    )
+
+
+def find_resumed(path: str | None) -> Checkpoint | None:
+    """The checkpoint to go on from; None, said aloud, where there is none."""
+    if not path:
+        return None
+    if not Path(path).is_file():
+        print(f"there is no checkpoint {path} to resume from: training from scratch")
+        return None
+    checkpoint = load_checkpoint(path)
+    if checkpoint.training is None:
+        raise UserError(f"{path} is for use only: resume from the .pt beside it, or from last.pt")
+    return checkpoint
+
+
+def check_resumed(
+    checkpoint: Checkpoint, path: str, size: DecoderConfig, encoder: dict[str, Any]
+) -> None:
+    """Refuse to go on with a checkpoint that another configuration made.
+
+    Raises:
+        UserError: the decoder or the encoder differ; the message says in what.
+    """
+    there, here = asdict(checkpoint.model.config), asdict(size)
+    there |= {key: checkpoint.encoder[key] for key in ("weights", "layers", "preprocessing")}
+    here |= {key: encoder[key] for key in ("weights", "layers", "preprocessing")}
+    differing = [f"{key} {there[key]} there, {here[key]} here" for key in here
+                 if there[key] != here[key]]  # fmt: skip
+    if differing:
+        raise UserError(
+            f"{path} was trained with another configuration ({'; '.join(differing)}): restore "
+            "it, or start anew with --resume_checkpoint_path none"
+        )
+
+
+def make_optimizer(
+    model: CaptionModel, settings: SimpleNamespace, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, not biases, norms or embeddings of positions."""
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if p.dim() == 2 and "position" not in n]
+    others = [p for n, p in named.items() if p.dim() != 2 or "position" in n]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.WEIGHT_DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.LEARNING_RATE,
+        betas=(0.9, 0.98),
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, settings: SimpleNamespace, updates: int
+) -> LambdaLR:
+    """Linear warm-up, then a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the last update."""
+    warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
+    floor = min(1.0, settings.MIN_LEARNING_RATE / settings.LEARNING_RATE)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, updates - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, share)
+
+
+# --- One epoch ------------------------------------------------------------------------------
+
+
+def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
+    """What is left of the epoch under way: batches with their features, read ahead."""
+    settings, progress = run.settings, run.progress
+    rows, cache = run.rows["train"], run.data.cache
+    batches = rows.batches(settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch)
+
+    def load(batch: Batch) -> tuple[Batch, Tensor]:
+        # Each epoch shows the next view of a photo, and different photos different ones.
+        views = [(progress.epoch + len(name) + ord(name[0])) % settings.FEATURE_VIEWS
+                 for name in batch.names]  # fmt: skip
+        return batch, cache.read(list(zip(batch.names, views, strict=True)))
+
+    return prefetch(load, batches)
+
+
+def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
+    """The rest of the epoch under way; returns early, after a whole update, if asked to stop."""
+    settings, progress = run.settings, run.progress
+    run.model.train()
+    total = run.rows["train"].count(settings.BATCH_SIZE)
+    accumulate = settings.GRADIENT_ACCUMULATION_STEPS
+    meter = Meter(run, total)
+    group: list[tuple[Batch, Tensor]] = []
+    for pair in training_batches(run):
+        group.append(pair)
+        if len(group) < accumulate and progress.batch + len(group) < total:
+            continue
+        loss, norm = update(run, group)
+        progress.batch += len(group)
+        meter.show(group)
+        if progress.step % 20 == 0:
+            rate = run.schedule.get_last_lr()[0]
+            tracker.log({"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm},
+                        progress.step)  # fmt: skip
+        group = []
+        if stop.asked:
+            break
+    meter.close()
+
+
+def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> tuple[float, float]:
+    """One optimizer step on the batches of a group; returns loss per token and gradient norm."""
+    settings, progress = run.settings, run.progress
+    tokens = sum(int((batch.targets != IGNORE).sum()) for batch, _ in group)
+    summed = 0.0
+    for batch, features in group:
+        batch = batch.to(run.device)
+        with autocast(run.device, run.dtype):
+            loss = run.model.loss(
+                features.to(run.device, torch.float32),
+                batch.tokens, batch.positions, batch.segments, batch.targets,
+                settings.LABEL_SMOOTHING,
+            )  # fmt: skip
+        # Per token of the whole group, so that accumulation changes nothing but memory.
+        (loss / tokens).backward()
+        summed += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP).item()
+    if math.isfinite(norm) and math.isfinite(summed):
+        run.optimizer.step()
+        progress.loss_sum += summed
+        progress.loss_tokens += tokens
+        progress.bad_steps = 0
+    else:
+        note_bad_step(run, group)
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    progress.step += 1
+    return summed / tokens, norm
+
+
+def note_bad_step(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> None:
+    """Say which photos gave a loss or gradient that is not finite.
+
+    Raises:
+        UserError: too many in a row; the checkpoints are as they were.
+    """
+    progress, limit = run.progress, run.settings.MAX_BAD_STEPS
+    progress.bad_steps += 1
+    names = [name for batch, _ in group for name in batch.names]
+    say(f"step {progress.step}: the loss or gradient is not finite, no update; photos: {names}")
+    if progress.bad_steps >= limit:
+        raise UserError(
+            f"{limit} steps in a row were not finite: lower --learning_rate or use --precision "
+            f"fp32, and resume from {run.output / 'last.pt'}"
+        )
+
+
+class Meter:
+    """A progress bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, run: Run, total: int):
+        self.run, self.captions, self.started = run, 0, time.monotonic()
+        self.spoken = self.started
+        label = f"epoch {run.progress.epoch + 1}/{run.settings.EPOCHS}"
+        self.bar = tqdm(
+            total=total, initial=run.progress.batch, desc=label, unit="batch", disable=None
+        )
+
+    def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
+        progress, now = self.run.progress, time.monotonic()
+        self.captions += sum(int(batch.segments.max(1).values.add(1).sum()) for batch, _ in group)
+        text = (
+            f"loss {progress.loss_sum / max(1, progress.loss_tokens):.3f}, "
+            f"lr {self.run.schedule.get_last_lr()[0]:.1e}, "
+            f"{self.captions / (now - self.started):.0f} captions/s"
+        )
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(len(group))
+        if self.bar.disable and now - self.spoken > 30:
+            self.spoken = now
+            done = progress.batch / self.bar.total
+            print(f"  {self.bar.desc} {done:4.0%}  {text}", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+# --- Validation -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validation_loss(run: Run) -> float:
+    """Cross-entropy per token on the validation photos, without label smoothing, in nats."""
+    run.model.eval()
+    rows, cache = run.rows["val"], run.data.cache
+    batches = rows.batches(run.settings.BATCH_SIZE, seed=0, epoch=0)
+    summed, tokens = 0.0, 0
+    for batch, features in prefetch(
+        lambda batch: (batch, cache.read([(name, 0) for name in batch.names])), batches
+    ):
+        batch = batch.to(run.device)
+        with autocast(run.device, run.dtype):
+            loss = run.model.loss(
+                features.to(run.device, torch.float32),
+                batch.tokens, batch.positions, batch.segments, batch.targets,
+            )  # fmt: skip
+        summed += loss.item()
+        tokens += int((batch.targets != IGNORE).sum())
+    return summed / tokens
+
+
+def validation_captions(run: Run) -> dict[str, str]:
+    """Greedy captions of the first SCORED_IMAGES (at least SAMPLE_IMAGES) validation photos."""
+    settings = run.settings
+    names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
+    captions = {}
+    for start in range(0, len(names), 64):
+        part = names[start : start + 64]
+        features = run.data.cache.read([(name, 0) for name in part])
+        with autocast(run.device, run.dtype):
+            found = generate(
+                run.model, features.to(run.device, torch.float32), GenerationOptions()
+            )
+        for name, hypotheses in zip(part, found, strict=True):
+            captions[name] = run.tokenizer.decode(hypotheses[0].tokens)
+    return captions
+
+
+def validate(run: Run) -> tuple[dict[str, float], dict[str, str]]:
+    """Validation loss and scores, and the captions that were scored."""
+    scores = {"val_loss": validation_loss(run)}
+    captions = validation_captions(run)
+    if run.settings.SCORED_IMAGES:
+        scored = dict(list(captions.items())[: run.settings.SCORED_IMAGES])
+        found = score(scored, run.data.references(list(scored)))
+        scores |= {"val_cider": found["CIDEr-D"], "val_bleu4": found["BLEU-4"]}
+    return scores, captions
+
+
+# --- Checkpoints and the world outside ------------------------------------------------------
+
+
+def save(run: Run, scores: dict[str, float]) -> Path | None:
+    """Write what the epoch earned; returns the new best checkpoint's `.safetensors`, if any.
+
+    Each new best validation loss gives a `.pt` and a `.safetensors`, the best CIDEr a
+    `.safetensors`, and `last.pt` is where a run goes on.
+    """
+    settings, progress = run.settings, run.progress
+    best = None
+    if scores["val_loss"] < progress.best_loss:
+        progress.best_loss = scores["val_loss"]
+        stem = f"{settings.CHECKPOINT_PREFIX}_epoch_{progress.epoch}"
+        stem += f"_val_loss_{scores['val_loss']:.4f}"
+        best = run.output / f"{stem}.safetensors"
+        progress.best_path = str(best)
+        progress.written.append(stem)
+        save_for_use(best, run.checkpoint(scores))
+        save_for_training(run.output / f"{stem}.pt", run.checkpoint(scores))
+        while 0 < settings.KEEP_CHECKPOINTS < len(progress.written):
+            old = progress.written.pop(0)
+            for suffix in (".pt", ".safetensors"):
+                (run.output / f"{old}{suffix}").unlink(missing_ok=True)
+    if scores.get("val_cider", -math.inf) > progress.best_cider:
+        progress.best_cider = scores["val_cider"]
+        save_for_use(best_cider_path(run), run.checkpoint(scores))
+    save_for_training(run.output / "last.pt", run.checkpoint(scores))
+    return best
+
+
+def best_cider_path(run: Run) -> Path:
+    return run.output / f"{run.settings.CHECKPOINT_PREFIX}_best_cider.safetensors"
+
+
+class Tracker:
+    """Weights & Biases where there is a login and a network, offline files where not.
+
+    Tracking never stops training: what fails is said once and then left alone.
+    """
+
+    def __init__(self, run: Run):
+        settings = run.settings
+        self.wandb_run = None
+        if not settings.WANDB_PROJECT:
+            return
+        import wandb  # takes seconds, and a run without tracking shouldn't pay for it
+
+        def begin(mode: str | None) -> Any:
+            return wandb.init(
+                project=settings.WANDB_PROJECT,
+                entity=settings.WANDB_ENTITY or None,
+                name=settings.WANDB_RUN_NAME or None,
+                id=run.progress.wandb_id or None,
+                resume="allow",
+                dir=run.output,
+                mode=mode,
+                config={name: getattr(settings, name) for name in constants(config)},
+                settings=wandb.Settings(silent=True, console="off", init_timeout=15),
+            )
+
+        mode = None if wandb.api.api_key or "WANDB_MODE" in wandb.env.os.environ else "offline"
+        try:
+            self.wandb_run = begin(mode)
+        except (wandb.errors.Error, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            print(f"tracking: Weights & Biases can't be reached ({reason}); tracking offline")
+            self.wandb_run = begin("offline")
+        run.progress.wandb_id = self.wandb_run.id
+        # Our own step: an offline run that resumes would count from 0 again.
+        self.wandb_run.define_metric("step")
+        self.wandb_run.define_metric("*", step_metric="step")
+        offline = self.wandb_run.settings.mode == "offline"
+        print("tracking: Weights & Biases, "
+              + ("offline (`wandb login` to see runs online)" if offline else self.wandb_run.url)
+              )  # fmt: skip
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb_run:
+            self.wandb_run.log(values | {"step": step})
+
+    def log_captions(self, captions: dict[str, str], epoch: int, step: int) -> None:
+        if self.wandb_run:
+            import wandb
+
+            rows = [[epoch, name, caption] for name, caption in captions.items()]
+            table = wandb.Table(columns=["epoch", "photo", "caption"], data=rows)
+            self.log({"val/captions": table}, step)
+
+    def close(self) -> None:
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    def release(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """Print a line without tearing a progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# --- The whole run --------------------------------------------------------------------------
+
+
+def describe(run: Run) -> None:
+    """The summary at the start: what is trained on what, and where the output goes."""
+    settings, rows = run.settings, run.rows
+    captions = sum(len(group) for group in rows["train"].captions)
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    patches, width = run.data.cache.shape
+    print(
+        f"data      {len(rows['train']):,} photos with {captions:,} captions to train on, "
+        f"{len(rows['val']):,} to validate ({settings.DATASET}, split by {settings.SPLIT})\n"
+        f"encoder   {settings.ENCODER_MODEL_NAME}, frozen: {patches} vectors of {width} a photo\n"
+        f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
+        f"{run.model.config.layers} layers, {len(run.tokenizer):,} tokens\n"
+        f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
+        f"output    {run.output}"
+    )
+    if run.progress.step:
+        print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
+
+
+def report_epoch(run: Run, scores: dict[str, float], captions: dict[str, str], loss: float):
+    progress, settings = run.progress, run.settings
+    text = f"epoch {progress.epoch}/{settings.EPOCHS}: train loss {loss:.4f}"
+    text += f", val loss {scores['val_loss']:.4f}"
+    if "val_cider" in scores:
+        text += f", CIDEr {scores['val_cider']:.1f}, BLEU-4 {scores['val_bleu4']:.1f} (greedy)"
+    say(f"{text}, {progress.seconds / 60:.1f} min")
+    for name in run.data.splits["val"][: settings.SAMPLE_IMAGES]:
+        say(f"  {name}: {captions[name]}")
+        say(f"    (a human: {run.data.captions[name][0]})")
+
+
+def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) -> None:
+    """Train for the epochs that are left; each ends with validation and checkpoints."""
+    progress = run.progress
+    while progress.epoch < run.settings.EPOCHS:
+        started = time.monotonic()
+        train_epoch(run, tracker, stop)
+        if stop.asked:
+            progress.seconds += time.monotonic() - started
+            save_for_training(run.output / "last.pt", run.checkpoint({}))
+            return
+        loss = progress.loss_sum / max(1, progress.loss_tokens)
+        progress.epoch += 1
+        progress.batch, progress.loss_sum, progress.loss_tokens = 0, 0.0, 0
+        scores, captions = validate(run)
+        progress.seconds += time.monotonic() - started
+        report_epoch(run, scores, captions, loss)
+        best = save(run, scores)
+        tracker.log({"epoch": progress.epoch, "train/epoch_loss": loss}
+                    | {key.replace("_", "/", 1): value for key, value in scores.items()},
+                    progress.step)  # fmt: skip
+        samples = run.data.splits["val"][: run.settings.SAMPLE_IMAGES]
+        samples = {name: captions[name] for name in samples}
+        tracker.log_captions(samples, progress.epoch, progress.step)
+        if best and pusher:
+            push(run, pusher, best, scores, samples)
+
+
+def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -> None:
+    """Hand a new best checkpoint to the uploader, with a card of what was measured."""
+    settings = run.settings
+    card = model_card(
+        repo_id=settings.HF_REPO_ID,
+        encoder=run.data.encoder["name"],
+        encoder_revision=run.data.encoder["revision"],
+        scores=scores,
+        split="val",
+        dataset=settings.DATASET,
+        command="python train.py",
+        samples=list(samples.values()),
+    )
+    description = run.checkpoint(scores).description()
+    pusher.push(best, card, description, f"epoch {run.progress.epoch}")
+
+
+def resume_command(run: Run) -> str:
+    """The command of this run, going on from `last.pt`."""
+    arguments = list(run.settings.arguments)
+    for i, argument in enumerate(arguments):
+        if argument.split("=")[0] == "--resume_checkpoint_path":
+            del arguments[i : i + (1 if "=" in argument else 2)]
+            break
+    command = ["python", "train.py", *arguments]
+    return shlex.join([*command, "--resume_checkpoint_path", str(run.output / "last.pt")])
+
+
+def finish(run: Run) -> None:
+    """Say where the result is and how to use it."""
+    progress = run.progress
+    if not progress.best_path:
+        print("nothing was trained: RESUME_CHECKPOINT_PATH has all of its EPOCHS behind it")
+        return
+    print(f"\nbest checkpoint (validation loss {progress.best_loss:.4f}): {progress.best_path}")
+    checkpoint = progress.best_path
+    if progress.best_cider > -math.inf:
+        checkpoint = best_cider_path(run)
+        print(f"best captions (greedy CIDEr {progress.best_cider:.1f}): {checkpoint}")
+    photo = run.paths.images / (run.data.splits["test"] or run.data.splits["val"])[0]
+    print("caption a picture:")
+    line = ["python", "inference.py", "--image_path", str(photo), "--checkpoint", str(checkpoint)]
+    print(f"  {shlex.join(line)}")
+
+
+def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
+        prepare_dataset.add_arguments(parser)
+
+    def preset(flags: argparse.Namespace) -> dict[str, Any]:
+        if not flags.demo:
+            return {}
+        from demo.settings import DEMO  # what only the demo needs is loaded only for it
+
+        return DEMO
+
+    settings = load_settings(
+        config, argv, __doc__.splitlines()[0], add_arguments=add_arguments, preset=preset,
+        epilog=EXAMPLES,
+    )  # fmt: skip
+    settings.arguments = list(sys.argv[1:] if argv is None else argv)
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = command_line(argv)
+    if settings.demo:
+        from demo.scenes import build_demo
+
+        build_demo(settings)
+    run = start_run(settings)
+    describe(run)
+    stop = StopSignal()
+    tracker = Tracker(run)
+    pusher = HubPusher(settings.HF_REPO_ID) if settings.HF_REPO_ID else None
+    try:
+        fit(run, tracker, pusher, stop)
+    finally:
+        tracker.close()
+        if pusher:
+            pusher.close()
+        stop.release()
+    if stop.asked:
+        print(f"stopped; go on with: {resume_command(run)}")
+        return 130
+    if settings.demo:
+        from demo.report import show_captions
+
+        show_captions(run.progress.best_path, run.paths)
+    finish(run)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
