@@ -432,10 +432,10 @@ def _extract_photos(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos"):
+            # zipfile reads no more than the declared size, and raises if there is less or the
+            # checksum is another.
             with archive.open(info) as source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
-            if temporary.stat().st_size != info.file_size:
-                raise zipfile.BadZipFile(f"{name} is shorter than the archive says")
             os.replace(temporary, folder / name)
     except OSError as error:
         raise write_error(error, folder) from error

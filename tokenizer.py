@@ -54,7 +54,7 @@ class CaptionTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterable(map(normalize, captions), trainer)
+        tokenizer.train_from_iterator(map(normalize, captions), trainer)
         return cls.from_json(tokenizer.to_str())
 
     @classmethod

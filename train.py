@@ -398,15 +398,18 @@ class Meter:
     """A progress bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, run: Run, total: int):
-        self.run, self.captions, self.started = run, 0, time.monotonic()
+        self.run, self.captions, self.done = run, 0, 0
+        self.started = time.monotonic()
         self.spoken = self.started
-        label = f"epoch {run.progress.epoch + 1}/{run.settings.EPOCHS}"
+        self.total = total
+        self.label = f"epoch {run.progress.epoch + 1}/{run.settings.EPOCHS}"
         self.bar = tqdm(
-            total=total, initial=run.progress.batch, desc=label, unit="batch", disable=None
+            total=total, initial=run.progress.batch, desc=self.label, unit="batch", disable=None
         )
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
         progress, now = self.run.progress, time.monotonic()
+        self.done += len(group)
         self.captions += sum(int(batch.segments.max(1).values.add(1).sum()) for batch, _ in group)
         text = (
             f"loss {progress.loss_sum / max(1, progress.loss_tokens):.3f}, "
@@ -417,8 +420,9 @@ class Meter:
         self.bar.update(len(group))
         if self.bar.disable and now - self.spoken > 30:
             self.spoken = now
-            done = progress.batch / self.bar.total
-            print(f"  {self.bar.desc} {done:4.0%}  {text}", flush=True)
+            left = (now - self.started) / self.done * (self.total - progress.batch)
+            text += f", {left / 60:.1f} min left of the epoch"
+            print(f"  {self.label} {progress.batch / self.total:4.0%}  {text}", flush=True)
 
     def close(self) -> None:
         self.bar.close()

@@ -21,6 +21,7 @@ class Remote:
     length: str = "told"  # or "chunked", or "untold": the connection's end is the body's end
     ranges: bool = True  # False: every request gets the whole file
     always_416: bool = False  # to a Range request
+    heeds_if_range: bool = True  # False: goes on with the new file where the old one broke off
     content_type: str = "application/octet-stream"
     claims: int | None = None  # size in the answer to HEAD
     cuts: list[int] = field(default_factory=list)  # bytes after which one answer each breaks off
@@ -37,6 +38,7 @@ class DownloadServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, Remote] = {}
         self.seen: list[tuple[str, str, str | None]] = []
+        self.conditions: list[str | None] = []  # If-Range of the Range requests
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -97,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, 0, {}
         if remote.always_416 or int(asked[1]) >= size:
             return 416, 0, {"Content-Range": f"bytes */{size}"}
-        if self.headers.get("If-Range", remote.etag) not in (remote.etag, remote.modified):
+        condition = self.headers.get("If-Range")
+        self.server.conditions.append(condition)
+        if remote.heeds_if_range and condition not in (None, remote.etag, remote.modified):
             return 200, 0, {}
         return 206, int(asked[1]), {"Content-Range": f"bytes {asked[1]}-{size - 1}/{size}"}
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HANG, HubServer, Repo
 from huggingface_hub import ModelCard
 
 import hub
+from tests.hub_server import HANG, HubServer, Repo
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_CanaryCanaryCanaryCanary0123456789"
@@ -194,8 +194,7 @@ def test_refused_connection_then_a_hub_that_is_back(tmp_path):
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     code = f"""
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from hub_server import HubServer
+from tests.hub_server import HubServer
 pusher = HubPusher("me/captioner", report=lines.append)
 pusher.push(checkpoint("first"), CARD, "first", "{{}}")
 wait_for(lambda: lines)

@@ -1,0 +1,151 @@
+"""Generation: what it returns is what the model says, whatever the way it was found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generation import GenerationOptions, generate
+from tests.test_model import VOCAB, build_model, features, plain_logits
+from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+
+OPTIONS = {
+    "greedy": GenerationOptions(),
+    "beam": GenerationOptions(beam_size=4),
+    "long": GenerationOptions(beam_size=4, length_penalty=2.0),
+    "no penalty": GenerationOptions(beam_size=4, length_penalty=0.0),
+    "groups": GenerationOptions(beam_size=6, groups=3, diversity=1.0),
+    "no repeats": GenerationOptions(beam_size=3, no_repeat_ngram=1),
+    "bounds": GenerationOptions(beam_size=3, min_length=6, max_length=9),
+    "sample": GenerationOptions(beam_size=3, sample=True),
+    "nucleus": GenerationOptions(beam_size=3, sample=True, top_p=0.8, top_k=5, temperature=0.7),
+}
+
+
+def log_probability(model, feature, hypothesis) -> float:
+    """What a full forward pass says of a hypothesis."""
+    targets = hypothesis.tokens + ([END_ID] if hypothesis.ended else [])
+    logits = plain_logits(model, feature, [START_ID, *hypothesis.tokens][: len(targets)])
+    chosen = logits.log_softmax(-1)[torch.arange(len(targets)), torch.tensor(targets)]
+    return chosen.sum().item()
+
+
+@pytest.fixture
+def ending():
+    """A model that likes to end after some words, as trained ones do."""
+    model = build_model()
+    with torch.no_grad():
+        decoder = model.decoder
+        decoder.position_embedding.weight[4:] += 4 * decoder.token_embedding.weight[END_ID]
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_scores_equal_a_full_forward(ending, name):
+    options, feature = OPTIONS[name], features(5)
+    for row, group in enumerate(generate(ending, feature, options)):
+        assert 1 <= len(group) <= options.beam_size
+        assert [h.score for h in group] == sorted((h.score for h in group), reverse=True)
+        for h in group:
+            expected = log_probability(ending, feature[row], h)
+            assert h.log_probability == pytest.approx(expected, abs=1e-3)
+            length = len(h.tokens) + h.ended
+            assert h.score == pytest.approx(h.log_probability / length**options.length_penalty)
+            assert not {PAD_ID, START_ID, END_ID, ANSWER_ID} & set(h.tokens)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_neither_order_nor_company_matters(ending, name):
+    feature = features(5)
+    if OPTIONS[name].sample:
+        pytest.skip("draws belong to a place in the batch")
+    together = generate(ending, feature, OPTIONS[name])
+    alone = [generate(ending, feature[i : i + 1], OPTIONS[name])[0] for i in (3, 0, 4, 1, 2)]
+    for i, group in zip((3, 0, 4, 1, 2), alone, strict=True):
+        assert [h.tokens for h in group] == [h.tokens for h in together[i]]
+
+
+def test_one_beam_is_greedy_search(ending):
+    feature = features(5)
+    for row, group in enumerate(generate(ending, feature, GenerationOptions())):
+        ids = [START_ID]
+        while len(ids) < ending.config.max_length:
+            logits = plain_logits(ending, feature[row], ids)[-1]
+            logits[[PAD_ID, START_ID, ANSWER_ID]] = float("-inf")
+            ids.append(int(logits.argmax()))
+            if ids[-1] == END_ID:
+                break
+        assert group[0].tokens == [i for i in ids[1:] if i != END_ID]
+
+
+@pytest.mark.parametrize("beams", [2, 3, 8])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_more_beams_never_score_less_than_greedy(ending, beams, penalty):
+    feature = features(20)
+    one = generate(ending, feature, GenerationOptions(1, penalty))
+    more = generate(ending, feature, GenerationOptions(beams, penalty))
+    finished = [pair for pair in zip(one, more, strict=True) if pair[0][0].ended]
+    assert len(finished) > 5  # a greedy caption that was cut is no caption to compare with
+    for greedy, beam in finished:
+        assert beam[0].score >= greedy[0].score - 1e-5
+
+
+def test_wide_beam_finds_the_best_of_all(ending):
+    """With as many beams as there are prefixes, the search is exhaustive."""
+    feature = features(1)
+    options = GenerationOptions(beam_size=VOCAB, length_penalty=0.0, max_length=2)
+    best = generate(ending, feature, options)[0][0]
+    first = plain_logits(ending, feature[0], [START_ID])[-1].log_softmax(-1)
+    scores = {}
+    for token in range(4, VOCAB):
+        second = plain_logits(ending, feature[0], [START_ID, token])[-1].log_softmax(-1)
+        scores[token,] = (first[token] + second[END_ID]).item()
+    scores[()] = first[END_ID].item()
+    assert tuple(best.tokens) == max(scores, key=scores.get)
+
+
+def test_bounds_and_repeats_are_kept(ending):
+    feature = features(5)
+    for group in generate(ending, feature, OPTIONS["bounds"]):
+        assert all(6 <= len(h.tokens) + 1 and len(h.tokens) + h.ended <= 9 for h in group)
+    repeating = generate(ending, feature, GenerationOptions(min_length=15))
+    tokens = [group[0].tokens for group in repeating]
+    assert any(len(set(ids)) < len(ids) for ids in tokens)  # so there is something to forbid
+    for group in generate(ending, feature, GenerationOptions(no_repeat_ngram=1, min_length=15)):
+        assert len(set(group[0].tokens)) == len(group[0].tokens)
+
+
+def test_samples_follow_the_seed_and_the_distribution(ending):
+    feature = features(1)
+    options = [GenerationOptions(200, sample=True, max_length=1, seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (generate(ending, feature, option)[0] for option in options)
+    assert first == again
+    assert first != other
+    logits = plain_logits(ending, feature[0], [START_ID])[-1]
+    logits[[PAD_ID, START_ID, ANSWER_ID]] = float("-inf")
+    probabilities = logits.softmax(-1)
+    likely = int(probabilities.argmax())
+    share = sum(h.tokens == [likely] for h in first) / 200
+    assert share == pytest.approx(probabilities[likely].item(), abs=0.12)
+    narrow = GenerationOptions(50, sample=True, max_length=1, top_k=1)
+    assert {tuple(h.tokens) for h in generate(ending, feature, narrow)[0]} == {(likely,)}
+
+
+def test_groups_differ_more_than_beams(ending):
+    feature = features(8)
+    plain = generate(ending, feature, GenerationOptions(6))
+    diverse = generate(ending, feature, GenerationOptions(6, groups=6, diversity=20.0))
+
+    def first_tokens(found):
+        return sum(len({tuple(h.tokens[:1]) for h in group}) for group in found)
+
+    assert first_tokens(diverse) > first_tokens(plain)
+
+
+def test_impossible_options_are_refused(ending):
+    for wrong in ({"beam_size": 4, "groups": 3}, {"temperature": 0}, {"top_p": 0},
+                  {"min_length": 5, "max_length": 4}):  # fmt: skip
+        with pytest.raises(ValueError):
+            GenerationOptions(**wrong)
+    with pytest.raises(ValueError, match="beyond"):
+        generate(ending, features(1), GenerationOptions(max_length=99))

@@ -1,0 +1,168 @@
+"""The decoder against plain definitions: rows, caches, masks and padding change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dataset import IGNORE, CaptionRows, make_batch
+from decoder import DecoderConfig, KeyValueCache
+from generation import GenerationOptions, generate
+from model import CaptionModel
+from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
+
+VOCAB = 50
+
+
+def build_model() -> CaptionModel:
+    torch.manual_seed(0)
+    config = DecoderConfig(VOCAB, width=32, layers=3, heads=4, ff_dim=64, max_length=16, dropout=0)
+    model = CaptionModel(24, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)  # far from uniform, so that a mistake shows
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> CaptionModel:
+    return build_model()
+
+
+def features(images: int) -> torch.Tensor:
+    return torch.randn(images, 9, 24, generator=torch.Generator().manual_seed(3))
+
+
+def captions(lengths: list[int]) -> list[list[int]]:
+    dice = torch.Generator().manual_seed(4)
+    first = len(SPECIAL_TOKENS)
+    return [
+        [START_ID, *torch.randint(first, VOCAB, (n,), generator=dice).tolist(), END_ID]
+        for n in lengths
+    ]
+
+
+def plain_logits(model: CaptionModel, feature: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """Logits (length, vocab) of one caption of one photo, by itself: no row, no cache."""
+    tokens = torch.tensor([ids])
+    positions = torch.arange(len(ids))[None]
+    hidden = model.hidden(feature[None], tokens, positions, torch.zeros_like(tokens))
+    return model.decoder.logits(hidden)[0]
+
+
+def test_a_row_of_captions_equals_each_caption_alone(model):
+    groups = [captions([3, 7, 5]), captions([2, 4])]
+    feature = features(2)
+    batch = make_batch(["a", "b"], groups)
+    hidden = model.hidden(feature, batch.tokens, batch.positions, batch.segments)
+    logits = model.decoder.logits(hidden)
+    for row, group in enumerate(groups):
+        for number, ids in enumerate(group):
+            place = batch.segments[row] == number
+            expected = plain_logits(model, feature[row], ids[:-1])
+            torch.testing.assert_close(logits[row][place], expected, atol=1e-4, rtol=1e-4)
+            assert batch.tokens[row][place].tolist() == ids[:-1]
+            assert batch.targets[row][place].tolist() == ids[1:]
+
+
+def test_loss_and_gradients_equal_the_plain_ones(model):
+    groups, feature = [captions([3, 7, 5]), captions([2, 4])], features(2)
+    batch = make_batch(["a", "b"], groups)
+    fast = model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets, 0.1)
+    gradients = torch.autograd.grad(fast, list(model.parameters()))
+    plain = sum(
+        F.cross_entropy(plain_logits(model, feature[row], ids[:-1]), torch.tensor(ids[1:]),
+                        label_smoothing=0.1, reduction="sum")
+        for row, group in enumerate(groups) for ids in group
+    )  # fmt: skip
+    torch.testing.assert_close(fast, plain, atol=1e-3, rtol=1e-5)
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+def test_padding_changes_nothing(model):
+    short, long = captions([3]), captions([12])
+    feature = features(2)
+    together = make_batch(["a", "b"], [short, long])
+    assert (together.segments[0] == -1).sum() == 9
+    alone = make_batch(["a"], [short])
+
+    def loss(batch, feature):
+        return model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets)
+
+    first = loss(alone, feature[:1])
+    second = loss(make_batch(["b"], [long]), feature[1:])
+    torch.testing.assert_close(loss(together, feature), first + second, atol=1e-3, rtol=1e-5)
+    assert (together.targets[0] == IGNORE).sum() == 9
+
+
+def test_a_later_word_never_reaches_an_earlier_one(model):
+    ids, feature = captions([8])[0], features(1)[0]
+    before = plain_logits(model, feature, ids)
+    changed = [*ids[:5], ids[5] % (VOCAB - 10) + 5, *ids[6:]]
+    after = plain_logits(model, feature, changed)
+    torch.testing.assert_close(before[:5], after[:5])
+    assert not torch.allclose(before[5:], after[5:])
+
+
+def test_the_cache_equals_the_full_forward(model):
+    ids, feature = captions([10])[0], features(1)
+    full = plain_logits(model, feature[0], ids)
+    memory, cache = model.memory(feature), KeyValueCache(model.config.layers, len(ids))
+    for place, token in enumerate(ids):
+        tokens = torch.tensor([[token]])
+        mask = torch.ones(1, 1, place + 1, dtype=torch.bool)
+        hidden = model.decoder(tokens, torch.full_like(tokens, place), mask, memory, cache)
+        logits = model.decoder.logits(hidden)[0, 0]
+        torch.testing.assert_close(logits, full[place], atol=1e-4, rtol=1e-4)
+
+
+def test_the_picture_matters(model):
+    ids = captions([6])[0]
+    first, second = (plain_logits(model, feature, ids) for feature in features(2))
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+def test_every_patch_matters(model):
+    ids, feature = captions([6])[0], features(1)[0]
+    before = plain_logits(model, feature, ids)
+    for patch in range(feature.shape[0]):
+        changed = feature.clone()
+        changed[patch] = -changed[patch]
+        assert not torch.allclose(plain_logits(model, changed, ids), before, atol=1e-4)
+
+
+def test_four_captions_are_learned_to_the_letter():
+    torch.manual_seed(0)
+    config = DecoderConfig(VOCAB, width=64, layers=2, heads=4, ff_dim=128, max_length=16, dropout=0)
+    model, feature = CaptionModel(24, config), features(4)
+    groups = [[ids] for ids in captions([5, 9, 3, 7])]
+    batch = make_batch(list("abcd"), groups)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(120):
+        loss = model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = generate(model, feature, GenerationOptions())
+    assert [group[0].tokens for group in found] == [ids[1:-1] for [ids] in groups]
+    assert all(group[0].ended for group in found)
+
+
+def test_batches_hold_each_photo_once_with_little_padding():
+    dice = torch.Generator().manual_seed(5)
+    lengths = torch.randint(6, 20, (700, 5), generator=dice).tolist()
+    rows = CaptionRows({f"{i}": captions(group) for i, group in enumerate(lengths)})
+    batches = list(rows.batches(32, seed=1, epoch=2))
+    assert len(batches) == rows.count(32)
+    names = [name for batch in batches for name in batch.names]
+    assert sorted(names) == sorted(rows.names)
+    padding = sum(int((batch.segments == -1).sum()) for batch in batches)
+    assert padding / sum(batch.segments.numel() for batch in batches) < 0.05
+    again = [batch.names for batch in rows.batches(32, seed=1, epoch=2, skip=3)]
+    assert again == [batch.names for batch in batches][3:]
+    other = [name for batch in rows.batches(32, seed=1, epoch=3) for name in batch.names]
+    assert other != names
