@@ -658,6 +658,8 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
         tracker.log_captions(samples, progress.epoch, progress.step)
         if best and pusher:
             push(run, pusher, best, scores, samples)
+        elif pusher:
+            pusher.retry()
 
 
 def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -> None:
@@ -667,14 +669,15 @@ def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -
         repo_id=settings.HF_REPO_ID,
         encoder=run.data.encoder["name"],
         encoder_revision=run.data.encoder["revision"],
-        scores=scores,
-        split="val",
         dataset=settings.DATASET,
-        command="python train.py",
-        samples=list(samples.values()),
+        split=f"{settings.SPLIT} val",
+        scorer="metrics.py, greedy captions",
+        scores=scores,
+        command=shlex.join(["python", "train.py", *settings.arguments]),
+        samples=samples,
     )
     description = run.checkpoint(scores).description()
-    pusher.push(best, card, description, f"epoch {run.progress.epoch}")
+    pusher.push(best, card, f"epoch {run.progress.epoch}", description)
 
 
 def resume_command(run: Run) -> str:
@@ -735,7 +738,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     describe(run)
     stop = StopSignal()
     tracker = Tracker(run)
-    pusher = HubPusher(settings.HF_REPO_ID) if settings.HF_REPO_ID else None
+    pusher = HubPusher(settings.HF_REPO_ID, report=say) if settings.HF_REPO_ID else None
     try:
         fit(run, tracker, pusher, stop)
     finally:

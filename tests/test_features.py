@@ -1,0 +1,165 @@
+"""The feature cache gives exactly what the encoder gives, and is rebuilt as little as needed."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import features
+from encoder import FrozenEncoder, open_image
+from features import build_features, prefetch, view_of
+from tests.conftest import build_encoder, paint, write_photos
+from utils import UserError
+
+
+@pytest.fixture
+def setting(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data", 10)
+    encoder = FrozenEncoder.load(str(encoder_dir))
+    items = [(f"{i:03d}.png", view) for view in (0, 1, 2) for i in range(10)]
+    said: list[str] = []
+
+    def build(wanted=items, encoder=encoder, **options):
+        said.clear()
+        options = {"batch_size": 4, "say": said.append} | options
+        cache, bad = build_features(encoder, data / "images", wanted, data / "f", **options)
+        return cache, bad
+
+    return data / "images", encoder, items, build, said
+
+
+def fresh(encoder, image_dir, item):
+    image = view_of(open_image(image_dir / item[0]), *item)
+    return encoder(encoder.preprocess([image]))[0].half()
+
+
+def assert_fresh(cache, encoder, image_dir, items):
+    for item, row in zip(items, cache.read(items), strict=True):
+        torch.testing.assert_close(row, fresh(encoder, image_dir, item), atol=2e-3, rtol=1e-2)
+
+
+def test_cached_equals_uncached(setting):
+    image_dir, encoder, items, build, _ = setting
+    cache, bad = build()
+    assert bad == [] and cache.shape == (17, 32)
+    assert_fresh(cache, encoder, image_dir, items[::-1])
+
+
+def test_a_second_run_encodes_nothing(setting):
+    *_, build, said = setting
+    build()
+    assert "30 to make" in said[0]
+    build()
+    assert said == []
+
+
+def test_only_the_photo_that_changed_is_encoded_again(setting):
+    image_dir, encoder, items, build, said = setting
+    build()
+    paint("blue", "right", 99).save(image_dir / "003.png")
+    os.utime(image_dir / "004.png")  # touched, yet the same
+    cache, _ = build()
+    assert "3 to make, 27 there already" in said[0]
+    assert_fresh(cache, encoder, image_dir, items)
+
+
+def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_path, encoder_dir):
+    image_dir, encoder, items, build, said = setting
+    build()
+    deeper = FrozenEncoder.load(str(encoder_dir), layers=(-2,))
+    cache, _ = build(encoder=deeper)
+    assert "layers" in said[0] and "30 to make" in said[1]
+    assert_fresh(cache, deeper, image_dir, items)
+    other = FrozenEncoder.load(str(build_encoder("siglip", tmp_path / "other")))
+    cache, _ = build(encoder=other)
+    assert any("weights" in line for line in said)
+    assert_fresh(cache, other, image_dir, items)
+    changed = FrozenEncoder.load(str(encoder_dir))
+    changed.processor.image_mean = [0.1, 0.2, 0.3]
+    cache, _ = build(encoder=changed)
+    assert any("preprocessing" in line for line in said)
+    assert_fresh(cache, changed, image_dir, items)
+
+
+def test_an_interrupted_build_goes_on(setting, monkeypatch):
+    image_dir, encoder, items, build, said = setting
+    monkeypatch.setattr(features, "SHARD_BYTES", 1)  # a shard a batch
+    passes = []
+    forward = type(encoder).forward
+
+    def dies_at_the_fourth(self, inputs):
+        passes.append(1)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return forward(self, inputs)
+
+    monkeypatch.setattr(type(encoder), "forward", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    cache, _ = build()
+    assert "18 to make, 12 there already" in said[0]
+    assert_fresh(cache, encoder, image_dir, items)
+
+
+def test_a_damaged_shard_is_never_read_as_features(setting):
+    image_dir, encoder, items, build, said = setting
+    cache, _ = build()
+    cache.close()
+    shard = next(cache.folder.glob("*.bin"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    cache, _ = build()
+    with pytest.raises(UserError, match="shard_00000.bin is damaged"):
+        cache.read(items)
+    shard.unlink()  # what the message tells to do
+    cache, _ = build()
+    assert_fresh(cache, encoder, image_dir, items)
+    shard = next(cache.folder.glob("*.bin"))
+    shard.write_bytes(whole[:-10])
+    cache, _ = build()
+    assert "not whole" in said[0]
+    assert_fresh(cache, encoder, image_dir, items)
+
+
+def test_unreadable_photos_are_named_and_counted(setting):
+    image_dir, encoder, items, build, said = setting
+    (image_dir / "002.png").write_bytes(b"<html>gone</html>")
+    with pytest.raises(UserError, match="002.png"):
+        build(max_bad=0)
+    cache, bad = build(max_bad=1)
+    assert bad == ["002.png"] and "002.png" in said[-1]
+    assert_fresh(cache, encoder, image_dir, [item for item in items if item[0] != "002.png"])
+    assert ("002.png", 0) not in cache
+
+
+def test_views_are_what_they_say():
+    image = Image.effect_noise((60, 40), 80).convert("RGB")
+    assert view_of(image, "a", 0) is image
+    assert view_of(image, "a", 1).tobytes() == ImageOps.mirror(image).tobytes()
+    crop = view_of(image, "a", 2)
+    assert 36 <= crop.width <= 60 and 24 <= crop.height <= 40
+    assert crop.tobytes() == view_of(image, "a", 2).tobytes()
+    sizes = {view_of(image, name, 2).size for name in "abcdefgh"}
+    assert len(sizes) > 3
+
+
+def test_prefetch_keeps_order_and_bounds_and_passes_errors_on():
+    started = []
+
+    def load(i):
+        started.append(i)
+        if i == 7:
+            raise ValueError("seven")
+        return i * i
+
+    results = prefetch(load, range(7), threads=3, ahead=2)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert max(started) <= 3
+    assert list(results) == [1, 4, 9, 16, 25, 36]
+    with pytest.raises(ValueError, match="seven"):
+        list(prefetch(load, range(9)))
