@@ -135,6 +135,28 @@ class FrozenEncoder(nn.Module):
         }
         return cls(tower, processor, layers, source)
 
+    @classmethod
+    def load_as_trained(cls, identity: dict[str, Any], moved_to: str | None = None):
+        """Load the encoder that a checkpoint was trained on, by its `identity()`.
+
+        Args:
+            moved_to: where it is now, if no longer where it was.
+
+        Raises:
+            UserError: it can't be loaded, or its weights or preprocessing are others by now.
+        """
+        name = moved_to or identity["name"]
+        revision = None if moved_to else identity["revision"]
+        encoder = cls.load(name, revision, identity["layers"])
+        here = encoder.identity()
+        changed = [key for key in ("weights", "preprocessing") if here[key] != identity[key]]
+        if changed:
+            raise UserError(
+                f"the encoder {name!r} is not the one that the checkpoint was trained on (its "
+                f"{' and '.join(changed)} differ): give the right one with --encoder"
+            )
+        return encoder
+
     @property
     def width(self) -> int:
         """Width of a feature vector: that of the tower times the number of layers joined."""

@@ -7,14 +7,17 @@ when beams are reordered, and the memory's keys and values exist once per photo.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from decoder import KeyValueCache
+from features import FeatureCache, prefetch
 from model import CaptionModel
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+from utils import autocast
 
 MINUS_INFINITY = float("-inf")
 
@@ -99,6 +102,31 @@ def generate(
         return [_ranked(found, options.beam_size) for found in rows.found]
     finally:
         model.train(training)
+
+
+def caption_cached(
+    model: CaptionModel,
+    cache: FeatureCache,
+    names: Sequence[str],
+    options: GenerationOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+) -> Iterator[tuple[str, Hypothesis]]:
+    """Each photo's best hypothesis, from its cached features, in the order of `names`.
+
+    `dtype` is the precision of matrix products.
+    """
+    device = next(model.parameters()).device
+
+    def load(part: Sequence[str]) -> tuple[Sequence[str], Tensor]:
+        return part, cache.read([(name, 0) for name in part])
+
+    parts = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
+    for part, features in prefetch(load, parts):
+        with autocast(device, dtype):
+            found = generate(model, features.to(device, torch.float32), options)
+        yield from ((name, group[0]) for name, group in zip(part, found, strict=True))
 
 
 def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:

@@ -100,19 +100,7 @@ def load_captioner(
     """
     loaded = load_checkpoint(_locate(checkpoint, revision))
     where = torch.device(choose_device(device))
-    trained_on = loaded.encoder
-    tower = FrozenEncoder.load(
-        encoder or trained_on["name"],
-        None if encoder else trained_on["revision"],
-        trained_on["layers"],
-    )
-    identity = tower.identity()
-    changed = [key for key in ("weights", "preprocessing") if identity[key] != trained_on[key]]
-    if changed:
-        raise UserError(
-            f"the encoder {encoder or trained_on['name']!r} is not the one that {checkpoint} was "
-            f"trained on (its {' and '.join(changed)} differ): give the right one with --encoder"
-        )
+    tower = FrozenEncoder.load_as_trained(loaded.encoder, encoder)
     return Captioner(loaded, tower, where, choose_dtype(precision, where))
 
 

@@ -7,7 +7,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import IGNORE
-from decoder import Decoder, DecoderConfig
+from decoder import Decoder, DecoderConfig, Dropout
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`, without the logits of all tokens at once.
+
+    A block of tokens at a time, the logits become probabilities and at once the gradient, while
+    they are in the processor's cache; only the gradients of `hidden` and `weight` are kept.
+    """
+
+    BLOCK = 256  # tokens; their logits in fp32 take 10 MB at a vocabulary of 10,000
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """hidden (tokens, width), weight (vocab, width), targets (tokens) -> nats, a scalar."""
+        kind, given = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(kind):  # cast once, not once a block
+            hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        total = torch.zeros((), device=hidden.device)
+        wanted = any(ctx.needs_input_grad[:2])
+        hidden_gradients, weight_gradient = [], None
+        for part, target in zip(
+            hidden.split(LinearCrossEntropy.BLOCK), targets.split(LinearCrossEntropy.BLOCK),
+            strict=True,
+        ):  # fmt: skip
+            log_p = F.linear(part, weight).float().log_softmax(-1)
+            chosen = log_p.gather(1, target.unsqueeze(1)).sum()
+            total -= (1 - smoothing) * chosen
+            if smoothing:
+                total -= smoothing * log_p.mean(-1).sum()
+            if not wanted:
+                continue
+            gradient = log_p.exp_().sub_(smoothing / weight.shape[0])
+            gradient.scatter_add_(
+                1, target.unsqueeze(1), gradient.new_full((len(target), 1), smoothing - 1)
+            )
+            gradient = gradient.to(weight.dtype)
+            hidden_gradients.append(gradient @ weight)
+            share = gradient.T @ part
+            weight_gradient = share.float() if weight_gradient is None else weight_gradient + share
+        if wanted:
+            ctx.save_for_backward(torch.cat(hidden_gradients).to(given), weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * scale, weight_gradient * scale, None, None
 
 
 class CaptionModel(nn.Module):
@@ -21,7 +68,7 @@ class CaptionModel(nn.Module):
         self.feature_norm = nn.LayerNorm(feature_width)
         self.project = nn.Linear(feature_width, config.width)
         self.memory_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config)
 
     def memory(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -51,9 +98,8 @@ class CaptionModel(nn.Module):
         hidden = self.hidden(features, tokens, positions, segments)
         # Only real targets get logits: the vocabulary is wide, and padding would pay for it.
         real = targets != IGNORE
-        logits = self.decoder.logits(hidden[real])  # (targets, vocab)
-        return F.cross_entropy(
-            logits.float(), targets[real], reduction="sum", label_smoothing=label_smoothing
+        return LinearCrossEntropy.apply(
+            hidden[real], self.decoder.token_embedding.weight, targets[real], label_smoothing
         )
 
 

@@ -32,7 +32,7 @@ from dataset import IGNORE, Batch, CaptionRows, DataPaths, load_captions, load_s
 from decoder import DecoderConfig
 from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, build_features, prefetch
-from generation import GenerationOptions, generate
+from generation import GenerationOptions, caption_cached
 from hub import HubPusher, model_card
 from model import CaptionModel
 from tokenizer import CaptionTokenizer
@@ -456,17 +456,8 @@ def validation_captions(run: Run) -> dict[str, str]:
     """Greedy captions of the first SCORED_IMAGES (at least SAMPLE_IMAGES) validation photos."""
     settings = run.settings
     names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
-    captions = {}
-    for start in range(0, len(names), 64):
-        part = names[start : start + 64]
-        features = run.data.cache.read([(name, 0) for name in part])
-        with autocast(run.device, run.dtype):
-            found = generate(
-                run.model, features.to(run.device, torch.float32), GenerationOptions()
-            )
-        for name, hypotheses in zip(part, found, strict=True):
-            captions[name] = run.tokenizer.decode(hypotheses[0].tokens)
-    return captions
+    found = caption_cached(run.model, run.data.cache, names, GenerationOptions(), dtype=run.dtype)
+    return {name: run.tokenizer.decode(hypothesis.tokens) for name, hypothesis in found}
 
 
 def validate(run: Run) -> tuple[dict[str, float], dict[str, str]]:

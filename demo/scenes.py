@@ -159,7 +159,8 @@ def _scatter(thing: Thing, rng: random.Random) -> list[Mark]:
 
 def _mark(thing: int, x: float, y: float, width: float, rng: random.Random) -> Mark:
     low, high = width / 2 + 1, IMAGE_SIZE - width / 2 - 1
-    return Mark(thing, min(max(x, low), high), min(max(y, low), high), width, rng.uniform(-0.1, 0.1))
+    x, y = min(max(x, low), high), min(max(y, low), high)
+    return Mark(thing, x, y, width, rng.uniform(-0.1, 0.1))
 
 
 def paint(scene: Scene, marks: list[Mark], rng: random.Random) -> Image.Image:

@@ -1,0 +1,225 @@
+"""Score a checkpoint's captions on a split, as the field does, and write a report to look at.
+
+    python evaluate.py --checkpoint captioner_best_cider.safetensors --split val
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+import config
+from checkpoint import load_checkpoint
+from dataset import SPLITS, data_paths, load_captions, load_splits
+from encoder import FrozenEncoder, open_image
+from features import build_features
+from generation import GenerationOptions, caption_cached
+from metrics import bootstrap_interval, cider_d_per_image, diversity, score
+from utils import (
+    UserError,
+    atomic_write,
+    choose_device,
+    choose_dtype,
+    load_settings,
+    run_script,
+)
+
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
+SETTINGS = (
+    "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "FEATURES_DIR", "FEATURE_BATCH_SIZE",
+    "MAX_BAD_IMAGES", "DEVICE", "PRECISION",
+)  # fmt: skip
+
+
+def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
+    """What one human caption scores against the others, averaged over which one it is."""
+    usable = {name: group for name, group in references.items() if len(group) > 1}
+    rounds = min((len(group) for group in usable.values()), default=0)
+    sums = dict.fromkeys(METRICS, 0.0)
+    for k in range(rounds):
+        one = {name: group[k] for name, group in usable.items()}
+        others = {name: group[:k] + group[k + 1 :] for name, group in usable.items()}
+        found = score(one, others)
+        sums = {metric: sums[metric] + found[metric] / rounds for metric in METRICS}
+    return sums if rounds else {}
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+# --- The report -----------------------------------------------------------------------------
+
+
+def report_rows(values: dict[str, float], count: int = 12) -> dict[str, list[str]]:
+    """Which photos to show: the worst, the best and some at random, by CIDEr-D."""
+    ranked = sorted(values, key=values.get)
+    dice = random.Random(0)
+    return {
+        "worst": ranked[:count],
+        "best": ranked[::-1][:count],
+        "random": dice.sample(ranked, min(count, len(ranked))),
+    }
+
+
+def write_report(
+    path: Path,
+    image_dir: Path,
+    captions: dict[str, str],
+    references: dict[str, list[str]],
+    values: dict[str, float],
+    summary: str,
+) -> None:
+    """A page without outside parts: photos with caption, references and CIDEr-D."""
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>Captions</title>",
+        "<style>body{font:15px sans-serif;margin:2em auto;max-width:70em}pre{background:#eee;"
+        "padding:1em}article{display:flex;gap:1em;margin:1em 0}img{width:224px;height:auto;"
+        "align-self:start}li{color:#555}</style>",
+        f"<h1>Captions</h1><pre>{html.escape(summary)}</pre>",
+    ]
+    for title, names in report_rows(values).items():
+        parts.append(f"<h2>{title}</h2>")
+        for name in names:
+            items = "".join(f"<li>{html.escape(text)}" for text in references[name])
+            parts.append(
+                f'<article><img alt="{html.escape(name)}" src="{_thumbnail(image_dir / name)}">'
+                f"<div><b>{html.escape(captions[name])}</b><p>CIDEr-D {values[name]:.1f}, "
+                f"{html.escape(name)}<ul>{items}</ul></div></article>"
+            )
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _thumbnail(file: Path) -> str:
+    image = open_image(file)
+    image.thumbnail((320, 320))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- Command line ---------------------------------------------------------------------------
+
+
+def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--checkpoint", required=True, help=".safetensors or .pt")
+        add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
+        add("--beam_size", type=int, help="beams, 1: greedy [as the checkpoint says]")
+        add("--length_penalty", type=float, help="higher: longer [as the checkpoint says]")
+        add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
+        add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+        add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+
+    return load_settings(
+        config, argv, __doc__.splitlines()[0], only=SETTINGS, add_arguments=add_arguments,
+        epilog="\n".join(__doc__.splitlines()[2:]),
+    )  # fmt: skip
+
+
+def generation_options(settings: SimpleNamespace, usual: GenerationOptions) -> GenerationOptions:
+    chosen = {
+        name: getattr(settings, name)
+        for name in ("beam_size", "length_penalty")
+        if getattr(settings, name) is not None
+    }
+    try:
+        return dataclasses.replace(usual, **chosen)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = command_line(argv)
+    checkpoint_path = Path(settings.checkpoint).expanduser()
+    checkpoint = load_checkpoint(checkpoint_path)
+    paths = data_paths(
+        settings.DATA_DIR, settings.IMAGE_DIR, settings.CAPTIONS_FILE,
+        features_dir=settings.FEATURES_DIR,
+    )  # fmt: skip
+    table = load_captions(paths.captions)
+    splits = load_splits(paths.splits)
+    names = splits[settings.split]
+    if not names:
+        raise UserError(f"{paths.splits} has no photo in the split {settings.split!r}")
+    device = choose_device(settings.DEVICE)
+    dtype = choose_dtype(settings.PRECISION, device)
+    encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, settings.encoder).to(device)
+    cache, bad = build_features(
+        encoder, paths.images, [(name, 0) for name in names], paths.features,
+        dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=settings.MAX_BAD_IMAGES,
+    )  # fmt: skip
+    names = [name for name in names if name not in bad]
+    options = generation_options(settings, checkpoint.generation)
+    started = time.monotonic()
+    found = caption_cached(
+        checkpoint.model.to(device), cache, names, options, dtype=dtype,
+        batch_size=settings.batch_size,
+    )  # fmt: skip
+    hypotheses = dict(tqdm(found, total=len(names), desc="captions", unit="photo", disable=None))
+    seconds = time.monotonic() - started
+    captions = {name: checkpoint.tokenizer.decode(h.tokens) for name, h in hypotheses.items()}
+    references = {name: table[name] for name in names}
+    training = {text for name in splits["train"] for text in table[name]}
+    found = score(captions, references)
+    values = cider_d_per_image(captions, references)
+    low, high = bootstrap_interval(list(values.values()))
+    other = diversity(captions, training)
+    other["unfinished"] = sum(not h.ended for h in hypotheses.values()) / len(names)
+    summary = score_table(found, human_ceiling(references), (low, high), other)
+    print(summary)
+    print(f"{len(names)} photos, beam {options.beam_size}, {len(names) / seconds:.0f} captions/s")
+    usual = checkpoint_path.with_name(f"{checkpoint_path.stem}_{settings.split}.html")
+    report = Path(settings.report or usual)
+    write_report(report, paths.images, captions, references, values, summary)
+    print(f"report: {report}")
+    result = {
+        **{metric: round(found[metric], 4) for metric in METRICS},
+        "CIDEr-D interval": [round(low, 4), round(high, 4)],
+        **{name: round(value, 4) for name, value in other.items()},
+        "split": settings.split,
+        "images": len(names),
+        "beam_size": options.beam_size,
+        "length_penalty": options.length_penalty,
+        "scorer": "metrics.py (equal to pycocoevalcap 1.2 to four decimals)",
+        "tokenizer": "PTB style, metrics.tokenize",
+        "checkpoint": file_hash(checkpoint_path),
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def score_table(
+    found: dict[str, float],
+    human: dict[str, float],
+    interval: tuple[float, float],
+    other: dict[str, float],
+) -> str:
+    """The scores as text: the model's, and what one human scores against the others."""
+    lines = [f"{'':<10}{'model':>8}{'human':>8}"]
+    for metric in METRICS:
+        ceiling = f"{human[metric]:8.2f}" if human else f"{'-':>8}"
+        lines.append(f"{metric:<10}{found[metric]:8.2f}{ceiling}")
+    lines.append(f"CIDEr-D, 95 % bootstrap interval: {interval[0]:.1f} to {interval[1]:.1f}")
+    lines += [f"{name}: {value:.4g}" for name, value in other.items()]
+    lines.append("not computed: METEOR, SPICE (they need Java)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,151 @@
+"""captions.json, splits and the tokenizer: what users write is read rightly or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset import find_images, load_captions, split_by_karpathy, split_by_ratio
+from tokenizer import (
+    END_ID,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    START_ID,
+    CaptionTokenizer,
+    normalize,
+)
+from utils import UserError
+
+WRONG = {
+    "[]": "not an object",
+    '"text"': "not an object",
+    "null": "not an object",
+    "7": "not an object",
+    "{}": "is empty",
+    "": "not valid JSON",
+    '{"a.jpg": ["x"]': "not valid JSON",
+    '{"a.jpg": ["x"], "a.jpg": ["y"]}': "'a.jpg' stands twice",
+    '{"a.jpg": "x"}': "'a.jpg' needs a list",
+    '{"a.jpg": []}': "'a.jpg' needs a list",
+    '{"a.jpg": ["x", 5]}': "'a.jpg' has a caption that is no text: 5",
+    '{"a.jpg": ["  "]}': "'a.jpg' has a caption that is no text",
+    '{"../a.jpg": ["x"]}': "not a name within",
+    '{"/etc/a.jpg": ["x"]}': "not a name within",
+    '{"b\\\\a.jpg": ["x"]}': "not a name within",
+    '{"C:/a.jpg": ["x"]}': "not a name within",
+    '{"": ["x"]}': "not a name within",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_captions_are_refused_by_name(tmp_path, text):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=WRONG[text]) as caught:
+        load_captions(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(UserError, match="prepare_dataset.py"):
+        load_captions(tmp_path / "absent.json")
+    path = tmp_path / "captions.json"
+    path.write_bytes('{"a.jpg": ["café"]}'.encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_captions(path)
+    path.write_bytes(b"\xef\xbb\xbf" + '{"a.jpg": ["café"]}'.encode())
+    assert load_captions(path) == {"a.jpg": ["café"]}
+
+
+def test_photos_must_be_there_and_within_the_folder(tmp_path):
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    (images / "a.jpg").touch()
+    (images / "sub" / "b.jpg").touch()
+    (tmp_path / "secret.jpg").touch()
+    (images / "inside.jpg").symlink_to("a.jpg")
+    assert find_images(["a.jpg", "sub/b.jpg", "inside.jpg"], images, 0) == [
+        "a.jpg", "sub/b.jpg", "inside.jpg",
+    ]  # fmt: skip
+    assert find_images(["a.jpg", "c.jpg"], images, 1) == ["a.jpg"]
+    with pytest.raises(UserError, match=r"c\.jpg.*MAX_BAD_IMAGES"):
+        find_images(["a.jpg", "c.jpg"], images, 0)
+    (images / "out.jpg").symlink_to("../secret.jpg")
+    with pytest.raises(UserError, match="leads out"):
+        find_images(["out.jpg"], images, 0)
+
+
+def test_ratio_split_is_stable_and_disjoint():
+    names = [f"{i}.jpg" for i in range(2000)]
+    before = split_by_ratio(names, 0.8)
+    after = split_by_ratio([*names, *(f"new{i}.jpg" for i in range(500))], 0.8)
+    assert sorted(sum(before.values(), [])) == sorted(names)
+    assert abs(len(before["train"]) - 1600) < 80
+    assert abs(len(before["val"]) - len(before["test"])) < 60
+    for split, members in before.items():
+        assert set(members) <= set(after[split])
+    with pytest.raises(UserError, match="TRAIN_SPLIT_RATIO"):
+        split_by_ratio(names, 1.0)
+    with pytest.raises(UserError, match="no photo for val"):
+        split_by_ratio(names[:2], 0.999)
+
+
+def test_karpathy_split(tmp_path):
+    path = tmp_path / "dataset.json"
+    splits = ["train", "restval", "val", "test", "train"]
+    images = [{"filename": f"{i}.jpg", "split": split} for i, split in enumerate(splits)]
+    path.write_text(json.dumps({"images": images}))
+    found = split_by_karpathy(["0.jpg", "1.jpg", "2.jpg", "3.jpg", "unknown.jpg"], path)
+    assert found == {"train": ["0.jpg", "1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+    path.write_text(json.dumps({"images": [images[0] | {"split": "val"}, images[0]]}))
+    with pytest.raises(UserError, match="twice"):
+        split_by_karpathy(["0.jpg"], path)
+    path.write_text('{"pictures": []}')
+    with pytest.raises(UserError, match="Karpathy"):
+        split_by_karpathy(["0.jpg"], path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    texts = ["A brown dog runs through the grass .", "Two children play in the snow ."] * 4
+    return CaptionTokenizer.train(texts, 400)
+
+
+def test_special_tokens_stand_first_and_are_never_written_by_text(tokenizer):
+    assert [tokenizer.vocab[token] for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
+    for token in SPECIAL_TOKENS:
+        ids = tokenizer.encode(f"a dog {token} runs")
+        assert not set(ids) & {0, 1, 2, 3}
+        assert tokenizer.decode(ids) == f"a dog {token} runs"
+
+
+@given(st.text(max_size=40))
+def test_any_text_comes_back_normalised(text):
+    tokenizer = CaptionTokenizer.train(["a dog runs"] * 3, 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == normalize(text).strip()
+
+
+def test_captions_are_framed_and_cut_without_an_end(tokenizer):
+    short, cut = tokenizer.encode_captions(["A brown dog .", "two children " * 20], 8)
+    assert short[0] == START_ID and short[-1] == END_ID and len(short) < 8
+    assert cut[0] == START_ID and END_ID not in cut and len(cut) == 8
+    assert tokenizer.decode([*short, 77, PAD_ID]) == "a brown dog"
+
+
+def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    tokenizer.save(vocab, merges)
+    text = "the children's dogs, playing in 3 puddles"
+    for other in (CaptionTokenizer.load(vocab, merges),
+                  CaptionTokenizer.from_json(tokenizer.to_json())):  # fmt: skip
+        assert other.encode(text) == tokenizer.encode(text)
+    merges.write_text("a b c d\n")
+    with pytest.raises(UserError, match="no BPE files"):
+        CaptionTokenizer.load(vocab, merges)
+    vocab.write_text('{"a": 0}')
+    merges.write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="doesn't begin with"):
+        CaptionTokenizer.load(vocab, merges)
