@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from metrics import score
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -34,6 +33,7 @@ from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, build_features, prefetch
 from generation import GenerationOptions, caption_cached
 from hub import HubPusher, model_card
+from metrics import score
 from model import CaptionModel
 from tokenizer import CaptionTokenizer
 from utils import (
@@ -671,6 +671,13 @@ def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -
     pusher.push(best, card, f"epoch {run.progress.epoch}", description)
 
 
+def best_checkpoint(run: Run) -> Path:
+    """The checkpoint whose captions were best, as far as they were scored."""
+    if run.progress.best_cider > -math.inf:
+        return best_cider_path(run)
+    return Path(run.progress.best_path)
+
+
 def resume_command(run: Run) -> str:
     """The command of this run, going on from `last.pt`."""
     arguments = list(run.settings.arguments)
@@ -689,9 +696,8 @@ def finish(run: Run) -> None:
         print("nothing was trained: RESUME_CHECKPOINT_PATH has all of its EPOCHS behind it")
         return
     print(f"\nbest checkpoint (validation loss {progress.best_loss:.4f}): {progress.best_path}")
-    checkpoint = progress.best_path
+    checkpoint = best_checkpoint(run)
     if progress.best_cider > -math.inf:
-        checkpoint = best_cider_path(run)
         print(f"best captions (greedy CIDEr {progress.best_cider:.1f}): {checkpoint}")
     photo = run.paths.images / (run.data.splits["test"] or run.data.splits["val"])[0]
     print("caption a picture:")
@@ -722,9 +728,10 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
 def main(argv: Sequence[str] | None = None) -> int:
     settings = command_line(argv)
     if settings.demo:
-        from demo.scenes import build_demo
+        from demo.scenes import build_dataset
+        from demo.settings import OUTPUT, SCENES
 
-        build_demo(settings)
+        build_dataset(OUTPUT, **SCENES)
     run = start_run(settings)
     describe(run)
     stop = StopSignal()
@@ -741,9 +748,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped; go on with: {resume_command(run)}")
         return 130
     if settings.demo:
-        from demo.report import show_captions
+        from demo.report import report
 
-        show_captions(run.progress.best_path, run.paths)
+        report(best_checkpoint(run), run.paths)
     finish(run)
     return 0
 

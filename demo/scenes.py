@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,11 @@ SIZES = {"small": 11, "medium": 18, "large": 28}  # pixels across
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 
 # These stand in test scenes only: whoever names them has put together what was learnt apart.
-HELD_OUT_PAIRS = frozenset(
-    {
-        ("red", "star"),
-        ("orange", "circle"),
-        ("yellow", "cross"),
-        ("green", "triangle"),
-        ("blue", "square"),
-        ("purple", "circle"),
-    }
-)
-HELD_OUT_TRIPLES = frozenset(
-    {
-        ("large", "red", "cross"),
-        ("small", "orange", "square"),
-        ("medium", "yellow", "circle"),
-        ("large", "green", "star"),
-        ("small", "blue", "triangle"),
-        ("medium", "purple", "star"),
-    }
+# Three of 15 for each colour; each colour and shape are still seen together, in other sizes.
+HELD_OUT = frozenset(
+    (size, colour, SHAPES[(i + k) % len(SHAPES)])
+    for i, colour in enumerate(COLOURS)
+    for k, size in enumerate(SIZES)
 )
 
 IMAGE_SIZE = 96  # pixels
@@ -67,8 +53,7 @@ class Thing:
     @property
     def held_out(self) -> bool:
         """Whether this combination is kept for the test split."""
-        pair = (self.colour, self.shape)
-        return pair in HELD_OUT_PAIRS or (self.size, *pair) in HELD_OUT_TRIPLES
+        return (self.size, self.colour, self.shape) in HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -101,8 +86,8 @@ class Mark:
 # --- Inventing and drawing ------------------------------------------------------------------
 
 
-def invent(rng: random.Random, held_out: bool) -> Scene:
-    """Invent a scene, with at least one held-out combination or without any."""
+def invent(rng: random.Random, held_out: bool | None) -> Scene:
+    """Invent a scene: True, with a held-out combination; False, without any; None, either."""
     while True:
         things = tuple(
             Thing(
@@ -114,7 +99,8 @@ def invent(rng: random.Random, held_out: bool) -> Scene:
             for _ in range(rng.choice((1, 2, 2)))
         )
         kinds = {(thing.colour, thing.shape) for thing in things}
-        if len(kinds) == len(things) and any(thing.held_out for thing in things) == held_out:
+        fits = held_out in (None, any(thing.held_out for thing in things))
+        if len(kinds) == len(things) and fits:
             return Scene(things, rng.choice(("left", "above")) if len(things) == 2 else None)
 
 
@@ -163,15 +149,20 @@ def _mark(thing: int, x: float, y: float, width: float, rng: random.Random) -> M
     return Mark(thing, x, y, width, rng.uniform(-0.1, 0.1))
 
 
-def paint(scene: Scene, marks: list[Mark], rng: random.Random) -> Image.Image:
-    """Paint marks on a light background of varying tint."""
+def paint(
+    scene: Scene,
+    marks: list[Mark],
+    rng: random.Random,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> Image.Image:
+    """Paint marks on a light background of varying tint; `colours` replace those of the things."""
     scale = SUPERSAMPLING
     tint = [rng.randint(228, 250) for _ in range(3)]
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), tuple(tint))
     pen = ImageDraw.Draw(image)
     tones = [
-        tuple(min(max(value + rng.randint(-9, 9), 0), 255) for value in COLOURS[thing.colour])
-        for thing in scene.things
+        tuple(min(max(value + rng.randint(-9, 9), 0), 255) for value in colour)
+        for colour in colours or [COLOURS[thing.colour] for thing in scene.things]
     ]
     for mark in marks:
         outline(pen, scene.things[mark.thing].shape, mark, scale, tones[mark.thing])

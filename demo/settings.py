@@ -1,0 +1,28 @@
+"""What `train.py --demo` sets differently from config.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "output"
+SCENES = {"train": 2400, "val": 200, "test": 200, "seed": 0}
+
+DEMO = {
+    "DATASET": "custom",
+    "DATA_DIR": str(OUTPUT),
+    "SPLIT": "karpathy",
+    "KARPATHY_FILE": str(OUTPUT / "dataset_demo.json"),
+    "ENCODER_MODEL_NAME": str(HERE / "encoder"),
+    "DECODER_EMBED_DIM": 128,
+    "DECODER_LAYERS": 3,
+    "DECODER_HEADS": 4,
+    "DECODER_FF_DIM": 512,
+    "EPOCHS": 8,
+    "BATCH_SIZE": 16,
+    "LEARNING_RATE": 2e-3,
+    "WARMUP_STEPS": 100,
+    # Other people's accounts are no place for a demo.
+    "WANDB_PROJECT": "",
+    "HF_REPO_ID": "",
+}

@@ -1,0 +1,250 @@
+"""Whole runs of the real scripts on small data: training, resuming, captioning, scoring."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from checkpoint import load_checkpoint
+from dataset import make_batch
+from inference import load_captioner
+from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from utils import UserError
+
+
+def best(data: Path, suffix: str) -> Path:
+    return max(data.glob(f"captioner_epoch_*{suffix}"), key=lambda path: path.stat().st_mtime)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = load_checkpoint(first), load_checkpoint(second)
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, two.model.state_dict()[name]), name
+
+
+def test_a_run_leaves_what_it_promises(trained, encoder_dir):
+    for suffix in (".pt", ".safetensors"):
+        assert re.fullmatch(r"captioner_epoch_\d+_val_loss_\d+\.\d{4}", best(trained, suffix).stem)
+    assert {"last.pt", "captioner_best_cider.safetensors", "vocab.json", "merges.txt",
+            "splits.json"} <= {path.name for path in trained.iterdir()}  # fmt: skip
+    state = load_checkpoint(trained / "last.pt").training
+    assert state["progress"]["epoch"] == 2 and state["optimizer"]["state"]
+    assert not list(trained.rglob("*.tmp"))
+    weights = load_file(best(trained, ".safetensors"))
+    assert not any("tower" in name or "encoder" in name for name in weights)
+
+
+def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
+    again = build_encoder("vit", tmp_path / "same_seed")
+    before, after = (load_file(d / "model.safetensors") for d in (again, encoder_dir))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
+    """Two batches in one update move the weights as their union does."""
+    data = write_photos(tmp_path / "data", 24)
+    flags = [*small_flags(data, encoder_dir), "--dropout", "0"]
+    weights = []
+    for sizes in ((8,), (3, 5), (2, 2, 4)):
+        state = train.start_run(train.command_line([str(flag) for flag in flags]))
+        rows, group, start = state.rows["train"], [], 0
+        for size in sizes:
+            names = rows.names[start : start + size]
+            features = state.data.cache.read([(name, 0) for name in names])
+            group.append((make_batch(names, rows.captions[start : start + size]), features))
+            start += size
+        loss, _ = train.update(state, group)
+        weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
+    for other in weights[1:]:
+        assert other[0] == pytest.approx(weights[0][0], rel=1e-5)
+        for one, two in zip(weights[0][1:], other[1:], strict=True):
+            torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
+
+
+def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
+    """Start a training and send it SIGTERM when a line that holds `when` appears."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "train.py", *flags], cwd=REPO, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if when in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.seen = "".join(seen) + process.stdout.read()
+    process.errors = process.stderr.read()
+    process.wait(timeout=120)
+    return process
+
+
+def test_resume_equals_uninterrupted(tmp_path, encoder_dir):
+    whole = write_photos(tmp_path / "whole", 24)
+    flags = ["--epochs", "6", "--dropout", "0.1"]
+    assert run("train.py", *small_flags(whole, encoder_dir), *flags).returncode == 0
+
+    cut = write_photos(tmp_path / "cut", 24)
+    arguments = [*small_flags(cut, encoder_dir), *flags]
+    stopped = start_and_stop(arguments, "epoch 2/6")
+    assert stopped.returncode == 130, stopped.errors
+    assert "go on with: python train.py" in stopped.seen
+    progress = load_checkpoint(cut / "last.pt").training["progress"]
+    assert 2 <= progress["epoch"] < 6
+    resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed   after" in resumed.stdout
+    assert_same_weights(whole / "last.pt", cut / "last.pt")
+    one, two = (load_checkpoint(d / "last.pt").training for d in (whole, cut))
+    assert one["schedule"]["last_epoch"] == two["schedule"]["last_epoch"]
+    assert one["progress"]["best_loss"] == two["progress"]["best_loss"]
+
+    # A control: another course of chance gives other weights, so that the equality says something.
+    control = write_photos(tmp_path / "control", 24)
+    arguments = [*small_flags(control, encoder_dir), *flags, "--seed", "1"]
+    assert run("train.py", *arguments).returncode == 0
+    with pytest.raises(AssertionError):
+        assert_same_weights(whole / "last.pt", control / "last.pt")
+
+
+def test_resuming_from_the_wrong_file(tmp_path, trained, encoder_dir):
+    flags = small_flags(trained, encoder_dir)
+    output = ["--output_dir", tmp_path / "out"]
+
+    def resume(path, *more):
+        return run("train.py", *flags, *output, "--resume_checkpoint_path", path, *more)
+
+    missing = resume(tmp_path / "absent.pt", "--epochs", "1")
+    assert missing.returncode == 0 and "training from scratch" in missing.stdout
+    for_use = resume(best(trained, ".safetensors"))
+    assert for_use.returncode == 1 and "for use only" in for_use.stderr
+    other = resume(trained / "last.pt", "--decoder_layers", "3")
+    assert other.returncode == 1 and "layers 2 there, 3 here" in other.stderr
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes((trained / "last.pt").read_bytes()[:-2000])
+    broken = resume(damaged)
+    assert broken.returncode == 1 and "damaged.pt is damaged" in broken.stderr
+    done = resume(trained / "last.pt")
+    assert done.returncode == 0 and "nothing" in done.stdout
+    assert "Traceback" not in for_use.stderr + other.stderr + broken.stderr
+
+
+def test_tracking_offline_can_be_read_back(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data", 18)
+    flags = [*small_flags(data, encoder_dir), "--wandb_project", "test", "--epochs", "1"]
+    environment = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    started = time.monotonic()
+    result = run("train.py", *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "offline" in result.stdout
+    assert time.monotonic() - started < 120
+    assert list(data.rglob("offline-run-*/run-*.wandb"))
+
+
+def test_inference_needs_no_config(tmp_path, trained):
+    """From another folder, without config.py: the checkpoint tells all."""
+    lonely = tmp_path / "project"
+    lonely.mkdir()
+    for path in REPO.glob("*.py"):
+        if path.name != "config.py":
+            (lonely / path.name).write_text(path.read_text())
+    photo, checkpoint = trained / "images" / "000.png", best(trained, ".safetensors")
+    result = run(
+        lonely / "inference.py", "--image_path", photo, "--checkpoint", checkpoint, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    caption = result.stdout.strip()
+    assert caption and "<" not in caption and "\n" not in caption
+    pt = run(lonely / "inference.py", "--image_path", photo, "--checkpoint",
+             best(trained, ".pt"), cwd=tmp_path)  # fmt: skip
+    assert pt.stdout.strip() == caption
+
+
+def test_a_folder_is_captioned_and_bad_pictures_are_named(tmp_path, trained):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes((trained / "images" / f"00{i}.png").read_bytes())
+    (folder / "notes.txt").write_text("no picture")
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    command = ["inference.py", "--image_path", folder, "--checkpoint", checkpoint, "--json"]
+    result = run(*command, "--batch_size", "2", "--beam_size", "3")
+    assert result.returncode == 0, result.stderr
+    captions = json.loads(result.stdout.splitlines()[-1])
+    assert list(captions) == [f"{i}.png" for i in range(5)]
+    assert result.stdout.splitlines()[0] == f"0.png: {captions['0.png']}"
+    (folder / "bad.jpg").write_bytes(b"<html>")
+    result = run(*command)
+    assert result.returncode == 1 and "bad.jpg" in result.stderr
+    assert len(json.loads(result.stdout.splitlines()[-1])) == 5
+
+
+def test_captions_do_not_depend_on_the_batch(trained):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
+    photos = sorted((trained / "images").iterdir())[:6]
+    together = captioner.caption(photos)
+    assert together == [captioner.caption([photo])[0] for photo in photos]
+    opened = [Image.open(photo) for photo in photos]
+    assert captioner.caption(opened) == together
+    assert captioner.caption(photos, beam_size=1) is not None
+
+
+def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    other = build_encoder("siglip", tmp_path / "other")
+    with pytest.raises(UserError, match="not the one"):
+        load_captioner(checkpoint, encoder=str(other))
+    moved = build_encoder("vit", tmp_path / "moved")
+    assert load_captioner(checkpoint, encoder=str(moved)).encoder.width == 32
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none"])
+def test_no_such_checkpoint(trained, name):
+    result = run("inference.py", "--image_path", trained / "images" / "000.png",
+                 "--checkpoint", name)  # fmt: skip
+    assert result.returncode == 1 and f"no checkpoint {name}" in result.stderr
+
+
+def test_evaluate_scores_and_reports(trained):
+    result = run("evaluate.py", "--checkpoint", trained / "captioner_best_cider.safetensors",
+                 "--data_dir", trained, "--split", "val")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout.splitlines()[-1])
+    assert scores["split"] == "val" and scores["images"] > 0
+    assert all(0 <= scores[f"BLEU-{n}"] <= 100 for n in (1, 2, 3, 4))
+    assert math.isfinite(scores["CIDEr-D"])
+    report = (trained / "captioner_best_cider_val.html").read_text()
+    assert report.count("data:image/jpeg;base64") >= scores["images"]
+
+
+MISTAKES = {
+    "empty captions": ("captions.json", "{}", [], "is empty"),
+    "no encoder": (None, None, ["--encoder_model_name", "nobody/nothing"], "nobody/nothing"),
+    "heads": (None, None, ["--decoder_heads", "5"], "DECODER_HEADS"),
+    "no split file": (None, None, ["--split", "karpathy"], "--split ratio"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_with_a_message(photos, encoder_dir, name):
+    file, content, more, message = MISTAKES[name]
+    if file:
+        (photos / file).write_text(content)
+    result = run("train.py", *small_flags(photos, encoder_dir), *more)
+    assert result.returncode == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
