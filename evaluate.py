@@ -26,7 +26,7 @@ from dataset import SPLITS, data_paths, load_captions, load_splits
 from encoder import FrozenEncoder, open_image
 from features import build_features
 from generation import GenerationOptions, caption_cached
-from metrics import bootstrap_interval, cider_d_per_image, diversity, score
+from metrics import SCORER, TOKENIZER, bootstrap_interval, cider_d, diversity, score
 from utils import (
     UserError,
     atomic_write,
@@ -177,10 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     references = {name: table[name] for name in names}
     training = {text for name in splits["train"] for text in table[name]}
     found = score(captions, references)
-    values = cider_d_per_image(captions, references)
-    low, high = bootstrap_interval(list(values.values()))
-    other = diversity(captions, training)
-    other["unfinished"] = sum(not h.ended for h in hypotheses.values()) / len(names)
+    values = dict(zip(captions, cider_d(captions, references)[1].tolist(), strict=True))
+    low, high = bootstrap_interval(list(values.values()), seed=0)
+    other = diversity(list(captions.values()), training)
+    other["unfinished"] = 100 * sum(not h.ended for h in hypotheses.values()) / len(names)
     summary = score_table(found, human_ceiling(references), (low, high), other)
     print(summary)
     print(f"{len(names)} photos, beam {options.beam_size}, {len(names) / seconds:.0f} captions/s")
@@ -196,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": len(names),
         "beam_size": options.beam_size,
         "length_penalty": options.length_penalty,
-        "scorer": "metrics.py (equal to pycocoevalcap 1.2 to four decimals)",
-        "tokenizer": "PTB style, metrics.tokenize",
+        "scorer": SCORER,
+        "tokenizer": TOKENIZER,
         "checkpoint": file_hash(checkpoint_path),
     }
     print(json.dumps(result))

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,8 +34,15 @@ _ABBREVIATIONS = """
     sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo"""
 _CAPITALISED_ABBREVIATIONS = "Ark Az Del Ill La LA Mass Miss Ore Pa Tex Wash"  # not "miss."
 _NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"  # only before a number: "no. 5"
+# A single letter keeps no full stop where one of these, capitalised, follows: "on a. The".
+_SENTENCE_STARTS = """
+    a about according additionally after an as at but he her here however if in it last many more
+    now once one other our she since so some such that the their then there these they this we what
+    when while yet you"""
 
-_PUNCTUATION = frozenset("'' ' `` ` \" . ? ! , : ; - -- ... – — ― … &quot; &apos; &nbsp;".split())
+_PUNCTUATION = frozenset(
+    "'' ' `` ` \" . ? ! , : ; - -- ... – — ― … ‐ ‑ &quot; &apos; &nbsp;".split()
+)
 _SPELLED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
@@ -66,32 +74,36 @@ def _token_rules() -> list[re.Pattern[str]]:
     rules = [
         # Contractions and other words with an apostrophe.
         *(r"(?i:({})({}))".format(*pair.split()) + end for pair in _SPLIT_WORDS),
-        rf"((?:'|&apos;)(?i:[sdm]|ll|re|ve)){end}",
+        rf"({word})'(?i:[sdm]|ll|re|ve)(?:[^A-Za-z]|$)",
+        r"((?:'|&apos;)(?i:[sdm]|ll|re|ve))(?![A-Za-z])",
         r"(’(?i:[sdm]|ll|re|ve))",
-        rf"([A-Za-z0-9]*?[A-MO-Za-mo-z0-9])(?i:n{any_quote}t)",
-        rf"((?i:n{any_quote}t)){end}",
-        rf"((?:{quote}|&apos;)(?i:em|till?|cause)|{quote}n{quote})",
-        rf"({quote}n|{quote}\d\d)(?!\S)",
-        rf"({quote}[2-9]0s)",
+        rf"([A-Za-z0-9]*?[A-MO-Za-mo-z])(?i:n{any_quote}t)",
+        rf"((?i:n{any_quote}t))(?![A-Za-z])",
+        rf"((?:{quote}|&apos;)(?i:em|till?|cause)|{quote}[nN]{quote})",
+        rf"('[nN]|{quote}\d\d)(?!\S)",
+        rf"(’[nN]|{quote}[2-9]0[sS])",
         r"('[Tt])(?i:is|was)",
         rf"((?i:ol|dunkin|somethin){quote})",
         rf"((?i:o{quote}clock|ma{quote}am|cap{quote}n|li'l|c'mon|d'ye)){end}",
         rf"([Yy]{quote}){letter}",
         rf"((?i:[ldj]){quote})",
-        rf"([A-HJ-XZdlno]{quote}[A-Za-z]{{2,}}|[Oo]{quote}[aeiou])",
-        rf"([A-Za-z]+[aeiouyAEIOUY]{any_quote}[aeiouAEIOU][A-Za-z]*)",
+        rf"([A-HJ-XZdlno]{any_quote}[A-Za-z]{{2,}}|[Oo]{quote}[aeiou])",
+        rf"([A-Za-z]+[aeiouyAEIOUY]{any_quote}[aeiouA-Z][A-Za-z]*)",
         # Words. A full stop is part of what stands before a hyphen, or before , ; and :
         rf"({word})",
         rf"({name}(?:[_-][^\W_]+)+)",
         rf"({name}(?:[.!?]{name})+)",
-        rf"({word}(?:{letter}|[\d.,])*(?:[-‐‑](?:{acronym}|{word}))+)",
+        r"([A-Za-z0-9][A-Za-z0-9.,]*"
+        rf"(?:[-‐‑](?:{acronym}|{word}))+)",
+        rf"({word}(?:[-‐‑]{word})+)",
         rf"({hyphenated}(?:\\?/{hyphenated}){{1,2}})",
         r"([A-Z]+(?:(?:&|&amp;|\+)[A-Z]+)+)",
         r"((?:[A-Za-z]\.)+)",
         rf"((?:{abbreviation})\.)",
+        rf"([A-Za-z])\.\s+(?=[A-Z])(?i:{_either(_SENTENCE_STARTS)})(?!\S)",
         r"((?i:ph\.d\.))",
         rf"((?i:{_either(_NUMBERED_ABBREVIATIONS)})\.)[ ]?\d",
-        rf"({name}(?:[.&]{name})*\.|{word}(?:\.?-{word})*\.)[,;:]",
+        rf"({name}(?:\.{name})*\.|{word}(?:\.?-{word})*\.)[,;:]",
         r"((?i:anti|pro)-)",
         # Numbers.
         r"([-+]?\d*(?:[.:,]\d+)+|[-+]\d+)",
@@ -100,13 +112,13 @@ def _token_rules() -> list[re.Pattern[str]]:
         r"([A-Z]{1,3}\$)",
         # Addresses, tags and smileys.
         rf"(\w[\w.+-]*@(?:\w[\w-]*\.)*\w+|@{letter}\w*|\#{letter}+)",
-        r"(https?://[^\s\"<>|()]+\.[^\s\"<>|()]*[\w/])",
+        r"((?i:https?)://[^\s\"<>|()]+\.[^\s\"<>|()]*[\w/])",
         r"((?:\w+\.)+(?:com|net|org|edu)(?:/[^\s\"<>|()]+[\w/])?)",
         r"(<!--.*?-->|</?[A-Za-z][^<>]*>)",
-        r"([:;=][-o']?(?:[()\\|@\[\]]|[DdPpO3](?!\w))|\^_\^)",
+        r"([:;=][-o']?[()\\|@\[\]DdPpO3](?!\w)|\^_\^)",
         # Everything else.
         r"(&(?:amp|lt|gt|quot|apos|nbsp|\#39);)",
-        r"(''|``|[‘’‛“”‹›«»]{1,2}|<<|>>|\.\.\.|[?!]+|[Cc]\+\+|[CFcf]\#)",
+        r"(''|``|[‘’‛“”‹›«»][‘’‛“”‹›«»`]?|<<|>>|\.\.\.|[?!]+|[Cc]\+\+|[CFcf]\#)",
         r"(-----+|--+|__+|\#\#+|\*+|\S)",
     ]
     return [re.compile(rule) for rule in rules]
@@ -116,7 +128,11 @@ _RULES = _token_rules()
 _PLAIN_WORD = re.compile(r"[a-z]+(?!\S)")
 _WHOLE_SPLIT_WORDS = frozenset(pair.replace(" ", "") for pair in _SPLIT_WORDS)
 # Emoji, control characters and the like: the lexer knows no rule for them, and drops them.
-_UNKNOWN = re.compile(r"[^!-~\s¡-῾‐‑–-⁞⁰-⯿ぁ-퟿豈-﫿！-￯]")
+_UNKNOWN = re.compile(
+    r"[^!-~\s\u00a1-\u1fff\u2010\u2011\u2013-\u2023\u2026\u2030-\u203b\u203e-\u2042\u2044"
+    r"\u2070-\u209c\u20a0\u20a4\u20ac\u2100-\u214f\u2153-\u215e\u2190-\u2bff"
+    r"\u3001-\u3006\u3041-\ud7ff\uf900-\ufdfb\ufe70-\ufefc\uff01-\uffee]"
+)
 
 
 def tokenize(text: str) -> list[str]:
@@ -156,3 +172,306 @@ def _spell(token: str) -> str:
     if straight in _CLITICS or not straight.strip("`'"):
         return straight
     return token.replace("(", "-lrb-").replace(")", "-rrb-")
+
+
+# --- BLEU, ROUGE-L, CIDEr-D ------------------------------------------------------------------
+
+
+def score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """All metrics of one caption per image against that image's references.
+
+    Returns `{"BLEU-1": ..., ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}`, times 100.
+
+    Raises:
+        ValueError: the two don't name the same images, or there is no reference (or no image).
+    """
+    pairs = _tokenized_pairs(captions, references)
+    table = {f"BLEU-{n}": value for n, value in enumerate(_bleu(pairs), start=1)}
+    table["ROUGE-L"] = _rouge_l(pairs)
+    table["CIDEr-D"] = float(_cider_d(pairs).mean())
+    return table
+
+
+def bleu(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> list[float]:
+    """BLEU-1..4 of the corpus, times 100 (Papineni et al. 2002).
+
+    The brevity penalty compares with the reference of the closest length; nothing is smoothed.
+    """
+    return _bleu(_tokenized_pairs(captions, references))
+
+
+def rouge_l(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    """ROUGE-L, the mean over images, times 100 (Lin 2004), with beta 1.2.
+
+    Precision and recall are each the best over the references, as in the COCO caption evaluation.
+    """
+    return _rouge_l(_tokenized_pairs(captions, references))
+
+
+def cider_d(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[float, np.ndarray]:
+    """CIDEr-D times 100 (Vedantam et al. 2015): the mean, and a value per image.
+
+    The values are in the order of `captions`. Document frequencies come from `references`.
+    """
+    values = _cider_d(_tokenized_pairs(captions, references))
+    return float(values.mean()), values
+
+
+class CiderD:
+    """CIDEr-D against fixed references, with their document frequencies (Vedantam et al. 2015).
+
+    Tokens are any hashable values, words or ids. For many hypotheses per image, as in
+    self-critical training: an image's n-grams are prepared once, when it is first scored.
+    """
+
+    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]):
+        """Count in how many images each n-gram occurs.
+
+        Args:
+            references: image -> its reference captions, each a sequence of tokens.
+
+        Raises:
+            ValueError: there is no image, or an image without a reference.
+        """
+        if not references or not all(references.values()):
+            raise ValueError("CIDEr-D needs at least one reference for each image")
+        self.references = references
+        self._images: dict[Hashable, _CiderImage] = {}
+        frequency: Counter[tuple[Hashable, ...]] = Counter()
+        for captions in references.values():
+            frequency.update({gram for tokens in captions for gram in _all_ngrams(tokens)})
+        # Images share the n-grams' numbers and places: a large data set's tables stay small.
+        self._shared: dict[_Places, _Places] = {}
+        self._number = {gram: number for number, gram in enumerate(frequency)}
+        self._unseen_weight = math.log(len(references)) ** 2
+        self._weight = [
+            (math.log(len(references)) - math.log(count)) ** 2 for count in frequency.values()
+        ]
+
+    def score(self, image: Hashable, tokens: Sequence[Hashable]) -> float:
+        """CIDEr-D times 100 of one hypothesis for `image`."""
+        if image not in self._images:
+            self._images[image] = _CiderImage(
+                self.references[image], self._number, self._weight, self._shared
+            )
+        prepared = self._images[image]
+        count = len(prepared.lengths)
+        penalties = [
+            math.exp(-((_bigrams(tokens) - length) ** 2) / (2 * CIDER_SIGMA**2))
+            for length in prepared.lengths
+        ]
+        total = 0.0
+        levels = zip(prepared.tables, prepared.norms, strict=True)
+        for n, (table, norms) in enumerate(levels, start=1):
+            square = 0.0
+            products = [0.0] * count
+            for gram, times in _ngrams(tokens, n).items():
+                number = self._number.get(gram)
+                weight = self._unseen_weight if number is None else self._weight[number]
+                square += times * times * weight
+                # Clipping: what a hypothesis repeats beyond the reference earns nothing.
+                for reference, wanted in table.get(number, ()):
+                    products[reference] += min(times, wanted) * wanted * weight
+            norm = math.sqrt(square)
+            for product, reference_norm, penalty in zip(products, norms, penalties, strict=True):
+                if product:
+                    total += product / (norm * reference_norm) * penalty
+        return 1000 * total / (MAX_N * count)
+
+    def scores(
+        self, images: Iterable[Hashable], hypotheses: Iterable[Sequence[Hashable]]
+    ) -> np.ndarray:
+        """CIDEr-D times 100 of each hypothesis for the image beside it; shape (hypotheses,)."""
+        pairs = zip(images, hypotheses, strict=True)
+        return np.array([self.score(image, tokens) for image, tokens in pairs])
+
+
+_Places = tuple[tuple[int, int], ...]  # which references hold an n-gram, and how often
+
+
+class _CiderImage:
+    """One image's references as CIDEr-D wants them, with squared weights by n-gram number."""
+
+    def __init__(
+        self,
+        references: Sequence[Sequence[Hashable]],
+        number: Mapping[tuple[Hashable, ...], int],
+        weight: Sequence[float],
+        shared: dict[_Places, _Places],
+    ):
+        self.lengths = [_bigrams(tokens) for tokens in references]
+        self.tables: list[dict[int, _Places]] = []  # for each n: by n-gram number
+        self.norms: list[list[float]] = []  # for each n: a norm per reference
+        for n in range(1, MAX_N + 1):
+            table: dict[int, _Places] = {}
+            norms = []
+            for reference, tokens in enumerate(references):
+                square = 0.0
+                for gram, count in _ngrams(tokens, n).items():
+                    key = number[gram]
+                    places = (*table.get(key, ()), (reference, count))
+                    table[key] = shared.setdefault(places, places)
+                    square += count * count * weight[key]
+                norms.append(math.sqrt(square))
+            self.tables.append(table)
+            self.norms.append(norms)
+
+
+_Pairs = list[tuple[list[str], list[list[str]]]]
+
+
+def _tokenized_pairs(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> _Pairs:
+    """Each caption's tokens with its references' tokens, in the order of `captions`."""
+    if captions.keys() != references.keys():
+        odd = sorted(captions.keys() ^ references.keys())
+        raise ValueError(f"captions and references differ in their images: {odd[:3]} ...")
+    if not captions or not all(references.values()):
+        raise ValueError("a score needs at least one image, and a reference for each")
+    return [
+        (tokenize(caption), [tokenize(reference) for reference in references[image]])
+        for image, caption in captions.items()
+    ]
+
+
+def _words(tokens: list[str]) -> list[str]:
+    """The tokens as BLEU and CIDEr see them in the original: cut at no-break spaces too."""
+    return " ".join(tokens).split()
+
+
+def _ngrams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:
+    return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
+
+
+def _all_ngrams(tokens: Sequence[Hashable]) -> Iterable[tuple[Hashable, ...]]:
+    for n in range(1, MAX_N + 1):
+        yield from zip(*(tokens[start:] for start in range(n)), strict=False)
+
+
+def _bigrams(tokens: Sequence[Hashable]) -> int:
+    """The length that CIDEr-D compares: the original counts bigrams, not words."""
+    return max(len(tokens) - 1, 0)
+
+
+def _cider_d(pairs: _Pairs) -> np.ndarray:
+    scorer = CiderD(
+        {i: [_words(tokens) for tokens in references] for i, (_, references) in enumerate(pairs)}
+    )
+    return scorer.scores(range(len(pairs)), (_words(caption) for caption, _ in pairs))
+
+
+def _bleu(pairs: _Pairs) -> list[float]:
+    matches, guesses = [0] * MAX_N, [0] * MAX_N
+    length = wanted_length = 0
+    for caption, references in pairs:
+        words = _words(caption)
+        targets = [_words(reference) for reference in references]
+        length += len(words)
+        wanted_length += min((abs(len(t) - len(words)), len(t)) for t in targets)[1]
+        for n in range(1, MAX_N + 1):
+            most: Counter[tuple[Hashable, ...]] = Counter()
+            for target in targets:
+                most |= _ngrams(target, n)
+            matches[n - 1] += (_ngrams(words, n) & most).total()
+            guesses[n - 1] += max(0, len(words) - n + 1)
+    # The two tiny terms are the original's guard against dividing by zero.
+    tiny, small = 1e-15, 1e-9
+    ratio = (length + tiny) / (wanted_length + small)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    precisions = [(m + tiny) / (g + small) for m, g in zip(matches, guesses, strict=True)]
+    return [100 * penalty * math.prod(precisions[:n]) ** (1 / n) for n in range(1, MAX_N + 1)]
+
+
+def _rouge_l(pairs: _Pairs) -> float:
+    return 100 * float(np.mean([_rouge_l_of(*pair) for pair in pairs]))
+
+
+def _rouge_l_of(caption: list[str], references: list[list[str]]) -> float:
+    # An empty caption counts as one empty word in the original, which cuts at single spaces.
+    caption = caption or [""]
+    common = [_common_subsequence(caption, reference or [""]) for reference in references]
+    precision = max(common) / len(caption)
+    recall = max(c / max(len(r), 1) for c, r in zip(common, references, strict=True))
+    if not precision or not recall:
+        return 0.0
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for column, other in enumerate(second, start=1):
+            above = row[column]
+            row[column] = diagonal + 1 if word == other else max(above, row[column - 1])
+            diagonal = above
+    return row[-1]
+
+
+# --- Around the scores ----------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, seed: int, samples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """The interval that holds the mean of `values`, by resampling the images (percentiles).
+
+    Document frequencies aren't recomputed for a resample, so it is the photos' luck alone.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [
+        values[generator.integers(len(values), size=len(values))].mean() for _ in range(samples)
+    ]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def distinct_n(captions: Iterable[str], n: int) -> float:
+    """Different n-grams among all n-grams, in percent (Li et al. 2016)."""
+    return _distinct([tokenize(caption) for caption in captions], n)
+
+
+def _distinct(captions: list[list[str]], n: int) -> float:
+    grams: Counter[tuple[Hashable, ...]] = Counter()
+    for tokens in captions:
+        grams.update(_ngrams(tokens, n))
+    return 100 * len(grams) / max(grams.total(), 1)
+
+
+def diversity(captions: Sequence[str], training_captions: Iterable[str]) -> dict[str, float]:
+    """How varied a model's captions are, apart from being right.
+
+    Returns:
+        `distinct-1`, `distinct-2`: different n-grams among all, in percent.
+        `length`: mean number of tokens, without punctuation.
+        `repetitive`: percent of captions that say a word twice in a row or a trigram twice.
+        `most_frequent`: percent of captions that are the most frequent one.
+        `novel`: percent of captions that no training caption equals.
+
+    Raises:
+        ValueError: there are no captions.
+    """
+    if not captions:
+        raise ValueError("diversity needs at least one caption")
+    tokenized = [tokenize(caption) for caption in captions]
+    counts = Counter(map(tuple, tokenized))
+    known = {tuple(tokenize(caption)) for caption in training_captions}
+    percent = 100 / len(tokenized)
+    return {
+        "distinct-1": _distinct(tokenized, 1),
+        "distinct-2": _distinct(tokenized, 2),
+        "length": sum(map(len, tokenized)) / len(tokenized),
+        "repetitive": percent * sum(map(_repeats_itself, tokenized)),
+        "most_frequent": percent * max(counts.values()),
+        "novel": percent * sum(tuple(tokens) not in known for tokens in tokenized),
+    }
+
+
+def _repeats_itself(tokens: list[str]) -> bool:
+    stutters = any(first == second for first, second in pairwise(tokens))
+    return stutters or any(count > 1 for count in _ngrams(tokens, 3).values())
