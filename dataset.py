@@ -135,9 +135,15 @@ def find_images(names: Iterable[str], image_dir: Path, max_missing: int) -> list
     if not image_dir.is_dir():
         raise UserError(f"the photo folder {image_dir} is missing: run python prepare_dataset.py")
     root = os.path.realpath(image_dir) + os.sep
+    folders: dict[str, str] = {}  # resolved once each: 30,000 photos stand in few folders
     found, missing = [], []
     for name in names:
-        file = os.path.realpath(os.path.join(root, name))
+        folder, base = os.path.split(name)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(os.path.join(root, folder))
+        file = os.path.join(folders[folder], base)
+        if os.path.islink(file):
+            file = os.path.realpath(file)
         if not file.startswith(root):
             raise UserError(f"{image_dir / name} is a link that leads out of the photo folder")
         (found if os.path.isfile(file) else missing).append(name)

@@ -91,7 +91,7 @@ def _token_rules() -> list[re.Pattern[str]]:
         rf"([A-Za-z]+[aeiouyAEIOUY]{any_quote}[aeiouA-Z][A-Za-z]*)",
         # Words. A full stop is part of what stands before a hyphen, or before , ; and :
         rf"({word})",
-        rf"({name}(?:[_-][^\W_]+)+)",
+        rf"({word}(?:[_-][^\W_]+)+)",
         rf"({name}(?:[.!?]{name})+)",
         r"([A-Za-z0-9][A-Za-z0-9.,]*"
         rf"(?:[-‐‑](?:{acronym}|{word}))+)",
@@ -111,7 +111,8 @@ def _token_rules() -> list[re.Pattern[str]]:
         r"((?:\+\d+[ ])?(?:\(\d{3}\)[ ]?|\d{3}[ -])\d{3}[ -]\d{4})",
         r"([A-Z]{1,3}\$)",
         # Addresses, tags and smileys.
-        rf"(\w[\w.+-]*@(?:\w[\w-]*\.)*\w+|@{letter}\w*|\#{letter}+)",
+        r"([A-Za-z0-9][^\s\"<>|()]*@(?!\.)[^\s\"<>|()]*[^\s\"<>|().])",
+        rf"(@{letter}\w*|\#{letter}+)",
         r"((?i:https?)://[^\s\"<>|()]+\.[^\s\"<>|()]*[\w/])",
         r"((?:\w+\.)+(?:com|net|org|edu)(?:/[^\s\"<>|()]+[\w/])?)",
         r"(<!--.*?-->|</?[A-Za-z][^<>]*>)",
@@ -119,7 +120,7 @@ def _token_rules() -> list[re.Pattern[str]]:
         # Everything else.
         r"(&(?:amp|lt|gt|quot|apos|nbsp|\#39);)",
         r"(''|``|[‘’‛“”‹›«»][‘’‛“”‹›«»`]?|<<|>>|\.\.\.|[?!]+|[Cc]\+\+|[CFcf]\#)",
-        r"(-----+|--+|__+|\#\#+|\*+|\S)",
+        r"(-----+|--+|__+|@@+|\#\#+|\*+|\S)",
     ]
     return [re.compile(rule) for rule in rules]
 
@@ -431,12 +432,8 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def distinct_n(captions: Iterable[str], n: int) -> float:
-    """Different n-grams among all n-grams, in percent (Li et al. 2016)."""
-    return _distinct([tokenize(caption) for caption in captions], n)
-
-
 def _distinct(captions: list[list[str]], n: int) -> float:
+    """Different n-grams among all n-grams, in percent (Li et al. 2016)."""
     grams: Counter[tuple[Hashable, ...]] = Counter()
     for tokens in captions:
         grams.update(_ngrams(tokens, n))

@@ -18,10 +18,11 @@ DEMO = {
     "DECODER_LAYERS": 3,
     "DECODER_HEADS": 4,
     "DECODER_FF_DIM": 512,
-    "EPOCHS": 8,
-    "BATCH_SIZE": 16,
+    "EPOCHS": 12,
+    "BATCH_SIZE": 8,
     "LEARNING_RATE": 2e-3,
     "WARMUP_STEPS": 100,
+    "SAMPLE_IMAGES": 2,
     # Other people's accounts are no place for a demo.
     "WANDB_PROJECT": "",
     "HF_REPO_ID": "",

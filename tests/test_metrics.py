@@ -1,0 +1,170 @@
+"""Scores equal pycocoevalcap's with its Java tokenizer; `make_metrics_goldens.py` made these."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from metrics import (
+    CiderD,
+    bleu,
+    bootstrap_interval,
+    cider_d,
+    diversity,
+    rouge_l,
+    score,
+    tokenize,
+)
+from tests.conftest import REPO
+
+GOLDENS = json.loads((REPO / "tests/goldens/metrics.json").read_text(encoding="utf-8"))
+CORPUS = GOLDENS["corpus"]
+KARPATHY = REPO.parent / "shared/data/dataset_flickr8k_trainval.json"
+FOUR_DECIMALS = {"abs": 5e-5, "rel": 0}
+
+
+@pytest.mark.parametrize("text", GOLDENS["tokens"])
+def test_tokens_are_javas(text):
+    assert " ".join(tokenize(text)) == GOLDENS["tokens"][text]
+
+
+@given(st.text() | st.text(alphabet="aAn5 .,;:-'’\"/&@(<>!_"))
+@example("a" * 5000 + "'" * 5000)
+@example("a." * 5000 + "-" * 5000)
+@example("<a " * 2000)
+def test_any_text_has_tokens(text):
+    """No text stops the tokenizer, and a token never holds what the scorers cut at."""
+    for token in tokenize(text):
+        assert token and token == token.lower()
+        assert token.split(" ") == [token]
+
+
+def test_scores_of_a_small_corpus():
+    """It has an empty caption, an empty reference, a fraction ("1 1/2") and a stutter in it."""
+    captions, references = CORPUS["captions"], CORPUS["references"]
+    found = score(captions, references)
+    assert found == pytest.approx(CORPUS["scores"], **FOUR_DECIMALS)
+    mean, per_image = cider_d(captions, references)
+    assert per_image == pytest.approx(np.array(CORPUS["per_image"]), **FOUR_DECIMALS)
+    assert mean == pytest.approx(per_image.mean())
+    assert bleu(captions, references) == [found[f"BLEU-{n}"] for n in (1, 2, 3, 4)]
+    assert rouge_l(captions, references) == found["ROUGE-L"]
+
+
+@pytest.mark.skipif(not KARPATHY.exists(), reason="the real captions are not on this machine")
+@pytest.mark.parametrize("k", range(5))
+def test_scores_of_human_captions(k):
+    """Each human caption of the real validation photos against the photo's other four."""
+    images = json.loads(KARPATHY.read_text(encoding="utf-8"))["images"]
+    human = {
+        image["filename"]: [sentence["raw"] for sentence in image["sentences"]]
+        for image in images
+        if image["split"] == "val"
+    }
+    one = {name: group[k] for name, group in human.items()}
+    others = {name: group[:k] + group[k + 1 :] for name, group in human.items()}
+    assert score(one, others) == pytest.approx(GOLDENS["human"][k], **FOUR_DECIMALS)
+
+
+def test_scores_worked_by_hand():
+    captions = {"a": "the cat sat"}
+    references = {"a": ["the cat sat down"]}
+    brevity = 100 * math.exp(1 - 4 / 3)
+    assert bleu(captions, references)[:3] == pytest.approx([brevity] * 3, abs=1e-4)
+    precision, recall = 1.0, 0.75
+    expected = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
+    assert rouge_l(captions, references) == pytest.approx(100 * expected)
+
+
+def test_references_must_fit_the_captions():
+    with pytest.raises(ValueError, match="'b'"):
+        score({"a": "a dog"}, {"a": ["a dog"], "b": ["a cat"]})
+    with pytest.raises(ValueError, match="a reference for each"):
+        score({"a": "a dog"}, {"a": []})
+    with pytest.raises(ValueError, match="at least one image"):
+        score({}, {})
+
+
+# --- CIDEr-D as a reward --------------------------------------------------------------------
+
+UNLIKE = {"a": [list("wxyz")], "b": [list("klmn")]}
+
+
+def test_cider_d_of_a_perfect_caption_is_ten():
+    scorer = CiderD(UNLIKE)
+    assert scorer.score("a", list("wxyz")) == pytest.approx(1000)
+    assert scorer.score("a", list("klmn")) == 0
+    assert scorer.score("a", []) == 0
+
+
+def test_cider_d_of_a_shorter_caption_by_hand():
+    """Of n-grams that all weigh the same, "wxy" has 3 of 4, 2 of 3, 1 of 2 and 0 of 1."""
+    cosines = [3 / math.sqrt(3 * 4), 2 / math.sqrt(2 * 3), 1 / math.sqrt(1 * 2), 0]
+    expected = 10 * sum(cosines) / 4 * math.exp(-(1**2) / (2 * 6**2))
+    assert CiderD(UNLIKE).score("a", list("wxy")) == pytest.approx(100 * expected)
+
+
+def test_cider_d_does_not_pay_for_repetition():
+    scorer = CiderD(UNLIKE)
+    assert scorer.score("a", list("wxwxwxwx")) < scorer.score("a", list("wx"))
+
+
+def test_cider_d_takes_words_or_ids_one_by_one():
+    captions, references = CORPUS["captions"], CORPUS["references"]
+    words: dict[str, int] = {}
+
+    def ids(text: str) -> list[int]:
+        pieces = " ".join(tokenize(text)).split()
+        return [words.setdefault(piece, len(words)) for piece in pieces]
+
+    scorer = CiderD({name: [ids(text) for text in group] for name, group in references.items()})
+    twice = list(captions) * 2
+    found = scorer.scores(twice, [ids(captions[name]) for name in twice])
+    assert found == pytest.approx(np.array(CORPUS["per_image"] * 2), **FOUR_DECIMALS)
+
+
+def test_document_frequencies_come_from_the_references_given():
+    """A word that every photo has is worth nothing; a rare one decides."""
+    scorer = CiderD({"a": [["dog", "red"]], "b": [["dog", "blue"]], "c": [["dog", "green"]]})
+    assert scorer.score("a", ["dog"]) == 0
+    assert scorer.score("a", ["red"]) > 0
+    with_end = CiderD({"a": [["x", "END"]], "b": [["y", "END"]]})
+    assert with_end.score("a", ["x", "END"]) > with_end.score("a", ["x"])
+    with pytest.raises(ValueError, match="at least one reference"):
+        CiderD({"a": []})
+
+
+# --- Around the scores ----------------------------------------------------------------------
+
+
+def test_bootstrap_interval():
+    few, many = (np.random.default_rng(1).normal(50, 10, size) for size in (100, 10_000))
+    low, high = bootstrap_interval(few, seed=0)
+    assert low < few.mean() < high
+    # The standard error of a mean of 100 is a tenth of the deviation; 95 % is 1.96 of them a side.
+    assert high - low == pytest.approx(2 * 1.96 * few.std() / 10, rel=0.15)
+    assert bootstrap_interval(few, seed=0) == (low, high)
+    assert bootstrap_interval(few, seed=1) != (low, high)
+    narrow = bootstrap_interval(many, seed=0, samples=200)
+    assert narrow[1] - narrow[0] < (high - low) / 5
+    inner = bootstrap_interval(few, seed=0, level=0.5)
+    assert low < inner[0] < inner[1] < high
+
+
+def test_diversity_is_counted():
+    captions = ["A dog .", "a dog", "a cat cat", "birds", "in the park a dog in the park"]
+    found = diversity(captions, training_captions=["a Dog!", "a horse"])
+    assert found["distinct-1"] == pytest.approx(100 * 7 / 16)
+    assert found["distinct-2"] == pytest.approx(100 * 7 / 11)
+    assert found["length"] == pytest.approx(16 / 5)
+    assert found["repetitive"] == pytest.approx(40)
+    assert found["most_frequent"] == pytest.approx(40)
+    assert found["novel"] == pytest.approx(60)
+    assert diversity(["a red dog and a red cat"], [])["repetitive"] == 0
+    with pytest.raises(ValueError, match="at least one caption"):
+        diversity([], [])
