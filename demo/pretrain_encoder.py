@@ -38,6 +38,8 @@ from demo.scenes import (  # noqa: E402
     Mark,
     Scene,
     arrange,
+    for_testing,
+    for_training,
     invent,
     outline,
     paint,
@@ -119,7 +121,7 @@ def draw_scenes(
     labels = np.empty((number, GRID * GRID, len(ASPECTS)), np.int64)
     for index in range(number):
         unnamed = not held_out and rng.random() < 0.5
-        scene = invent(rng, None if unnamed else held_out)
+        scene = invent(rng, for_testing if held_out else for_training)
         marks = arrange(scene, rng)
         colours = rng.sample(UNNAMED, len(scene.things)) if unnamed else None
         images[index] = np.asarray(paint(scene, marks, rng, colours))

@@ -26,7 +26,7 @@ def report(checkpoint: Path, paths: DataPaths, shown: int = 5) -> float:
     for start in range(0, len(names), 50):
         part = names[start : start + 50]
         captions |= zip(part, captioner.caption([paths.images / n for n in part]), strict=True)
-    print("\ntest scenes, each with a combination of size, colour and shape never trained on:")
+    print("\ntest scenes, each with a number of things of a kind never trained on:")
     for name in names[:shown]:
         mark = "right" if matches(captions[name], scenes[name]) else "WRONG"
         print(f"  {name}  {mark}  {captions[name]}")

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ COLOURS = {
     "purple": (140, 70, 175),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = {"small": 11, "medium": 18, "large": 28}  # pixels across
+SIZES = {"small": 14, "medium": 20, "large": 28}  # pixels across
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 
-# These stand in test scenes only: whoever names them has put together what was learnt apart.
-# Three of 15 for each colour; each colour and shape are still seen together, in other sizes.
-HELD_OUT = frozenset(
-    (size, colour, SHAPES[(i + k) % len(SHAPES)])
+# For three of the 15 kinds of each colour, a number of them that stands in test scenes only, and
+# that the encoder never saw: whoever names it has put together what was learnt apart.
+HELD_OUT = {
+    (size, colour, SHAPES[(i + k) % len(SHAPES)]): 1 + (i + k) % 3
     for i, colour in enumerate(COLOURS)
     for k, size in enumerate(SIZES)
-)
+}
 
 IMAGE_SIZE = 96  # pixels
 SUPERSAMPLING = 4  # drawn this many times larger, then averaged, for smooth edges
@@ -52,8 +52,8 @@ class Thing:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination is kept for the test split."""
-        return (self.size, self.colour, self.shape) in HELD_OUT
+        """Whether this combination of number, size, colour and shape is kept for the test split."""
+        return HELD_OUT.get((self.size, self.colour, self.shape)) == self.count
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Mark:
 # --- Inventing and drawing ------------------------------------------------------------------
 
 
-def invent(rng: random.Random, held_out: bool | None) -> Scene:
-    """Invent a scene: True, with a held-out combination; False, without any; None, either."""
+def invent(rng: random.Random, allowed: Callable[[tuple[Thing, ...]], bool]) -> Scene:
+    """Invent a scene of things that are allowed together."""
     while True:
         things = tuple(
             Thing(
@@ -99,9 +99,18 @@ def invent(rng: random.Random, held_out: bool | None) -> Scene:
             for _ in range(rng.choice((1, 2, 2)))
         )
         kinds = {(thing.colour, thing.shape) for thing in things}
-        fits = held_out in (None, any(thing.held_out for thing in things))
-        if len(kinds) == len(things) and fits:
+        if len(kinds) == len(things) and allowed(things):
             return Scene(things, rng.choice(("left", "above")) if len(things) == 2 else None)
+
+
+def for_testing(things: tuple[Thing, ...]) -> bool:
+    """Whether one of the things is held out of training."""
+    return any(thing.held_out for thing in things)
+
+
+def for_training(things: tuple[Thing, ...]) -> bool:
+    """Whether none of the things is held out."""
+    return not for_testing(things)
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
@@ -344,7 +353,7 @@ def build_dataset(folder: Path, train: int, val: int, test: int, seed: int) -> b
     rng = random.Random(seed)
     scenes = {}
     for name, split in zip(names, splits, strict=True):
-        scenes[name] = invent(rng, held_out=split == "test")
+        scenes[name] = invent(rng, for_testing if split == "test" else for_training)
         with atomic_write(folder / "images" / name) as path:
             draw(scenes[name], rng).save(path, format="PNG")
     for stale in set((folder / "images").glob("scene_*.png")) - {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
-SCENES = {"train": 2400, "val": 200, "test": 200, "seed": 0}
+SCENES = {"train": 3200, "val": 100, "test": 200, "seed": 0}
 
 DEMO = {
     "DATASET": "custom",
@@ -18,7 +18,7 @@ DEMO = {
     "DECODER_LAYERS": 3,
     "DECODER_HEADS": 4,
     "DECODER_FF_DIM": 512,
-    "EPOCHS": 12,
+    "EPOCHS": 9,
     "BATCH_SIZE": 8,
     "LEARNING_RATE": 2e-3,
     "WARMUP_STEPS": 100,

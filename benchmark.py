@@ -1,0 +1,358 @@
+"""Measure this project beside Hugging Face's own captioning model, in one process, in turn.
+
+    python benchmark.py                 # everything, about ten minutes on two cores
+    python benchmark.py --only train    # one part
+
+The rival is `VisionEncoderDecoderModel` (ViT-B/16 and a GPT-2-shaped decoder of our default size)
+in the plain PyTorch loop of its documentation. Weights are random and photos synthetic: neither
+changes how long anything takes. Every figure is the median of interleaved repetitions, with the
+smallest and the largest. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from dataset import IGNORE, Batch, CaptionRows
+from decoder import DecoderConfig
+from encoder import FrozenEncoder
+from features import FeatureCache, build_features
+from generation import GenerationOptions, generate
+from model import CaptionModel
+from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
+from utils import autocast, choose_device, choose_dtype, run_script, seed_everything
+
+VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
+EPOCHS, CAPTIONS = 20, 5
+PARTS = ("train", "generate", "features", "memory")
+
+
+def median(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values), "min": min(values), "max": max(values),
+    }  # fmt: skip
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes, the device's queue included."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    works: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time each piece of work `repeats` times, in turn, after one pass that doesn't count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            taken = seconds(work, device)
+            if repeat:
+                times[name].append(taken)
+    return times
+
+
+# --- The contestants ------------------------------------------------------------------------
+
+
+def flickr_like_captions(photos: int) -> dict[str, list[list[int]]]:
+    """Captions as long as Flickr's: 12.1 tokens on average, START counted, 4 to 40."""
+    dice = np.random.default_rng(0)
+    lengths = np.clip(np.rint(dice.gamma(6.2, 1.8, (photos, CAPTIONS))), 3, 38).astype(int)
+    first = len(SPECIAL_TOKENS)
+    return {
+        f"{i}": [[START_ID, *dice.integers(first, VOCAB, n).tolist(), END_ID] for n in group]
+        for i, group in enumerate(lengths)
+    }
+
+
+def our_model(device: torch.device) -> CaptionModel:
+    return CaptionModel(WIDTH, DecoderConfig(VOCAB)).to(device)
+
+
+def rival_model(device: torch.device) -> transformers.VisionEncoderDecoderModel:
+    """ViT-B/16 and a decoder from scratch of our default size."""
+    size = DecoderConfig(VOCAB)
+    decoder = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+        n_inner=size.ff_dim, n_positions=size.max_length, add_cross_attention=True,
+        bos_token_id=START_ID, eos_token_id=END_ID, pad_token_id=PAD_ID,
+    )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(), decoder
+    )
+    model = transformers.VisionEncoderDecoderModel(config)
+    model.config.decoder_start_token_id, model.config.pad_token_id = START_ID, PAD_ID
+    return model.to(device)
+
+
+def write_photos(folder: Path, count: int) -> list[str]:
+    """Photos of Flickr's size and about its weight, as JPEG."""
+    dice = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(dice.integers(0, 255, (38, 50, 3), dtype=np.uint8))
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+    return [f"{i}.jpg" for i in range(count)]
+
+
+def bare_encoder(device: torch.device) -> FrozenEncoder:
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False).save_pretrained(
+            folder
+        )
+        transformers.ViTImageProcessorPil().save_pretrained(folder)
+        return FrozenEncoder.load(folder).to(device)
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+def useful_multiply_adds(batch: Batch, size: DecoderConfig) -> float:
+    """What the mathematics of one training step's forward pass needs, padding left out."""
+    real = batch.targets != IGNORE
+    tokens, images = int(real.sum()), len(batch.names)
+    w = size.width
+    linear = size.layers * (4 * w * w + 2 * w * w + 2 * w * size.ff_dim) + w * size.vocab_size
+    lengths = torch.stack([(batch.segments == k).sum(1) for k in range(CAPTIONS)]).double()
+    own = size.layers * w * float((lengths * (lengths + 1)).sum())  # causal: half of the square
+    cross = size.layers * 2 * PATCHES * w * tokens
+    memory = images * PATCHES * (WIDTH * w + size.layers * 2 * w * w)
+    return tokens * linear + own + cross + memory
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second in the matrix products of the decoder's feed-forward layer."""
+    a = torch.randn(2048, 512, device=device, dtype=dtype)
+    b = torch.randn(2048, 512, device=device, dtype=dtype)
+    taken = interleaved({"mm": lambda: [a @ b.T for _ in range(10)]}, 5, device)["mm"]
+    return 10 * 2048 * 512 * 2048 / statistics.median(taken)
+
+
+def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    """Captions a second over 20 epochs, ours beside the rival's, and how near the limit."""
+    rows = CaptionRows(flickr_like_captions(2048))
+    batches = list(rows.batches(32, 0, 0))
+    ours, rival = our_model(device).train(), rival_model(device).train()
+    features = torch.randn(32, PATCHES, WIDTH, dtype=torch.float16)
+    our_optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=device.type != "mps")
+    rival_optimizer = torch.optim.AdamW(rival.decoder.parameters(), lr=1e-4)
+    queue = iter(batches * 10)
+    done: list[Batch] = []
+
+    def our_step() -> None:
+        done.append(next(queue))
+        batch = done[-1].to(device)
+        with autocast(device, dtype):
+            loss = ours.loss(features.to(device).float(), batch.tokens, batch.positions,
+                             batch.segments, batch.targets, 0.1)  # fmt: skip
+        (loss / 2000).backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        our_optimizer.step()
+        our_optimizer.zero_grad()
+
+    pairs = [ids for group in flickr_like_captions(2).values() for ids in group][:8]
+    labels = torch.full((8, max(map(len, pairs)) - 1), IGNORE)
+    for row, ids in enumerate(pairs):
+        labels[row, : len(ids) - 1] = torch.tensor(ids[1:])
+    processor = transformers.ViTImageProcessorPil()
+
+    def rival_step() -> None:
+        images = [Image.open(photos / f"{i}.jpg").convert("RGB") for i in range(8)]
+        pixels = processor(images=images, return_tensors="pt").pixel_values
+        loss = rival(pixel_values=pixels.to(device), labels=labels.to(device)).loss
+        loss.backward()
+        rival_optimizer.step()
+        rival_optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder)
+        write_photos(photos, 8)
+        rival.encoder.requires_grad_(False)  # ours is frozen: so is theirs, to their advantage
+        times = interleaved({"ours": our_step, "rival": rival_step}, repeats, device)
+    useful = [3 * useful_multiply_adds(batch, ours.config) for batch in done[1:]]
+    rates = [work / taken for work, taken in zip(useful, times["ours"], strict=True)]
+    limit = matmul_rate(device, dtype)
+    padding = [float((batch.segments < 0).double().mean()) for batch in batches]
+    return {
+        "our_step_seconds": median(times["ours"]),
+        "rival_step_seconds": median(times["rival"]),
+        "our_captions_per_second_decoder": 32 * CAPTIONS / statistics.median(times["ours"]),
+        "rival_captions_per_second": 8 / statistics.median(times["rival"]),
+        "matmul_gflops": 2 * limit / 1e9,
+        "train_matmul_share": statistics.median(rates) / limit,
+        "padding_share": statistics.mean(padding),
+    }
+
+
+# --- Generation -----------------------------------------------------------------------------
+
+
+def measure_generation(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    """Beam 5 over 32 photos, 20 tokens each, from encoder output: ours beside the rival's."""
+    ours, rival = our_model(device).eval(), rival_model(device).eval()
+    features = torch.randn(32, PATCHES, WIDTH, device=device)
+    options = GenerationOptions(beam_size=5, min_length=20, max_length=20)
+    encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=features)
+
+    def our_captions() -> None:
+        with autocast(device, dtype):
+            generate(ours, features, options)
+
+    def rival_captions() -> None:
+        rival.generate(encoder_outputs=encoded, num_beams=5, min_new_tokens=20, max_new_tokens=20)
+
+    times = interleaved({"ours": our_captions, "rival": rival_captions}, repeats, device)
+    return {
+        "our_beam_captions_per_second": 32 / statistics.median(times["ours"]),
+        "rival_beam_captions_per_second": 32 / statistics.median(times["rival"]),
+        "our_beam_seconds": median(times["ours"]),
+        "rival_beam_seconds": median(times["rival"]),
+        "generate_vs_hf": statistics.median(times["rival"]) / statistics.median(times["ours"]),
+    }
+
+
+# --- Features -------------------------------------------------------------------------------
+
+
+def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    """Building the cache from JPEG files, beside the encoder alone on prepared pixels."""
+    count, batch_size = 64, 16
+    encoder = bare_encoder(device)
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / "photos"
+        photos.mkdir()
+        names = write_photos(photos, count)
+        image = Image.open(photos / names[0]).convert("RGB")
+        inputs = encoder.preprocess([image] * batch_size)
+
+        def build() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as root:
+                build_features(
+                    encoder, photos, [(name, 0) for name in names], Path(root), dtype=dtype,
+                    batch_size=batch_size, say=lambda text: None,
+                )  # fmt: skip
+
+        def bare() -> None:
+            for _ in range(count // batch_size):
+                with autocast(device, dtype):
+                    encoder({key: value.to(device) for key, value in inputs.items()})
+
+        times = interleaved({"build": build, "bare": bare}, repeats, device)
+    return {
+        "features_images_per_second": count / statistics.median(times["build"]),
+        "encoder_images_per_second": count / statistics.median(times["bare"]),
+        "features_vs_encoder": statistics.median(times["bare"]) / statistics.median(times["build"]),
+    }
+
+
+# --- Memory ---------------------------------------------------------------------------------
+
+
+def resident_after_epoch(photos: int, result) -> None:
+    """Train a small decoder for an epoch on a synthetic cache; report the peak in MB."""
+    seed_everything(0)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = synthetic_cache(Path(folder), photos)
+        rows = CaptionRows(flickr_like_captions(photos))
+        model = CaptionModel(64, DecoderConfig(500, width=64, layers=1, heads=1, ff_dim=64))
+        for batch in rows.batches(32, 0, 0):
+            features = cache.read([(name, 0) for name in batch.names]).float()
+            tokens, targets = batch.tokens % 500, batch.targets.clamp(max=499)
+            model.loss(features, tokens, batch.positions, batch.segments, targets).backward()
+            model.zero_grad()
+    result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
+    """A cache of random features, written as `build_features` writes it."""
+    from features import _write_shard
+
+    entries: dict = {}
+    for start in range(0, photos, 256):
+        part = [f"{i}" for i in range(start, min(photos, start + 256))]
+        block = list(np.random.default_rng(start).random((len(part), 196, 64)).astype(np.float16))
+        _write_shard(folder, block, [(name, 0, 0, 0, "") for name in part], entries)
+    return FeatureCache(folder, (196, 64), entries)
+
+
+def measure_memory() -> dict[str, object]:
+    """Peak resident memory of training on 500, 2,000 and 8,000 photos, a process each."""
+    context = multiprocessing.get_context("spawn")
+    peaks = []
+    for photos in (500, 2000, 8000):
+        result = context.Queue()
+        process = context.Process(target=resident_after_epoch, args=(photos, result))
+        process.start()
+        peaks.append(result.get())
+        process.join()
+    return {"rss_mb": [round(peak) for peak in peaks], "rss_growth_mb": peaks[-1] - peaks[0]}
+
+
+# --- All of it ------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
+    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+    args = parser.parse_args(argv)
+    seed_everything(0)
+    transformers.utils.logging.set_verbosity_error()
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.precision, device)
+    result: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": str(dtype),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    measured = {
+        "train": lambda: measure_training(device, dtype, args.repeats),
+        "generate": lambda: measure_generation(device, dtype, args.repeats),
+        "features": lambda: measure_features(device, dtype, args.repeats),
+        "memory": measure_memory,
+    }
+    for part, measure in measured.items():
+        if args.only in (None, part):
+            result |= measure()
+            print(f"{part}: done", flush=True)
+    if "our_step_seconds" in result and "features_images_per_second" in result:
+        # The encoder runs once a photo, for all of its captions in all epochs.
+        once = 1 / (result["features_images_per_second"] * EPOCHS * CAPTIONS)
+        ours = 1 / (1 / result["our_captions_per_second_decoder"] + once)
+        result["our_captions_per_second"] = ours
+        result["train_vs_hf"] = ours / result["rival_captions_per_second"]
+    for name, value in result.items():
+        print(f"{name:<36}{value}")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
