@@ -52,6 +52,13 @@ _CURLY = {"‘": "`", "‛": "`", "‹": "`", "’": "'", "›": "'", "“": "``
 _STRAIGHT = str.maketrans({**_CURLY, "»": "''"})
 _CLITICS = frozenset("'s 'd 'm 'll 're 've n't n`t".split())
 _SPLIT_WORDS = ("can not", "gon na", "got ta", "wan na", "lem me", "gim me")
+# Combining marks that count as letters, by which Hindi and Thai words stay whole.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06ed"
+    "\u0711-\u07b0\u07eb-\u07f3\u0900-\u0903\u093c-\u094e\u0951-\u0955\u0962\u0963"
+    "\u0981-\u09e3\u0a01-\u0a4d\u0a81-\u0acd\u0b82-\u0bcd\u0c01-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a"
+    "\u0e47-\u0e4e\u0eb1-\u0ecd"
+)
 
 
 def _either(words: str) -> str:
@@ -63,7 +70,7 @@ def _token_rules() -> list[re.Pattern[str]]:
 
     What stands outside the group is only looked at, but counts as matched text.
     """
-    letter = r"(?:[^\W\d_²³¹¼½¾⁰-₉⅐-⓿❶-➓]|[\u0300-\u036f])"
+    letter = rf"(?:[^\W\d_²³¹¼½¾⁰-₉⅐-⓿❶-➓]|[{_MARKS}])"
     word = rf"(?:{letter}|\d)+"
     name = rf"{letter}(?:{letter}|\d)*"
     end = rf"(?!{letter}|\d)"
@@ -71,9 +78,13 @@ def _token_rules() -> list[re.Pattern[str]]:
     abbreviation = rf"(?i:[a-z]|{_either(_ABBREVIATIONS)})|{_either(_CAPITALISED_ABBREVIATIONS)}"
     acronym = r"(?:[A-Za-z]\.)+[A-Za-z]\."
     hyphenated = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
+    elision = rf"(?:[DLOdlo]{quote}{letter}(?={letter}))?"  # "jack-o'lantern"
+    compound = rf"{word}(?:[_-][^\W_]+)+"
+    company = r"[A-Z]+(?:(?:&|&amp;|\+)[A-Z]+)+"
     rules = [
         # Contractions and other words with an apostrophe.
         *(r"(?i:({})({}))".format(*pair.split()) + end for pair in _SPLIT_WORDS),
+        r"((?i:cont'd\.))",
         rf"({word})'(?i:[sdm]|ll|re|ve)(?:[^A-Za-z]|$)",
         r"((?:'|&apos;)(?i:[sdm]|ll|re|ve))(?![A-Za-z])",
         r"(’(?i:[sdm]|ll|re|ve))",
@@ -84,31 +95,33 @@ def _token_rules() -> list[re.Pattern[str]]:
         rf"(’[nN]|{quote}[2-9]0[sS])",
         r"('[Tt])(?i:is|was)",
         rf"((?i:ol|dunkin|somethin){quote})",
-        rf"((?i:o{quote}clock|ma{quote}am|cap{quote}n|li'l|c'mon|d'ye)){end}",
+        rf"((?i:o{quote}clock|ma{quote}am|cap{quote}n|c{quote}est|li'l|c'mon|d'ye)){end}",
+        rf"((?i:e'er|ev'ry|nat'l|nor'easter|s'mores)){end}",
         rf"([Yy]{quote}){letter}",
         rf"((?i:[ldj]){quote})",
         rf"([A-HJ-XZdlno]{any_quote}[A-Za-z]{{2,}}|[Oo]{quote}[aeiou])",
         rf"([A-Za-z]+[aeiouyAEIOUY]{any_quote}[aeiouA-Z][A-Za-z]*)",
         # Words. A full stop is part of what stands before a hyphen, or before , ; and :
         rf"({word})",
-        rf"({word}(?:[_-][^\W_]+)+)",
+        rf"({compound})",
         rf"({name}(?:[.!?]{name})+)",
         r"([A-Za-z0-9][A-Za-z0-9.,]*"
         rf"(?:[-‐‑](?:{acronym}|{word}))+)",
-        rf"({word}(?:[-‐‑]{word})+)",
+        rf"({elision}{word}(?:[-‐‑]{elision}{word})+)",
         rf"({hyphenated}(?:\\?/{hyphenated}){{1,2}})",
-        r"([A-Z]+(?:(?:&|&amp;|\+)[A-Z]+)+)",
+        rf"({company})",
         r"((?:[A-Za-z]\.)+)",
         rf"((?:{abbreviation})\.)",
         rf"([A-Za-z])\.\s+(?=[A-Z])(?i:{_either(_SENTENCE_STARTS)})(?!\S)",
         r"((?i:ph\.d\.))",
         rf"((?i:{_either(_NUMBERED_ABBREVIATIONS)})\.)[ ]?\d",
-        rf"({name}(?:\.{name})*\.|{word}(?:\.?-{word})*\.)[,;:]",
+        rf"({name}(?:\.{name})*\.|{word}(?:\.?-{word})*\.|(?:{compound}|{company})\.)[,;:]",
         r"((?i:anti|pro)-)",
         # Numbers.
         r"([-+]?\d*(?:[.:,]\d+)+|[-+]\d+)",
         r"(\d+[ -]\d+/\d+)",
-        r"((?:\+\d+[ ])?(?:\(\d{3}\)[ ]?|\d{3}[ -])\d{3}[ -]\d{4})",
+        r"((?:\(\d{2,3}\)[ ]?|\+{0,2}(?:\d{2,4}[ -])?\d{2,4}[ -])\d{3,4}[ -]?\d{3,5})",
+        r"((?:\+{0,2}\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5})",
         r"([A-Z]{1,3}\$)",
         # Addresses, tags and smileys.
         r"([A-Za-z0-9][^\s\"<>|()]*@(?!\.)[^\s\"<>|()]*[^\s\"<>|().])",
@@ -140,7 +153,7 @@ def tokenize(text: str) -> list[str]:
     """Split a caption as pycocoevalcap's PTBTokenizer does.
 
     That is Stanford CoreNLP 3.4.1 with -preserveLines -lowerCase, minus 17 punctuation tokens. The
-    rules here were found by comparing outputs. Brackets become words ("-lrb-"), as they do there,
+    rules here were checked against its output. Brackets become words ("-lrb-"), as they do there,
     and a few tokens hold a no-break space ("1 1/2").
     """
     text = _UNKNOWN.sub(" ", text.replace("\xad", ""))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
-SCENES = {"train": 3200, "val": 100, "test": 200, "seed": 0}
+SCENES = {"train": 3200, "val": 100, "test": 200, "seed": 1}
 
 DEMO = {
     "DATASET": "custom",

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metrics import (
@@ -33,6 +33,7 @@ def test_tokens_are_javas(text):
     assert " ".join(tokenize(text)) == GOLDENS["tokens"][text]
 
 
+@settings(deadline=2000)  # milliseconds: a rule that backtracks without end takes far longer
 @given(st.text() | st.text(alphabet="aAn5 .,;:-'’\"/&@(<>!_"))
 @example("a" * 5000 + "'" * 5000)
 @example("a." * 5000 + "-" * 5000)
