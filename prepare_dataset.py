@@ -19,6 +19,7 @@ import shlex
 import shutil
 import stat
 import struct
+import sys
 import time
 import zipfile
 import zlib
@@ -224,7 +225,10 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
         with atomic_write(_state_path(partial)) as temporary:
             temporary.write_text(json.dumps(state), encoding="utf-8")
     total = state["total"]
-    bar = tqdm(desc=partial.stem, total=total, unit="B", unit_scale=True)
+    bar = tqdm(
+        desc=partial.stem, total=total, unit="B", unit_scale=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
+    )
     with open(partial, "ab") as file, bar:
         bar.update(file.tell())
         for chunk in itertools.chain([first], chunks):
@@ -431,7 +435,7 @@ def _extract_photos(
     temporary = folder / ".unpacking.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos"):
+        for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos", disable=None):
             # zipfile reads no more than the declared size, and raises if there is less or the
             # checksum is another.
             with archive.open(info) as source, open(temporary, "wb") as target:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
-SCENES = {"train": 6000, "val": 100, "test": 200, "seed": 1}
+SCENES = {"train": 6000, "val": 100, "test": 200, "seed": 2}
 
 DEMO = {
     "DATASET": "custom",
@@ -27,6 +27,7 @@ DEMO = {
     "DROPOUT": 0.0,
     "LABEL_SMOOTHING": 0.0,
     "SAMPLE_IMAGES": 2,
+    "BEAM_SIZE": 5,
     # Other people's accounts are no place for a demo.
     "WANDB_PROJECT": "",
     "HF_REPO_ID": "",
