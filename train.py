@@ -259,8 +259,8 @@ def check_resumed(
         UserError: the decoder or the encoder differ; the message says in what.
     """
     there, here = asdict(checkpoint.model.config), asdict(size)
-    there |= {key: checkpoint.encoder[key] for key in ("weights", "layers", "preprocessing")}
-    here |= {key: encoder[key] for key in ("weights", "layers", "preprocessing")}
+    for key in ("weights", "layers", "preprocessing"):
+        there[f"encoder {key}"], here[f"encoder {key}"] = checkpoint.encoder[key], encoder[key]
     differing = [f"{key} {there[key]} there, {here[key]} here" for key in here
                  if there[key] != here[key]]  # fmt: skip
     if differing:
