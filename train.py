@@ -610,6 +610,8 @@ def describe(run: Run) -> None:
     )
     if run.progress.step:
         print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
+    if run.progress.epoch >= settings.EPOCHS:
+        print(f"nothing to train: all {settings.EPOCHS} epochs are done; for more, raise --epochs")
 
 
 def report_epoch(run: Run, scores: dict[str, float], captions: dict[str, str], loss: float):
@@ -693,8 +695,7 @@ def finish(run: Run) -> None:
     """Say where the result is and how to use it."""
     progress = run.progress
     if not progress.best_path:
-        print("nothing was trained: RESUME_CHECKPOINT_PATH has all of its EPOCHS behind it")
-        return
+        return  # no epoch was asked for, and `describe` said so
     print(f"\nbest checkpoint (validation loss {progress.best_loss:.4f}): {progress.best_path}")
     checkpoint = best_checkpoint(run)
     if progress.best_cider > -math.inf:
