@@ -29,8 +29,9 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": 14, "medium": 20, "large": 28}  # pixels across
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 
-# For three of the 15 kinds of each colour, a number of them that stands in test scenes only, and
-# that the encoder never saw: whoever names it has put together what was learnt apart.
+# For three of the 15 kinds of each colour, a number of them that the encoder never saw. In the data
+# set it is held out on one side (left, right, above, below) of another thing: such scenes are for
+# testing only, and whoever describes them has put together what was learnt apart.
 HELD_OUT = {
     (size, colour, SHAPES[(i + k) % len(SHAPES)]): 1 + (i + k) % 3
     for i, colour in enumerate(COLOURS)
@@ -52,8 +53,14 @@ class Thing:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of number, size, colour and shape is kept for the test split."""
+        """Whether the encoder never saw this combination of number, size, colour and shape."""
         return HELD_OUT.get((self.size, self.colour, self.shape)) == self.count
+
+    @property
+    def held_out_side(self) -> str:
+        """On which side the data set never trains on this combination, if it is held out."""
+        place = list(HELD_OUT).index((self.size, self.colour, self.shape))
+        return list(SIDES)[place % len(SIDES)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,17 @@ class Scene:
 
     things: tuple[Thing, ...]
     relation: str | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a thing of a held-out combination stands on the side held out for it."""
+        if self.relation is None:
+            return False
+        sides = (self.relation, SIDES[self.relation][0])
+        return any(
+            thing.held_out and thing.held_out_side == side
+            for thing, side in zip(self.things, sides, strict=True)
+        )
 
     @staticmethod
     def from_dict(entry: dict[str, Any]) -> Scene:
@@ -101,6 +119,12 @@ def invent(rng: random.Random, allowed: Callable[[tuple[Thing, ...]], bool]) -> 
         kinds = {(thing.colour, thing.shape) for thing in things}
         if len(kinds) == len(things) and allowed(things):
             return Scene(things, rng.choice(("left", "above")) if len(things) == 2 else None)
+
+
+def distinct(things: tuple[Thing, ...]) -> bool:
+    """Whether no two kinds share a colour or a shape: the data set's scenes are plain ones."""
+    colours, shapes = ({getattr(t, name) for t in things} for name in ("colour", "shape"))
+    return len(colours) == len(shapes) == len(things)
 
 
 def for_testing(things: tuple[Thing, ...]) -> bool:
@@ -353,7 +377,8 @@ def build_dataset(folder: Path, train: int, val: int, test: int, seed: int) -> b
     rng = random.Random(seed)
     scenes = {}
     for name, split in zip(names, splits, strict=True):
-        scenes[name] = invent(rng, for_testing if split == "test" else for_training)
+        while name not in scenes or scenes[name].held_out != (split == "test"):
+            scenes[name] = invent(rng, distinct)
         with atomic_write(folder / "images" / name) as path:
             draw(scenes[name], rng).save(path, format="PNG")
     for stale in set((folder / "images").glob("scene_*.png")) - {

