@@ -347,19 +347,25 @@ def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
     meter.close()
 
 
+def batch_loss(
+    run: Run, batch: Batch, features: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Summed cross-entropy of a batch in nats, computed on the run's device and precision."""
+    batch = batch.to(run.device)
+    with autocast(run.device, run.dtype):
+        return run.model.loss(
+            features.to(run.device, torch.float32),
+            batch.tokens, batch.positions, batch.segments, batch.targets, label_smoothing,
+        )  # fmt: skip
+
+
 def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> tuple[float, float]:
     """One optimizer step on the batches of a group; returns loss per token and gradient norm."""
     settings, progress = run.settings, run.progress
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch, _ in group)
     summed = 0.0
     for batch, features in group:
-        batch = batch.to(run.device)
-        with autocast(run.device, run.dtype):
-            loss = run.model.loss(
-                features.to(run.device, torch.float32),
-                batch.tokens, batch.positions, batch.segments, batch.targets,
-                settings.LABEL_SMOOTHING,
-            )  # fmt: skip
+        loss = batch_loss(run, batch, features, settings.LABEL_SMOOTHING)
         # Per token of the whole group, so that accumulation changes nothing but memory.
         (loss / tokens).backward()
         summed += loss.item()
@@ -441,13 +447,7 @@ def validation_loss(run: Run) -> float:
     for batch, features in prefetch(
         lambda batch: (batch, cache.read([(name, 0) for name in batch.names])), batches
     ):
-        batch = batch.to(run.device)
-        with autocast(run.device, run.dtype):
-            loss = run.model.loss(
-                features.to(run.device, torch.float32),
-                batch.tokens, batch.positions, batch.segments, batch.targets,
-            )  # fmt: skip
-        summed += loss.item()
+        summed += batch_loss(run, batch, features).item()
         tokens += int((batch.targets != IGNORE).sum())
     return summed / tokens
 

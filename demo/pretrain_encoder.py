@@ -44,7 +44,7 @@ from demo.scenes import (  # noqa: E402
     outline,
     paint,
 )
-from utils import choose_device, choose_dtype, run_script, seed_everything  # noqa: E402
+from utils import autocast, choose_device, choose_dtype, run_script, seed_everything  # noqa: E402
 
 PATCH = 12  # pixels
 GRID = IMAGE_SIZE // PATCH
@@ -175,7 +175,7 @@ def pretrain(
         batches = torch.randperm(len(images)).split(options.batch_size)
         batches = [batch for batch in batches if len(batch) == options.batch_size]
         for batch in batches:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 logits = heads(encode(encoder, images[batch].to(device)))
             loss = sum(losses(logits.float(), labels[batch].to(device)))
             optimizer.zero_grad()
