@@ -27,10 +27,10 @@ import torch
 import transformers
 from PIL import Image
 
-from dataset import IGNORE, Batch, CaptionRows
+from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
-from features import FeatureCache, build_features
+from features import FeatureCache, build_features, write_shard
 from generation import GenerationOptions, generate
 from model import CaptionModel
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
@@ -131,8 +131,7 @@ def bare_encoder(device: torch.device) -> FrozenEncoder:
 
 def useful_multiply_adds(batch: Batch, size: DecoderConfig) -> float:
     """What the mathematics of one training step's forward pass needs, padding left out."""
-    real = batch.targets != IGNORE
-    tokens, images = int(real.sum()), len(batch.names)
+    tokens, images = len(batch.targets), len(batch.names)
     w = size.width
     linear = size.layers * (4 * w * w + 2 * w * w + 2 * w * size.ff_dim) + w * size.vocab_size
     lengths = torch.stack([(batch.segments == k).sum(1) for k in range(CAPTIONS)]).double()
@@ -165,15 +164,14 @@ def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         done.append(next(queue))
         batch = done[-1].to(device)
         with autocast(device, dtype):
-            loss = ours.loss(features.to(device).float(), batch.tokens, batch.positions,
-                             batch.segments, batch.targets, 0.1)  # fmt: skip
+            loss = ours.loss(features.to(device).float(), batch, label_smoothing=0.1)
         (loss / 2000).backward()
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         our_optimizer.step()
         our_optimizer.zero_grad()
 
     pairs = [ids for group in flickr_like_captions(2).values() for ids in group][:8]
-    labels = torch.full((8, max(map(len, pairs)) - 1), IGNORE)
+    labels = torch.full((8, max(map(len, pairs)) - 1), -100)  # what the rival's loss leaves out
     for row, ids in enumerate(pairs):
         labels[row, : len(ids) - 1] = torch.tensor(ids[1:])
     processor = transformers.ViTImageProcessorPil()
@@ -276,24 +274,21 @@ def resident_after_epoch(photos: int, result) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = synthetic_cache(Path(folder), photos)
         rows = CaptionRows(flickr_like_captions(photos))
-        model = CaptionModel(64, DecoderConfig(500, width=64, layers=1, heads=1, ff_dim=64))
+        model = CaptionModel(64, DecoderConfig(VOCAB, width=64, layers=1, heads=1, ff_dim=64))
         for batch in rows.batches(32, 0, 0):
             features = cache.read([(name, 0) for name in batch.names]).float()
-            tokens, targets = batch.tokens % 500, batch.targets.clamp(max=499)
-            model.loss(features, tokens, batch.positions, batch.segments, targets).backward()
+            model.loss(features, batch).backward()
             model.zero_grad()
     result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
     """A cache of random features, written as `build_features` writes it."""
-    from features import _write_shard
-
     entries: dict = {}
     for start in range(0, photos, 256):
         part = [f"{i}" for i in range(start, min(photos, start + 256))]
         block = list(np.random.default_rng(start).random((len(part), 196, 64)).astype(np.float16))
-        _write_shard(folder, block, [(name, 0, 0, 0, "") for name in part], entries)
+        write_shard(folder, block, [(name, 0, 0, 0, "") for name in part], entries)
     return FeatureCache(folder, (196, 64), entries)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from tokenizer import PAD_ID
 from utils import UserError
-
-IGNORE = -100  # a target that carries no loss: padding, and the tokens of a question
 
 SPLITS = ("train", "val", "test")
 
@@ -228,22 +226,32 @@ def load_splits(path: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Photos with all their captions, one photo a row; every tensor is (images, row).
+    """Photos with all their captions, one photo a row.
 
-    `tokens` are the captions one after the other, each from START to its last word; `targets`
-    the same moved by one, to END, with IGNORE where no loss is due; `positions` count within a
-    caption; `segments` number the captions of a row, -1 is padding.
+    `tokens` (images, row) are the captions one after the other, each from START to its last word;
+    `positions` count within a caption; `segments` number the captions of a row, -1 is padding.
+    `targets` are the tokens that carry a loss, all rows' in one (targets), and `places` (targets)
+    says where in the flattened rows each is predicted: found here and not on a GPU, which would
+    have to wait for the answer.
     """
 
     names: list[str]
     tokens: Tensor
-    targets: Tensor
     positions: Tensor
     segments: Tensor
+    targets: Tensor
+    places: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[1:])
-        return Batch(self.names, *moved)
+        """The batch on a device; from pinned memory, without waiting for it to arrive."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The batch in memory that a GPU can fetch from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(self.names, *(change(getattr(self, f.name)) for f in fields(self)[1:]))
 
 
 def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]) -> Batch:
@@ -251,20 +259,20 @@ def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]
     length = max(sum(len(ids) - 1 for ids in group) for group in captions)
     shape = (len(captions), length)
     tokens = np.full(shape, PAD_ID)
-    targets = np.full(shape, IGNORE)
     positions = np.zeros(shape, dtype=np.int64)
     segments = np.full(shape, -1)
+    targets: list[int] = []
     for row, group in enumerate(captions):
         start = 0
         for number, ids in enumerate(group):
             end = start + len(ids) - 1
             tokens[row, start:end] = ids[:-1]
-            targets[row, start:end] = ids[1:]
+            targets += ids[1:]
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = number
             start = end
-    rows = (torch.from_numpy(array) for array in (tokens, targets, positions, segments))
-    return Batch(list(names), *rows)
+    arrays = (tokens, positions, segments, np.array(targets), np.flatnonzero(segments >= 0))
+    return Batch(list(names), *map(torch.from_numpy, arrays))
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -295,6 +303,7 @@ class CaptionRows:
         self.names = list(captions)
         self.captions = list(captions.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
+        self._counts = {name: len(group) for name, group in captions.items()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -303,6 +312,10 @@ class CaptionRows:
         """The epoch's batches in its own order, without the first `skip` of them."""
         for members in epoch_order(self.lengths, batch_size, seed, epoch)[skip:]:
             yield make_batch([self.names[i] for i in members], [self.captions[i] for i in members])
+
+    def captions_of(self, names: Iterable[str]) -> int:
+        """How many captions these photos have together."""
+        return sum(self._counts[name] for name in names)
 
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""

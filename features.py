@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from encoder import FrozenEncoder, ImageError, open_image
+from encoder import FrozenEncoder, ImageError
 from utils import UserError, atomic_write, autocast
 
 FORMAT = 1
@@ -89,6 +89,42 @@ class FeatureCache:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+class ResidentFeatures:
+    """All of a cache's features in the memory of a device, in half precision."""
+
+    LOAD = 256
+
+    def __init__(self, cache: FeatureCache, device: torch.device):
+        """Read the whole cache, `LOAD` photos at a time."""
+        items = list(cache.entries)
+        self.rows = {item: row for row, item in enumerate(items)}
+        self.features = torch.empty(len(items), *cache.shape, dtype=torch.float16, device=device)
+        parts = [items[i : i + self.LOAD] for i in range(0, len(items), self.LOAD)]
+        done = 0
+        for part in prefetch(cache.read, parts):
+            self.features[done : done + len(part)] = part.to(device)
+            done += len(part)
+
+    def read(self, items: Sequence[Item]) -> Tensor:
+        """Features (items, patches, width) in half precision, on the device."""
+        index = torch.tensor([self.rows[item] for item in items])
+        if self.features.is_cuda:
+            index = index.pin_memory()
+        return self.features[index.to(self.features.device, non_blocking=True)]
+
+
+def resident_or_cached(
+    cache: FeatureCache, device: torch.device
+) -> FeatureCache | ResidentFeatures:
+    """The features in a GPU's memory if they take at most half of what is free, else on disk."""
+    if device.type != "cuda":
+        return cache
+    free, _ = torch.cuda.mem_get_info(device)
+    patches, width = cache.shape
+    small = len(cache.entries) * patches * width * 2 <= free / 2
+    return ResidentFeatures(cache, device) if small else cache
 
 
 def prefetch(
@@ -244,7 +280,7 @@ def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) 
         file = image_dir / name
         try:
             stat = os.stat(file)
-            image = open_image(file)
+            image = encoder.open(file)
         except (ImageError, FileNotFoundError) as error:
             bad[name] = str(error)
             continue
@@ -282,13 +318,25 @@ def _build(encoder, image_dir, items, folder, entries, bad, dtype, batch_size, m
                 labels.extend(batch.items)
             bar.update(len(batch.items) + len(batch.bad))
             if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
-                _write_shard(folder, rows, labels, entries)
+                write_shard(folder, rows, labels, entries)
                 rows, labels = [], []
         if rows:
-            _write_shard(folder, rows, labels, entries)
+            write_shard(folder, rows, labels, entries)
 
 
-def _write_shard(folder, rows, labels, entries) -> None:
+def write_shard(
+    folder: Path,
+    rows: Sequence[np.ndarray],
+    labels: Sequence[tuple[str, int, int, int, str]],
+    entries: dict[Item, Entry],
+) -> None:
+    """Write features (patches, width) in half precision as a new shard; add it to `entries`.
+
+    `labels` are each row's photo, view, and the file's size, time and hash.
+
+    Raises:
+        UserError: features are not finite, or the disk is full.
+    """
     numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
     shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}.bin"
     if not np.isfinite(rows).all():

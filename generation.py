@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from decoder import KeyValueCache
-from features import FeatureCache, prefetch
+from features import FeatureCache, ResidentFeatures, prefetch
 from model import CaptionModel
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
 from utils import autocast
@@ -106,7 +106,7 @@ def generate(
 
 def caption_cached(
     model: CaptionModel,
-    cache: FeatureCache,
+    cache: FeatureCache | ResidentFeatures,
     names: Sequence[str],
     options: GenerationOptions,
     *,

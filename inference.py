@@ -75,7 +75,7 @@ class Captioner:
         Raises:
             ImageError: a file is missing or no picture.
         """
-        opened = [im.convert("RGB") if isinstance(im, Image.Image) else open_image(im)
+        opened = [im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
                   for im in images]  # fmt: skip
         return [group[0][0] for group in self.hypotheses(opened, **options)]
 
@@ -142,7 +142,7 @@ def caption_files(
             part, images = files[start : start + batch_size], {}
             for file in part:
                 try:
-                    images[file.name] = open_image(file)
+                    images[file.name] = captioner.encoder.open(file)
                 except ImageError as error:
                     bad[file.name] = str(error)
             if images:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset import IGNORE
+from dataset import Batch
 from decoder import Decoder, DecoderConfig, Dropout
 
 
@@ -20,29 +20,40 @@ class LinearCrossEntropy(torch.autograd.Function):
     BLOCK = 256  # tokens; their logits in fp32 take 10 MB at a vocabulary of 10,000
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        """hidden (tokens, width), weight (vocab, width), targets (tokens) -> nats, a scalar."""
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        scales: Tensor | None,
+    ) -> Tensor:
+        """hidden (tokens, width), weight (vocab, width), targets (tokens) -> nats, a scalar.
+
+        `scales` (tokens) is what each token's loss is multiplied with; None: 1.
+        """
         kind, given = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):  # cast once, not once a block
             hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
         hidden_gradients, weight_gradient = [], None
-        for part, target in zip(
-            hidden.split(LinearCrossEntropy.BLOCK), targets.split(LinearCrossEntropy.BLOCK),
-            strict=True,
-        ):  # fmt: skip
+        if scales is None:
+            scales = hidden.new_ones(len(targets), dtype=torch.float32)
+        for part, target, scale in zip(
+            *(x.split(LinearCrossEntropy.BLOCK) for x in (hidden, targets, scales)), strict=True
+        ):
             log_p = F.linear(part, weight).float().log_softmax(-1)
-            chosen = log_p.gather(1, target.unsqueeze(1)).sum()
-            total -= (1 - smoothing) * chosen
+            chosen = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+            total -= (1 - smoothing) * chosen.dot(scale)
             if smoothing:
-                total -= smoothing * log_p.mean(-1).sum()
+                total -= smoothing * log_p.mean(-1).dot(scale)
             if not wanted:
                 continue
             gradient = log_p.exp_().sub_(smoothing / weight.shape[0])
             gradient.scatter_add_(
                 1, target.unsqueeze(1), gradient.new_full((len(target), 1), smoothing - 1)
-            )
+            ).mul_(scale.unsqueeze(1))
             gradient = gradient.to(weight.dtype)
             hidden_gradients.append(gradient @ weight)
             share = gradient.T @ part
@@ -54,7 +65,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, weight_gradient * scale, None, None
+        return hidden_gradient * scale, weight_gradient * scale, None, None, None
 
 
 class CaptionModel(nn.Module):
@@ -83,23 +94,24 @@ class CaptionModel(nn.Module):
     def loss(
         self,
         features: Tensor,
-        tokens: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        targets: Tensor,
+        batch: Batch,
         label_smoothing: float = 0.0,
+        scales: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross-entropy over the targets that aren't IGNORE, in nats.
+        """Summed cross-entropy over a batch's targets, in nats.
 
         Args:
             features: (images, patches, feature_width).
-            tokens, positions, segments, targets: (images, row); see `dataset.Batch`.
+            scales: what each target's loss is multiplied with (targets); None: 1.
         """
-        hidden = self.hidden(features, tokens, positions, segments)
-        # Only real targets get logits: the vocabulary is wide, and padding would pay for it.
-        real = targets != IGNORE
+        hidden = self.hidden(features, batch.tokens, batch.positions, batch.segments)
+        # Only targets get logits: the vocabulary is wide, and padding would pay for it.
         return LinearCrossEntropy.apply(
-            hidden[real], self.decoder.token_embedding.weight, targets[real], label_smoothing
+            hidden.flatten(0, 1)[batch.places],
+            self.decoder.token_embedding.weight,
+            batch.targets,
+            label_smoothing,
+            scales,
         )
 
 

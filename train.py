@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,15 +29,28 @@ from tqdm import tqdm
 import config
 import prepare_dataset
 from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use
-from dataset import IGNORE, Batch, CaptionRows, DataPaths, load_captions, load_splits
+from dataset import (
+    Batch,
+    CaptionRows,
+    DataPaths,
+    load_captions,
+    load_splits,
+    make_batch,
+)
 from decoder import DecoderConfig
 from encoder import FrozenEncoder, parse_layers
-from features import FeatureCache, build_features, prefetch
-from generation import GenerationOptions, caption_cached
+from features import (
+    FeatureCache,
+    ResidentFeatures,
+    build_features,
+    prefetch,
+    resident_or_cached,
+)
+from generation import GenerationOptions, Hypothesis, caption_cached, generate
 from hub import HubPusher, model_card
-from metrics import score
+from metrics import CiderD, score, tokenize
 from model import CaptionModel
-from tokenizer import CaptionTokenizer
+from tokenizer import END, END_ID, START_ID, CaptionTokenizer
 from utils import (
     UserError,
     autocast,
@@ -125,8 +140,8 @@ class Progress:
     batch: int = 0  # batches done in the epoch under way
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included
-    loss_sum: float = 0.0  # of the epoch under way, in nats
-    loss_tokens: int = 0
+    loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of samples
+    loss_count: int = 0  # tokens; self-critical: samples
     best_loss: float = math.inf
     best_cider: float = -math.inf
     best_path: str = ""
@@ -147,23 +162,35 @@ class Run:
     data: Data
     tokenizer: CaptionTokenizer
     rows: dict[str, CaptionRows]
-    model: CaptionModel
+    features: FeatureCache | ResidentFeatures
+    model: CaptionModel  # what the optimizer moves
+    average: CaptionModel  # its exponential moving average, which is validated and saved
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     progress: Progress
+    critic: Critic | None  # where there is a self-critical stage
+
+    @property
+    def epochs(self) -> int:
+        return self.settings.EPOCHS + self.settings.SCST_EPOCHS
+
+    @property
+    def self_critical(self) -> bool:
+        return self.progress.epoch >= self.settings.EPOCHS
 
     def checkpoint(self, scores: dict[str, float]) -> Checkpoint:
         settings = self.settings
         kept = {name: getattr(settings, name) for name in constants(config)}
         options = GenerationOptions(settings.BEAM_SIZE, settings.LENGTH_PENALTY)
         training = {
+            "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "progress": asdict(self.progress),
             "random": random_state(self.device),
         }
         return Checkpoint(
-            self.model, self.tokenizer, self.data.encoder, options, kept, scores, training
+            self.average, self.tokenizer, self.data.encoder, options, kept, scores, training
         )
 
 
@@ -193,15 +220,19 @@ def start_run(settings: SimpleNamespace) -> Run:
     width = data.cache.shape[1]
     if resumed:
         check_resumed(resumed, settings.RESUME_CHECKPOINT_PATH, size, data.encoder)
-    model = (resumed.model if resumed else CaptionModel(width, size)).to(device)
+    average = (resumed.model if resumed else CaptionModel(width, size)).to(device)
+    model = copy.deepcopy(average)
+    if resumed:
+        model.load_state_dict(resumed.training["weights"])
+    average.requires_grad_(False).eval()
     rows = {
         split: encode_rows(tokenizer, data, split, size.max_length) for split in ("train", "val")
     }
-    optimizer = make_optimizer(model, settings, device)
+    optimizer = make_optimizer(model, settings)
     groups = math.ceil(
         rows["train"].count(settings.BATCH_SIZE) / settings.GRADIENT_ACCUMULATION_STEPS
     )
-    schedule = make_schedule(optimizer, settings, groups * settings.EPOCHS)
+    schedule = make_schedule(optimizer, settings, groups)
     progress = Progress()
     if resumed:
         optimizer.load_state_dict(resumed.training["optimizer"])
@@ -209,9 +240,11 @@ def start_run(settings: SimpleNamespace) -> Run:
         progress = Progress(**resumed.training["progress"])
         restore_random_state(resumed.training["random"], device)
     dtype = choose_dtype(settings.PRECISION, device)
+    critic = Critic(tokenizer, data) if settings.SCST_EPOCHS else None
+    features = resident_or_cached(data.cache, device)
     return Run(
-        settings, paths, output, device, dtype, data, tokenizer, rows, model, optimizer, schedule,
-        progress,
+        settings, paths, output, device, dtype, data, tokenizer, rows, features, model, average,
+        optimizer, schedule, progress, critic,
     )  # fmt: skip
 
 
@@ -270,9 +303,7 @@ def check_resumed(
         )
 
 
-def make_optimizer(
-    model: CaptionModel, settings: SimpleNamespace, device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.optim.Optimizer:
     """AdamW that decays matrices, not biases, norms or embeddings of positions."""
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() == 2 and "position" not in n]
@@ -284,42 +315,67 @@ def make_optimizer(
         ],
         lr=settings.LEARNING_RATE,
         betas=(0.9, 0.98),
-        fused=device.type in ("cpu", "cuda"),
+        fused=True,  # and so able to skip a bad step by itself: see `update`
     )
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, settings: SimpleNamespace, updates: int
+    optimizer: torch.optim.Optimizer, settings: SimpleNamespace, per_epoch: int
 ) -> LambdaLR:
-    """Linear warm-up, then a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the last update."""
+    """The learning rate of each update.
+
+    Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of EPOCHS, and in
+    the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
+    """
+    updates, critical = per_epoch * settings.EPOCHS, per_epoch * settings.SCST_EPOCHS
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
-    floor = min(1.0, settings.MIN_LEARNING_RATE / settings.LEARNING_RATE)
+    peak = settings.LEARNING_RATE
+    floor = min(peak, settings.MIN_LEARNING_RATE)
+    critical_peak = settings.SCST_LEARNING_RATE
+    critical_floor = min(critical_peak, settings.MIN_LEARNING_RATE)
 
-    def share(step: int) -> float:
+    def rate(step: int) -> float:
+        if critical and step >= updates:
+            left = max(0.0, 1 - (step - updates) / critical)
+            return critical_floor + (critical_peak - critical_floor) * left
         if step < warmup:
-            return (step + 1) / warmup
+            return peak * (step + 1) / warmup
         done = min(1.0, (step - warmup) / max(1, updates - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, lambda step: rate(step) / peak)
 
 
 # --- One epoch ------------------------------------------------------------------------------
 
 
-def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
-    """What is left of the epoch under way: batches with their features, read ahead."""
-    settings, progress = run.settings, run.progress
-    rows, cache = run.rows["train"], run.data.cache
-    batches = rows.batches(settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch)
+def batches_with_features(
+    run: Run, batches: Iterable[Batch], view: Callable[[str], int]
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches and the features of a view of their photos, read ahead, on the run's device."""
+    cache, device = run.features, run.device
 
     def load(batch: Batch) -> tuple[Batch, Tensor]:
-        # Each epoch shows the next view of a photo, and different photos different ones.
-        views = [(progress.epoch + len(name) + ord(name[0])) % settings.FEATURE_VIEWS
-                 for name in batch.names]  # fmt: skip
-        return batch, cache.read(list(zip(batch.names, views, strict=True)))
+        features = cache.read([(name, view(name)) for name in batch.names])
+        if device.type == "cuda":
+            batch = batch.pin()
+            features = features if features.is_cuda else features.pin_memory()
+        return batch.to(device), features.to(device, non_blocking=True)
 
     return prefetch(load, batches)
+
+
+def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
+    """What is left of the epoch under way."""
+    settings, progress = run.settings, run.progress
+    batches = run.rows["train"].batches(
+        settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch
+    )
+    # Each epoch shows the next view of a photo, and different photos different ones.
+    return batches_with_features(
+        run, batches, lambda name: (progress.epoch + len(name) + ord(name[0]))
+        % settings.FEATURE_VIEWS,
+    )  # fmt: skip
 
 
 def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
@@ -329,75 +385,184 @@ def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
     total = run.rows["train"].count(settings.BATCH_SIZE)
     accumulate = settings.GRADIENT_ACCUMULATION_STEPS
     meter = Meter(run, total)
+    ledger = Ledger(run, tracker)
     group: list[tuple[Batch, Tensor]] = []
     for pair in training_batches(run):
         group.append(pair)
         if len(group) < accumulate and progress.batch + len(group) < total:
             continue
-        loss, norm = update(run, group)
+        ledger.note(update(run, group))
         progress.batch += len(group)
         meter.show(group)
-        if progress.step % 20 == 0:
-            rate = run.schedule.get_last_lr()[0]
-            tracker.log({"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm},
-                        progress.step)  # fmt: skip
         group = []
         if stop.asked:
             break
+    ledger.settle()
     meter.close()
 
 
-def batch_loss(
-    run: Run, batch: Batch, features: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Summed cross-entropy of a batch in nats, computed on the run's device and precision."""
-    batch = batch.to(run.device)
-    with autocast(run.device, run.dtype):
-        return run.model.loss(
-            features.to(run.device, torch.float32),
-            batch.tokens, batch.positions, batch.segments, batch.targets, label_smoothing,
-        )  # fmt: skip
+@dataclass
+class Update:
+    """What one update found; the tensors are scalars on the run's device."""
+
+    step: int
+    names: list[str]
+    count: int  # tokens, or samples in the self-critical stage
+    summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
+    norm: Tensor  # of the gradient
+    bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
+    rate: float  # the learning rate
 
 
-def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> tuple[float, float]:
-    """One optimizer step on the batches of a group; returns loss per token and gradient norm."""
-    settings, progress = run.settings, run.progress
-    tokens = sum(int((batch.targets != IGNORE).sum()) for batch, _ in group)
-    summed = 0.0
-    for batch, features in group:
-        loss = batch_loss(run, batch, features, settings.LABEL_SMOOTHING)
-        # Per token of the whole group, so that accumulation changes nothing but memory.
-        (loss / tokens).backward()
-        summed += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP).item()
-    if math.isfinite(norm) and math.isfinite(summed):
-        run.optimizer.step()
-        progress.loss_sum += summed
-        progress.loss_tokens += tokens
+class Ledger:
+    """Keeps the account of updates, on a GPU one step late, so that the step never waits."""
+
+    def __init__(self, run: Run, tracker: Tracker):
+        self.run, self.tracker = run, tracker
+        self.late = 1 if run.device.type == "cuda" else 0
+        self.waiting: deque[Update] = deque()
+
+    def note(self, update: Update) -> None:
+        self.waiting.append(update)
+        while len(self.waiting) > self.late:
+            self._enter(self.waiting.popleft())
+
+    def settle(self) -> None:
+        """Enter what still waits."""
+        while self.waiting:
+            self._enter(self.waiting.popleft())
+
+    def _enter(self, update: Update) -> None:
+        progress = self.run.progress
+        if update.bad.item():
+            self._enter_bad(update)
+            return
+        summed = update.summed.item()
         progress.bad_steps = 0
+        progress.loss_sum += summed
+        progress.loss_count += update.count
+        if update.step % 20 == 0:
+            kind = "sample_cider" if self.run.self_critical else "loss"
+            values = {f"train/{kind}": summed / update.count, "train/learning_rate": update.rate,
+                      "train/grad_norm": update.norm.item()}  # fmt: skip
+            self.tracker.log(values, update.step)
+
+    def _enter_bad(self, update: Update) -> None:
+        """Say which photos gave a loss or gradient that is not finite.
+
+        Raises:
+            UserError: too many in a row; the checkpoints are as they were.
+        """
+        progress, limit = self.run.progress, self.run.settings.MAX_BAD_STEPS
+        progress.bad_steps += 1
+        say(f"step {update.step}: the loss or gradient is not finite, no update; photos: "
+            f"{update.names}")  # fmt: skip
+        if progress.bad_steps >= limit:
+            raise UserError(
+                f"{limit} steps in a row were not finite: lower --learning_rate or use "
+                f"--precision fp32, and resume from {self.run.output / 'last.pt'}"
+            )
+
+
+def batch_loss(
+    run: Run, model: CaptionModel, batch: Batch, features: Tensor, **options: Any
+) -> Tensor:
+    """Summed cross-entropy of a batch in nats, computed in the run's precision."""
+    with autocast(run.device, run.dtype):
+        return model.loss(features.float(), batch, **options)
+
+
+class Critic:
+    """Rewards sampled captions of training photos with their CIDEr-D (Rennie et al. 2017).
+
+    Document frequencies are those of the training captions, and the end of a caption counts as
+    a word: without it, captions that break off would lose nothing.
+    """
+
+    def __init__(self, tokenizer: CaptionTokenizer, data: Data):
+        self.tokenizer = tokenizer
+        self.cider = CiderD(
+            {
+                name: [[*tokenize(caption), END] for caption in data.captions[name]]
+                for name in data.splits["train"]
+            }
+        )
+
+    def rewards(self, names: Sequence[str], samples: Sequence[Sequence[Hypothesis]]) -> Tensor:
+        """CIDEr-D, times 100, of each photo's samples: (images, samples)."""
+        return torch.tensor(
+            [
+                [
+                    self.cider.score(
+                        name,
+                        tokenize(self.tokenizer.decode(sample.tokens)) + [END] * sample.ended,
+                    )
+                    for sample in group
+                ]
+                for name, group in zip(names, samples, strict=True)
+            ]
+        )
+
+
+def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy gradient's loss on samples of the model's own, and their summed rewards.
+
+    Each sample's advantage is its reward less the mean of the photo's other samples.
+    """
+    count = run.settings.SCST_SAMPLES
+    seed = int(torch.randint(2**31, ()))
+    options = GenerationOptions(beam_size=count, sample=True, seed=seed)
+    with autocast(run.device, run.dtype):
+        samples = generate(run.model, features.float(), options)
+    rewards = run.critic.rewards(batch.names, samples)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * count / (count - 1)
+    ids = [[[START_ID, *s.tokens] + [END_ID] * s.ended for s in group] for group in samples]
+    drawn = make_batch(batch.names, ids)
+    row, sample = drawn.places // drawn.tokens.shape[1], drawn.segments.flatten()[drawn.places]
+    scales = (advantages[row, sample] / 100).to(run.device)
+    loss = batch_loss(run, run.model, drawn.to(run.device), features, scales=scales)
+    return loss, rewards.sum().to(run.device)
+
+
+def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
+    """One optimizer step on the batches of a group, unless loss or gradient are not finite."""
+    settings, progress = run.settings, run.progress
+    if run.self_critical:
+        count = sum(len(batch.names) for batch, _ in group) * settings.SCST_SAMPLES
     else:
-        note_bad_step(run, group)
+        count = sum(len(batch.targets) for batch, _ in group)
+    summed = torch.zeros((), device=run.device)
+    for batch, features in group:
+        if run.self_critical:
+            loss, value = self_critical_loss(run, batch, features)
+        else:
+            smoothing = settings.LABEL_SMOOTHING
+            loss = batch_loss(run, run.model, batch, features, label_smoothing=smoothing)
+            value = loss.detach()
+        # By the count of the whole group, so that accumulation changes nothing but memory.
+        (loss / count).backward()
+        summed += value
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP)
+    bad = (~torch.isfinite(norm + summed)).float()
+    run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
+    run.optimizer.step()
     run.optimizer.zero_grad()
+    follow(run, bad)
+    rate = run.schedule.get_last_lr()[0]
     run.schedule.step()
     progress.step += 1
-    return summed / tokens, norm
-
-
-def note_bad_step(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> None:
-    """Say which photos gave a loss or gradient that is not finite.
-
-    Raises:
-        UserError: too many in a row; the checkpoints are as they were.
-    """
-    progress, limit = run.progress, run.settings.MAX_BAD_STEPS
-    progress.bad_steps += 1
     names = [name for batch, _ in group for name in batch.names]
-    say(f"step {progress.step}: the loss or gradient is not finite, no update; photos: {names}")
-    if progress.bad_steps >= limit:
-        raise UserError(
-            f"{limit} steps in a row were not finite: lower --learning_rate or use --precision "
-            f"fp32, and resume from {run.output / 'last.pt'}"
-        )
+    return Update(progress.step, names, count, summed, norm, bad, rate)
+
+
+@torch.no_grad()
+def follow(run: Run, bad: Tensor) -> None:
+    """Move the averaged weights towards the model's; early on faster, as there is little past."""
+    step = run.progress.step
+    decay = min(run.settings.EMA_DECAY, (1 + step) / (10 + step))
+    share = (1 - decay) * (1 - bad)
+    for average, weight in zip(run.average.parameters(), run.model.parameters(), strict=True):
+        average.lerp_(weight, share)
 
 
 class Meter:
@@ -408,7 +573,7 @@ class Meter:
         self.started = time.monotonic()
         self.spoken = self.started
         self.total = total
-        self.label = f"epoch {run.progress.epoch + 1}/{run.settings.EPOCHS}"
+        self.label = f"epoch {run.progress.epoch + 1}/{run.epochs}"
         self.bar = tqdm(
             total=total, initial=run.progress.batch, desc=self.label, unit="batch", disable=None
         )
@@ -416,9 +581,9 @@ class Meter:
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
         progress, now = self.run.progress, time.monotonic()
         self.done += len(group)
-        self.captions += sum(int(batch.segments.max(1).values.add(1).sum()) for batch, _ in group)
+        self.captions += sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
         text = (
-            f"loss {progress.loss_sum / max(1, progress.loss_tokens):.3f}, "
+            f"loss {progress.loss_sum / max(1, progress.loss_count):.3f}, "
             f"lr {self.run.schedule.get_last_lr()[0]:.1e}, "
             f"{self.captions / (now - self.started):.0f} captions/s"
         )
@@ -440,23 +605,19 @@ class Meter:
 @torch.inference_mode()
 def validation_loss(run: Run) -> float:
     """Cross-entropy per token on the validation photos, without label smoothing, in nats."""
-    run.model.eval()
-    rows, cache = run.rows["val"], run.data.cache
-    batches = rows.batches(run.settings.BATCH_SIZE, seed=0, epoch=0)
-    summed, tokens = 0.0, 0
-    for batch, features in prefetch(
-        lambda batch: (batch, cache.read([(name, 0) for name in batch.names])), batches
-    ):
-        summed += batch_loss(run, batch, features).item()
-        tokens += int((batch.targets != IGNORE).sum())
-    return summed / tokens
+    batches = run.rows["val"].batches(run.settings.BATCH_SIZE, seed=0, epoch=0)
+    summed, tokens = torch.zeros((), device=run.device), 0
+    for batch, features in batches_with_features(run, batches, lambda name: 0):
+        summed += batch_loss(run, run.average, batch, features)
+        tokens += len(batch.targets)
+    return summed.item() / tokens
 
 
 def validation_captions(run: Run) -> dict[str, str]:
     """Greedy captions of the first SCORED_IMAGES (at least SAMPLE_IMAGES) validation photos."""
     settings = run.settings
     names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
-    found = caption_cached(run.model, run.data.cache, names, GenerationOptions(), dtype=run.dtype)
+    found = caption_cached(run.average, run.features, names, GenerationOptions(), dtype=run.dtype)
     return {name: run.tokenizer.decode(hypothesis.tokens) for name, hypothesis in found}
 
 
@@ -610,13 +771,13 @@ def describe(run: Run) -> None:
     )
     if run.progress.step:
         print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
-    if run.progress.epoch >= settings.EPOCHS:
-        print(f"nothing to train: all {settings.EPOCHS} epochs are done; for more, raise --epochs")
+    if run.progress.epoch >= run.epochs:
+        print(f"nothing to train: all {run.epochs} epochs are done; for more, raise --epochs")
 
 
 def report_epoch(run: Run, scores: dict[str, float], captions: dict[str, str], loss: float):
     progress, settings = run.progress, run.settings
-    text = f"epoch {progress.epoch}/{settings.EPOCHS}: train loss {loss:.4f}"
+    text = f"epoch {progress.epoch}/{run.epochs}: train loss {loss:.4f}"
     text += f", val loss {scores['val_loss']:.4f}"
     if "val_cider" in scores:
         text += f", CIDEr {scores['val_cider']:.1f}, BLEU-4 {scores['val_bleu4']:.1f} (greedy)"
@@ -629,16 +790,16 @@ def report_epoch(run: Run, scores: dict[str, float], captions: dict[str, str], l
 def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) -> None:
     """Train for the epochs that are left; each ends with validation and checkpoints."""
     progress = run.progress
-    while progress.epoch < run.settings.EPOCHS:
+    while progress.epoch < run.epochs:
         started = time.monotonic()
         train_epoch(run, tracker, stop)
         if stop.asked:
             progress.seconds += time.monotonic() - started
             save_for_training(run.output / "last.pt", run.checkpoint({}))
             return
-        loss = progress.loss_sum / max(1, progress.loss_tokens)
+        loss = progress.loss_sum / max(1, progress.loss_count)
         progress.epoch += 1
-        progress.batch, progress.loss_sum, progress.loss_tokens = 0, 0.0, 0
+        progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
         scores, captions = validate(run)
         progress.seconds += time.monotonic() - started
         report_epoch(run, scores, captions, loss)

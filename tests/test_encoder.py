@@ -106,3 +106,22 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:600])
     with pytest.raises(ImageError, match="bad.jpg"):
         open_image(file)
+
+
+def test_large_jpegs_are_decoded_small(tmp_path, encoder_dir):
+    encoder = FrozenEncoder.load(str(encoder_dir))
+    assert encoder.side == 32
+    dice = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (9, 12, 3), generator=dice, dtype=torch.uint8).numpy()
+    photo = Image.fromarray(coarse).resize((600, 450), Image.Resampling.BICUBIC)
+    file = tmp_path / "large.jpg"
+    exif = photo.getexif()
+    exif[0x0112] = 6  # lies on its side
+    photo.save(file, quality=95, exif=exif)
+    small, whole = encoder.open(file), open_image(file)
+    assert whole.size == (450, 600) and small.size == (113, 150)  # a quarter; an eighth is too few
+    ours, theirs = (encoder.preprocess([image])["pixel_values"] for image in (small, whole))
+    # Of a range of 2: a few hundredths where strong colours meet, where JPEG halves their detail.
+    assert (ours - theirs).abs().mean() < 0.02 and (ours - theirs).abs().max() < 0.1
+    photo.resize((100, 75)).save(file, quality=95)
+    assert encoder.open(file).tobytes() == open_image(file).tobytes()

@@ -49,6 +49,16 @@ def test_cached_equals_uncached(setting):
     assert_fresh(cache, encoder, image_dir, items[::-1])
 
 
+def test_resident_features_equal_cached_ones(setting):
+    """What lies in a GPU's memory there, here in the CPU's."""
+    *_, items, build, _ = setting
+    cache, _ = build()
+    resident = features.ResidentFeatures(cache, torch.device("cpu"))
+    wanted = [items[7], items[29], items[0], items[7]]
+    assert torch.equal(resident.read(wanted), cache.read(wanted))
+    assert features.resident_or_cached(cache, torch.device("cpu")) is cache
+
+
 def test_a_second_run_encodes_nothing(setting):
     *_, build, said = setting
     build()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dataset import IGNORE, CaptionRows, make_batch
+from dataset import CaptionRows, make_batch
 from decoder import DecoderConfig, KeyValueCache
 from generation import GenerationOptions, generate
 from model import CaptionModel
@@ -58,19 +58,21 @@ def test_a_row_of_captions_equals_each_caption_alone(model):
     batch = make_batch(["a", "b"], groups)
     hidden = model.hidden(feature, batch.tokens, batch.positions, batch.segments)
     logits = model.decoder.logits(hidden)
+    flat = batch.tokens.flatten()[batch.places]
+    assert flat.tolist() == [i for group in groups for ids in group for i in ids[:-1]]
+    assert batch.targets.tolist() == [i for group in groups for ids in group for i in ids[1:]]
     for row, group in enumerate(groups):
         for number, ids in enumerate(group):
             place = batch.segments[row] == number
             expected = plain_logits(model, feature[row], ids[:-1])
             torch.testing.assert_close(logits[row][place], expected, atol=1e-4, rtol=1e-4)
             assert batch.tokens[row][place].tolist() == ids[:-1]
-            assert batch.targets[row][place].tolist() == ids[1:]
 
 
 def test_loss_and_gradients_equal_the_plain_ones(model):
     groups, feature = [captions([3, 7, 5]), captions([2, 4])], features(2)
     batch = make_batch(["a", "b"], groups)
-    fast = model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets, 0.1)
+    fast = model.loss(feature, batch, 0.1)
     gradients = torch.autograd.grad(fast, list(model.parameters()))
     plain = sum(
         F.cross_entropy(plain_logits(model, feature[row], ids[:-1]), torch.tensor(ids[1:]),
@@ -83,20 +85,32 @@ def test_loss_and_gradients_equal_the_plain_ones(model):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
 
 
+def test_scaled_loss_and_gradients_equal_the_plain_ones(model):
+    groups, feature = [captions([3, 7, 5]), captions([2, 4])], features(2)
+    batch = make_batch(["a", "b"], groups)
+    scales = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(0))
+    fast = model.loss(feature, batch, 0.1, scales)
+    hidden = model.hidden(feature, batch.tokens, batch.positions, batch.segments)
+    logits = model.decoder.logits(hidden.flatten(0, 1)[batch.places])
+    losses = F.cross_entropy(logits, batch.targets, label_smoothing=0.1, reduction="none")
+    plain = (losses * scales).sum()
+    torch.testing.assert_close(fast, plain, atol=1e-3, rtol=1e-5)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, parameters), torch.autograd.grad(plain, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
 def test_padding_changes_nothing(model):
     short, long = captions([3]), captions([12])
     feature = features(2)
     together = make_batch(["a", "b"], [short, long])
     assert (together.segments[0] == -1).sum() == 9
     alone = make_batch(["a"], [short])
-
-    def loss(batch, feature):
-        return model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets)
-
-    first = loss(alone, feature[:1])
-    second = loss(make_batch(["b"], [long]), feature[1:])
-    torch.testing.assert_close(loss(together, feature), first + second, atol=1e-3, rtol=1e-5)
-    assert (together.targets[0] == IGNORE).sum() == 9
+    first = model.loss(feature[:1], alone)
+    second = model.loss(feature[1:], make_batch(["b"], [long]))
+    torch.testing.assert_close(model.loss(feature, together), first + second, atol=1e-3, rtol=1e-5)
 
 
 def test_a_later_word_never_reaches_an_earlier_one(model):
@@ -143,7 +157,7 @@ def test_four_captions_are_learned_to_the_letter():
     batch = make_batch(list("abcd"), groups)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
     for _ in range(120):
-        loss = model.loss(feature, batch.tokens, batch.positions, batch.segments, batch.targets)
+        loss = model.loss(feature, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

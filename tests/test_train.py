@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 import train
 from checkpoint import load_checkpoint
 from dataset import make_batch
+from generation import GenerationOptions, Hypothesis, generate
 from inference import load_captioner
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tokenizer import END_ID, START_ID
 from utils import UserError
 
 
@@ -31,8 +34,11 @@ def best(data: Path, suffix: str) -> Path:
 
 def assert_same_weights(first: Path, second: Path) -> None:
     one, two = load_checkpoint(first), load_checkpoint(second)
-    for name, tensor in one.model.state_dict().items():
-        assert torch.equal(tensor, two.model.state_dict()[name]), name
+    pairs = [(one.model.state_dict(), two.model.state_dict())]
+    pairs.append((one.training["weights"], two.training["weights"]))
+    for ours, theirs in pairs:
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name
 
 
 def test_a_run_leaves_what_it_promises(trained, encoder_dir):
@@ -67,12 +73,118 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
             features = state.data.cache.read([(name, 0) for name in names])
             group.append((make_batch(names, rows.captions[start : start + size]), features))
             start += size
-        loss, _ = train.update(state, group)
+        done = train.update(state, group)
+        loss = done.summed.item() / done.count
         weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
     for other in weights[1:]:
         assert other[0] == pytest.approx(weights[0][0], rel=1e-5)
         for one, two in zip(weights[0][1:], other[1:], strict=True):
             torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
+
+
+def start_state(tmp_path: Path, encoder_dir: Path, *more: object) -> train.Run:
+    """A run that is ready for its first step."""
+    data = write_photos(tmp_path / "data", 24)
+    flags = [*small_flags(data, encoder_dir), *more]
+    return train.start_run(train.command_line([str(flag) for flag in flags]))
+
+
+def first_batches(state: train.Run, count: int):
+    state.model.train()
+    return [pair for pair, _ in zip(train.training_batches(state), range(count), strict=False)]
+
+
+def snapshot(state: train.Run) -> list[torch.Tensor]:
+    """Copies of the weights, their average, and all that the optimizer remembers of them."""
+    moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
+    tensors = [*state.model.parameters(), *state.average.parameters(), *moments]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, encoder_dir, capsys):
+    state = start_state(tmp_path, encoder_dir, "--max_bad_steps", 2)
+    good, (batch, features), second = first_batches(state, 3)
+    ledger = train.Ledger(state, SimpleNamespace(log=lambda *_: None))
+    ledger.note(train.update(state, [good]))
+    before, loss_sum = snapshot(state), state.progress.loss_sum
+    features[0, 0, 0] = math.nan
+    ledger.note(train.update(state, [(batch, features)]))
+    assert all(torch.equal(*pair) for pair in zip(before, snapshot(state), strict=True))
+    assert state.progress.loss_sum == loss_sum and state.progress.bad_steps == 1
+    said = capsys.readouterr().out
+    assert "step 2" in said and all(name in said for name in batch.names)
+    ledger.note(train.update(state, [second]))
+    assert state.progress.bad_steps == 0
+    assert not all(torch.equal(*pair) for pair in zip(before, snapshot(state), strict=True))
+    ledger.note(train.update(state, [(batch, features)]))
+    with pytest.raises(UserError, match="2 steps in a row"):
+        ledger.note(train.update(state, [(batch, features)]))
+
+
+def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
+    """On a GPU the figures of a step are read while the next one runs."""
+    sums = []
+    for late in (0, 1):
+        state = start_state(tmp_path / str(late), encoder_dir)
+        ledger = train.Ledger(state, SimpleNamespace(log=lambda *_: None))
+        ledger.late = late
+        for pair in first_batches(state, 3):
+            ledger.note(train.update(state, [pair]))
+        assert len(ledger.waiting) == late
+        ledger.settle()
+        sums.append((state.progress.loss_sum, state.progress.loss_count))
+    assert sums[0] == sums[1]
+
+
+def test_the_average_follows_the_weights(tmp_path, encoder_dir):
+    state = start_state(tmp_path, encoder_dir, "--ema_decay", 0.15)
+    expected = [weight.detach().clone() for weight in state.average.parameters()]
+    for step, pair in enumerate(first_batches(state, 3)):
+        train.update(state, [pair])
+        decay = min(0.15, (1 + step) / (10 + step))
+        weights = [weight.detach() for weight in state.model.parameters()]
+        expected = [decay * old + (1 - decay) * new
+                    for old, new in zip(expected, weights, strict=True)]  # fmt: skip
+    for ours, theirs in zip(state.average.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs)
+
+
+def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
+    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1, "--dropout", 0,
+                        "--scst_samples", 3)  # fmt: skip
+    ((batch, features),) = first_batches(state, 1)
+    torch.manual_seed(5)
+    loss, rewards = train.self_critical_loss(state, batch, features)
+    gradients = torch.autograd.grad(loss, list(state.model.parameters()))
+
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**31, ()))
+    options = GenerationOptions(beam_size=3, sample=True, seed=seed)
+    plain, total = 0.0, 0.0
+    for row, group in enumerate(generate(state.model, features.float(), options)):
+        reward = state.critic.rewards([batch.names[row]], [group])[0]
+        total += float(reward.sum())
+        for k, sample in enumerate(group):
+            others = [float(r) for other, r in enumerate(reward) if other != k]
+            advantage = float(reward[k]) - sum(others) / 2
+            ids = [START_ID, *sample.tokens] + [END_ID] * sample.ended
+            alone = make_batch([batch.names[row]], [[ids]])
+            loss = state.model.loss(features[row : row + 1].float(), alone)
+            plain = plain + advantage / 100 * loss
+    assert float(rewards) == pytest.approx(total)
+    expected = torch.autograd.grad(plain, list(state.model.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
+    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
+    name = state.rows["train"].names[0]
+    human, other = (state.tokenizer.encode(text) for text in (state.data.captions[name][0], "on"))
+    samples = [[Hypothesis(ids, 0.0, 0.0, ended) for ids, ended in
+                ((human, True), (human, False), (other, True))]]  # fmt: skip
+    whole, cut, poor = state.critic.rewards([name], samples)[0].tolist()
+    assert whole > cut > poor
 
 
 def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
@@ -94,9 +206,10 @@ def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
     return process
 
 
-def test_resume_equals_uninterrupted(tmp_path, encoder_dir):
+@pytest.mark.parametrize("epochs", [(6, 0), (2, 4)], ids=["cross-entropy", "self-critical"])
+def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     whole = write_photos(tmp_path / "whole", 24)
-    flags = ["--epochs", "6", "--dropout", "0.1"]
+    flags = ["--epochs", str(epochs[0]), "--scst_epochs", str(epochs[1]), "--dropout", "0.1"]
     assert run("train.py", *small_flags(whole, encoder_dir), *flags).returncode == 0
 
     cut = write_photos(tmp_path / "cut", 24)
