@@ -124,7 +124,11 @@ class Block(nn.Module):
     def memory_keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, patches, width) -> keys and values (rows, heads, patches, head width)."""
         keys, values = self.cross_kv(memory).chunk(2, dim=-1)
-        return split_heads(keys, self.heads), split_heads(values, self.heads)
+        # Laid out as attention wants them, once, and not in each step of generation again.
+        return (
+            split_heads(keys, self.heads).contiguous(),
+            split_heads(values, self.heads).contiguous(),
+        )
 
     def attend_self(self, x: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None):
         query, keys, values = (

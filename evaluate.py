@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+import transformers
 from tqdm import tqdm
 
 import config
@@ -25,8 +32,16 @@ from checkpoint import load_checkpoint
 from dataset import SPLITS, data_paths, load_captions, load_splits
 from encoder import FrozenEncoder, open_image
 from features import build_features
-from generation import GenerationOptions, caption_cached
-from metrics import SCORER, TOKENIZER, bootstrap_interval, cider_d, diversity, score
+from generation import add_option_flags, caption_cached, change_options, given_options
+from metrics import (
+    SCORER,
+    TOKENIZER,
+    bootstrap_interval,
+    cider_d,
+    diversity,
+    score,
+    tokenize,
+)
 from utils import (
     UserError,
     atomic_write,
@@ -54,6 +69,65 @@ def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
         found = score(one, others)
         sums = {metric: sums[metric] + found[metric] / rounds for metric in METRICS}
     return sums if rounds else {}
+
+
+# --- Scorers that others made ----------------------------------------------------------------
+
+
+def java_scores(
+    captions: dict[str, str], references: dict[str, list[str]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """METEOR and SPICE by pycocoevalcap, times 100, and why one of them is not computed."""
+    reason = None
+    if shutil.which("java") is None:
+        reason = "they need Java"
+    elif importlib.util.find_spec("pycocoevalcap") is None:
+        reason = "they need pip install pycocoevalcap"
+    if reason:
+        return {}, dict.fromkeys(("METEOR", "SPICE"), reason)
+    ours = {name: [" ".join(tokenize(text))] for name, text in captions.items()}
+    theirs = {name: [" ".join(tokenize(t)) for t in group] for name, group in references.items()}
+    scores, missing = {}, {}
+    for metric in ("METEOR", "SPICE"):
+        module = importlib.import_module(f"pycocoevalcap.{metric.lower()}.{metric.lower()}")
+        # Their progress goes to standard output, where our last line belongs to programs.
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                scorer = getattr(module, metric.capitalize())()
+                scores[metric] = 100 * float(scorer.compute_score(theirs, ours)[0])
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                # SPICE downloads its parser when first used, and a Java program may break off.
+                missing[metric] = (str(error).strip() or repr(error)).splitlines()[0]
+    return scores, missing
+
+
+@torch.inference_mode()
+def clip_score(
+    name: str, files: Sequence[Path], captions: Sequence[str], device: torch.device
+) -> float:
+    """CLIPScore without references (Hessel et al. 2021): 2.5 times the mean cosine, times 100.
+
+    Raises:
+        UserError: `name` is no CLIP model that can be loaded.
+    """
+    try:
+        model = transformers.CLIPModel.from_pretrained(name).to(device).eval()
+        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
+        words = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"the CLIP model {name!r} can't be loaded: {reason}") from None
+    total = 0.0
+    for start in range(0, len(files), 32):
+        images = [open_image(file) for file in files[start : start + 32]]
+        texts = [f"A photo depicts {text}" for text in captions[start : start + 32]]
+        tokens = words(texts, return_tensors="pt", padding=True, truncation=True,
+                       max_length=model.config.text_config.max_position_embeddings)  # fmt: skip
+        pixels = pictures(images=images, return_tensors="pt")
+        output = model(**tokens.to(device), pixel_values=pixels["pixel_values"].to(device))
+        cosines = (output.image_embeds * output.text_embeds).sum(-1)
+        total += float(cosines.clamp(min=0).sum())
+    return 100 * 2.5 * total / len(files)
 
 
 def file_hash(path: Path) -> str:
@@ -120,28 +194,16 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
         add = parser.add_argument
         add("--checkpoint", required=True, help=".safetensors or .pt")
         add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
-        add("--beam_size", type=int, help="beams, 1: greedy [as the checkpoint says]")
-        add("--length_penalty", type=float, help="higher: longer [as the checkpoint says]")
         add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
         add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
         add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+        add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
+        add_option_flags(parser)
 
     return load_settings(
         config, argv, __doc__.splitlines()[0], only=SETTINGS, add_arguments=add_arguments,
         epilog="\n".join(__doc__.splitlines()[2:]),
     )  # fmt: skip
-
-
-def generation_options(settings: SimpleNamespace, usual: GenerationOptions) -> GenerationOptions:
-    chosen = {
-        name: getattr(settings, name)
-        for name in ("beam_size", "length_penalty")
-        if getattr(settings, name) is not None
-    }
-    try:
-        return dataclasses.replace(usual, **chosen)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=settings.MAX_BAD_IMAGES,
     )  # fmt: skip
     names = [name for name in names if name not in bad]
-    options = generation_options(settings, checkpoint.generation)
+    options = change_options(checkpoint.generation, **given_options(settings))
     started = time.monotonic()
     found = caption_cached(
         checkpoint.model.to(device), cache, names, options, dtype=dtype,
@@ -181,7 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     low, high = bootstrap_interval(list(values.values()), seed=0)
     other = diversity(list(captions.values()), training)
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses.values()) / len(names)
-    summary = score_table(found, human_ceiling(references), (low, high), other)
+    more, missing = java_scores(captions, references)
+    if settings.clip:
+        files = [paths.images / name for name in names]
+        more["CLIPScore"] = clip_score(settings.clip, files, list(captions.values()), device)
+    else:
+        missing["CLIPScore"] = "it needs --clip"
+    found |= more
+    summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     print(summary)
     print(f"{len(names)} photos, beam {options.beam_size}, {len(names) / seconds:.0f} captions/s")
     usual = checkpoint_path.with_name(f"{checkpoint_path.stem}_{settings.split}.html")
@@ -189,13 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_report(report, paths.images, captions, references, values, summary)
     print(f"report: {report}")
     result = {
-        **{metric: round(found[metric], 4) for metric in METRICS},
+        **{metric: round(value, 4) for metric, value in found.items()},
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
         **{name: round(value, 4) for name, value in other.items()},
         "split": settings.split,
         "images": len(names),
         "beam_size": options.beam_size,
-        "length_penalty": options.length_penalty,
+        "options": dataclasses.asdict(options),
         "scorer": SCORER,
         "tokenizer": TOKENIZER,
         "checkpoint": file_hash(checkpoint_path),
@@ -209,15 +278,16 @@ def score_table(
     human: dict[str, float],
     interval: tuple[float, float],
     other: dict[str, float],
+    missing: dict[str, str],
 ) -> str:
     """The scores as text: the model's, and what one human scores against the others."""
     lines = [f"{'':<10}{'model':>8}{'human':>8}"]
-    for metric in METRICS:
-        ceiling = f"{human[metric]:8.2f}" if human else f"{'-':>8}"
+    for metric in found:
+        ceiling = f"{human[metric]:8.2f}" if metric in human else f"{'-':>8}"
         lines.append(f"{metric:<10}{found[metric]:8.2f}{ceiling}")
     lines.append(f"CIDEr-D, 95 % bootstrap interval: {interval[0]:.1f} to {interval[1]:.1f}")
     lines += [f"{name}: {value:.4g}" for name, value in other.items()]
-    lines.append("not computed: METEOR, SPICE (they need Java)")
+    lines += [f"{metric}: not computed, {reason}" for metric, reason in missing.items()]
     return "\n".join(lines)
 
 

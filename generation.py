@@ -7,8 +7,11 @@ when beams are reordered, and the memory's keys and values exist once per photo.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from decoder import KeyValueCache
 from features import FeatureCache, ResidentFeatures, prefetch
 from model import CaptionModel
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
-from utils import autocast
+from utils import UserError, autocast
 
 MINUS_INFINITY = float("-inf")
 
@@ -30,7 +33,8 @@ class GenerationOptions:
         beam_size: beams, or samples, per photo.
         length_penalty: a hypothesis scores log-probability / length ** length_penalty.
         min_length, max_length: in tokens, END counted; None: as long as the decoder can.
-        no_repeat_ngram: no n-gram of this size stands twice in a caption; 0: allowed.
+        no_repeat_ngram: no n-gram of this size stands twice in a caption, and no token twice in
+            a row; 0: both allowed.
         groups: diverse beam search (Vijayakumar et al. 2016): beams in this many groups.
         diversity: what a token loses per earlier group that took it at the same step.
         sample: draw tokens instead of searching; beam_size independent samples.
@@ -60,6 +64,52 @@ class GenerationOptions:
             raise ValueError("min_length must be at least 1 and at most max_length")
 
 
+OPTION_HELP = {
+    "beam_size": "beams of the search, or samples; 1: greedy",
+    "length_penalty": "higher: longer captions",
+    "min_length": "fewest tokens of a caption",
+    "max_length": "most tokens of a caption",
+    "no_repeat_ngram": "no n-gram of this size twice, no token twice in a row; 0: allowed",
+    "groups": "diverse beam search: beams in this many groups",
+    "diversity": "what a token loses per earlier group that took it",
+    "sample": "draw tokens instead of searching",
+    "temperature": "of the draws; lower: safer",
+    "top_k": "draw from this many tokens at most; 0: all",
+    "top_p": "draw from the fewest tokens of this probability; 1: all",
+    "seed": "of the draws",
+}
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of `GenerationOptions`; what isn't given keeps its usual value."""
+    group = parser.add_argument_group("how to write (defaults: what the checkpoint says)")
+    for field in dataclasses.fields(GenerationOptions):
+        text = OPTION_HELP[field.name]
+        if isinstance(field.default, bool):
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": int if field.default is None else type(field.default)}
+        group.add_argument(f"--{field.name}", default=None, help=text, **kind)
+
+
+def given_options(flags: Any) -> dict[str, Any]:
+    """The fields of `GenerationOptions` that were given as flags."""
+    names = [field.name for field in dataclasses.fields(GenerationOptions)]
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def change_options(usual: GenerationOptions, **given: Any) -> GenerationOptions:
+    """The usual options with some replaced.
+
+    Raises:
+        UserError: the options don't fit each other.
+    """
+    try:
+        return dataclasses.replace(usual, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """A caption as ids, without START and END, and what the model thinks of it.
@@ -74,7 +124,7 @@ class Hypothesis:
     ended: bool
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which autocast would convert the weights at each step
 def generate(
     model: CaptionModel, features: Tensor, options: GenerationOptions
 ) -> list[list[Hypothesis]]:
@@ -87,12 +137,12 @@ def generate(
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
 
     Raises:
-        ValueError: max_length is beyond what the decoder can write.
+        UserError: max_length is beyond what the decoder can write.
     """
     longest = model.config.max_length - 1
     limit = options.max_length or longest
     if limit > longest:
-        raise ValueError(f"max_length {limit} is beyond the decoder's {longest} tokens")
+        raise UserError(f"max_length {limit} is too long: this decoder can write {longest} tokens")
     training = model.training
     model.eval()
     try:
@@ -163,24 +213,24 @@ class _Rows:
         positions = torch.full_like(self.tokens, length)
         hidden = self.model.decoder(self.tokens, positions, mask, self.memory, self.cache)
         logits = self.model.decoder.logits(hidden).float()  # (rows, beams, vocab)
-        own = logits.log_softmax(-1)
-        allowed = self._constrain(own, length + 1)
+        allowed = self._constrain(logits.log_softmax(-1), length + 1)
         if self.options.sample:
             parents, tokens = self._draw(allowed)
         else:
             parents, tokens = self._search(allowed)
-        self._advance(parents, tokens, own, mask)
+        self._advance(parents, tokens, allowed, mask)
         self._retire()
 
     # --- which tokens may follow ---
 
-    def _constrain(self, own: Tensor, length: int) -> Tensor:
+    def _constrain(self, allowed: Tensor, length: int) -> Tensor:
         """Log-probabilities (rows, beams, vocab) with what the options forbid taken out."""
-        allowed = own.clone()
         allowed[..., [PAD_ID, START_ID, ANSWER_ID]] = MINUS_INFINITY
         if length < self.options.min_length:
             allowed[..., END_ID] = MINUS_INFINITY
         size = self.options.no_repeat_ngram
+        if size and length > 1:
+            allowed.scatter_(2, self.history[:, :, -1:], MINUS_INFINITY)
         if size and length > size:
             grams = self.history.unfold(2, size, 1)  # (rows, beams, starts, size)
             tail = self.history[:, :, length - size :].unsqueeze(2)
@@ -194,21 +244,24 @@ class _Rows:
     def _draw(self, allowed: Tensor) -> tuple[Tensor, Tensor]:
         count, beams, vocab = allowed.shape
         wanted = self.options.beam_size
-        logits = allowed / self.options.temperature
+        logits = allowed
+        if self.options.temperature != 1:
+            logits = (allowed / self.options.temperature).log_softmax(-1)
         if self.options.top_k:
             least = logits.topk(min(self.options.top_k, vocab), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, MINUS_INFINITY)
-        probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        # The nucleus: the fewest tokens that reach top_p, so at least the most probable one.
-        probabilities = probabilities.masked_fill(before >= self.options.top_p, 0.0)
+        probabilities = logits.exp()
+        if self.options.top_p < 1:
+            ranked, order = probabilities.sort(dim=-1, descending=True)
+            # The nucleus: the fewest tokens that reach top_p, so at least the most probable one.
+            most = self.options.top_p * ranked.sum(-1, keepdim=True)
+            ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= most, 0.0)
+            probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
         cumulative = probabilities.cumsum(-1).expand(count, wanted, vocab).contiguous()
         draws = self.draws[self.images, self.history.shape[2]]  # (rows, samples)
-        target = draws.unsqueeze(-1) * cumulative[..., -1:]
-        choice = torch.searchsorted(cumulative, target, right=True)
-        possible = (probabilities > 0).sum(-1, keepdim=True).expand(count, wanted, 1)
-        choice = torch.minimum(choice, possible - 1)
-        tokens = order.expand(count, wanted, vocab).gather(-1, choice).squeeze(-1)
+        # Below the whole by more than rounding, so that no draw falls beyond the last token.
+        target = draws.unsqueeze(-1) * cumulative[..., -1:] * (1 - 1e-6)
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
         parents = torch.arange(wanted, device=allowed.device).clamp(max=beams - 1)
         return parents.expand(count, wanted), tokens.masked_fill(self.ended, PAD_ID)
 
@@ -266,9 +319,9 @@ class _Rows:
 
     # --- the new state ---
 
-    def _advance(self, parents: Tensor, tokens: Tensor, own: Tensor, mask: Tensor) -> None:
+    def _advance(self, parents: Tensor, tokens: Tensor, allowed: Tensor, mask: Tensor) -> None:
         rows = torch.arange(len(self.images), device=tokens.device).unsqueeze(1)
-        gained = own[rows, parents, tokens]
+        gained = allowed[rows, parents, tokens]
         ended = self.ended[rows, parents]
         gained = gained.masked_fill(ended, 0.0)
         self.log_probability = self.log_probability[rows, parents] + gained

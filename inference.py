@@ -9,7 +9,6 @@ From Python: `load_captioner("captioner.safetensors").caption(["photo.jpg"])`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +22,13 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint
 from encoder import FrozenEncoder, ImageError, open_image
-from generation import GenerationOptions, Hypothesis, generate
+from generation import (
+    Hypothesis,
+    add_option_flags,
+    change_options,
+    generate,
+    given_options,
+)
 from hub import download_checkpoint
 from utils import UserError, autocast, choose_device, choose_dtype, run_script
 
@@ -62,7 +67,7 @@ class Captioner:
         Args:
             options: fields of `GenerationOptions` that replace the checkpoint's own.
         """
-        chosen = dataclasses.replace(self.options, **options)
+        chosen = change_options(self.options, **options)
         with autocast(self.device, self.dtype):
             found = generate(self.model, self.features(images), chosen)
         return [[(self.tokenizer.decode(h.tokens), h) for h in group] for group in found]
@@ -164,13 +169,11 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
     add("--revision", help="branch, tag or commit on the Hub [newest]")
     add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
-    add("--beam_size", type=int, help="beams of the search, 1: greedy [as the checkpoint says]")
-    add("--length_penalty", type=float, help="higher: longer captions [as the checkpoint says]")
-    add("--max_length", type=int, help="most tokens of a caption [as many as the decoder can]")
     add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
     add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
     add("--json", action="store_true", help='last line: {"name.jpg": "caption", ...}')
+    add_option_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -180,15 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_pictures(path)
     if len(files) == 1 and not path.is_dir():
         open_image(path)  # a wrong path is said before the models are loaded
-    chosen = {
-        name: getattr(args, name)
-        for name in ("beam_size", "length_penalty", "max_length")
-        if getattr(args, name) is not None
-    }
-    try:
-        GenerationOptions(**chosen)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    chosen = given_options(args)
     captioner = load_captioner(
         args.checkpoint,
         revision=args.revision,
@@ -196,9 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         precision=args.precision,
     )
-    longest = captioner.model.config.max_length - 1
-    if chosen.get("max_length", 1) > longest:
-        raise UserError(f"--max_length is at most {longest} with this checkpoint")
     captions, bad = caption_files(captioner, files, max(1, args.batch_size), chosen)
     for name, caption in captions.items():
         print(f"{name}: {caption}" if path.is_dir() else caption)

@@ -18,6 +18,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     BLOCK = 256  # tokens; their logits in fp32 take 10 MB at a vocabulary of 10,000
+    ROUND = 64  # the last block is padded to a multiple of this: few shapes, as in `ROW_MULTIPLE`
 
     @staticmethod
     def forward(
@@ -40,6 +41,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_gradients, weight_gradient = [], None
         if scales is None:
             scales = hidden.new_ones(len(targets), dtype=torch.float32)
+        count = len(targets)
+        more = -count % LinearCrossEntropy.ROUND
+        hidden = F.pad(hidden, (0, 0, 0, more))
+        targets, scales = F.pad(targets, (0, more)), F.pad(scales, (0, more))
         for part, target, scale in zip(
             *(x.split(LinearCrossEntropy.BLOCK) for x in (hidden, targets, scales)), strict=True
         ):
@@ -59,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             share = gradient.T @ part
             weight_gradient = share.float() if weight_gradient is None else weight_gradient + share
         if wanted:
-            ctx.save_for_backward(torch.cat(hidden_gradients).to(given), weight_gradient)
+            ctx.save_for_backward(torch.cat(hidden_gradients)[:count].to(given), weight_gradient)
         return total
 
     @staticmethod

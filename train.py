@@ -181,7 +181,9 @@ class Run:
     def checkpoint(self, scores: dict[str, float]) -> Checkpoint:
         settings = self.settings
         kept = {name: getattr(settings, name) for name in constants(config)}
-        options = GenerationOptions(settings.BEAM_SIZE, settings.LENGTH_PENALTY)
+        options = GenerationOptions(
+            settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
+        )
         training = {
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -224,7 +226,7 @@ def start_run(settings: SimpleNamespace) -> Run:
     model = copy.deepcopy(average)
     if resumed:
         model.load_state_dict(resumed.training["weights"])
-    average.requires_grad_(False).eval()
+    average.eval()
     rows = {
         split: encode_rows(tokenizer, data, split, size.max_length) for split in ("train", "val")
     }
@@ -602,7 +604,7 @@ class Meter:
 # --- Validation -----------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def validation_loss(run: Run) -> float:
     """Cross-entropy per token on the validation photos, without label smoothing, in nats."""
     batches = run.rows["val"].batches(run.settings.BATCH_SIZE, seed=0, epoch=0)
@@ -617,7 +619,8 @@ def validation_captions(run: Run) -> dict[str, str]:
     """Greedy captions of the first SCORED_IMAGES (at least SAMPLE_IMAGES) validation photos."""
     settings = run.settings
     names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
-    found = caption_cached(run.average, run.features, names, GenerationOptions(), dtype=run.dtype)
+    options = GenerationOptions(no_repeat_ngram=settings.NO_REPEAT_NGRAM)
+    found = caption_cached(run.average, run.features, names, options, dtype=run.dtype)
     return {name: run.tokenizer.decode(hypothesis.tokens) for name, hypothesis in found}
 
 

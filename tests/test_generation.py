@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from generation import GenerationOptions, generate
 from tests.test_model import VOCAB, build_model, features, plain_logits
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+from utils import UserError
 
 OPTIONS = {
     "greedy": GenerationOptions(),
@@ -115,6 +118,25 @@ def test_bounds_and_repeats_are_kept(ending):
         assert len(set(group[0].tokens)) == len(group[0].tokens)
 
 
+def test_no_ngram_twice_and_no_token_twice_in_a_row():
+    """A model that says its last token again, or the one before, is held to neither."""
+    model, feature = build_model(), features(6)
+    with torch.no_grad():
+        model.decoder.token_embedding.weight *= 8  # the tied embedding likes what it just read
+    options = {"min_length": 15, "max_length": 15}
+
+    def repeats(found) -> tuple[int, int]:
+        ids = [group[0].tokens for group in found]
+        stutters = sum(a == b for group in ids for a, b in pairwise(group))
+        pairs = [list(pairwise(group)) for group in ids]
+        return stutters, sum(len(group) - len(set(group)) for group in pairs)
+
+    assert min(repeats(generate(model, feature, GenerationOptions(**options)))) > 0
+    for way in ({}, {"beam_size": 3}, {"sample": True, "beam_size": 2}):
+        chosen = GenerationOptions(no_repeat_ngram=2, **options, **way)
+        assert repeats(generate(model, feature, chosen)) == (0, 0)
+
+
 def test_samples_follow_the_seed_and_the_distribution(ending):
     feature = features(1)
     options = [GenerationOptions(200, sample=True, max_length=1, seed=seed) for seed in (1, 1, 2)]
@@ -147,5 +169,5 @@ def test_impossible_options_are_refused(ending):
                   {"min_length": 5, "max_length": 4}):  # fmt: skip
         with pytest.raises(ValueError):
             GenerationOptions(**wrong)
-    with pytest.raises(ValueError, match="beyond"):
+    with pytest.raises(UserError, match="can write 15 tokens"):
         generate(ending, features(1), GenerationOptions(max_length=99))
