@@ -12,11 +12,14 @@ smallest and the largest. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +41,9 @@ from utils import autocast, choose_device, choose_dtype, run_script, seed_everyt
 
 VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
 EPOCHS, CAPTIONS = 20, 5
-PARTS = ("train", "generate", "features", "memory")
+LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
+FLICKR30K = 29000  # photos to train on
+PARTS = ("train", "generate", "features", "memory", "startup")
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
@@ -149,12 +154,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2048 * 512 * 2048 / statistics.median(taken)
 
 
-def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+def measure_training(
+    device: torch.device, dtype: torch.dtype, repeats: int, compiled: bool
+) -> dict[str, object]:
     """Captions a second over 20 epochs, ours beside the rival's, and how near the limit."""
     rows = CaptionRows(flickr_like_captions(2048))
     batches = list(rows.batches(32, 0, 0))
     ours, rival = our_model(device).train(), rival_model(device).train()
-    features = torch.randn(32, PATCHES, WIDTH, dtype=torch.float16)
+    if compiled:
+        ours.hidden = torch.compile(ours.hidden, dynamic=True)
+    features = torch.randn(32, PATCHES, WIDTH, dtype=torch.float16, device=device)
     our_optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=device.type != "mps")
     rival_optimizer = torch.optim.AdamW(rival.decoder.parameters(), lr=1e-4)
     queue = iter(batches * 10)
@@ -164,7 +173,7 @@ def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         done.append(next(queue))
         batch = done[-1].to(device)
         with autocast(device, dtype):
-            loss = ours.loss(features.to(device).float(), batch, label_smoothing=0.1)
+            loss = ours.loss(features.float(), batch, label_smoothing=0.1)
         (loss / 2000).backward()
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         our_optimizer.step()
@@ -198,6 +207,8 @@ def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         "rival_step_seconds": median(times["rival"]),
         "our_captions_per_second_decoder": 32 * CAPTIONS / statistics.median(times["ours"]),
         "rival_captions_per_second": 8 / statistics.median(times["rival"]),
+        "flickr30k_20_epochs_minutes":
+            statistics.median(times["ours"]) * FLICKR30K / 32 * EPOCHS / 60,
         "matmul_gflops": 2 * limit / 1e9,
         "train_matmul_share": statistics.median(rates) / limit,
         "padding_share": statistics.mean(padding),
@@ -208,10 +219,10 @@ def measure_training(device: torch.device, dtype: torch.dtype, repeats: int) -> 
 
 
 def measure_generation(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    """Beam 5 over 32 photos, 20 tokens each, from encoder output: ours beside the rival's."""
+    """Beam 5 over 32 photos, as long as Flickr's captions, from encoder output, ours and theirs."""
     ours, rival = our_model(device).eval(), rival_model(device).eval()
     features = torch.randn(32, PATCHES, WIDTH, device=device)
-    options = GenerationOptions(beam_size=5, min_length=20, max_length=20)
+    options = GenerationOptions(beam_size=5, min_length=LENGTH, max_length=LENGTH)
     encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=features)
 
     def our_captions() -> None:
@@ -219,7 +230,9 @@ def measure_generation(device: torch.device, dtype: torch.dtype, repeats: int) -
             generate(ours, features, options)
 
     def rival_captions() -> None:
-        rival.generate(encoder_outputs=encoded, num_beams=5, min_new_tokens=20, max_new_tokens=20)
+        rival.generate(
+            encoder_outputs=encoded, num_beams=5, min_new_tokens=LENGTH, max_new_tokens=LENGTH
+        )
 
     times = interleaved({"ours": our_captions, "rival": rival_captions}, repeats, device)
     return {
@@ -265,21 +278,27 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     }
 
 
-# --- Memory ---------------------------------------------------------------------------------
+# --- Memory and start-up ---------------------------------------------------------------------
+
+STEPS = 128
 
 
-def resident_after_epoch(photos: int, result) -> None:
-    """Train a small decoder for an epoch on a synthetic cache; report the peak in MB."""
+def resident_after_steps(photos: int, result) -> None:
+    """Train a small decoder on a synthetic cache; report the peak in MB and seconds a step."""
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         cache = synthetic_cache(Path(folder), photos)
         rows = CaptionRows(flickr_like_captions(photos))
         model = CaptionModel(64, DecoderConfig(VOCAB, width=64, layers=1, heads=1, ff_dim=64))
-        for batch in rows.batches(32, 0, 0):
+        epochs = itertools.count()
+        batches = itertools.chain.from_iterable(rows.batches(32, 0, epoch) for epoch in epochs)
+        started = time.perf_counter()
+        for batch in itertools.islice(batches, STEPS):
             features = cache.read([(name, 0) for name in batch.names]).float()
             model.loss(features, batch).backward()
             model.zero_grad()
-    result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        taken = (time.perf_counter() - started) / STEPS
+    result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, taken))
 
 
 def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
@@ -293,16 +312,54 @@ def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
 
 
 def measure_memory() -> dict[str, object]:
-    """Peak resident memory of training on 500, 2,000 and 8,000 photos, a process each."""
+    """Peak resident memory of as many steps on 500, 2,000 and 8,000 photos, a process each."""
     context = multiprocessing.get_context("spawn")
-    peaks = []
+    peaks, taken = [], []
     for photos in (500, 2000, 8000):
         result = context.Queue()
-        process = context.Process(target=resident_after_epoch, args=(photos, result))
+        process = context.Process(target=resident_after_steps, args=(photos, result))
         process.start()
-        peaks.append(result.get())
+        peak, each = result.get()
         process.join()
-    return {"rss_mb": [round(peak) for peak in peaks], "rss_growth_mb": peaks[-1] - peaks[0]}
+        peaks.append(peak)
+        taken.append(each)
+    return {
+        "rss_mb": [round(peak) for peak in peaks],
+        "rss_growth_mb": peaks[-1] - peaks[0],
+        "rss_step_seconds": [round(each, 4) for each in taken],
+    }
+
+
+def measure_startup() -> dict[str, object]:
+    """How long `train.py` takes until its first step, with a cache of 30,000 photos."""
+    count = 30000
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "image_size": 32, "patch_size": 16}  # fmt: skip
+        tower = transformers.ViTModel(transformers.ViTConfig(**size), add_pooling_layer=False)
+        tower.save_pretrained(folder / "encoder")
+        side = {"height": 32, "width": 32}
+        transformers.ViTImageProcessorPil(size=side).save_pretrained(folder / "encoder")
+        (folder / "images").mkdir()
+        dice = np.random.default_rng(0)
+        captions = {}
+        for i in range(count):
+            Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"images/{i}.png")
+            words = dice.integers(0, 3000, (CAPTIONS, 11))
+            captions[f"{i}.png"] = [" ".join(f"w{n}" for n in row) for row in words]
+        (folder / "captions.json").write_text(json.dumps(captions))
+        command = [
+            sys.executable, str(Path(__file__).with_name("train.py")), "--dataset", "custom",
+            "--split", "ratio", "--data_dir", name, "--encoder_model_name", f"{name}/encoder",
+            "--epochs", "0", "--wandb_project", "", "--hf_repo_id", "",
+        ]  # fmt: skip
+        taken = []
+        for _ in range(3):  # the first makes the cache
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            taken.append(time.perf_counter() - started)
+    return {"startup_seconds_30000": min(taken[1:]), "first_start_seconds_30000": taken[0]}
 
 
 # --- All of it ------------------------------------------------------------------------------
@@ -317,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
     args = parser.parse_args(argv)
     seed_everything(0)
     transformers.utils.logging.set_verbosity_error()
@@ -328,10 +386,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
     }  # fmt: skip
     measured = {
-        "train": lambda: measure_training(device, dtype, args.repeats),
+        "train": lambda: measure_training(device, dtype, args.repeats, args.compile),
         "generate": lambda: measure_generation(device, dtype, args.repeats),
         "features": lambda: measure_features(device, dtype, args.repeats),
         "memory": measure_memory,
+        "startup": measure_startup,
     }
     for part, measure in measured.items():
         if args.only in (None, part):

@@ -51,12 +51,13 @@ LABEL_SMOOTHING = 0.1  # share of the target spread over the vocabulary
 EMA_DECAY = 0.999  # of the averaged weights that are validated and saved; 0: no average
 SEED = 0  # of weights, order and dropout
 DEVICE = "auto"  # auto, cuda, mps or cpu
+COMPILE = False  # torch.compile the decoder's training: meant for GPUs, no gain on a CPU
 PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
 
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
 SCST_EPOCHS = 0  # epochs after EPOCHS; 0: no second stage
-SCST_SAMPLES = 5  # captions drawn per photo, each measured against the others' mean reward
-SCST_LEARNING_RATE = 5e-5  # peak; falls linearly to MIN_LEARNING_RATE
+SCST_BEAM_SIZE = 5  # captions searched per photo, each measured against the others' mean
+SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
 
 # --- Checkpoints ----------------------------------------------------------------------------
 OUTPUT_DIR = None  # checkpoints and logs; None: DATA_DIR

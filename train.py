@@ -140,8 +140,8 @@ class Progress:
     batch: int = 0  # batches done in the epoch under way
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included
-    loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of samples
-    loss_count: int = 0  # tokens; self-critical: samples
+    loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of beams
+    loss_count: int = 0  # tokens; self-critical: captions
     best_loss: float = math.inf
     best_cider: float = -math.inf
     best_path: str = ""
@@ -227,6 +227,8 @@ def start_run(settings: SimpleNamespace) -> Run:
     if resumed:
         model.load_state_dict(resumed.training["weights"])
     average.eval()
+    if settings.COMPILE:
+        model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
     rows = {
         split: encode_rows(tokenizer, data, split, size.max_length) for split in ("train", "val")
     }
@@ -383,7 +385,8 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
 def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
     """The rest of the epoch under way; returns early, after a whole update, if asked to stop."""
     settings, progress = run.settings, run.progress
-    run.model.train()
+    # Without dropout in the self-critical stage: the gradient is of the model that searched.
+    run.model.train(not run.self_critical)
     total = run.rows["train"].count(settings.BATCH_SIZE)
     accumulate = settings.GRADIENT_ACCUMULATION_STEPS
     meter = Meter(run, total)
@@ -409,7 +412,7 @@ class Update:
 
     step: int
     names: list[str]
-    count: int  # tokens, or samples in the self-critical stage
+    count: int  # tokens, or captions in the self-critical stage
     summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
     norm: Tensor  # of the gradient
     bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
@@ -444,7 +447,7 @@ class Ledger:
         progress.loss_sum += summed
         progress.loss_count += update.count
         if update.step % 20 == 0:
-            kind = "sample_cider" if self.run.self_critical else "loss"
+            kind = "beam_cider" if self.run.self_critical else "loss"
             values = {f"train/{kind}": summed / update.count, "train/learning_rate": update.rate,
                       "train/grad_norm": update.norm.item()}  # fmt: skip
             self.tracker.log(values, update.step)
@@ -475,7 +478,7 @@ def batch_loss(
 
 
 class Critic:
-    """Rewards sampled captions of training photos with their CIDEr-D (Rennie et al. 2017).
+    """Rewards captions of training photos with their CIDEr-D (Rennie et al. 2017).
 
     Document frequencies are those of the training captions, and the end of a caption counts as
     a word: without it, captions that break off would lose nothing.
@@ -490,60 +493,66 @@ class Critic:
             }
         )
 
-    def rewards(self, names: Sequence[str], samples: Sequence[Sequence[Hypothesis]]) -> Tensor:
-        """CIDEr-D, times 100, of each photo's samples: (images, samples)."""
-        return torch.tensor(
-            [
-                [
-                    self.cider.score(
-                        name,
-                        tokenize(self.tokenizer.decode(sample.tokens)) + [END] * sample.ended,
-                    )
-                    for sample in group
-                ]
-                for name, group in zip(names, samples, strict=True)
-            ]
-        )
+    def rewards(self, name: str, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """CIDEr-D, times 100, of captions of one photo."""
+        decode = self.tokenizer.decode
+        words = [tokenize(decode(h.tokens)) + [END] * h.ended for h in hypotheses]
+        return [self.cider.score(name, caption) for caption in words]
 
 
-def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy gradient's loss on samples of the model's own, and their summed rewards.
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """By how much each of a photo's captions beats the mean of the others."""
+    mean = sum(rewards) / len(rewards)
+    return [(reward - mean) * len(rewards) / max(1, len(rewards) - 1) for reward in rewards]
 
-    Each sample's advantage is its reward less the mean of the photo's other samples.
+
+def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, float, int]:
+    """The policy gradient's loss on the model's own beams, their summed rewards, and their number.
+
+    The beams of a search stand for samples, each measured against the others (Cornia et al.
+    2020): what they differ in is what the choice of a caption depends on. Samples proper are so
+    much poorer that raising them only makes captions safe and alike (README, What was tried).
     """
-    count = run.settings.SCST_SAMPLES
-    seed = int(torch.randint(2**31, ()))
-    options = GenerationOptions(beam_size=count, sample=True, seed=seed)
+    options = GenerationOptions(beam_size=run.settings.SCST_BEAM_SIZE)
     with autocast(run.device, run.dtype):
-        samples = generate(run.model, features.float(), options)
-    rewards = run.critic.rewards(batch.names, samples)
-    advantages = (rewards - rewards.mean(1, keepdim=True)) * count / (count - 1)
-    ids = [[[START_ID, *s.tokens] + [END_ID] * s.ended for s in group] for group in samples]
-    drawn = make_batch(batch.names, ids)
-    row, sample = drawn.places // drawn.tokens.shape[1], drawn.segments.flatten()[drawn.places]
-    scales = (advantages[row, sample] / 100).to(run.device)
-    loss = batch_loss(run, run.model, drawn.to(run.device), features, scales=scales)
-    return loss, rewards.sum().to(run.device)
+        beams = generate(run.model, features.float(), options)
+    rewards = [run.critic.rewards(*pair) for pair in zip(batch.names, beams, strict=True)]
+    ids = [[[START_ID, *h.tokens] + [END_ID] * h.ended for h in group] for group in beams]
+    found = make_batch(batch.names, ids)
+    scales = torch.tensor(
+        [
+            advantage / 100
+            for group, captions in zip(rewards, ids, strict=True)
+            for advantage, caption in zip(advantages(group), captions, strict=True)
+            for _ in caption[1:]
+        ]
+    )
+    loss = batch_loss(
+        run, run.model, found.to(run.device), features, scales=scales.to(run.device)
+    )
+    return loss, sum(map(sum, rewards)), sum(map(len, rewards))
 
 
 def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
-    """One optimizer step on the batches of a group, unless loss or gradient are not finite."""
+    """One optimizer step on the batches of a group, unless loss or gradient are not finite.
+
+    The gradient is that of the mean over the whole group, so that accumulation changes nothing
+    but memory.
+    """
     settings, progress = run.settings, run.progress
-    if run.self_critical:
-        count = sum(len(batch.names) for batch, _ in group) * settings.SCST_SAMPLES
-    else:
-        count = sum(len(batch.targets) for batch, _ in group)
-    summed = torch.zeros((), device=run.device)
+    summed, count = torch.zeros((), device=run.device), 0
     for batch, features in group:
         if run.self_critical:
-            loss, value = self_critical_loss(run, batch, features)
+            loss, value, parts = self_critical_loss(run, batch, features)
         else:
             smoothing = settings.LABEL_SMOOTHING
             loss = batch_loss(run, run.model, batch, features, label_smoothing=smoothing)
-            value = loss.detach()
-        # By the count of the whole group, so that accumulation changes nothing but memory.
-        (loss / count).backward()
+            value, parts = loss.detach(), len(batch.targets)
+        loss.backward()
         summed += value
+        count += parts
+    gradients = [p.grad for p in run.model.parameters()]
+    torch._foreach_mul_(gradients, 1 / count)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + summed)).float()
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -100,6 +103,23 @@ def test_scaled_loss_and_gradients_equal_the_plain_ones(model):
         torch.autograd.grad(fast, parameters), torch.autograd.grad(plain, parameters), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_plain():
+    torch.manual_seed(0)
+    config = DecoderConfig(VOCAB, width=32, layers=1, heads=4, ff_dim=64, max_length=16, dropout=0)
+    plain = CaptionModel(24, config)
+    compiled = copy.deepcopy(plain)
+    compiled.hidden = torch.compile(compiled.hidden, dynamic=True)
+    for lengths in ([3, 7, 5], [9, 9, 9, 9]):
+        batch, feature = make_batch(["a"], [captions(lengths)]), features(1)
+        ours, theirs = (model.loss(feature, batch, 0.1) for model in (plain, compiled))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-5)
+        pairs = (torch.autograd.grad(loss, list(model.parameters()))
+                 for loss, model in ((ours, plain), (theirs, compiled)))  # fmt: skip
+        for one, two in zip(*pairs, strict=True):
+            torch.testing.assert_close(one, two, atol=2e-3, rtol=1e-3)
 
 
 def test_padding_changes_nothing(model):

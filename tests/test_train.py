@@ -150,41 +150,54 @@ def test_the_average_follows_the_weights(tmp_path, encoder_dir):
 
 
 def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
-    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1, "--dropout", 0,
-                        "--scst_samples", 3)  # fmt: skip
+    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1,
+                        "--scst_beam_size", 3)  # fmt: skip
     ((batch, features),) = first_batches(state, 1)
-    torch.manual_seed(5)
-    loss, rewards = train.self_critical_loss(state, batch, features)
+    state.model.eval()
+    loss, summed, count = train.self_critical_loss(state, batch, features)
     gradients = torch.autograd.grad(loss, list(state.model.parameters()))
 
-    torch.manual_seed(5)
-    seed = int(torch.randint(2**31, ()))
-    options = GenerationOptions(beam_size=3, sample=True, seed=seed)
-    plain, total = 0.0, 0.0
-    for row, group in enumerate(generate(state.model, features.float(), options)):
-        reward = state.critic.rewards([batch.names[row]], [group])[0]
-        total += float(reward.sum())
-        for k, sample in enumerate(group):
-            others = [float(r) for other, r in enumerate(reward) if other != k]
-            advantage = float(reward[k]) - sum(others) / 2
-            ids = [START_ID, *sample.tokens] + [END_ID] * sample.ended
+    plain, total, captions = 0.0, 0.0, 0
+    found = generate(state.model, features.float(), GenerationOptions(beam_size=3))
+    for row, group in enumerate(found):
+        reward = state.critic.rewards(batch.names[row], group)
+        for k, caption in enumerate(group):
+            total, captions = total + reward[k], captions + 1
+            others = reward[:k] + reward[k + 1 :]
+            advantage = reward[k] - sum(others) / max(1, len(others)) if others else 0.0
+            ids = [START_ID, *caption.tokens] + [END_ID] * caption.ended
             alone = make_batch([batch.names[row]], [[ids]])
-            loss = state.model.loss(features[row : row + 1].float(), alone)
-            plain = plain + advantage / 100 * loss
-    assert float(rewards) == pytest.approx(total)
+            likely = -state.model.loss(features[row : row + 1].float(), alone)
+            plain = plain - advantage / 100 * likely
+    assert (summed, count) == (pytest.approx(total), captions)
     expected = torch.autograd.grad(plain, list(state.model.parameters()))
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
+    """Of captions of some skill, those that are rewarded become likelier."""
+    state = start_state(tmp_path, encoder_dir, "--epochs", 8, "--scst_epochs", 8)
+    means = []
+    while state.progress.epoch < 16:
+        train.train_epoch(state, SimpleNamespace(log=lambda *_: None),
+                          SimpleNamespace(asked=False))  # fmt: skip
+        means.append(state.progress.loss_sum / state.progress.loss_count)
+        state.progress.epoch += 1
+        state.progress.batch, state.progress.loss_sum, state.progress.loss_count = 0, 0.0, 0
+    assert means[-1] > means[8] + 5
 
 
 def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
     name = state.rows["train"].names[0]
     human, other = (state.tokenizer.encode(text) for text in (state.data.captions[name][0], "on"))
-    samples = [[Hypothesis(ids, 0.0, 0.0, ended) for ids, ended in
-                ((human, True), (human, False), (other, True))]]  # fmt: skip
-    whole, cut, poor = state.critic.rewards([name], samples)[0].tolist()
+    hypotheses = [Hypothesis(ids, 0.0, 0.0, ended) for ids, ended in
+                  ((human, True), (human, False), (other, True))]  # fmt: skip
+    whole, cut, poor = state.critic.rewards(name, hypotheses)
     assert whole > cut > poor
+    assert train.advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
+    assert train.advantages([7.0]) == [0.0]
 
 
 def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
