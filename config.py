@@ -55,7 +55,7 @@ COMPILE = False  # torch.compile the decoder's training: meant for GPUs, no gain
 PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
 
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
-SCST_EPOCHS = 0  # epochs after EPOCHS; 0: no second stage
+SCST_EPOCHS = 10  # epochs after EPOCHS; 0: no second stage
 SCST_BEAM_SIZE = 5  # captions searched per photo, each measured against the others' mean
 SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
 

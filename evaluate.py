@@ -197,6 +197,7 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
         add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
         add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
         add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+        add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
         add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
         add_option_flags(parser)
 
@@ -257,10 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Path(settings.report or usual)
     write_report(report, paths.images, captions, references, values, summary)
     print(f"report: {report}")
+    if settings.save_captions:
+        with atomic_write(Path(settings.save_captions)) as path:
+            path.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
     result = {
         **{metric: round(value, 4) for metric, value in found.items()},
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
         **{name: round(value, 4) for name, value in other.items()},
+        "not computed": missing,
         "split": settings.split,
         "images": len(names),
         "beam_size": options.beam_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import shlex
 import signal
 import sys
@@ -692,6 +693,8 @@ class Tracker:
             return
         import wandb  # takes seconds, and a run without tracking shouldn't pay for it
 
+        run.output.mkdir(parents=True, exist_ok=True)
+
         def begin(mode: str | None) -> Any:
             return wandb.init(
                 project=settings.WANDB_PROJECT,
@@ -705,7 +708,8 @@ class Tracker:
                 settings=wandb.Settings(silent=True, console="off", init_timeout=15),
             )
 
-        mode = None if wandb.api.api_key or "WANDB_MODE" in wandb.env.os.environ else "offline"
+        known = wandb.login(prompt=False, verify=False) or "WANDB_MODE" in os.environ
+        mode = None if known else "offline"
         try:
             self.wandb_run = begin(mode)
         except (wandb.errors.Error, OSError) as error:

@@ -26,8 +26,10 @@ DEMO = {
     # hold back, and what holds it back elsewhere slows the learning (measured: 64 % to 77 % right).
     "DROPOUT": 0.0,
     "LABEL_SMOOTHING": 0.0,
+    "SCST_EPOCHS": 0,
     "SAMPLE_IMAGES": 2,
     "BEAM_SIZE": 5,
+    "NO_REPEAT_NGRAM": 0,  # "two small red stars ... two small red squares" is right
     # Other people's accounts are no place for a demo.
     "WANDB_PROJECT": "",
     "HF_REPO_ID": "",

@@ -115,7 +115,7 @@ def small_flags(data: Path, encoder: Path) -> list[str]:
         "encoder_model_name": encoder, "decoder_embed_dim": 32, "decoder_layers": 2,
         "decoder_heads": 4, "decoder_ff_dim": 64, "vocab_size": 400, "max_caption_length": 20,
         "epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32",
-        "device": "cpu", "wandb_project": "", "hf_repo_id": "",
+        "device": "cpu", "scst_epochs": 0, "wandb_project": "", "hf_repo_id": "",
     }  # fmt: skip
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 

@@ -1,9 +1,10 @@
 """Make `goldens/metrics.json` anew. A development tool: needs pycocoevalcap 1.2 and Java.
 
-    python tests/make_metrics_goldens.py ../shared/data/dataset_flickr8k_trainval.json
+    python tests/make_metrics_goldens.py ../shared/data/dataset_flickr8k_trainval.json captions.json
 
 Tokens come from the hand-written `goldens/sentences.txt`. Of the data set only scores are kept:
-each human caption of its validation photos against the photo's other four.
+each human caption of its validation photos against the photo's other four, and generated captions
+(`evaluate.py --save_captions captions.json`), which are kept too, against all five.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> None:
         one = {name: group[k] for name, group in human.items()}
         others = {name: group[:k] + group[k + 1 :] for name, group in human.items()}
         rounds.append(scores(one, others)["scores"])
+    generated = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     goldens = {
         "tokens": {text: tokens[str(i)][0] for i, text in enumerate(sentences)},
         "corpus": {
@@ -75,6 +77,7 @@ def main() -> None:
             **scores(CAPTIONS, REFERENCES),
         },
         "human": rounds,
+        "generated": {"captions": generated, "scores": scores(generated, human)["scores"]},
     }
     text = json.dumps(goldens, indent=1, ensure_ascii=False) + "\n"
     (GOLDENS / "metrics.json").write_text(text, encoding="utf-8")

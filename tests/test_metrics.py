@@ -57,16 +57,33 @@ def test_scores_of_a_small_corpus():
     assert rouge_l(captions, references) == found["ROUGE-L"]
 
 
-@pytest.mark.skipif(not KARPATHY.exists(), reason="the real captions are not on this machine")
-@pytest.mark.parametrize("k", range(5))
-def test_scores_of_human_captions(k):
-    """Each human caption of the real validation photos against the photo's other four."""
+def human_captions() -> dict[str, list[str]]:
     images = json.loads(KARPATHY.read_text(encoding="utf-8"))["images"]
-    human = {
+    return {
         image["filename"]: [sentence["raw"] for sentence in image["sentences"]]
         for image in images
         if image["split"] == "val"
     }
+
+
+needs_photos = pytest.mark.skipif(
+    not KARPATHY.exists(), reason="the real captions are not on this machine"
+)
+
+
+@needs_photos
+def test_scores_of_generated_captions():
+    """What a model of ours wrote for the real validation photos, against all five humans."""
+    generated = GOLDENS["generated"]
+    found = score(generated["captions"], human_captions())
+    assert found == pytest.approx(generated["scores"], **FOUR_DECIMALS)
+
+
+@needs_photos
+@pytest.mark.parametrize("k", range(5))
+def test_scores_of_human_captions(k):
+    """Each human caption of the real validation photos against the photo's other four."""
+    human = human_captions()
     one = {name: group[k] for name, group in human.items()}
     others = {name: group[:k] + group[k + 1 :] for name, group in human.items()}
     assert score(one, others) == pytest.approx(GOLDENS["human"][k], **FOUR_DECIMALS)

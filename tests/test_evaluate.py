@@ -1,0 +1,103 @@
+"""Scoring: what evaluate.py prints and writes, and the scorers that others made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import evaluate
+from encoder import open_image
+from tests.conftest import build_encoder, run, write_photos
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory):
+    """A tiny CLIP with a tokenizer of single letters."""
+    folder = build_encoder("clip", tmp_path_factory.mktemp("clip"))
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    transformers.CLIPTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def scores_of(result) -> dict:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_evaluate_scores_and_reports(trained, clip_dir):
+    best = trained / "captioner_best_cider.safetensors"
+    scores = scores_of(run("evaluate.py", "--checkpoint", best, "--data_dir", trained,
+                           "--clip", clip_dir))  # fmt: skip
+    assert scores["split"] == "val" and scores["images"] > 0
+    assert all(0 <= scores[f"BLEU-{n}"] <= 100 for n in (1, 2, 3, 4))
+    assert math.isfinite(scores["CIDEr-D"])
+    assert 0 <= scores["CLIPScore"] <= 250 and "CLIPScore" not in scores["not computed"]
+    assert set(scores["not computed"]) | set(scores) >= {"METEOR", "SPICE"}
+    report = (trained / "captioner_best_cider_val.html").read_text()
+    assert report.count("data:image/jpeg;base64") >= scores["images"]
+
+
+def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
+    best = trained / "captioner_best_cider.safetensors"
+    flags = ["evaluate.py", "--checkpoint", best, "--data_dir", trained]
+    written = tmp_path / "captions.json"
+    scores = scores_of(run(*flags, "--max_length", 2, "--beam_size", 1,
+                           "--save_captions", written))  # fmt: skip
+    captions = json.loads(written.read_text())
+    assert len(captions) == scores["images"] and all(map(str.strip, captions.values()))
+    assert scores["length"] <= 2 and scores["options"]["max_length"] == 2
+    wrong = run(*flags, "--groups", 2)  # of 3 beams
+    assert wrong.returncode == 1 and "multiple of groups" in wrong.stderr
+    too_long = run(*flags, "--max_length", 99)
+    assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
+
+
+def test_clip_score_is_what_its_paper_says(tmp_path, clip_dir):
+    data = write_photos(tmp_path / "data", 3)
+    files = sorted((data / "images").iterdir())
+    captions = ["a red square", "a dog", "zebra"]
+    found = evaluate.clip_score(str(clip_dir), files, captions, torch.device("cpu"))
+    model = transformers.CLIPModel.from_pretrained(clip_dir).eval()
+    words = transformers.AutoTokenizer.from_pretrained(clip_dir)
+    processor = transformers.AutoImageProcessor.from_pretrained(clip_dir, backend="pil")
+    total = 0.0
+    for file, caption in zip(files, captions, strict=True):
+        ids = words(f"A photo depicts {caption}", return_tensors="pt", truncation=True,
+                    max_length=16)  # fmt: skip
+        pixels = processor(images=open_image(file), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            output = model(**ids, pixel_values=pixels)
+        cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds).item()
+        total += 2.5 * max(cosine, 0)
+    assert found == pytest.approx(100 * total / 3, rel=1e-3, abs=1e-3)
+    with pytest.raises(UserError, match="can't be loaded"):
+        evaluate.clip_score(str(tmp_path / "nothing"), files, captions, torch.device("cpu"))
+
+
+def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):
+    captions, references = {"a": "a dog runs"}, {"a": ["a dog runs", "the dog is running"]}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert evaluate.java_scores(captions, references) == (
+        {}, {"METEOR": "they need Java", "SPICE": "they need Java"},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None,
+    reason="needs Java and pycocoevalcap",
+)
+def test_meteor_knows_a_good_caption():
+    references = {"a": ["a dog runs on grass", "the dog is running"], "b": ["two men sit"] * 2}
+    good, _ = evaluate.java_scores({"a": "a dog runs", "b": "two men sit"}, references)
+    poor, _ = evaluate.java_scores({"a": "a cat", "b": "one woman"}, references)
+    assert good["METEOR"] > poor["METEOR"]
