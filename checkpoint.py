@@ -37,6 +37,7 @@ class Checkpoint:
     Args:
         encoder: `FrozenEncoder.identity()` of the encoder it was trained on.
         generation: options to caption with unless others are asked for.
+        tasks: what it learned, of `dataset.TASKS`.
         settings: the configuration it was trained with, for the record.
         scores: what was measured of it, e.g. {"val_loss": 2.5}.
         training: what going on with training needs; None in a `.safetensors`.
@@ -46,9 +47,22 @@ class Checkpoint:
     tokenizer: CaptionTokenizer
     encoder: dict[str, Any]
     generation: GenerationOptions
+    tasks: tuple[str, ...]
     settings: dict[str, Any]
     scores: dict[str, float]
     training: dict[str, Any] | None = None
+
+    def require(self, task: str) -> None:
+        """Refuse a task of `dataset.TASKS` that it never learned.
+
+        Raises:
+            UserError: it wasn't trained for the task.
+        """
+        if task not in self.tasks:
+            raise UserError(
+                f"this checkpoint was not trained for {task}, only for {' and '.join(self.tasks)}: "
+                f'train one with --tasks "captions,questions"'
+            )
 
     def description(self) -> dict[str, Any]:
         """All but weights and training state, as plain values."""
@@ -59,6 +73,7 @@ class Checkpoint:
             "encoder": self.encoder,
             "tokenizer": self.tokenizer.to_json(),
             "generation": asdict(self.generation),
+            "tasks": list(self.tasks),
             "settings": self.settings,
             "scores": self.scores,
         }
@@ -143,6 +158,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             CaptionTokenizer.from_json(description["tokenizer"]),
             description["encoder"],
             GenerationOptions(**description["generation"]),
+            tuple(description.get("tasks", ["captions"])),
             description["settings"],
             description["scores"],
             content.get("training"),

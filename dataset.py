@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import PAD_ID
+from tokenizer import ANSWER_ID, PAD_ID
 from utils import UserError
 
 SPLITS = ("train", "val", "test")
+TASKS = ("captions", "questions")
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
 ROW_MULTIPLE = 4
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """TASKS, such as "captions" or "captions,questions", as a tuple.
+
+    Raises:
+        UserError: it names something else, or nothing.
+    """
+    named = [part.strip() for part in text.split(",")]
+    if not set(named) <= set(TASKS):
+        raise UserError(f'TASKS is {text!r}: use captions, questions, or "captions,questions"')
+    return tuple(task for task in TASKS if task in named)
+
 
 # --- Where things are -----------------------------------------------------------------------
 
@@ -32,6 +46,7 @@ class DataPaths:
     data_dir: Path
     images: Path
     captions: Path
+    questions: Path
     splits: Path
     vocab: Path
     merges: Path
@@ -42,6 +57,7 @@ def data_paths(
     data_dir: str | os.PathLike[str],
     image_dir: str | None = None,
     captions_file: str | None = None,
+    questions_file: str | None = None,
     vocab_file: str | None = None,
     merges_file: str | None = None,
     features_dir: str | None = None,
@@ -56,6 +72,7 @@ def data_paths(
         data_dir=root,
         images=place(image_dir, "images"),
         captions=place(captions_file, "captions.json"),
+        questions=place(questions_file, "questions.json"),
         splits=root / "splits.json",
         vocab=place(vocab_file, "vocab.json"),
         merges=place(merges_file, "merges.txt"),
@@ -113,6 +130,62 @@ def load_captions(path: Path) -> dict[str, list[str]]:
             if not isinstance(caption, str) or not caption.strip():
                 raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
     return table
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a photo.
+
+    `answer` is what the decoder learns to say, empty where nobody knows; `answers` are several
+    people's, for scoring as VQAv2 does; `kind` is the type of the question, such as "count".
+    """
+
+    text: str
+    answer: str = ""
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+
+
+def load_questions(path: Path, answered: bool = True) -> dict[str, list[Question]]:
+    """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
+
+    An entry may also have "answers" (a list of several people's, of which the most frequent one
+    is the answer if none is given) and "type".
+
+    Args:
+        answered: whether each question needs an answer.
+
+    Raises:
+        UserError: the file or an entry is not of that form; the message names the entry.
+    """
+    table = read_json(path)
+    form = '{"photo.jpg": [{"question": "...", "answer": "..."}, ...]}'
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
+    if not table:
+        raise UserError(f"{path} is empty: it needs at least one photo: {form}")
+    questions = {}
+    for name, entries in table.items():
+        check_name(path, name)
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise UserError(f"{path}: {name!r} needs a list of questions: {form}")
+        questions[name] = [_read_question(path, name, entry, answered) for entry in entries]
+    return questions
+
+
+def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool) -> Question:
+    answers = entry.get("answers", [])
+    texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
+    if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
+        raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
+    text, answer, kind = texts
+    if not text.strip():
+        raise UserError(f"{path}: {name!r} has an empty question")
+    if not answer.strip() and answers:
+        answer = Counter(answers).most_common(1)[0][0]
+    if answered and not answer.strip():
+        raise UserError(f"{path}: {name!r} has a question without an answer: {text!r}")
+    return Question(text, answer, tuple(answers), kind)
 
 
 def check_name(path: Path, name: str) -> None:
@@ -235,7 +308,8 @@ class Batch:
     `positions` count within a caption; `segments` number the captions of a row, -1 is padding.
     `targets` are the tokens that carry a loss, all rows' in one (targets), and `places` (targets)
     says where in the flattened rows each is predicted: found here and not on a GPU, which would
-    have to wait for the answer.
+    have to wait for the answer. `asked` (targets) says which of them answer a question; the
+    question itself carries no loss.
     """
 
     names: list[str]
@@ -244,6 +318,7 @@ class Batch:
     segments: Tensor
     targets: Tensor
     places: Tensor
+    asked: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; from pinned memory, without waiting for it to arrive."""
@@ -258,7 +333,7 @@ class Batch:
 
 
 def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]) -> Batch:
-    """Lay the encoded captions of each photo into a row of its own; see `Batch`."""
+    """Lay the encoded captions and questions of each photo into a row of its own; see `Batch`."""
     length = max(sum(len(ids) - 1 for ids in group) for group in captions)
     length = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
     shape = (len(captions), length)
@@ -266,16 +341,22 @@ def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]
     positions = np.zeros(shape, dtype=np.int64)
     segments = np.full(shape, -1)
     targets: list[int] = []
+    places: list[int] = []
+    asked: list[bool] = []
     for row, group in enumerate(captions):
         start = 0
         for number, ids in enumerate(group):
             end = start + len(ids) - 1
             tokens[row, start:end] = ids[:-1]
-            targets += ids[1:]
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = number
+            # Special tokens have no spelling, so ANSWER stands only where a question ends.
+            question = ids.index(ANSWER_ID) if ANSWER_ID in ids else 0
+            targets += ids[question + 1 :]
+            places += range(row * length + start + question, row * length + end)
+            asked += [question > 0] * (len(ids) - 1 - question)
             start = end
-    arrays = (tokens, positions, segments, np.array(targets), np.flatnonzero(segments >= 0))
+    arrays = (tokens, positions, segments, np.array(targets), np.array(places), np.array(asked))
     return Batch(list(names), *map(torch.from_numpy, arrays))
 
 
@@ -303,11 +384,11 @@ class CaptionRows:
     """The encoded captions of some photos, cut into batches."""
 
     def __init__(self, captions: dict[str, list[list[int]]]):
-        """Args: `captions`, each photo's captions as ids from START to END."""
+        """Args: `captions`, each photo's captions and questions as ids from START to END."""
         self.names = list(captions)
         self.captions = list(captions.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
-        self._counts = {name: len(group) for name, group in captions.items()}
+        self.groups = captions
 
     def __len__(self) -> int:
         return len(self.names)
@@ -318,8 +399,8 @@ class CaptionRows:
             yield make_batch([self.names[i] for i in members], [self.captions[i] for i in members])
 
     def captions_of(self, names: Iterable[str]) -> int:
-        """How many captions these photos have together."""
-        return sum(self._counts[name] for name in names)
+        """How many captions and questions these photos have together."""
+        return sum(len(self.groups[name]) for name in names)
 
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""

@@ -1,6 +1,7 @@
 """Score a checkpoint's captions on a split, as the field does, and write a report to look at.
 
     python evaluate.py --checkpoint captioner_best_cider.safetensors --split val
+    python evaluate.py --checkpoint captioner_best_cider.safetensors --task questions
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +31,27 @@ import transformers
 from tqdm import tqdm
 
 import config
-from checkpoint import load_checkpoint
-from dataset import SPLITS, data_paths, load_captions, load_splits
+from checkpoint import Checkpoint, load_checkpoint
+from dataset import (
+    SPLITS,
+    TASKS,
+    DataPaths,
+    Question,
+    data_paths,
+    load_captions,
+    load_questions,
+    load_splits,
+)
 from encoder import FrozenEncoder, open_image
-from features import build_features
-from generation import add_option_flags, caption_cached, change_options, given_options
+from features import FeatureCache, build_features
+from generation import (
+    GenerationOptions,
+    Hypothesis,
+    add_option_flags,
+    caption_cached,
+    change_options,
+    given_options,
+)
 from metrics import (
     SCORER,
     TOKENIZER,
@@ -41,6 +60,7 @@ from metrics import (
     diversity,
     score,
     tokenize,
+    vqa_accuracy,
 )
 from utils import (
     UserError,
@@ -53,8 +73,8 @@ from utils import (
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 SETTINGS = (
-    "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "FEATURES_DIR", "FEATURE_BATCH_SIZE",
-    "MAX_BAD_IMAGES", "DEVICE", "PRECISION",
+    "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "QUESTIONS_FILE", "FEATURES_DIR",
+    "FEATURE_BATCH_SIZE", "MAX_BAD_IMAGES", "DEVICE", "PRECISION",
 )  # fmt: skip
 
 
@@ -193,6 +213,7 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--checkpoint", required=True, help=".safetensors or .pt")
+        add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
         add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
         add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
         add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
@@ -207,19 +228,56 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    settings = command_line(argv)
-    checkpoint_path = Path(settings.checkpoint).expanduser()
-    checkpoint = load_checkpoint(checkpoint_path)
+@dataclass
+class Scored:
+    """What is scored: a checkpoint, a split's photos, and their features."""
+
+    settings: SimpleNamespace
+    checkpoint: Checkpoint
+    paths: DataPaths
+    splits: dict[str, list[str]]
+    names: list[str]
+    cache: FeatureCache
+    device: torch.device
+    dtype: torch.dtype
+
+    def write(
+        self,
+        names: Sequence[str],
+        options: GenerationOptions,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        unit: str = "photo",
+    ) -> list[tuple[str, Hypothesis]]:
+        """The photos' captions, or answers to what `prefixes` ask about them, in their order."""
+        found = caption_cached(
+            self.checkpoint.model.to(self.device), self.cache, names, options, prefixes,
+            dtype=self.dtype, batch_size=self.settings.batch_size,
+        )  # fmt: skip
+        return list(tqdm(found, total=len(names), desc="writing", unit=unit, disable=None))
+
+    def result(self, options: GenerationOptions) -> dict[str, object]:
+        """What every JSON line tells of how it came about."""
+        return {
+            "split": self.settings.split,
+            "images": len(self.names),
+            "beam_size": options.beam_size,
+            "options": dataclasses.asdict(options),
+            "checkpoint": file_hash(Path(self.settings.checkpoint).expanduser()),
+        }
+
+
+def load_scored(settings: SimpleNamespace, wanted: Callable[[DataPaths], Container[str]]) -> Scored:
+    """Load the checkpoint, and the features of the split's photos that are `wanted`."""
+    checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
     paths = data_paths(
-        settings.DATA_DIR, settings.IMAGE_DIR, settings.CAPTIONS_FILE,
+        settings.DATA_DIR, settings.IMAGE_DIR, settings.CAPTIONS_FILE, settings.QUESTIONS_FILE,
         features_dir=settings.FEATURES_DIR,
     )  # fmt: skip
-    table = load_captions(paths.captions)
     splits = load_splits(paths.splits)
-    names = splits[settings.split]
+    known = wanted(paths)
+    names = [name for name in splits[settings.split] if name in known]
     if not names:
-        raise UserError(f"{paths.splits} has no photo in the split {settings.split!r}")
+        raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
     device = choose_device(settings.DEVICE)
     dtype = choose_dtype(settings.PRECISION, device)
     encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, settings.encoder).to(device)
@@ -228,17 +286,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=settings.MAX_BAD_IMAGES,
     )  # fmt: skip
     names = [name for name in names if name not in bad]
+    return Scored(settings, checkpoint, paths, splits, names, cache, device, dtype)
+
+
+# --- Captions -------------------------------------------------------------------------------
+
+
+def score_captions(settings: SimpleNamespace) -> dict[str, object]:
+    """Print and report the captions' scores; returns what the JSON line holds."""
+    scored = load_scored(settings, lambda paths: load_captions(paths.captions))
+    checkpoint, names = scored.checkpoint, scored.names
+    checkpoint.require("captions")
+    table = load_captions(scored.paths.captions)
     options = change_options(checkpoint.generation, **given_options(settings))
     started = time.monotonic()
-    found = caption_cached(
-        checkpoint.model.to(device), cache, names, options, dtype=dtype,
-        batch_size=settings.batch_size,
-    )  # fmt: skip
-    hypotheses = dict(tqdm(found, total=len(names), desc="captions", unit="photo", disable=None))
+    hypotheses = dict(scored.write(names, options))
     seconds = time.monotonic() - started
     captions = {name: checkpoint.tokenizer.decode(h.tokens) for name, h in hypotheses.items()}
     references = {name: table[name] for name in names}
-    training = {text for name in splits["train"] for text in table[name]}
+    training = {text for name in scored.splits["train"] for text in table.get(name, [])}
     found = score(captions, references)
     values = dict(zip(captions, cider_d(captions, references)[1].tolist(), strict=True))
     low, high = bootstrap_interval(list(values.values()), seed=0)
@@ -246,36 +312,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses.values()) / len(names)
     more, missing = java_scores(captions, references)
     if settings.clip:
-        files = [paths.images / name for name in names]
-        more["CLIPScore"] = clip_score(settings.clip, files, list(captions.values()), device)
+        files = [scored.paths.images / name for name in names]
+        more["CLIPScore"] = clip_score(
+            settings.clip, files, list(captions.values()), scored.device
+        )
     else:
         missing["CLIPScore"] = "it needs --clip"
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     print(summary)
     print(f"{len(names)} photos, beam {options.beam_size}, {len(names) / seconds:.0f} captions/s")
+    checkpoint_path = Path(settings.checkpoint).expanduser()
     usual = checkpoint_path.with_name(f"{checkpoint_path.stem}_{settings.split}.html")
     report = Path(settings.report or usual)
-    write_report(report, paths.images, captions, references, values, summary)
+    write_report(report, scored.paths.images, captions, references, values, summary)
     print(f"report: {report}")
     if settings.save_captions:
         with atomic_write(Path(settings.save_captions)) as path:
             path.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
-    result = {
+    return {
         **{metric: round(value, 4) for metric, value in found.items()},
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
         **{name: round(value, 4) for name, value in other.items()},
         "not computed": missing,
-        "split": settings.split,
-        "images": len(names),
-        "beam_size": options.beam_size,
-        "options": dataclasses.asdict(options),
         "scorer": SCORER,
         "tokenizer": TOKENIZER,
-        "checkpoint": file_hash(checkpoint_path),
+        **scored.result(options),
     }
-    print(json.dumps(result))
-    return 0
 
 
 def score_table(
@@ -294,6 +357,85 @@ def score_table(
     lines += [f"{name}: {value:.4g}" for name, value in other.items()]
     lines += [f"{metric}: not computed, {reason}" for metric, reason in missing.items()]
     return "\n".join(lines)
+
+
+# --- Answers --------------------------------------------------------------------------------
+
+
+def score_answers(settings: SimpleNamespace) -> dict[str, object]:
+    """Print the answers' accuracy beside two baselines; returns what the JSON line holds.
+
+    The baselines are the most common training answer of each question type, and the same model
+    shown another photo's features: what language alone gives.
+    """
+    scored = load_scored(settings, lambda paths: load_questions(paths.questions))
+    scored.checkpoint.require("questions")
+    table, tokenizer = load_questions(scored.paths.questions), scored.checkpoint.tokenizer
+    asked = [(name, question) for name in scored.names for question in table[name]]
+    limit = scored.checkpoint.model.config.max_length
+    prefixes = [tokenizer.question_prefix(question.text, limit) for _, question in asked]
+    options = change_options(GenerationOptions(), **given_options(settings))
+    # The photo after the next one: no photo stands in for itself, unless it is alone.
+    other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))
+    answers = {}
+    for source, photos in (
+        ("model", [name for name, _ in asked]),
+        ("wrong picture", [other[name] for name, _ in asked]),
+    ):
+        found = scored.write(photos, options, prefixes, "question")
+        answers[source] = [tokenizer.decode(h.tokens) for _, h in found]
+    training = [q for name in scored.splits["train"] for q in table.get(name, [])]
+    usual = common_answers(training)
+    overall = Counter(q.answer for q in training).most_common(1)[0][0] if training else ""
+    answers["common answer"] = [usual.get(question.kind, overall) for _, question in asked]
+    accuracies = accuracy_by_kind([question for _, question in asked], answers)
+    print(accuracy_table(accuracies))
+    counts = Counter(question.kind for _, question in asked)
+    return {
+        "accuracy": accuracies["all"]["model"],
+        "accuracies": accuracies,
+        "questions": len(asked),
+        "questions by type": dict(counts),
+        "scorer": "VQA accuracy where several people answered, normalised exact match elsewhere",
+        **scored.result(options),
+    }
+
+
+def common_answers(questions: Sequence[Question]) -> dict[str, str]:
+    """The most frequent answer to each type of question."""
+    counts: dict[str, Counter[str]] = {}
+    for question in questions:
+        counts.setdefault(question.kind, Counter())[question.answer] += 1
+    return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+
+
+def accuracy_by_kind(
+    questions: Sequence[Question], answers: dict[str, list[str]]
+) -> dict[str, dict[str, float]]:
+    """Percent right: for "all" and for each type of question, by who answered."""
+    table: dict[str, dict[str, float]] = {}
+    for kind in ("all", *sorted({question.kind for question in questions} - {""})):
+        places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
+        for source, given in answers.items():
+            right = [vqa_accuracy(given[i], questions[i].answers or [questions[i].answer])
+                     for i in places]  # fmt: skip
+            table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
+    return table
+
+
+def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
+    sources = list(accuracies["all"])
+    lines = [f"{'':<14}" + "".join(f"{source:>16}" for source in sources)]
+    for kind, values in accuracies.items():
+        lines.append(f"{kind:<14}" + "".join(f"{values[source]:16.1f}" for source in sources))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = command_line(argv)
+    score_task = {"captions": score_captions, "questions": score_answers}[settings.task]
+    print(json.dumps(score_task(settings)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -126,12 +126,17 @@ class Hypothesis:
 
 @torch.no_grad()  # not inference mode, in which autocast would convert the weights at each step
 def generate(
-    model: CaptionModel, features: Tensor, options: GenerationOptions
+    model: CaptionModel,
+    features: Tensor,
+    options: GenerationOptions,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Captions of photos, best first.
+    """Captions of photos, or answers about them, best first.
 
     Args:
         features: (images, patches, feature_width), on the model's device.
+        prefixes: what each row begins with, such as a question: ids from START to ANSWER, of any
+            lengths. None: START alone, for a caption.
 
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
@@ -139,14 +144,15 @@ def generate(
     Raises:
         UserError: max_length is beyond what the decoder can write.
     """
-    longest = model.config.max_length - 1
+    prefixes = prefixes or [[START_ID]] * len(features)
+    longest = model.config.max_length - max(map(len, prefixes))
     limit = options.max_length or longest
-    if limit > longest:
+    if not 0 < limit <= longest:
         raise UserError(f"max_length {limit} is too long: this decoder can write {longest} tokens")
     training = model.training
     model.eval()
     try:
-        rows = _Rows(model, features, options, limit)
+        rows = _Rows(model, features, options, limit, prefixes)
         while rows.images:
             rows.step()
         return [_ranked(found, options.beam_size) for found in rows.found]
@@ -159,24 +165,27 @@ def caption_cached(
     cache: FeatureCache | ResidentFeatures,
     names: Sequence[str],
     options: GenerationOptions,
+    prefixes: Sequence[Sequence[int]] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Iterator[tuple[str, Hypothesis]]:
     """Each photo's best hypothesis, from its cached features, in the order of `names`.
 
-    `dtype` is the precision of matrix products.
+    `prefixes` are as in `generate`, one a name; a name may stand in `names` several times. `dtype`
+    is the precision of matrix products.
     """
     device = next(model.parameters()).device
 
-    def load(part: Sequence[str]) -> tuple[Sequence[str], Tensor]:
-        return part, cache.read([(name, 0) for name in part])
+    def load(start: int) -> tuple[int, Tensor]:
+        return start, cache.read([(name, 0) for name in names[start : start + batch_size]])
 
-    parts = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-    for part, features in prefetch(load, parts):
+    for start, features in prefetch(load, range(0, len(names), batch_size)):
+        part = slice(start, start + batch_size)
+        asked = prefixes[part] if prefixes is not None else None
         with autocast(device, dtype):
-            found = generate(model, features.to(device, torch.float32), options)
-        yield from ((name, group[0]) for name, group in zip(part, found, strict=True))
+            found = generate(model, features.to(device, torch.float32), options, asked)
+        yield from ((name, group[0]) for name, group in zip(names[part], found, strict=True))
 
 
 def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:
@@ -186,23 +195,56 @@ def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:
 class _Rows:
     """The photos that are being captioned, one a row, with the state of each of their beams."""
 
-    def __init__(self, model, features: Tensor, options: GenerationOptions, limit: int):
+    def __init__(
+        self,
+        model: CaptionModel,
+        features: Tensor,
+        options: GenerationOptions,
+        limit: int,
+        prefixes: Sequence[Sequence[int]],
+    ):
         count, device = features.shape[0], features.device
         self.model, self.options, self.limit = model, options, limit
         self.found: list[list[Hypothesis]] = [[] for _ in range(count)]
         self.images = list(range(count))
         self.memory = model.memory(features)
-        self.cache = KeyValueCache(model.config.layers, 1 + (limit - 1) * options.beam_size)
         # (rows, beams) and (rows, beams, seen): the first step has one beam, which then forks.
-        self.tokens = torch.full((count, 1), START_ID, device=device)
+        self._read_prefixes(prefixes, device, (limit - 1) * options.beam_size)
         self.log_probability = torch.zeros(count, 1, device=device)
         self.ended = torch.zeros(count, 1, dtype=torch.bool, device=device)
-        self.descent = torch.zeros(count, 1, 0, dtype=torch.bool, device=device)
         self.history = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
         self.greedy = torch.zeros(count, dtype=torch.long, device=device)
         if options.sample:
             dice = torch.Generator().manual_seed(options.seed)
             self.draws = torch.rand(count, limit, options.beam_size, generator=dice).to(device)
+
+    def _read_prefixes(
+        self, prefixes: Sequence[Sequence[int]], device: torch.device, room: int
+    ) -> None:
+        """Pass all but the last token of each prefix through the decoder at once.
+
+        Prefixes end in the same column, so that every row goes on from there; before a shorter
+        one stands padding, which no token attends to.
+        """
+        length = max(map(len, prefixes))
+        tokens = torch.full((len(prefixes), length), PAD_ID)
+        for row, ids in enumerate(prefixes):
+            tokens[row, length - len(ids) :] = torch.tensor(ids)
+        tokens = tokens.to(device)
+        sizes = torch.tensor([[len(ids)] for ids in prefixes], device=device)
+        places = torch.arange(length, device=device) - length + sizes  # (rows, length)
+        real = (places >= 0)[:, :-1]
+        self.cache = KeyValueCache(self.model.config.layers, length + room)
+        self.tokens = tokens[:, -1:]
+        self.start = sizes - 1  # (rows, 1): the position of the last token of the prefix
+        self.descent = real.unsqueeze(1)
+        if length > 1:
+            causal = torch.ones(length - 1, length - 1, dtype=torch.bool, device=device).tril()
+            # Padding attends to itself, as attention to nothing is no number.
+            itself = torch.eye(length - 1, dtype=torch.bool, device=device)
+            mask = (causal & real.unsqueeze(1)) | itself
+            positions = places[:, :-1].clamp(min=0)
+            self.model.decoder(tokens[:, :-1], positions, mask, self.memory, self.cache)
 
     def step(self) -> None:
         """Let every beam take one token; photos whose captions are complete leave the rows."""
@@ -210,7 +252,7 @@ class _Rows:
         itself = torch.eye(beams, dtype=torch.bool, device=self.tokens.device)
         mask = torch.cat([self.descent, itself.expand(len(self.images), -1, -1)], dim=2)
         length = self.history.shape[2]
-        positions = torch.full_like(self.tokens, length)
+        positions = (self.start + length).expand_as(self.tokens)
         hidden = self.model.decoder(self.tokens, positions, mask, self.memory, self.cache)
         logits = self.model.decoder.logits(hidden).float()  # (rows, beams, vocab)
         allowed = self._constrain(logits.log_softmax(-1), length + 1)
@@ -363,7 +405,8 @@ class _Rows:
     def _keep(self, rows: list[int]) -> None:
         self.images = [self.images[row] for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
-        for name in ("tokens", "log_probability", "ended", "descent", "history", "greedy"):
+        for name in ("tokens", "log_probability", "ended", "descent", "history", "greedy",
+                     "start"):  # fmt: skip
             setattr(self, name, getattr(self, name)[index])
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keep(index)

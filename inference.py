@@ -2,6 +2,7 @@
 
     python inference.py --image_path photo.jpg --checkpoint captioner_best_cider.safetensors
     python inference.py --image_path photos/ --checkpoint user/repo --json
+    python inference.py --image_path photo.jpg --checkpoint user/repo --question "is it raining?"
 
 From Python: `load_captioner("captioner.safetensors").caption(["photo.jpg"])`.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_checkpoint
+from dataset import Question, load_questions
 from encoder import FrozenEncoder, ImageError, open_image
 from generation import (
+    GenerationOptions,
     Hypothesis,
     add_option_flags,
     change_options,
@@ -48,6 +51,7 @@ class Captioner:
         self.model = checkpoint.model.to(device).eval()
         self.tokenizer = checkpoint.tokenizer
         self.options = checkpoint.generation
+        self.tasks, self.require = checkpoint.tasks, checkpoint.require
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
 
@@ -79,10 +83,35 @@ class Captioner:
 
         Raises:
             ImageError: a file is missing or no picture.
+            UserError: the checkpoint was trained for questions only.
         """
-        opened = [im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
-                  for im in images]  # fmt: skip
-        return [group[0][0] for group in self.hypotheses(opened, **options)]
+        self.require("captions")
+        return [group[0][0] for group in self.hypotheses(self._open(images), **options)]
+
+    def answer(
+        self,
+        images: Sequence[str | os.PathLike[str] | Image.Image],
+        questions: Sequence[str],
+        **options: Any,
+    ) -> list[str]:
+        """The answer to a question about each picture; greedy unless options say otherwise.
+
+        Raises:
+            ImageError: a file is missing or no picture.
+            UserError: the checkpoint wasn't trained for questions.
+        """
+        self.require("questions")
+        limit = self.model.config.max_length
+        prefixes = [self.tokenizer.question_prefix(question, limit) for question in questions]
+        chosen = change_options(GenerationOptions(), **options)
+        with autocast(self.device, self.dtype):
+            features = self.features(self._open(images))
+            found = generate(self.model, features, chosen, prefixes)
+        return [self.tokenizer.decode(group[0].tokens) for group in found]
+
+    def _open(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Image.Image]:
+        return [im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
+                for im in images]  # fmt: skip
 
 
 def load_captioner(
@@ -135,26 +164,55 @@ def find_pictures(path: Path) -> list[Path]:
     return found
 
 
-def caption_files(
-    captioner: Captioner, files: Sequence[Path], batch_size: int, options: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Captions by file name, and what is wrong with the files that can't be read."""
-    captions: dict[str, str] = {}
+def write_about(
+    items: Sequence[tuple[Path, str]],
+    batch_size: int,
+    write: Callable[[list[Image.Image], list[str]], list[str]],
+    captioner: Captioner,
+) -> tuple[list[str | None], dict[str, str]]:
+    """What `write` says of each picture (with a question), and what is wrong with unreadable ones.
+
+    A caption or answer is None where the picture can't be read.
+    """
+    written: list[str | None] = []
     bad: dict[str, str] = {}
-    bar = tqdm(total=len(files), unit="photo", disable=True if len(files) == 1 else None)
+    bar = tqdm(total=len(items), unit="photo", disable=True if len(items) == 1 else None)
     with bar:
-        for start in range(0, len(files), batch_size):
-            part, images = files[start : start + batch_size], {}
-            for file in part:
+        for start in range(0, len(items), batch_size):
+            images: list[Image.Image | None] = []
+            part = items[start : start + batch_size]
+            for file, _ in part:
                 try:
-                    images[file.name] = captioner.encoder.open(file)
+                    images.append(captioner.encoder.open(file))
                 except ImageError as error:
+                    images.append(None)
                     bad[file.name] = str(error)
-            if images:
-                found = captioner.caption(list(images.values()), **options)
-                captions |= zip(images, found, strict=True)
+            there = [(image, text) for image, (_, text) in zip(images, part, strict=True) if image]
+            found = iter(write(*map(list, zip(*there, strict=True))) if there else [])
+            written += [next(found) if image else None for image in images]
             bar.update(len(part))
-    return captions, bad
+    return written, bad
+
+
+def questions_of(args: argparse.Namespace, files: Sequence[Path]) -> list[tuple[Path, Question]]:
+    """The pictures with what is asked about each; none where captions are wanted.
+
+    Raises:
+        UserError: the questions file names a picture that isn't there.
+    """
+    if args.question:
+        return [(file, Question(args.question)) for file in files]
+    if not args.questions_file:
+        return []
+    by_name = {file.name: file for file in files}
+    table = load_questions(Path(args.questions_file).expanduser(), answered=False)
+    missing = [name for name in table if name not in by_name]
+    if missing:
+        raise UserError(
+            f"{args.questions_file} asks about {len(missing)} pictures that are not in "
+            f"{args.image_path}, first {missing[0]!r}"
+        )
+    return [(by_name[name], question) for name, group in table.items() for question in group]
 
 
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -169,10 +227,12 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
     add("--revision", help="branch, tag or commit on the Hub [newest]")
     add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add("--question", help="answer this question about each picture instead of captioning it")
+    add("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
     add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
-    add("--json", action="store_true", help='last line: {"name.jpg": "caption", ...}')
+    add("--json", action="store_true", help="last line: captions by name, or questions and answers")
     add_option_flags(parser)
     return parser.parse_args(argv)
 
@@ -191,15 +251,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         precision=args.precision,
     )
-    captions, bad = caption_files(captioner, files, max(1, args.batch_size), chosen)
-    for name, caption in captions.items():
-        print(f"{name}: {caption}" if path.is_dir() else caption)
-    if args.json:
-        print(json.dumps(captions, ensure_ascii=False))
+    batch_size = max(1, args.batch_size)
+    if args.question or args.questions_file:
+        bad = answer_all(captioner, questions_of(args, files), batch_size, chosen, args.json)
+    else:
+        bad = caption_all(captioner, files, batch_size, chosen, args.json, path.is_dir())
     if bad:
         listing = "\n  ".join(bad.values())
-        raise UserError(f"{len(bad)} of {len(files)} pictures have no caption:\n  {listing}")
+        raise UserError(f"{len(bad)} of {len(files)} pictures can't be read:\n  {listing}")
     return 0
+
+
+def caption_all(
+    captioner: Captioner,
+    files: Sequence[Path],
+    batch_size: int,
+    options: dict[str, Any],
+    as_json: bool,
+    named: bool,
+) -> dict[str, str]:
+    """Print the pictures' captions; returns what is wrong with those that can't be read."""
+
+    def write(images: list[Image.Image], _: list[str]) -> list[str]:
+        return captioner.caption(images, **options)
+
+    written, bad = write_about([(file, "") for file in files], batch_size, write, captioner)
+    captions = {file.name: text for file, text in zip(files, written, strict=True) if text}
+    for name, caption in captions.items():
+        print(f"{name}: {caption}" if named else caption)
+    if as_json:
+        print(json.dumps(captions, ensure_ascii=False))
+    return bad
+
+
+def answer_all(
+    captioner: Captioner,
+    asked: Sequence[tuple[Path, Question]],
+    batch_size: int,
+    options: dict[str, Any],
+    as_json: bool,
+) -> dict[str, str]:
+    """Print the answers; returns what is wrong with the pictures that can't be read."""
+
+    def write(images: list[Image.Image], questions: list[str]) -> list[str]:
+        return captioner.answer(images, questions, **options)
+
+    items = [(file, question.text) for file, question in asked]
+    written, bad = write_about(items, batch_size, write, captioner)
+    table: dict[str, list[dict[str, str]]] = {}
+    alone = len(items) == 1
+    for (file, question), answer in zip(items, written, strict=True):
+        if answer is None:
+            continue
+        table.setdefault(file.name, []).append({"question": question, "answer": answer})
+        print(answer if alone else f"{file.name}: {question} {answer}")
+    if as_json:
+        print(json.dumps(table, ensure_ascii=False))
+    return bad
 
 
 if __name__ == "__main__":

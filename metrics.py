@@ -426,6 +426,49 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
+# --- Answers --------------------------------------------------------------------------------
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+
+
+def normalize_answer(answer: str) -> str:
+    """An answer as VQA's evaluation compares it: without case, articles and punctuation.
+
+    Number words become digits. The original's list of contractions without apostrophe is left
+    out: apostrophes are dropped from both sides instead, which makes the same answers equal.
+    """
+    given = answer.lower().replace("\n", " ").replace("\t", " ").replace("'", "")
+    text, thousands = given, re.search(r"\d,\d", given)
+    for sign in set(_VQA_PUNCTUATION.findall(given)):
+        # As there: between two words a sign parts them, beside a space it just goes.
+        beside = f"{sign} " in given or f" {sign}" in given or thousands
+        text = text.replace(sign, "" if beside else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [_NUMBERS.get(word, word) for word in text.split()]
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
+    """How right an answer is, 0 to 1, by VQA's formula (Antol et al. 2015).
+
+    With several people's answers: against all but one of them, min(1, those that agree / 3),
+    averaged over which one is left out. With a single one: whether it is the same.
+    """
+    given = normalize_answer(answer)
+    agree = [normalize_answer(other) == given for other in answers]
+    if len(agree) == 1:
+        return float(agree[0])
+    total = sum(agree)
+    return sum(min(1.0, (total - one) / 3) for one in agree) / len(agree)
+
+
 # --- Around the scores ----------------------------------------------------------------------
 
 

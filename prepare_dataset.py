@@ -39,7 +39,10 @@ from dataset import (
     data_paths,
     find_images,
     load_captions,
+    load_questions,
     load_splits,
+    parse_tasks,
+    read_json,
     split_by_karpathy,
     split_by_ratio,
 )
@@ -64,7 +67,8 @@ TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of a body
 CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
 
 SETTINGS = (
-    "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE SPLIT KARPATHY_FILE TRAIN_SPLIT_RATIO MAX_BAD_IMAGES"
+    "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
+    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES"
 ).split()
 
 
@@ -559,6 +563,53 @@ def ensure_captions(paths: DataPaths) -> dict[str, list[str]]:
 # --- Photos ---------------------------------------------------------------------------------
 
 
+def wanted_photos(tasks: Sequence[str], paths: DataPaths) -> list[str]:
+    """The names of the photos that the tasks have captions or questions about."""
+    names: dict[str, None] = {}
+    if "captions" in tasks:
+        names |= dict.fromkeys(ensure_captions(paths))
+    if "questions" in tasks:
+        names |= dict.fromkeys(load_questions(paths.questions))
+    return list(names)
+
+
+def convert_vqa(questions: Sequence[str], annotations: Sequence[str], target: Path) -> None:
+    """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
+
+    Raises:
+        UserError: files don't pair, or they are not of VQA's form.
+    """
+    if len(questions) != len(annotations):
+        raise UserError(
+            "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
+        )
+    table: dict[str, list[dict[str, Any]]] = {}
+    for pair in zip(questions, annotations, strict=True):
+        asked, answered = (read_json(Path(path).expanduser()) for path in pair)
+        try:
+            _add_vqa(asked, answered, table)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
+    with atomic_write(target) as path:
+        path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
+
+
+def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
+    stem = f"COCO_{asked['data_subtype']}_"  # COCO's name: COCO_val2014_000000000042.jpg
+    texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
+    for entry in answered["annotations"]:
+        name = f"{stem}{int(entry['image_id']):012d}.jpg"
+        table.setdefault(name, []).append(
+            {
+                "question": texts[entry["question_id"]],
+                "answer": entry["multiple_choice_answer"],
+                "answers": [answer["answer"] for answer in entry["answers"]],
+                "type": entry["question_type"],
+            }
+        )
+
+
 def ensure_photos(
     paths: DataPaths, dataset: str, urls: Sequence[str], archive: Sequence[str]
 ) -> None:
@@ -696,6 +747,7 @@ def prepare(
         settings.DATA_DIR,
         settings.IMAGE_DIR,
         settings.CAPTIONS_FILE,
+        settings.QUESTIONS_FILE,
         settings.VOCAB_FILE,
         settings.MERGES_FILE,
         settings.FEATURES_DIR,
@@ -704,7 +756,10 @@ def prepare(
         ensure_photos(paths, settings.DATASET, sources.get(settings.DATASET, ()), settings.archive)
     elif not paths.images.is_dir():
         raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
-    found = find_images(ensure_captions(paths), paths.images, settings.MAX_BAD_IMAGES)
+    if settings.vqa_questions or settings.vqa_annotations:
+        convert_vqa(settings.vqa_questions, settings.vqa_annotations, paths.questions)
+    names = wanted_photos(parse_tasks(settings.TASKS), paths)
+    found = find_images(names, paths.images, settings.MAX_BAD_IMAGES)
     write_splits(settings, paths, found, karpathy_url)
     temporary = paths.data_dir / "temp_download"
     kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
@@ -714,7 +769,7 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that are not settings: `--archive`."""
+    """Add the flags that are not settings: `--archive`, `--vqa_questions` and the answers."""
     parser.add_argument(
         "--archive",
         nargs="+",
@@ -722,6 +777,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="zip of the data set that you have already (or its parts, in order): no download",
     )
+    for kind in ("questions", "annotations"):
+        parser.add_argument(
+            f"--vqa_{kind}",
+            nargs="+",
+            default=[],
+            metavar="PATH",
+            help=f"VQAv2's {kind} files (of train and val): questions.json is made from them",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -731,7 +794,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for args in (argv, [])
     )
     paths = prepare(settings)
-    captions = load_captions(paths.captions)
+    tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
     flags = [
         text
@@ -740,7 +803,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text in (f"--{name.lower()}", str(vars(settings)[name]))
     ]
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
-    print(f"captions  {sum(map(len, captions.values()))} in {paths.captions}")
+    if "captions" in tasks:
+        captions = load_captions(paths.captions)
+        print(f"captions  {sum(map(len, captions.values()))} in {paths.captions}")
+    if "questions" in tasks:
+        questions = load_questions(paths.questions)
+        print(f"questions {sum(map(len, questions.values()))} in {paths.questions}")
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     print(f"next      {shlex.join(['python', 'train.py', *flags])}")
     return 0

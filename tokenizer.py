@@ -104,6 +104,23 @@ class CaptionTokenizer:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [[START_ID, *encoding.ids, END_ID][:max_length] for encoding in encodings]
 
+    def question_prefix(self, question: str, max_length: int) -> list[int]:
+        """`[START, question, ANSWER]`, which an answer follows; at most half of `max_length`."""
+        return [START_ID, *self.encode(question)[: max_length // 2 - 2], ANSWER_ID]
+
+    def encode_questions(
+        self, pairs: Sequence[tuple[str, str]], max_length: int
+    ) -> list[list[int]]:
+        """`[START, question, ANSWER, answer, END]` of each question and its answer.
+
+        At most `max_length` ids long; an answer that is cut has no END.
+        """
+        rows = [
+            [*self.question_prefix(question, max_length), *self.encode(answer), END_ID]
+            for question, answer in pairs
+        ]
+        return [ids[:max_length] for ids in rows]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first END; special tokens are left out."""
         words = []

@@ -34,9 +34,12 @@ from dataset import (
     Batch,
     CaptionRows,
     DataPaths,
+    Question,
     load_captions,
+    load_questions,
     load_splits,
     make_batch,
+    parse_tasks,
 )
 from decoder import DecoderConfig
 from encoder import FrozenEncoder, parse_layers
@@ -49,9 +52,9 @@ from features import (
 )
 from generation import GenerationOptions, Hypothesis, caption_cached, generate
 from hub import HubPusher, model_card
-from metrics import CiderD, score, tokenize
+from metrics import CiderD, score, tokenize, vqa_accuracy
 from model import CaptionModel
-from tokenizer import END, END_ID, START_ID, CaptionTokenizer
+from tokenizer import ANSWER_ID, END, END_ID, START_ID, CaptionTokenizer
 from utils import (
     UserError,
     autocast,
@@ -75,21 +78,38 @@ EXAMPLES = """examples:
 
 @dataclass
 class Data:
-    """Captions by split, and the features of their photos."""
+    """Captions and questions of photos, the photos by split, and their features.
+
+    Only what the tasks want is in it, and only photos that have some of it.
+    """
 
     captions: dict[str, list[str]]
+    questions: dict[str, list[Question]]
     splits: dict[str, list[str]]
     cache: FeatureCache
     encoder: dict[str, Any]  # FrozenEncoder.identity()
 
-    def references(self, names: Sequence[str]) -> dict[str, list[str]]:
-        return {name: self.captions[name] for name in names}
+    def captioned(self, split: str) -> list[str]:
+        """The photos of a split that have captions."""
+        return [name for name in self.splits[split] if name in self.captions]
+
+    def asked(self, names: Iterable[str]) -> list[tuple[str, Question]]:
+        """The questions about some photos, each with its photo."""
+        return [(name, q) for name in names for q in self.questions.get(name, [])]
 
 
 def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device) -> Data:
-    """Read captions and splits, and encode the photos that aren't in the feature cache yet."""
-    captions = load_captions(paths.captions)
-    splits = load_splits(paths.splits)
+    """Read what the tasks want, and encode the photos that aren't in the feature cache yet."""
+    tasks = parse_tasks(settings.TASKS)
+    captions = load_captions(paths.captions) if "captions" in tasks else {}
+    questions = load_questions(paths.questions) if "questions" in tasks else {}
+    splits = {
+        split: [name for name in names if name in captions or questions.get(name)]
+        for split, names in load_splits(paths.splits).items()
+    }
+    for split in ("train", "val"):
+        if not splits[split]:
+            raise UserError(f"{paths.splits}: no photo of {split} has any {' or '.join(tasks)}")
     encoder = FrozenEncoder.load(
         settings.ENCODER_MODEL_NAME,
         settings.ENCODER_REVISION or None,
@@ -108,15 +128,17 @@ def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device)
         max_bad=settings.MAX_BAD_IMAGES,
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
-    return Data(captions, splits, cache, encoder.identity())
+    return Data(captions, questions, splits, cache, encoder.identity())
 
 
 def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
-    """The tokenizer the user gave, or a new one learned from the training captions."""
+    """The tokenizer the user gave, or a new one learned from the training texts."""
     if settings.VOCAB_FILE and settings.MERGES_FILE:
         return CaptionTokenizer.load(paths.vocab, paths.merges)
-    captions = [text for name in data.splits["train"] for text in data.captions[name]]
-    tokenizer = CaptionTokenizer.train(captions, settings.VOCAB_SIZE)
+    texts = [text for name in data.captioned("train") for text in data.captions[name]]
+    for _, question in data.asked(data.splits["train"]):
+        texts += [question.text, question.answer]
+    tokenizer = CaptionTokenizer.train(texts, settings.VOCAB_SIZE)
     tokenizer.save(paths.vocab, paths.merges)
     return tokenizer
 
@@ -124,10 +146,18 @@ def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> C
 def encode_rows(
     tokenizer: CaptionTokenizer, data: Data, split: str, max_length: int
 ) -> CaptionRows:
+    """The captions and then the questions of each photo of a split."""
     names = data.splits[split]
-    texts = [text for name in names for text in data.captions[name]]
-    ids = iter(tokenizer.encode_captions(texts, max_length))
-    return CaptionRows({name: [next(ids) for _ in data.captions[name]] for name in names})
+    groups: dict[str, list[list[int]]] = {name: [] for name in names}
+    texts = [(name, text) for name in names for text in data.captions.get(name, [])]
+    encoded = tokenizer.encode_captions([text for _, text in texts], max_length)
+    for (name, _), ids in zip(texts, encoded, strict=True):
+        groups[name].append(ids)
+    asked = data.asked(names)
+    pairs = [(question.text, question.answer) for _, question in asked]
+    for (name, _), ids in zip(asked, tokenizer.encode_questions(pairs, max_length), strict=True):
+        groups[name].append(ids)
+    return CaptionRows(groups)
 
 
 # --- The state of a run ---------------------------------------------------------------------
@@ -145,6 +175,7 @@ class Progress:
     loss_count: int = 0  # tokens; self-critical: captions
     best_loss: float = math.inf
     best_cider: float = -math.inf
+    best_accuracy: float = -math.inf
     best_path: str = ""
     written: list[str] = field(default_factory=list)  # names of best-loss checkpoints on disk
     bad_steps: int = 0  # in a row, without a finite loss and gradient
@@ -173,7 +204,7 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        return self.settings.EPOCHS + self.settings.SCST_EPOCHS
+        return self.settings.EPOCHS + critical_epochs(self.settings)
 
     @property
     def self_critical(self) -> bool:
@@ -193,8 +224,14 @@ class Run:
             "random": random_state(self.device),
         }
         return Checkpoint(
-            self.average, self.tokenizer, self.data.encoder, options, kept, scores, training
-        )
+            self.average, self.tokenizer, self.data.encoder, options,
+            parse_tasks(settings.TASKS), kept, scores, training,
+        )  # fmt: skip
+
+
+def critical_epochs(settings: SimpleNamespace) -> int:
+    """Epochs of the self-critical stage, which is about captions."""
+    return settings.SCST_EPOCHS if "captions" in parse_tasks(settings.TASKS) else 0
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -245,7 +282,7 @@ def start_run(settings: SimpleNamespace) -> Run:
         progress = Progress(**resumed.training["progress"])
         restore_random_state(resumed.training["random"], device)
     dtype = choose_dtype(settings.PRECISION, device)
-    critic = Critic(tokenizer, data) if settings.SCST_EPOCHS else None
+    critic = Critic(tokenizer, data) if critical_epochs(settings) else None
     features = resident_or_cached(data.cache, device)
     return Run(
         settings, paths, output, device, dtype, data, tokenizer, rows, features, model, average,
@@ -332,7 +369,7 @@ def make_schedule(
     Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of EPOCHS, and in
     the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
     """
-    updates, critical = per_epoch * settings.EPOCHS, per_epoch * settings.SCST_EPOCHS
+    updates, critical = per_epoch * settings.EPOCHS, per_epoch * critical_epochs(settings)
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
     peak = settings.LEARNING_RATE
     floor = min(peak, settings.MIN_LEARNING_RATE)
@@ -490,7 +527,7 @@ class Critic:
         self.cider = CiderD(
             {
                 name: [[*tokenize(caption), END] for caption in data.captions[name]]
-                for name in data.splits["train"]
+                for name in data.captioned("train")
             }
         )
 
@@ -514,12 +551,13 @@ def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor
     2020): what they differ in is what the choice of a caption depends on. Samples proper are so
     much poorer that raising them only makes captions safe and alike (README, What was tried).
     """
+    rows = [row for row, name in enumerate(batch.names) if name in run.data.captions]
+    names = [batch.names[row] for row in rows]
     options = GenerationOptions(beam_size=run.settings.SCST_BEAM_SIZE)
     with autocast(run.device, run.dtype):
-        beams = generate(run.model, features.float(), options)
-    rewards = [run.critic.rewards(*pair) for pair in zip(batch.names, beams, strict=True)]
+        beams = generate(run.model, features[rows].float(), options)
+    rewards = [run.critic.rewards(*pair) for pair in zip(names, beams, strict=True)]
     ids = [[[START_ID, *h.tokens] + [END_ID] * h.ended for h in group] for group in beams]
-    found = make_batch(batch.names, ids)
     scales = torch.tensor(
         [
             advantage / 100
@@ -528,10 +566,26 @@ def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor
             for _ in caption[1:]
         ]
     )
-    loss = batch_loss(
-        run, run.model, found.to(run.device), features, scales=scales.to(run.device)
-    )
+    found = make_batch(names, ids).to(run.device)
+    loss = batch_loss(run, run.model, found, features[rows], scales=scales.to(run.device))
     return loss, sum(map(sum, rewards)), sum(map(len, rewards))
+
+
+def answers_loss(run: Run, batch: Batch, features: Tensor) -> Tensor:
+    """Cross-entropy per token of the answers about a batch's photos, in nats; 0 without any."""
+    groups = [
+        [ids for ids in run.rows["train"].groups[name] if ANSWER_ID in ids] for name in batch.names
+    ]
+    rows = [row for row, group in enumerate(groups) if group]
+    if not rows:
+        return torch.zeros((), device=run.device)
+    names = [batch.names[row] for row in rows]
+    asked = make_batch(names, [groups[row] for row in rows])
+    smoothing = run.settings.LABEL_SMOOTHING
+    loss = batch_loss(
+        run, run.model, asked.to(run.device), features[rows], label_smoothing=smoothing
+    )
+    return loss / len(asked.targets)
 
 
 def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
@@ -545,9 +599,16 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
     for batch, features in group:
         if run.self_critical:
             loss, value, parts = self_critical_loss(run, batch, features)
+            if run.data.questions:  # or answering would be forgotten
+                loss = loss + parts * settings.QUESTION_WEIGHT * answers_loss(run, batch, features)
         else:
+            scales = None
+            if run.data.questions and settings.QUESTION_WEIGHT != 1:
+                scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
             smoothing = settings.LABEL_SMOOTHING
-            loss = batch_loss(run, run.model, batch, features, label_smoothing=smoothing)
+            loss = batch_loss(
+                run, run.model, batch, features, label_smoothing=smoothing, scales=scales
+            )
             value, parts = loss.detach(), len(batch.targets)
         loss.backward()
         summed += value
@@ -628,21 +689,51 @@ def validation_loss(run: Run) -> float:
 def validation_captions(run: Run) -> dict[str, str]:
     """Greedy captions of the first SCORED_IMAGES (at least SAMPLE_IMAGES) validation photos."""
     settings = run.settings
-    names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
+    names = run.data.captioned("val")[: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
     options = GenerationOptions(no_repeat_ngram=settings.NO_REPEAT_NGRAM)
     found = caption_cached(run.average, run.features, names, options, dtype=run.dtype)
     return {name: run.tokenizer.decode(hypothesis.tokens) for name, hypothesis in found}
 
 
-def validate(run: Run) -> tuple[dict[str, float], dict[str, str]]:
-    """Validation loss and scores, and the captions that were scored."""
+def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
+    """Greedy answers to the questions about the first SCORED_IMAGES validation photos."""
+    settings = run.settings
+    names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
+    asked = run.data.asked(names)
+    limit = run.model.config.max_length
+    prefixes = [run.tokenizer.question_prefix(question.text, limit) for _, question in asked]
+    found = caption_cached(
+        run.average, run.features, [name for name, _ in asked], GenerationOptions(), prefixes,
+        dtype=run.dtype,
+    )  # fmt: skip
+    return [
+        (name, question, run.tokenizer.decode(hypothesis.tokens))
+        for (name, question), (_, hypothesis) in zip(asked, found, strict=True)
+    ]
+
+
+@dataclass
+class Validation:
+    """What an epoch's model is worth: scores, and what it wrote for them."""
+
+    scores: dict[str, float]
+    captions: dict[str, str]
+    answers: list[tuple[str, Question, str]]
+
+
+def validate(run: Run) -> Validation:
     scores = {"val_loss": validation_loss(run)}
     captions = validation_captions(run)
-    if run.settings.SCORED_IMAGES:
-        scored = dict(list(captions.items())[: run.settings.SCORED_IMAGES])
-        found = score(scored, run.data.references(list(scored)))
+    scored = dict(list(captions.items())[: run.settings.SCORED_IMAGES])
+    if scored:
+        found = score(scored, {name: run.data.captions[name] for name in scored})
         scores |= {"val_cider": found["CIDEr-D"], "val_bleu4": found["BLEU-4"]}
-    return scores, captions
+    answers = validation_answers(run)
+    if answers and run.settings.SCORED_IMAGES:
+        right = [vqa_accuracy(answer, question.answers or [question.answer])
+                 for _, question, answer in answers]  # fmt: skip
+        scores["val_accuracy"] = 100 * sum(right) / len(right)
+    return Validation(scores, captions, answers)
 
 
 # --- Checkpoints and the world outside ------------------------------------------------------
@@ -651,8 +742,8 @@ def validate(run: Run) -> tuple[dict[str, float], dict[str, str]]:
 def save(run: Run, scores: dict[str, float]) -> Path | None:
     """Write what the epoch earned; returns the new best checkpoint's `.safetensors`, if any.
 
-    Each new best validation loss gives a `.pt` and a `.safetensors`, the best CIDEr a
-    `.safetensors`, and `last.pt` is where a run goes on.
+    Each new best validation loss gives a `.pt` and a `.safetensors`, the best CIDEr and the best
+    accuracy of answers a `.safetensors` each, and `last.pt` is where a run goes on.
     """
     settings, progress = run.settings, run.progress
     best = None
@@ -671,13 +762,16 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
                 (run.output / f"{old}{suffix}").unlink(missing_ok=True)
     if scores.get("val_cider", -math.inf) > progress.best_cider:
         progress.best_cider = scores["val_cider"]
-        save_for_use(best_cider_path(run), run.checkpoint(scores))
+        save_for_use(best_path(run, "cider"), run.checkpoint(scores))
+    if scores.get("val_accuracy", -math.inf) > progress.best_accuracy:
+        progress.best_accuracy = scores["val_accuracy"]
+        save_for_use(best_path(run, "accuracy"), run.checkpoint(scores))
     save_for_training(run.output / "last.pt", run.checkpoint(scores))
     return best
 
 
-def best_cider_path(run: Run) -> Path:
-    return run.output / f"{run.settings.CHECKPOINT_PREFIX}_best_cider.safetensors"
+def best_path(run: Run, measure: str) -> Path:
+    return run.output / f"{run.settings.CHECKPOINT_PREFIX}_best_{measure}.safetensors"
 
 
 class Tracker:
@@ -773,11 +867,14 @@ def say(text: str) -> None:
 def describe(run: Run) -> None:
     """The summary at the start: what is trained on what, and where the output goes."""
     settings, rows = run.settings, run.rows
-    captions = sum(len(group) for group in rows["train"].captions)
+    sequences = [ids for group in rows["train"].captions for ids in group]
+    answers = sum(ANSWER_ID in ids for ids in sequences)
+    texts = [f"{count:,} {kind}" for count, kind in
+             ((len(sequences) - answers, "captions"), (answers, "questions")) if count]  # fmt: skip
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     patches, width = run.data.cache.shape
     print(
-        f"data      {len(rows['train']):,} photos with {captions:,} captions to train on, "
+        f"data      {len(rows['train']):,} photos with {' and '.join(texts)} to train on, "
         f"{len(rows['val']):,} to validate ({settings.DATASET}, split by {settings.SPLIT})\n"
         f"encoder   {settings.ENCODER_MODEL_NAME}, frozen: {patches} vectors of {width} a photo\n"
         f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
@@ -791,16 +888,19 @@ def describe(run: Run) -> None:
         print(f"nothing to train: all {run.epochs} epochs are done; for more, raise --epochs")
 
 
-def report_epoch(run: Run, scores: dict[str, float], captions: dict[str, str], loss: float):
-    progress, settings = run.progress, run.settings
-    text = f"epoch {progress.epoch}/{run.epochs}: train loss {loss:.4f}"
-    text += f", val loss {scores['val_loss']:.4f}"
+def report_epoch(run: Run, found: Validation, stage: str, loss: float) -> None:
+    progress, scores = run.progress, found.scores
+    text = f"epoch {progress.epoch}/{run.epochs}: {stage}, val loss {scores['val_loss']:.4f}"
     if "val_cider" in scores:
         text += f", CIDEr {scores['val_cider']:.1f}, BLEU-4 {scores['val_bleu4']:.1f} (greedy)"
+    if "val_accuracy" in scores:
+        text += f", answers {scores['val_accuracy']:.1f} % right"
     say(f"{text}, {progress.seconds / 60:.1f} min")
-    for name in run.data.splits["val"][: settings.SAMPLE_IMAGES]:
-        say(f"  {name}: {captions[name]}")
+    for name in run.data.captioned("val")[: run.settings.SAMPLE_IMAGES]:
+        say(f"  {name}: {found.captions[name]}")
         say(f"    (a human: {run.data.captions[name][0]})")
+    for name, question, answer in found.answers[: run.settings.SAMPLE_IMAGES]:
+        say(f"  {name}: {question.text} {answer} (a human: {question.answer})")
 
 
 def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) -> None:
@@ -814,17 +914,18 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
             save_for_training(run.output / "last.pt", run.checkpoint({}))
             return
         loss = progress.loss_sum / max(1, progress.loss_count)
+        stage = f"CIDEr of beams {loss:.1f}" if run.self_critical else f"train loss {loss:.4f}"
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
-        scores, captions = validate(run)
+        found = validate(run)
+        scores = found.scores
         progress.seconds += time.monotonic() - started
-        report_epoch(run, scores, captions, loss)
+        report_epoch(run, found, stage, loss)
         best = save(run, scores)
         tracker.log({"epoch": progress.epoch, "train/epoch_loss": loss}
                     | {key.replace("_", "/", 1): value for key, value in scores.items()},
                     progress.step)  # fmt: skip
-        samples = run.data.splits["val"][: run.settings.SAMPLE_IMAGES]
-        samples = {name: captions[name] for name in samples}
+        samples = dict(list(found.captions.items())[: run.settings.SAMPLE_IMAGES])
         tracker.log_captions(samples, progress.epoch, progress.step)
         if best and pusher:
             push(run, pusher, best, scores, samples)
@@ -851,9 +952,11 @@ def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -
 
 
 def best_checkpoint(run: Run) -> Path:
-    """The checkpoint whose captions were best, as far as they were scored."""
+    """The checkpoint whose captions, or else answers, were best, as far as they were scored."""
     if run.progress.best_cider > -math.inf:
-        return best_cider_path(run)
+        return best_path(run, "cider")
+    if run.progress.best_accuracy > -math.inf:
+        return best_path(run, "accuracy")
     return Path(run.progress.best_path)
 
 

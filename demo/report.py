@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dataset import DataPaths, load_splits
+from dataset import DataPaths, load_questions, load_splits
 from demo.scenes import Scene, describe, matches
-from inference import load_captioner
+from inference import Captioner, load_captioner
 
 
 def wholly_right(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> list[str]:
@@ -16,21 +16,51 @@ def wholly_right(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> li
     return [name for name, caption in captions.items() if matches(caption, scenes[name])]
 
 
-def report(checkpoint: Path, paths: DataPaths, shown: int = 5) -> float:
-    """Caption the test scenes, print some beside the truth, return the share wholly right."""
-    table = json.loads((paths.data_dir / "scenes.json").read_text(encoding="utf-8"))["scenes"]
+def report(checkpoint: Path, paths: DataPaths, shown: int = 5) -> None:
+    """What the model says of the test scenes, beside the truth, and how much of it is right."""
     names = load_splits(paths.splits)["test"]
-    scenes = {name: Scene.from_dict(table[name]) for name in names}
     captioner = load_captioner(checkpoint)
+    print("\ntest scenes, each with a number of things of a kind never trained on:")
+    if "captions" in captioner.tasks:
+        report_captions(captioner, paths, names, shown)
+    if "questions" in captioner.tasks:
+        report_answers(captioner, paths, names, shown)
+
+
+def report_captions(
+    captioner: Captioner, paths: DataPaths, names: Sequence[str], shown: int
+) -> None:
+    table = json.loads((paths.data_dir / "scenes.json").read_text(encoding="utf-8"))["scenes"]
+    scenes = {name: Scene.from_dict(table[name]) for name in names}
     captions: dict[str, str] = {}
     for start in range(0, len(names), 50):
         part = names[start : start + 50]
         captions |= zip(part, captioner.caption([paths.images / n for n in part]), strict=True)
-    print("\ntest scenes, each with a number of things of a kind never trained on:")
     for name in names[:shown]:
         mark = "right" if matches(captions[name], scenes[name]) else "WRONG"
         print(f"  {name}  {mark}  {captions[name]}")
         print(f"  {'':{len(name)}}  truth  {describe(scenes[name])[0]}")
     right = wholly_right(captions, scenes)
     print(f"wholly right: {len(right)} of {len(names)} ({len(right) / len(names):.1%})")
-    return len(right) / len(names)
+
+
+def report_answers(
+    captioner: Captioner, paths: DataPaths, names: Sequence[str], shown: int
+) -> None:
+    table = load_questions(paths.questions)
+    asked = [(name, question) for name in names for question in table[name]]
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(asked), 50):
+        part = asked[start : start + 50]
+        answers = captioner.answer(
+            [paths.images / name for name, _ in part], [question.text for _, question in part]
+        )
+        for place, ((name, question), answer) in enumerate(zip(part, answers, strict=True), start):
+            right.setdefault(question.kind, []).append(answer == question.answer)
+            if place < shown:
+                mark = "right" if answer == question.answer else f"WRONG ({question.answer})"
+                print(f"  {name}  {question.text} {answer}  {mark}")
+    for kind, marks in sorted(right.items()):
+        print(f"  {kind}: {sum(marks)} of {len(marks)} answers right")
+    total = [mark for marks in right.values() for mark in marks]
+    print(f"answers right: {sum(total)} of {len(total)} ({sum(total) / len(total):.1%})")

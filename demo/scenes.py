@@ -278,6 +278,58 @@ def describe(scene: Scene) -> list[str]:
     ]
 
 
+def ask(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
+    """Questions about a scene with their answers, as questions.json has them.
+
+    Per scene one each of colour, count and existence (yes or no, as likely), and of two things
+    the relation.
+    """
+    thing = rng.choice(scene.things)
+    counted = rng.choice(scene.things)
+    entries = [
+        ("color", f"what color {_be(thing)} the {_named(thing)}?", thing.colour),
+        ("count", f"how many {_plural(counted.shape)} are there?", _NUMBER_WORDS[counted.count]),
+    ]
+    there = {(t.colour, t.shape) for t in scene.things}
+    if rng.random() < 0.5:
+        colour, shape = rng.choice(sorted(there))
+    else:
+        # Of an absent kind at least the shape or the colour is there, so that both must be seen.
+        near = [
+            (colour, shape)
+            for colour in COLOURS
+            for shape in SHAPES
+            if (colour, shape) not in there
+            and any(colour == seen or shape == form for seen, form in there)
+        ]
+        colour, shape = rng.choice(near)
+    answer = "yes" if (colour, shape) in there else "no"
+    entries.append(("existence", f"is there a {colour} {shape}?", answer))
+    if scene.relation:
+        first, second = scene.things
+        side = scene.relation
+        if rng.random() < 0.5:
+            first, second, side = second, first, SIDES[side][0]
+        question = f"where {_be(first)} the {_named(first)}, seen from the {_named(second)}?"
+        entries.append(("relation", question, side))
+    return [{"question": q, "answer": a, "type": kind} for kind, q, a in entries]
+
+
+_NUMBER_WORDS = {1: "one", 2: "two", 3: "three"}
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape == "cross" else f"{shape}s"
+
+
+def _named(thing: Thing) -> str:
+    return thing.shape if thing.count == 1 else _plural(thing.shape)
+
+
+def _be(thing: Thing) -> str:
+    return "is" if thing.count == 1 else "are"
+
+
 def matches(caption: str, scene: Scene) -> bool:
     """Whether a caption is wholly right: every thing, colour, size, count and the relation."""
     parsed = parse(caption)
@@ -305,8 +357,7 @@ def parse(caption: str) -> Scene | None:
 
 
 def _phrase(thing: Thing) -> str:
-    ending = "" if thing.count == 1 else "es" if thing.shape == "cross" else "s"
-    return f"{NUMBERS[thing.count]} {thing.size} {thing.colour} {thing.shape}{ending}"
+    return f"{NUMBERS[thing.count]} {thing.size} {thing.colour} {_named(thing)}"
 
 
 def _thing(phrase: str) -> Thing:
@@ -360,9 +411,10 @@ def _patterns() -> Iterator[tuple[str, str | None]]:
 def build_dataset(folder: Path, train: int, val: int, test: int, seed: int) -> bool:
     """Draw a data set of so many scenes per split; return whether anything had to be drawn.
 
-    Writes `images/scene_*.png`, `captions.json`, `dataset_demo.json` (the splits, in Karpathy's
-    format) and, last, `scenes.json` (what the pictures truly show). Only test scenes hold held-out
-    combinations, and each of them does. A folder that already holds this data set is left alone.
+    Writes `images/scene_*.png`, `captions.json`, `questions.json`, `dataset_demo.json` (the
+    splits, in Karpathy's format) and, last, `scenes.json` (what the pictures truly show). Only
+    test scenes hold held-out combinations, and each of them does. A folder that already holds
+    this data set is left alone.
 
     Raises:
         UserError: the folder can't be written.
@@ -387,6 +439,10 @@ def build_dataset(folder: Path, train: int, val: int, test: int, seed: int) -> b
         stale.unlink()
     captions = {name: describe(scene) for name, scene in scenes.items()}
     _write_json(folder / "captions.json", captions)
+    _write_json(
+        folder / "questions.json",
+        {name: ask(scene, random.Random(f"{seed}/{name}")) for name, scene in scenes.items()},
+    )
     _write_json(folder / "dataset_demo.json", _karpathy(captions, splits))
     true_scenes = {name: asdict(scene) for name, scene in scenes.items()}
     _write_json(folder / "scenes.json", {"recipe": recipe, "scenes": true_scenes})
@@ -399,8 +455,9 @@ def _holds(folder: Path, recipe: dict[str, Any], names: list[str]) -> bool:
         there = {path.name for path in (folder / "images").iterdir()}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    files = (folder / "captions.json", folder / "dataset_demo.json")
-    return recorded == recipe and there.issuperset(names) and all(file.exists() for file in files)
+    files = ("captions.json", "questions.json", "dataset_demo.json")
+    written = all((folder / file).exists() for file in files)
+    return recorded == recipe and there.issuperset(names) and written
 
 
 def _karpathy(captions: dict[str, list[str]], splits: list[str]) -> dict[str, Any]:

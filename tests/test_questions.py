@@ -1,0 +1,285 @@
+"""Questions: from the file to the answer and its score."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint
+from dataset import CaptionRows, Question, load_questions, make_batch, parse_tasks
+from evaluate import accuracy_by_kind, common_answers
+from generation import GenerationOptions, generate
+from inference import load_captioner
+from metrics import normalize_answer, vqa_accuracy
+from prepare_dataset import convert_vqa
+from tests.conftest import COLOURS, paint, run, small_flags, write_photos
+from tests.test_model import VOCAB, build_model, features
+from tokenizer import ANSWER_ID, END_ID, START_ID, CaptionTokenizer
+from utils import UserError
+
+
+def write_questions(data):
+    """Two questions about each of the pictures of `write_photos`."""
+    names = json.loads((data / "captions.json").read_text())
+    table = {}
+    for i, name in enumerate(names):
+        colour, place = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
+        table[name] = [
+            {"question": "what color is the square?", "answer": colour, "type": "color"},
+            {"question": "is the square on the left?", "type": "side",
+             "answer": "yes" if place == "left" else "no"},
+        ]  # fmt: skip
+    (data / "questions.json").write_text(json.dumps(table))
+    return data
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory, encoder_dir):
+    """A data folder in which a short training for both tasks has left its checkpoints."""
+    data = write_questions(write_photos(tmp_path_factory.mktemp("joint") / "data", 48))
+    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 30,
+             "--scst_epochs", 2, "--dropout", 0]  # fmt: skip
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    data.joinpath("said.txt").write_text(result.stdout)
+    return data
+
+
+# --- The file -------------------------------------------------------------------------------
+
+WRONG = {
+    "a list": ("[]", "holds a list"),
+    "empty": ("{}", "is empty"),
+    "no list": ('{"a.jpg": "what?"}', "a.jpg"),
+    "no text": ('{"a.jpg": [{"question": 3, "answer": "x"}]}', "no text"),
+    "empty question": ('{"a.jpg": [{"question": " ", "answer": "x"}]}', "empty question"),
+    "no answer": ('{"a.jpg": [{"question": "what?"}]}', "without an answer"),
+    "escaping": ('{"../a.jpg": [{"question": "what?", "answer": "x"}]}', "photo folder"),
+    "twice": ('{"a.jpg": [], "a.jpg": []}', "stands twice"),
+    "not JSON": ("{", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_are_refused_with_the_place(tmp_path, name):
+    text, expected = WRONG[name]
+    path = tmp_path / "questions.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_questions(path)
+
+
+def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
+    path = tmp_path / "questions.json"
+    answers = ["red"] * 4 + ["dark red"] * 6
+    path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answers": answers}]}))
+    (question,) = load_questions(path)["a.jpg"]
+    assert question == Question("what color?", "dark red", tuple(answers))
+    path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
+    assert load_questions(path, answered=False)["a.jpg"] == [Question("what color?")]
+
+
+def test_vqa_files_become_questions(tmp_path):
+    asked = {"data_subtype": "val2014", "questions": [
+        {"question_id": 7, "image_id": 42, "question": "Is it raining?"},
+        {"question_id": 8, "image_id": 42, "question": "How many dogs?"},
+    ]}  # fmt: skip
+    answered = {"annotations": [
+        {"question_id": q, "image_id": 42, "question_type": kind, "multiple_choice_answer": best,
+         "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers)]}
+        for q, kind, best, answers in ((7, "is it", "no", ["no"] * 8 + ["yes"] * 2),
+                                       (8, "how many", "2", ["2"] * 10))
+    ]}  # fmt: skip
+    (tmp_path / "q.json").write_text(json.dumps(asked))
+    (tmp_path / "a.json").write_text(json.dumps(answered))
+    pair = [str(tmp_path / "q.json")], [str(tmp_path / "a.json")]
+    convert_vqa(*pair, tmp_path / "questions.json")
+    found = load_questions(tmp_path / "questions.json")
+    assert list(found) == ["COCO_val2014_000000000042.jpg"]
+    first, second = found["COCO_val2014_000000000042.jpg"]
+    assert (first.text, first.answer, first.kind) == ("Is it raining?", "no", "is it")
+    assert len(first.answers) == 10 and second.answer == "2"
+    with pytest.raises(UserError, match="pairs"):
+        convert_vqa(pair[0], [], tmp_path / "questions.json")
+    with pytest.raises(UserError, match="no VQA pair"):
+        convert_vqa(pair[1], pair[0], tmp_path / "questions.json")
+
+
+def test_tasks():
+    assert parse_tasks("questions, captions") == ("captions", "questions")
+    with pytest.raises(UserError, match="TASKS"):
+        parse_tasks("caption")
+
+
+# --- Scores ---------------------------------------------------------------------------------
+
+
+def test_vqa_accuracy_by_hand():
+    ten = ["yes"] * 2 + ["no"] * 8
+    # Left out in turn: a "yes" twice (1 of 9 agrees: 1/3), a "no" eight times (2 agree: 2/3).
+    assert vqa_accuracy("yes", ten) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert vqa_accuracy("No.", ten) == 1
+    assert vqa_accuracy("maybe", ten) == 0
+    assert vqa_accuracy("the dog", ["a dog!"]) == 1
+
+
+@pytest.mark.parametrize(("answer", "same"), [
+    ("Two", "2"), ("the red car", "red car"), ("black-and-white", "black and white"),
+    ("don't know", "dont know"), ("1,000", "1000"), ("yes.", "yes"), ("3.5", "3.5"),
+    ("none", "0"), ("left, right", "left right"),
+])  # fmt: skip
+def test_answers_are_compared_as_vqa_does(answer, same):
+    assert normalize_answer(answer) == normalize_answer(same) == same.removeprefix("a ")
+
+
+def test_baselines_by_hand():
+    pairs = (("color", "red"), ("color", "red"), ("color", "blue"), ("count", "two"))
+    training = [Question("", answer, kind=kind) for kind, answer in pairs]
+    assert common_answers(training) == {"color": "red", "count": "two"}
+    asked = [Question("", "red", kind="color"), Question("", "two", kind="count")]
+    table = accuracy_by_kind(asked, {"model": ["red", "three"]})
+    assert table == {"all": {"model": 50}, "color": {"model": 100}, "count": {"model": 0}}
+
+
+# --- Rows and prefixes ----------------------------------------------------------------------
+
+
+def test_a_question_carries_no_loss():
+    caption, asked = [START_ID, 10, 11, END_ID], [START_ID, 20, 21, ANSWER_ID, 22, END_ID]
+    batch = make_batch(["a", "b"], [[caption, asked], [asked]])
+    assert batch.targets.tolist() == [10, 11, END_ID, 22, END_ID, 22, END_ID]
+    assert batch.asked.tolist() == [False] * 3 + [True] * 4
+    read = batch.tokens.flatten()[batch.places]
+    assert read.tolist() == [START_ID, 10, 11, ANSWER_ID, 22, ANSWER_ID, 22]
+    assert CaptionRows({"a": [caption, asked]}).captions_of(["a"]) == 2
+
+
+def test_prefixes_of_many_lengths_are_answered_as_each_alone():
+    model, feature = build_model(), features(4)
+    with torch.no_grad():
+        model.decoder.position_embedding.weight[6:] += 4 * model.decoder.token_embedding.weight[2]
+    prefixes = [[START_ID, *range(10, 10 + n), ANSWER_ID] for n in (1, 5, 3)] + [[START_ID]]
+    for options in (GenerationOptions(max_length=7), GenerationOptions(3, max_length=7),
+                    GenerationOptions(2, sample=True, max_length=7)):  # fmt: skip
+        together = generate(model, feature, options, prefixes)
+        for row, prefix in enumerate(prefixes):
+            for hypothesis in together[row]:
+                targets = hypothesis.tokens + [END_ID] * hypothesis.ended
+                ids = [*prefix, *hypothesis.tokens][: len(prefix) + len(targets) - 1]
+                tokens = torch.tensor([ids])
+                positions = torch.arange(len(ids))[None]
+                hidden = model.hidden(feature[row : row + 1], tokens, positions,
+                                      torch.zeros_like(tokens))  # fmt: skip
+                logits = model.decoder.logits(hidden)[0, len(prefix) - 1 :].log_softmax(-1)
+                expected = logits[torch.arange(len(targets)), torch.tensor(targets)].sum().item()
+                assert hypothesis.log_probability == pytest.approx(expected, abs=1e-3)
+            if not options.sample:
+                (alone,) = generate(model, feature[row : row + 1], options, [prefix])
+                assert alone[0].tokens == together[row][0].tokens
+    with pytest.raises(UserError, match="can write"):
+        generate(model, feature[:1], GenerationOptions(), [[START_ID] + [9] * 20])
+    assert VOCAB > 15
+
+
+def test_questions_are_encoded_the_same_way_for_learning_and_asking():
+    tokenizer = CaptionTokenizer.train(["what color is it?", "red and blue"] * 3, 300)
+    (ids,) = tokenizer.encode_questions([("What color is it?", "Red")], 40)
+    prefix = tokenizer.question_prefix("what color is it?", 40)
+    assert ids[: len(prefix)] == prefix and prefix[-1] == ANSWER_ID
+    assert tokenizer.decode(ids[len(prefix) :]) == "red"
+    long = tokenizer.question_prefix("what color is it? " * 30, 40)
+    assert len(long) == 20 and long[-1] == ANSWER_ID
+    text = tokenizer.question_prefix("is <answer> a token?", 40)
+    assert text.count(ANSWER_ID) == 1
+
+
+# --- Whole runs -----------------------------------------------------------------------------
+
+
+def test_one_model_captions_and_answers(joint):
+    said = (joint / "said.txt").read_text()
+    assert "captions and" in said and "% right" in said and "CIDEr of beams" in said
+    checkpoint = load_checkpoint(joint / "captioner_best_accuracy.safetensors")
+    assert checkpoint.tasks == ("captions", "questions")
+    captioner = load_captioner(joint / "captioner_best_accuracy.safetensors")
+    pictures = [paint(colour, "left", 900 + i) for i, colour in enumerate(COLOURS)]
+    answers = captioner.answer(pictures, ["what color is the square?"] * 3)
+    assert answers == list(COLOURS)
+    assert all("square" in caption for caption in captioner.caption(pictures))
+
+
+def test_evaluate_gives_accuracy_beside_its_baselines(joint):
+    result = run("evaluate.py", "--checkpoint", joint / "captioner_best_accuracy.safetensors",
+                 "--data_dir", joint, "--task", "questions")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout.splitlines()[-1])
+    assert set(scores["accuracies"]) == {"all", "color", "side"}
+    assert set(scores["accuracies"]["all"]) == {"model", "wrong picture", "common answer"}
+    assert scores["accuracies"]["color"]["model"] > scores["accuracies"]["color"]["wrong picture"]
+
+
+def test_inference_answers(joint, tmp_path):
+    checkpoint = joint / "captioner_best_accuracy.safetensors"
+    paint("red", "left", 5).save(tmp_path / "one.png")
+    paint("blue", "right", 6).save(tmp_path / "two.png")
+    one = run("inference.py", "--image_path", tmp_path / "one.png", "--checkpoint", checkpoint,
+              "--question", "what color is the square?")  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.strip() == "red"
+    asked = {"two.png": [{"question": "what color is the square?"}],
+             "one.png": [{"question": "what color is the square?", "answer": "red"}]}  # fmt: skip
+    (tmp_path / "q.json").write_text(json.dumps(asked))
+    many = run("inference.py", "--image_path", tmp_path, "--checkpoint", checkpoint,
+               "--questions_file", tmp_path / "q.json", "--json")  # fmt: skip
+    assert many.returncode == 0, many.stderr
+    found = json.loads(many.stdout.splitlines()[-1])
+    assert found == {
+        "two.png": [{"question": "what color is the square?", "answer": "blue"}],
+        "one.png": [{"question": "what color is the square?", "answer": "red"}],
+    }
+    (tmp_path / "q.json").write_text(json.dumps({"three.png": [{"question": "what?"}]}))
+    absent = run("inference.py", "--image_path", tmp_path, "--checkpoint", checkpoint,
+                 "--questions_file", tmp_path / "q.json")  # fmt: skip
+    assert absent.returncode == 1 and "three.png" in absent.stderr
+
+
+def test_a_checkpoint_says_what_it_was_not_trained_for(trained, tmp_path):
+    paint("red", "left", 5).save(tmp_path / "one.png")
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    result = run("inference.py", "--image_path", tmp_path / "one.png", "--checkpoint", checkpoint,
+                 "--question", "what color?")  # fmt: skip
+    assert result.returncode == 1 and "not trained for questions" in result.stderr
+
+
+def test_questions_alone(tmp_path, encoder_dir):
+    data = write_questions(write_photos(tmp_path / "data", 24))
+    (data / "captions.json").unlink()
+    flags = [*small_flags(data, encoder_dir), "--tasks", "questions", "--scst_epochs", 3]
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 2/2" in result.stdout  # no self-critical stage: it is about captions
+    assert load_checkpoint(data / "captioner_best_accuracy.safetensors").tasks == ("questions",)
+    refused = run("inference.py", "--image_path", data / "images", "--checkpoint",
+                  data / "captioner_best_accuracy.safetensors")  # fmt: skip
+    assert refused.returncode == 1 and "not trained for captions" in refused.stderr
+
+
+def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
+    data = write_questions(write_photos(tmp_path / "data", 24))
+    norms = []
+    for weight in (0.0, 1.0):
+        flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions",
+                 "--dropout", 0, "--question_weight", weight]  # fmt: skip
+        state = train.start_run(train.command_line([str(flag) for flag in flags]))
+        state.model.eval()
+        batch, feature = next(iter(train.training_batches(state)))
+        only = [[ids for ids in state.rows["train"].groups[name] if ANSWER_ID not in ids]
+                for name in batch.names]  # fmt: skip
+        plain = train.batch_loss(state, state.model, make_batch(batch.names, only), feature,
+                                 label_smoothing=0.1)  # fmt: skip
+        norms.append((train.update(state, [(batch, feature)]).summed.item(), plain.item()))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)
+    assert norms[1][0] > norms[1][1] * 1.05
