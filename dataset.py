@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -305,7 +306,8 @@ class CaptionRows:
     def __init__(self, captions: dict[str, list[list[int]]]):
         """Args: `captions`, each photo's captions as ids from START to END."""
         self.names = list(captions)
-        self.captions = list(captions.values())
+        # Arrays, as lists of numbers take eight times the memory.
+        self.captions = [[array("i", ids) for ids in group] for group in captions.values()]
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
         self._counts = {name: len(group) for name, group in captions.items()}
 
