@@ -16,7 +16,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -223,13 +223,14 @@ def measure_generation(device: torch.device, dtype: torch.dtype, repeats: int) -
     ours, rival = our_model(device).eval(), rival_model(device).eval()
     features = torch.randn(32, PATCHES, WIDTH, device=device)
     options = GenerationOptions(beam_size=5, min_length=LENGTH, max_length=LENGTH)
-    encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=features)
 
     def our_captions() -> None:
         with autocast(device, dtype):
             generate(ours, features, options)
 
     def rival_captions() -> None:
+        # A new one each time: `generate` repeats what it is given for each beam, in place.
+        encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=features)
         rival.generate(
             encoder_outputs=encoded, num_beams=5, min_new_tokens=LENGTH, max_new_tokens=LENGTH
         )
@@ -298,7 +299,13 @@ def resident_after_steps(photos: int, result) -> None:
             model.loss(features, batch).backward()
             model.zero_grad()
         taken = (time.perf_counter() - started) / STEPS
-    result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, taken))
+    result.put((peak_resident_mb(), taken))
+
+
+def peak_resident_mb() -> float:
+    """The most memory this process held; `getrusage` would count its parent's as well."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
@@ -352,7 +359,7 @@ def measure_startup() -> dict[str, object]:
         command = [
             sys.executable, str(Path(__file__).with_name("train.py")), "--dataset", "custom",
             "--split", "ratio", "--data_dir", name, "--encoder_model_name", f"{name}/encoder",
-            "--epochs", "0", "--wandb_project", "", "--hf_repo_id", "",
+            "--epochs", "0", "--scst_epochs", "0", "--wandb_project", "", "--hf_repo_id", "",
         ]  # fmt: skip
         taken = []
         for _ in range(3):  # the first makes the cache
@@ -378,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     seed_everything(0)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
     result: dict[str, object] = {
@@ -392,20 +400,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory": measure_memory,
         "startup": measure_startup,
     }
+    show(result)
     for part, measure in measured.items():
         if args.only in (None, part):
-            result |= measure()
-            print(f"{part}: done", flush=True)
+            found = measure()
+            show(found)
+            result |= found
     if "our_step_seconds" in result and "features_images_per_second" in result:
         # The encoder runs once a photo, for all of its captions in all epochs.
         once = 1 / (result["features_images_per_second"] * EPOCHS * CAPTIONS)
         ours = 1 / (1 / result["our_captions_per_second_decoder"] + once)
-        result["our_captions_per_second"] = ours
-        result["train_vs_hf"] = ours / result["rival_captions_per_second"]
-    for name, value in result.items():
-        print(f"{name:<36}{value}")
+        together = {
+            "our_captions_per_second": ours,
+            "train_vs_hf": ours / result["rival_captions_per_second"],
+        }
+        show(together)
+        result |= together
     print(json.dumps(result))
     return 0
+
+
+def show(found: dict[str, object]) -> None:
+    for name, value in found.items():
+        print(f"{name:<36}{value}", flush=True)
 
 
 if __name__ == "__main__":

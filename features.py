@@ -37,7 +37,7 @@ In, Out = TypeVar("In"), TypeVar("Out")
 Item = tuple[str, int]  # a photo's name, and which view of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where an item's features stand, and of which file they were made."""
 

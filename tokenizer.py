@@ -100,9 +100,12 @@ class CaptionTokenizer:
 
         A caption that is cut has no END: the decoder must not learn to stop there.
         """
-        texts = [normalize(caption) for caption in captions]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [[START_ID, *encoding.ids, END_ID][:max_length] for encoding in encodings]
+        rows = []
+        for start in range(0, len(captions), 1000):  # the library's results take much memory
+            texts = [normalize(caption) for caption in captions[start : start + 1000]]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            rows += [[START_ID, *encoding.ids, END_ID][:max_length] for encoding in encodings]
+        return rows
 
     def question_prefix(self, question: str, max_length: int) -> list[int]:
         """`[START, question, ANSWER]`, which an answer follows; at most half of `max_length`."""
