@@ -199,8 +199,10 @@ def _read_pt(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        # A changed byte can make any nonsense of the instructions that the file is read by.
+        raise UserError(f"{path} is damaged: {error!r}") from None
     if not isinstance(content, dict) or "captioner" not in content:
         raise UserError(f"{path} is not a checkpoint of this project")
     stored = content.pop("digest", None)
