@@ -552,6 +552,8 @@ def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor
     much poorer that raising them only makes captions safe and alike (README, What was tried).
     """
     rows = [row for row, name in enumerate(batch.names) if name in run.data.captions]
+    if not rows:
+        return torch.zeros((), device=run.device, requires_grad=True), 0.0, 0
     names = [batch.names[row] for row in rows]
     options = GenerationOptions(beam_size=run.settings.SCST_BEAM_SIZE)
     with autocast(run.device, run.dtype):
@@ -600,7 +602,8 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
         if run.self_critical:
             loss, value, parts = self_critical_loss(run, batch, features)
             if run.data.questions:  # or answering would be forgotten
-                loss = loss + parts * settings.QUESTION_WEIGHT * answers_loss(run, batch, features)
+                weight = settings.QUESTION_WEIGHT * max(1, parts)
+                loss = loss + weight * answers_loss(run, batch, features)
         else:
             scales = None
             if run.data.questions and settings.QUESTION_WEIGHT != 1:
@@ -613,8 +616,9 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
         loss.backward()
         summed += value
         count += parts
-    gradients = [p.grad for p in run.model.parameters()]
-    torch._foreach_mul_(gradients, 1 / count)
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1 / max(1, count))
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + summed)).float()
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
