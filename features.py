@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from encoder import FrozenEncoder, ImageError
-from utils import UserError, atomic_write, autocast
+from utils import UserError, atomic_write, autocast, sole_user
 
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20
@@ -192,9 +192,15 @@ def build_features(
     missing = _missing(items, entries, image_dir)
     bad: dict[str, str] = {}
     if missing:
-        done = len(items) - len(missing)
-        say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}")
-        _build(encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad)
+        with sole_user(folder, wait=True):
+            for leftover in folder.glob(".*.tmp"):  # of a build that was killed
+                leftover.unlink(missing_ok=True)
+            # What another process made while this one waited is not made again.
+            entries = _read_index(folder, say)
+            missing = _missing(items, entries, image_dir)
+            done = len(items) - len(missing)
+            say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}")
+            _build(encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad)
     if bad:
         listing = "\n  ".join(bad.values())
         say(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
@@ -223,8 +229,6 @@ def _open_folder(root: Path, identity: dict[str, Any], say: Callable[[str], None
             )
         with atomic_write(folder / "identity.json") as path:
             path.write_text(json.dumps(identity))
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
     return folder
 
 

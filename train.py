@@ -64,6 +64,7 @@ from utils import (
     load_settings,
     run_script,
     seed_everything,
+    sole_user,
 )
 
 EXAMPLES = """examples:
@@ -251,7 +252,7 @@ def start_run(settings: SimpleNamespace) -> Run:
     """Prepare the data and build the model, new or as the checkpoint to resume from has it."""
     device = choose_device(settings.DEVICE)
     paths = prepare_dataset.prepare(settings)
-    output = Path(settings.OUTPUT_DIR or paths.data_dir).expanduser()
+    output = output_dir(settings)
     resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
     data = load_data(settings, paths, device)
     tokenizer = resumed.tokenizer if resumed else load_tokenizer(settings, paths, data)
@@ -288,6 +289,10 @@ def start_run(settings: SimpleNamespace) -> Run:
         settings, paths, output, device, dtype, data, tokenizer, rows, features, model, average,
         optimizer, schedule, progress, critic,
     )  # fmt: skip
+
+
+def output_dir(settings: SimpleNamespace) -> Path:
+    return Path(settings.OUTPUT_DIR or settings.DATA_DIR).expanduser()
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
@@ -1017,6 +1022,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from demo.settings import OUTPUT, SCENES
 
         build_dataset(OUTPUT, **SCENES)
+    with sole_user(output_dir(settings)):
+        return train_and_report(settings)
+
+
+def train_and_report(settings: SimpleNamespace) -> int:
+    """The run itself, from the data to the last line; returns the exit code."""
     run = start_run(settings)
     describe(run)
     stop = StopSignal()

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import sys
@@ -224,6 +225,35 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep a folder for this process; the lock goes with the process, however it ends.
+
+    Args:
+        wait: until another process has left the folder, instead of raising an error.
+
+    Raises:
+        UserError: another process uses the folder, or it can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")  # noqa: SIM115 - closed below, with the lock
+    except OSError as error:
+        raise write_error(error, folder) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(
+                    f"another run is writing to {folder}: wait for it to end, or choose another "
+                    "folder with --output_dir"
+                ) from None
+            print(f"waiting for another process to leave {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_error(error: OSError, path: Path) -> Exception:

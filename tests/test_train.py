@@ -25,7 +25,7 @@ from generation import GenerationOptions, Hypothesis, generate
 from inference import load_captioner
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tokenizer import END_ID, START_ID
-from utils import UserError
+from utils import UserError, sole_user
 
 
 def best(data: Path, suffix: str) -> Path:
@@ -246,6 +246,16 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     assert run("train.py", *arguments).returncode == 0
     with pytest.raises(AssertionError):
         assert_same_weights(whole / "last.pt", control / "last.pt")
+
+
+def test_two_trainings_in_one_folder(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data", 24)
+    with sole_user(data):
+        second = run("train.py", *small_flags(data, encoder_dir))
+    assert second.returncode == 1
+    assert f"another run is writing to {data}" in second.stderr and "--output_dir" in second.stderr
+    assert not list(data.glob("*.pt")) and not list(data.glob("*.safetensors"))
+    assert run("train.py", *small_flags(data, encoder_dir), "--epochs", 1).returncode == 0
 
 
 def test_resuming_from_the_wrong_file(tmp_path, trained, encoder_dir):
