@@ -1028,6 +1028,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_and_report(settings: SimpleNamespace) -> int:
     """The run itself, from the data to the last line; returns the exit code."""
+    for leftover in output_dir(settings).glob(".*.tmp"):  # of a run that was killed in a save
+        leftover.unlink(missing_ok=True)
     run = start_run(settings)
     describe(run)
     stop = StopSignal()

@@ -1,0 +1,77 @@
+"""Run train.py in this process until a point where it kills itself with SIGKILL, really.
+
+    python tests/killed_run.py WHERE COUNT flags of train.py ...
+
+WHERE: "update" (after so many), "validation" (at the start of so many), "save" (in the middle of
+writing the so-manieth .pt) or "rename" (whole, but not yet under its name).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from utils import run_script  # noqa: E402
+
+
+def die() -> None:
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(original: Callable, count: int, last: Callable[..., Any]) -> Callable:
+    """`original` until its call number `count`, which is `last` and then death."""
+    calls = 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < count:
+            return original(*args, **options)
+        last(*args, **options)
+        die()
+
+    return call
+
+
+def half_saved(save: Callable) -> Callable[..., None]:
+    def save_half(content: Any, path: Path) -> None:
+        save(content, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+
+    return save_half
+
+
+def main() -> int:
+    where, count, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    if where == "update":
+        train.update = counted(train.update, count, train.update)
+    elif where == "validation":
+        train.validation_loss = counted(train.validation_loss, count, lambda run: None)
+    elif where == "save":
+        torch.save = counted(torch.save, count, half_saved(torch.save))
+    elif where == "rename":
+        replace = os.replace
+        of_checkpoints = counted(replace, count, lambda *paths: None)
+
+        def renamed(source: Path, target: Path) -> None:
+            known = str(target).endswith((".pt", ".safetensors"))
+            (of_checkpoints if known else replace)(source, target)
+
+        os.replace = renamed
+    else:
+        raise SystemExit(f"no such place: {where}")
+    return train.main(flags)
+
+
+if __name__ == "__main__":
+    run_script(main)
