@@ -350,11 +350,13 @@ def measure_startup() -> dict[str, object]:
         transformers.ViTImageProcessorPil(size=side).save_pretrained(folder / "encoder")
         (folder / "images").mkdir()
         dice = np.random.default_rng(0)
+        letters = list("etaoinshrdlu")
+        words = ["".join(dice.choice(letters, dice.integers(2, 9))) for _ in range(8000)]
         captions = {}
         for i in range(count):
             Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"images/{i}.png")
-            words = dice.integers(0, 3000, (CAPTIONS, 11))
-            captions[f"{i}.png"] = [" ".join(f"w{n}" for n in row) for row in words]
+            ranks = dice.zipf(1.2, (CAPTIONS, 11)) % 8000  # as often as words are in a language
+            captions[f"{i}.png"] = [" ".join(words[rank] for rank in row) for row in ranks]
         (folder / "captions.json").write_text(json.dumps(captions))
         command = [
             sys.executable, str(Path(__file__).with_name("train.py")), "--dataset", "custom",
