@@ -197,7 +197,7 @@ class Run:
     rows: dict[str, CaptionRows]
     features: FeatureCache | ResidentFeatures
     model: CaptionModel  # what the optimizer moves
-    average: CaptionModel  # its exponential moving average, which is validated and saved
+    average: CaptionModel  # its moving average, or itself; this is validated and saved
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     progress: Progress
@@ -262,10 +262,9 @@ def start_run(settings: SimpleNamespace) -> Run:
     if resumed:
         check_resumed(resumed, settings.RESUME_CHECKPOINT_PATH, size, data.encoder)
     average = (resumed.model if resumed else CaptionModel(width, size)).to(device)
-    model = copy.deepcopy(average)
+    model = copy.deepcopy(average) if settings.EMA_DECAY else average
     if resumed:
         model.load_state_dict(resumed.training["weights"])
-    average.eval()
     if settings.COMPILE:
         model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
     rows = {
@@ -640,6 +639,8 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
 @torch.no_grad()
 def follow(run: Run, bad: Tensor) -> None:
     """Move the averaged weights towards the model's; early on faster, as there is little past."""
+    if run.average is run.model:
+        return
     step = run.progress.step
     decay = min(run.settings.EMA_DECAY, (1 + step) / (10 + step))
     share = (1 - decay) * (1 - bad)
@@ -731,6 +732,7 @@ class Validation:
 
 
 def validate(run: Run) -> Validation:
+    run.average.eval()
     scores = {"val_loss": validation_loss(run)}
     captions = validation_captions(run)
     scored = dict(list(captions.items())[: run.settings.SCORED_IMAGES])

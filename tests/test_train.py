@@ -149,6 +149,14 @@ def test_the_average_follows_the_weights(tmp_path, encoder_dir):
         torch.testing.assert_close(ours.detach(), theirs)
 
 
+def test_without_an_average_the_weights_themselves_are_saved(tmp_path, encoder_dir):
+    state = start_state(tmp_path, encoder_dir, "--ema_decay", 0, "--dropout", 0.5)
+    for pair in first_batches(state, 2):
+        train.update(state, [pair])
+    assert state.checkpoint({}).model is state.model
+    assert train.validate(state).scores == train.validate(state).scores  # without dropout
+
+
 def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
     state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1,
                         "--scst_beam_size", 3)  # fmt: skip
