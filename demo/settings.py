@@ -26,7 +26,6 @@ DEMO = {
     # hold back, and what holds it back elsewhere slows the learning (measured: 64 % to 77 % right).
     "DROPOUT": 0.0,
     "LABEL_SMOOTHING": 0.0,
-    "EMA_DECAY": 0.0,
     "SCST_EPOCHS": 0,
     "SAMPLE_IMAGES": 2,
     "BEAM_SIZE": 5,
