@@ -777,14 +777,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="zip of the data set that you have already (or its parts, in order): no download",
     )
-    for kind in ("questions", "annotations"):
-        parser.add_argument(
-            f"--vqa_{kind}",
-            nargs="+",
-            default=[],
-            metavar="PATH",
-            help=f"VQAv2's {kind} files (of train and val): questions.json is made from them",
-        )
+    parser.add_argument(
+        "--vqa_questions",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="VQAv2's question files (of train and val): questions.json is made from them",
+    )
+    parser.add_argument(
+        "--vqa_annotations",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="VQAv2's annotation files, in the same order",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
