@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dataset import CaptionRows, make_batch
-from decoder import DecoderConfig, KeyValueCache
+from decoder import DecoderConfig, Dropout, KeyValueCache, attention
 from generation import GenerationOptions, generate
 from model import CaptionModel
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
@@ -200,3 +200,27 @@ def test_batches_hold_each_photo_once_with_little_padding():
     assert again == [batch.names for batch in batches][3:]
     other = [name for batch in rows.batches(32, seed=1, epoch=3) for name in batch.names]
     assert other != names
+
+
+def test_attention_in_bf16_on_a_cpu_equals_the_library_s():
+    """Plain products there, the fused kernel everywhere else."""
+    dice = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, 4, 9, 16, generator=dice) for _ in range(3))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    for chosen in (None, mask):
+        expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=chosen)
+        low = attention(*(x.bfloat16() for x in (query, keys, values)), chosen)
+        torch.testing.assert_close(low.float(), expected, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(attention(query, keys, values, chosen), expected)
+
+
+def test_dropout_keeps_its_rate_and_its_mean():
+    torch.manual_seed(0)
+    layer, x = Dropout(0.2), torch.ones(400, 1003, requires_grad=True)
+    y = layer.train()(x)
+    dropped = float((y == 0).double().mean())
+    assert dropped == pytest.approx(51 / 256, abs=2e-3)  # the rate in steps of 1/256
+    assert float(y.detach().double().mean()) == pytest.approx(1, abs=5e-3)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    assert layer.eval()(x) is x
