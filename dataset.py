@@ -111,20 +111,27 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
+def _read_table(path: Path, form: str) -> dict[str, Any]:
+    """Read a file of `form`, an object of at least one photo; what it says of one is unchecked."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
+    if not table:
+        raise UserError(f"{path} is empty: it needs at least one photo: {form}")
+    for name in table:
+        check_name(path, name)
+    return table
+
+
 def load_captions(path: Path) -> dict[str, list[str]]:
     """Read captions.json: `{"photo.jpg": ["caption", ...]}`, names relative to the photo folder.
 
     Raises:
         UserError: the file or an entry is not of that form; the message names the entry.
     """
-    table = read_json(path)
     form = '{"photo.jpg": ["caption", ...]}'
-    if not isinstance(table, dict):
-        raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
-    if not table:
-        raise UserError(f"{path} is empty: it needs at least one photo: {form}")
+    table = _read_table(path, form)
     for name, captions in table.items():
-        check_name(path, name)
         if not isinstance(captions, list) or not captions:
             raise UserError(f"{path}: {name!r} needs a list of at least one caption: {form}")
         for caption in captions:
@@ -159,15 +166,9 @@ def load_questions(path: Path, answered: bool = True) -> dict[str, list[Question
     Raises:
         UserError: the file or an entry is not of that form; the message names the entry.
     """
-    table = read_json(path)
     form = '{"photo.jpg": [{"question": "...", "answer": "..."}, ...]}'
-    if not isinstance(table, dict):
-        raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
-    if not table:
-        raise UserError(f"{path} is empty: it needs at least one photo: {form}")
     questions = {}
-    for name, entries in table.items():
-        check_name(path, name)
+    for name, entries in _read_table(path, form).items():
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise UserError(f"{path}: {name!r} needs a list of questions: {form}")
         questions[name] = [_read_question(path, name, entry, answered) for entry in entries]

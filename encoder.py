@@ -16,7 +16,7 @@ import transformers
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, first_line
 
 # The vision half of models that also hold a text half; every other encoder loads as AutoModel.
 VISION_CLASSES = {
@@ -117,9 +117,8 @@ class FrozenEncoder(nn.Module):
         except (OSError, ValueError) as error:
             # What transformers raises when a name, a file or the network isn't there.
             where = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
-                f"the encoder {name!r} can't be loaded from that {where}: {reason}\n"
+                f"the encoder {name!r} can't be loaded from that {where}: {first_line(error)}\n"
                 "Give another one with --encoder_model_name."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +67,7 @@ from utils import (
     atomic_write,
     choose_device,
     choose_dtype,
+    first_line,
     load_settings,
     run_script,
 )
@@ -117,7 +118,7 @@ def java_scores(
                 scores[metric] = 100 * float(scorer.compute_score(theirs, ours)[0])
             except (OSError, ValueError, subprocess.SubprocessError) as error:
                 # SPICE downloads its parser when first used, and a Java program may break off.
-                missing[metric] = (str(error).strip() or repr(error)).splitlines()[0]
+                missing[metric] = first_line(error)
     return scores, missing
 
 
@@ -135,8 +136,7 @@ def clip_score(
         pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
         words = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"the CLIP model {name!r} can't be loaded: {reason}") from None
+        raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     total = 0.0
     for start in range(0, len(files), 32):
         images = [open_image(file) for file in files[start : start + 32]]
@@ -235,6 +235,7 @@ class Scored:
     settings: SimpleNamespace
     checkpoint: Checkpoint
     paths: DataPaths
+    table: dict[str, list]  # captions or questions by photo
     splits: dict[str, list[str]]
     names: list[str]
     cache: FeatureCache
@@ -266,16 +267,20 @@ class Scored:
         }
 
 
-def load_scored(settings: SimpleNamespace, wanted: Callable[[DataPaths], Container[str]]) -> Scored:
-    """Load the checkpoint, and the features of the split's photos that are `wanted`."""
+def load_scored(settings: SimpleNamespace) -> Scored:
+    """Load the checkpoint, what the task is scored against, and the features of its photos."""
     checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
+    checkpoint.require(settings.task)
     paths = data_paths(
         settings.DATA_DIR, settings.IMAGE_DIR, settings.CAPTIONS_FILE, settings.QUESTIONS_FILE,
         features_dir=settings.FEATURES_DIR,
     )  # fmt: skip
     splits = load_splits(paths.splits)
-    known = wanted(paths)
-    names = [name for name in splits[settings.split] if name in known]
+    if settings.task == "captions":
+        table = load_captions(paths.captions)
+    else:
+        table = load_questions(paths.questions)
+    names = [name for name in splits[settings.split] if name in table]
     if not names:
         raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
     device = choose_device(settings.DEVICE)
@@ -286,7 +291,7 @@ def load_scored(settings: SimpleNamespace, wanted: Callable[[DataPaths], Contain
         dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=settings.MAX_BAD_IMAGES,
     )  # fmt: skip
     names = [name for name in names if name not in bad]
-    return Scored(settings, checkpoint, paths, splits, names, cache, device, dtype)
+    return Scored(settings, checkpoint, paths, table, splits, names, cache, device, dtype)
 
 
 # --- Captions -------------------------------------------------------------------------------
@@ -294,10 +299,8 @@ def load_scored(settings: SimpleNamespace, wanted: Callable[[DataPaths], Contain
 
 def score_captions(settings: SimpleNamespace) -> dict[str, object]:
     """Print and report the captions' scores; returns what the JSON line holds."""
-    scored = load_scored(settings, lambda paths: load_captions(paths.captions))
-    checkpoint, names = scored.checkpoint, scored.names
-    checkpoint.require("captions")
-    table = load_captions(scored.paths.captions)
+    scored = load_scored(settings)
+    checkpoint, names, table = scored.checkpoint, scored.names, scored.table
     options = change_options(checkpoint.generation, **given_options(settings))
     started = time.monotonic()
     hypotheses = dict(scored.write(names, options))
@@ -368,9 +371,8 @@ def score_answers(settings: SimpleNamespace) -> dict[str, object]:
     The baselines are the most common training answer of each question type, and the same model
     shown another photo's features: what language alone gives.
     """
-    scored = load_scored(settings, lambda paths: load_questions(paths.questions))
-    scored.checkpoint.require("questions")
-    table, tokenizer = load_questions(scored.paths.questions), scored.checkpoint.tokenizer
+    scored = load_scored(settings)
+    table, tokenizer = scored.table, scored.checkpoint.tokenizer
     asked = [(name, question) for name in scored.names for question in table[name]]
     limit = scored.checkpoint.model.config.max_length
     prefixes = [tokenizer.question_prefix(question.text, limit) for _, question in asked]

@@ -61,6 +61,7 @@ from utils import (
     choose_device,
     choose_dtype,
     constants,
+    first_line,
     load_settings,
     run_script,
     seed_everything,
@@ -818,7 +819,7 @@ class Tracker:
         try:
             self.wandb_run = begin(mode)
         except (wandb.errors.Error, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
             print(f"tracking: Weights & Biases can't be reached ({reason}); tracking offline")
             self.wandb_run = begin("offline")
         run.progress.wandb_id = self.wandb_run.id

@@ -123,6 +123,11 @@ def _anchor(root: Path, name: str, value: object) -> object:
     return value
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, for a message of ours."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     try:
