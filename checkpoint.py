@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +117,9 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
         try:
             save_file(weights, temporary, metadata=metadata)
         except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))  # the library keeps it in its text
+            if number:
+                raise write_error(OSError(int(number[1]), str(error)), path) from error
             raise UserError(f"{path} can't be written: {error}") from error
 
 

@@ -43,6 +43,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+import utils
 from utils import UserError, write_error
 
 WEIGHTS = "model.safetensors"
@@ -291,10 +292,9 @@ def _keep(checkpoint: Path, number: int) -> Path:
 
 
 def redact(text: str) -> str:
-    """Hide the login's token, and whatever has the form of one."""
-    for token in filter(None, (get_token(), os.environ.get("HF_TOKEN"))):
-        text = text.replace(token, "hf_***")
-    return re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
+    """Hide the login's token, wherever it is kept, and all that `utils.redact` hides."""
+    token = get_token()
+    return utils.redact(text.replace(token, "hf_***") if token else text)
 
 
 def _reason(error: Exception) -> str:

@@ -7,12 +7,14 @@ import ast
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import random
+import re
 import sys
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -123,9 +125,37 @@ def _anchor(root: Path, name: str, value: object) -> object:
     return value
 
 
+def check_ranges(
+    settings: SimpleNamespace, ranges: Mapping[str, tuple[float, float]]
+) -> None:
+    """Refuse settings outside their range, both ends of which are allowed.
+
+    Raises:
+        UserError: one is; the message names it.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and least <= value <= most):
+            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise UserError(f"{name} is {value}: it must be {bound}")
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line, for a message of ours."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """What an error says, in one line and without secrets, for a message of ours."""
+    return redact((str(error).strip() or repr(error)).splitlines()[0])
+
+
+def redact(text: str) -> str:
+    """Hide keys that the environment holds, and what a request was authorised with.
+
+    Servers quote what they were sent, and libraries pass it on in their errors.
+    """
+    for name, value in os.environ.items():
+        if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    text = re.sub(r"\b(Basic|Bearer) [\w+/=.~-]{8,}", r"\1 ***", text)
+    text = re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
+    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -134,7 +164,17 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main()
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.stdout.flush()
+        print(
+            f"error: out of memory ({first_line(error)}): halve --batch_size and double "
+            "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before",
+            file=sys.stderr,
+        )
         code = 1
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
@@ -144,6 +184,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("\ninterrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On a CPU torch raises a plain RuntimeError that only its text tells from others.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 # --- Seeds, devices, precision --------------------------------------------------------------

@@ -38,6 +38,8 @@ HELD_OUT = {
     for k, size in enumerate(SIZES)
 }
 
+EXISTENCE = 4  # questions a scene whether something is there
+
 IMAGE_SIZE = 96  # pixels
 SUPERSAMPLING = 4  # drawn this many times larger, then averaged, for smooth edges
 
@@ -281,37 +283,33 @@ def describe(scene: Scene) -> list[str]:
 def ask(scene: Scene, rng: random.Random) -> list[dict[str, str]]:
     """Questions about a scene with their answers, as questions.json has them.
 
-    Per scene one each of colour, count and existence (yes or no, as likely), and of two things
-    the relation.
+    Of each thing colour and count, of two things the relation both ways round, and EXISTENCE
+    questions whether something is there (yes or no, as likely).
     """
-    thing = rng.choice(scene.things)
-    counted = rng.choice(scene.things)
-    entries = [
-        ("color", f"what color {_be(thing)} the {_named(thing)}?", thing.colour),
-        ("count", f"how many {_plural(counted.shape)} are there?", _NUMBER_WORDS[counted.count]),
+    entries = []
+    for thing in scene.things:
+        text = f"what color {_be(thing)} the {_named(thing)}?"
+        entries.append(("color", text, thing.colour))
+        text = f"how many {_plural(thing.shape)} are there?"
+        entries.append(("count", text, _NUMBER_WORDS[thing.count]))
+    there = {(thing.colour, thing.shape) for thing in scene.things}
+    # Of an absent kind at least the shape or the colour is there, so that both must be seen.
+    near = [
+        (colour, shape)
+        for colour in COLOURS
+        for shape in SHAPES
+        if (colour, shape) not in there
+        and any(colour == seen or shape == form for seen, form in there)
     ]
-    there = {(t.colour, t.shape) for t in scene.things}
-    if rng.random() < 0.5:
-        colour, shape = rng.choice(sorted(there))
-    else:
-        # Of an absent kind at least the shape or the colour is there, so that both must be seen.
-        near = [
-            (colour, shape)
-            for colour in COLOURS
-            for shape in SHAPES
-            if (colour, shape) not in there
-            and any(colour == seen or shape == form for seen, form in there)
-        ]
-        colour, shape = rng.choice(near)
-    answer = "yes" if (colour, shape) in there else "no"
-    entries.append(("existence", f"is there a {colour} {shape}?", answer))
+    for _ in range(EXISTENCE):
+        answer = rng.choice(("yes", "no"))
+        colour, shape = rng.choice(sorted(there) if answer == "yes" else near)
+        entries.append(("existence", f"is there a {colour} {shape}?", answer))
     if scene.relation:
-        first, second = scene.things
-        side = scene.relation
-        if rng.random() < 0.5:
-            first, second, side = second, first, SIDES[side][0]
-        question = f"where {_be(first)} the {_named(first)}, seen from the {_named(second)}?"
-        entries.append(("relation", question, side))
+        opposite = SIDES[scene.relation][0]
+        for side, (x, y) in ((scene.relation, scene.things), (opposite, scene.things[::-1])):
+            text = f"where {_be(x)} the {_named(x)}, seen from the {_named(y)}?"
+            entries.append(("relation", text, side))
     return [{"question": q, "answer": a, "type": kind} for kind, q, a in entries]
 
 

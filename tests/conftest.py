@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,34 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
+
+
+# --- Faults: tests marked `fault` are counted, and what they injected is said at the end -----
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(count=1): injects so many real faults")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    mark = item.get_closest_marker("fault")
+    report.faults = mark.kwargs.get("count", 1) if mark else 0
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    def faults(outcome: str) -> int:
+        reports = terminalreporter.getreports(outcome)
+        return sum(r.faults for r in reports if getattr(r, "when", "") == "call")
+
+    survived, injected = faults("passed"), faults("passed") + faults("failed")
+    if injected:
+        terminalreporter.write_line(f"faults injected: {injected}, survived: {survived}")
+
+
+# --- Encoders and photos --------------------------------------------------------------------
 
 
 def vision_sizes(**more: object) -> dict:
@@ -120,11 +150,25 @@ def small_flags(data: Path, encoder: Path) -> list[str]:
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
-def run(*command: object, cwd: Path = REPO, **env: str) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does, offline; returns its output as text."""
+def run(
+    *command: object,
+    cwd: Path = REPO,
+    limits: Mapping[int, int] | None = None,
+    **env: str,
+) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does, offline; returns its output as text.
+
+    `limits` are of `resource.setrlimit`: {resource.RLIMIT_FSIZE: 4096} is a disk without room.
+    """
+
+    def limit() -> None:
+        for kind, most in limits.items():
+            resource.setrlimit(kind, (most, most))
+
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
+        preexec_fn=limit if limits else None,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | env,
         text=True,
         capture_output=True,

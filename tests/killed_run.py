@@ -2,8 +2,9 @@
 
     python tests/killed_run.py WHERE COUNT flags of train.py ...
 
-WHERE: "update" (after so many), "validation" (at the start of so many), "save" (in the middle of
-writing the so-manieth .pt) or "rename" (whole, but not yet under its name).
+WHERE: "features" (after so many shards of one batch each), "update" (after so many),
+"validation" (at the start of so many), "save" (in the middle of writing the so-manieth .pt) or
+"rename" (whole, but not yet under its name).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+import features  # noqa: E402
 import train  # noqa: E402
 from utils import run_script  # noqa: E402
 
@@ -53,7 +55,10 @@ def half_saved(save: Callable) -> Callable[..., None]:
 
 def main() -> int:
     where, count, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    if where == "update":
+    if where == "features":
+        features.SHARD_BYTES = 1
+        features.write_shard = counted(features.write_shard, count, features.write_shard)
+    elif where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":
         train.validation_loss = counted(train.validation_loss, count, lambda run: None)

@@ -55,6 +55,7 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
         assert loaded.training is None
 
 
+@pytest.mark.fault(count=60)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_no_changed_value_goes_unnoticed(checkpoint, tmp_path, suffix):
     """Flip one bit in many places: the file is refused, or its content is what it was."""
@@ -76,6 +77,7 @@ def test_no_changed_value_goes_unnoticed(checkpoint, tmp_path, suffix):
     assert refused > 40
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\xff" * 100])
 def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
@@ -87,6 +89,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
         load_checkpoint(tmp_path / "absent.pt")
 
 
+@pytest.mark.fault(count=3)
 def test_others_weights_and_cut_files_are_refused(checkpoint, tmp_path):
     path = tmp_path / "c.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
@@ -111,6 +114,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.fault(count=2)
 def test_nothing_in_a_pt_is_executed(tmp_path):
     path, mark = tmp_path / "c.pt", tmp_path / "executed"
     torch.save({"captioner": Payload(mark)}, path)
@@ -122,6 +126,7 @@ def test_nothing_in_a_pt_is_executed(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.fault
 def test_wrong_shapes_are_refused_before_memory_is_taken(checkpoint, tmp_path):
     description = checkpoint.description()
     description["decoder"]["width"] = 2**20
@@ -151,6 +156,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_full_disk_leaves_the_old_file_whole(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"

@@ -40,6 +40,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_captions_are_refused_by_name(tmp_path, text):
     path = tmp_path / "captions.json"
@@ -49,6 +50,7 @@ def test_wrong_captions_are_refused_by_name(tmp_path, text):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.fault(count=2)
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(UserError, match="prepare_dataset.py"):
         load_captions(tmp_path / "absent.json")
@@ -60,6 +62,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     assert load_captions(path) == {"a.jpg": ["café"]}
 
 
+@pytest.mark.fault(count=2)
 def test_photos_must_be_there_and_within_the_folder(tmp_path):
     images = tmp_path / "images"
     (images / "sub").mkdir(parents=True)

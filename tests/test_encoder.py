@@ -51,6 +51,7 @@ def test_frozen_means_frozen(encoder_dir):
     assert not first.requires_grad
 
 
+@pytest.mark.fault
 def test_missing_weights_are_an_error(tmp_path):
     folder = build_encoder("clip", tmp_path)
     weights = load_file(folder / "model.safetensors")
@@ -89,11 +90,20 @@ def test_pictures_of_all_kinds_become_8_bit_rgb(tmp_path):
     exif[0x0112] = 6  # lies on its side
     Image.new("RGB", (8, 4), "red").save(file, "jpeg", exif=exif)
     assert open_image(file).size == (4, 8)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.save(file, "png", transparency=0)
+    assert open_image(file).getpixel((0, 0)) == (0, 0, 255)
+    palette.save(file, "png", transparency=1)
+    assert open_image(file).getpixel((0, 0)) == (255, 255, 255)
+    Image.new("LA", (1, 1), (7, 255)).save(file, "png")
+    assert open_image(file).getpixel((0, 0)) == (7, 7, 7)  # one pixel, grey
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
     assert open_image(file).getpixel((0, 0)) == (255, 0, 0)  # an animation: its first frame
 
 
+@pytest.mark.fault(count=4)
 def test_files_that_are_no_pictures_are_named(tmp_path):
     with pytest.raises(ImageError, match="no such picture"):
         open_image(tmp_path / "absent.jpg")
@@ -106,6 +116,17 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:600])
     with pytest.raises(ImageError, match="bad.jpg"):
         open_image(file)
+
+
+@pytest.mark.fault(count=2)
+def test_huge_pictures_are_read_or_refused_by_name(tmp_path, encoder_dir):
+    encoder = FrozenEncoder.load(str(encoder_dir))
+    Image.new("L", (10_000, 10_000), 90).save(tmp_path / "large.jpg")  # 100 megapixels
+    assert encoder.open(tmp_path / "large.jpg").getpixel((5, 5)) == (90, 90, 90)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB, 1.2 GB as RGB
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(ImageError, match="bomb.png is too large"):
+        encoder.open(tmp_path / "bomb.png")
 
 
 def test_large_jpegs_are_decoded_small(tmp_path, encoder_dir):

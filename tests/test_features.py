@@ -67,6 +67,7 @@ def test_a_second_run_encodes_nothing(setting):
     assert said == []
 
 
+@pytest.mark.fault
 def test_only_the_photo_that_changed_is_encoded_again(setting):
     image_dir, encoder, items, build, said = setting
     build()
@@ -95,6 +96,7 @@ def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_pa
     assert_fresh(cache, changed, image_dir, items)
 
 
+@pytest.mark.fault
 def test_an_interrupted_build_goes_on(setting, monkeypatch):
     image_dir, encoder, items, build, said = setting
     monkeypatch.setattr(features, "SHARD_BYTES", 1)  # a shard a batch
@@ -115,6 +117,7 @@ def test_an_interrupted_build_goes_on(setting, monkeypatch):
     assert_fresh(cache, encoder, image_dir, items)
 
 
+@pytest.mark.fault(count=3)
 def test_a_damaged_shard_is_never_read_as_features(setting):
     image_dir, encoder, items, build, said = setting
     cache, _ = build()
@@ -135,6 +138,7 @@ def test_a_damaged_shard_is_never_read_as_features(setting):
     assert_fresh(cache, encoder, image_dir, items)
 
 
+@pytest.mark.fault
 def test_unreadable_photos_are_named_and_counted(setting):
     image_dir, encoder, items, build, said = setting
     (image_dir / "002.png").write_bytes(b"<html>gone</html>")

@@ -162,6 +162,7 @@ for name in FAULTS:
         yield result, server, folder
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -189,6 +190,7 @@ def test_failed_push_warns_once_and_the_next_succeeds(fault_runs, name, says):
     assert result["stderr"] == ""
 
 
+@pytest.mark.fault
 def test_refused_connection_then_a_hub_that_is_back(tmp_path):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -222,6 +224,7 @@ result["arrived"] = pusher.close()
     assert len(server.repos["me/captioner"].commits) == 1
 
 
+@pytest.mark.fault
 def test_close_gives_up_in_time_and_says_how_to_go_on(server, tmp_path):
     server.faults["me/captioner"] = [("commit", HANG)] * 9
     code = """

@@ -15,8 +15,10 @@ from tests.conftest import run, small_flags, write_photos
 
 # Two epochs of each stage of three updates, with accumulation, two views and dropout.
 FLAGS = ["--epochs", 2, "--scst_epochs", 2, "--gradient_accumulation_steps", 2,
-         "--feature_views", 2, "--dropout", 0.1, "--scst_beam_size", 3]  # fmt: skip
+         "--feature_views", 2, "--dropout", 0.1, "--scst_beam_size", 3,
+         "--feature_batch_size", 8]  # fmt: skip
 KILLS = [
+    ("features", 1), ("features", 3),
     ("update", 1), ("update", 3), ("update", 4), ("update", 7), ("update", 11),
     ("validation", 2), ("validation", 3),
     ("save", 1), ("save", 4),
@@ -79,17 +81,22 @@ def state(path: Path) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("where", "count"), KILLS)
 def test_a_killed_run_goes_on_to_the_same_end(runs, tmp_path, where, count):
     output = tmp_path / "out"
-    killed = run("tests/killed_run.py", where, count, *runs.flags, "--output_dir", output)
+    flags = [*runs.flags, "--output_dir", output]
+    if where == "features":
+        flags += ["--features_dir", tmp_path / "features"]
+    killed = run("tests/killed_run.py", where, count, *flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     for path in [*output.glob("*.pt"), *output.glob("*.safetensors")]:
         load_checkpoint(path)  # whole under its name, or not there
     before = len(epochs_said(killed.stdout))
-    resumed = run("train.py", *runs.flags, "--output_dir", output,
-                  "--resume_checkpoint_path", output / "last.pt")  # fmt: skip
+    resumed = run("train.py", *flags, "--resume_checkpoint_path", output / "last.pt")
     assert resumed.returncode == 0, resumed.stderr
+    if where == "features":
+        assert f"{8 * count} there already" in resumed.stdout
     if not before:
         assert "training from scratch" in resumed.stdout
     later = epochs_said(resumed.stdout)

@@ -196,6 +196,7 @@ def test_table_round_trip(
     assert read_table(path) == expected
 
 
+@pytest.mark.fault(count=200)
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary()
@@ -240,6 +241,7 @@ def test_joined_files_read_as_one(tmp_path: Path) -> None:
         assert file.read(1) == b"h" and file.tell() == 8
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("length", ["told", "chunked"])
 @pytest.mark.parametrize(
     "validators",
@@ -272,6 +274,7 @@ def test_without_validator_the_size_decides(server: DownloadServer, tmp_path: Pa
     assert server.ranges_asked("flickr8k.zip")[1] is not None
 
 
+@pytest.mark.fault
 def test_without_length_a_short_body_is_refused_then_replaced(
     server: DownloadServer, tmp_path: Path
 ) -> None:
@@ -286,6 +289,7 @@ def test_without_length_a_short_body_is_refused_then_replaced(
 FAULTS = ["200 to a Range", "changed", "416", "changed, same size", "206 of another file", "503"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", FAULTS)
 def test_second_answer_is_odd(server: DownloadServer, tmp_path: Path, fault: str) -> None:
     other = make_zip({"captions.txt": TABLE, "Images/0.jpg": RNG.randbytes(len(ZIP))})
@@ -307,6 +311,7 @@ def test_second_answer_is_odd(server: DownloadServer, tmp_path: Path, fault: str
     assert_complete(tmp_path)
 
 
+@pytest.mark.fault
 def test_416_for_a_file_that_is_whole(server: DownloadServer, tmp_path: Path) -> None:
     # Killed between the last byte and the new name, where the server never told the size.
     folder = tmp_path / "temp_download"
@@ -319,6 +324,7 @@ def test_416_for_a_file_that_is_whole(server: DownloadServer, tmp_path: Path) ->
     assert server.ranges_asked("flickr8k.zip") == [f"bytes={len(ZIP)}-"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("state", ["", "{", "[]", '{"validator": null}', None])
 def test_partial_file_without_a_sound_note_starts_anew(
     server: DownloadServer, tmp_path: Path, state: str | None
@@ -333,6 +339,7 @@ def test_partial_file_without_a_sound_note_starts_anew(
     assert server.ranges_asked("flickr8k.zip") == [None]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("remote", "message"),
     [
@@ -363,6 +370,7 @@ def test_refusals_say_why_and_lose_nothing(
     assert_complete(tmp_path)
 
 
+@pytest.mark.fault
 def test_nobody_answers(tmp_path: Path) -> None:
     with serving() as server:
         url = server.url("flickr8k.zip")
@@ -370,6 +378,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
         prepare(settings_for(tmp_path), {"flickr8k": [url]})
 
 
+@pytest.mark.fault
 def test_swapped_parts_are_refused_and_fetched_anew(server: DownloadServer, tmp_path: Path) -> None:
     server.files = {f"part{n}": Remote(THIRDS[(1, 0, 2)[n]]) for n in range(3)}
     with pytest.raises(UserError, match="out of order.*removed"):
@@ -425,6 +434,7 @@ def link_entry() -> zipfile.ZipInfo:
     return info
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -469,6 +479,7 @@ def test_only_photos_and_the_table_are_taken(tmp_path: Path) -> None:
     assert names == {"images", "captions.txt", "captions.json", "splits.json", "prepared.json"}
 
 
+@pytest.mark.fault
 def test_declared_size_is_checked_against_the_content(tmp_path: Path) -> None:
     name, content = "liar.jpg", RNG.randbytes(1000)
     archive = bytearray(make_zip({"captions.txt": "liar.jpg,A", name: content}, zipfile.ZIP_STORED))
@@ -493,6 +504,7 @@ def test_archive_without_photos_or_captions(tmp_path: Path, entries: dict[str, b
 SMALL = make_zip({"captions.txt": "0.jpg,A", "Images/0.jpg": PHOTOS["0.jpg"][:300]})
 
 
+@pytest.mark.fault(count=150)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     edits=st.lists(
@@ -538,6 +550,7 @@ def test_complete_data_set_is_left_alone(server: DownloadServer, tmp_path: Path)
     assert load_captions(tmp_path / "captions.json") == CAPTIONS and len(server.seen) == requests
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["missing", "short", "empty", "folder"])
 def test_partial_data_set_is_mended(server: DownloadServer, tmp_path: Path, damage: str) -> None:
     prepare_from(server, tmp_path)
@@ -636,6 +649,7 @@ def test_karpathy_split_is_downloaded_once(server: DownloadServer, tmp_path: Pat
     assert json.loads((tmp_path / "splits.json").read_text())["method"] == "ratio"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("content", [b"no zip", make_zip({"other.json": "{}"})])
 def test_unusable_karpathy_zip(server: DownloadServer, tmp_path: Path, content: bytes) -> None:
     server.files["caption_datasets.zip"] = Remote(content)
@@ -685,6 +699,7 @@ def kill_when(process: subprocess.Popen[str], reached: Iterator[bool]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.fault(count=3)
 def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
     photos = {f"{n}.jpg": RNG.randbytes(400) for n in range(2000)}
     table = "".join(f"{name},A photo\n" for name in photos)
@@ -723,6 +738,7 @@ def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
     assert not (tmp_path / "temp_download").exists()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("limit", [100_000, 6030])
 def test_no_room_to_write(server: DownloadServer, tmp_path: Path, limit: int) -> None:
     # The first limit stops the download, the second (the zip being there) the unpacking.

@@ -63,6 +63,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_are_refused_with_the_place(tmp_path, name):
     text, expected = WRONG[name]

@@ -1,0 +1,409 @@
+"""Full disks, dead services, short memory, hostile files, odd settings: nothing made is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import config
+import train
+from checkpoint import Checkpoint, digest, load_checkpoint
+from dataset import load_captions, load_questions
+from encoder import FrozenEncoder
+from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tests.hub_server import HubServer
+from utils import UserError, constants, redact
+
+CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, but for locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_message(result: subprocess.CompletedProcess, *parts: str) -> None:
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+# --- Disk and memory ------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_no_room_for_features(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    flags = [*small_flags(data, encoder_dir), "--epochs", 1]
+    full = run("train.py", *flags, limits={resource.RLIMIT_FSIZE: 8192})
+    assert_message(full, "no room left to write", str(data / "features"))
+    assert not list(data.rglob("*.tmp")) and not list(data.glob("*.pt"))
+    assert run("train.py", *flags).returncode == 0
+
+
+@pytest.mark.fault
+def test_no_room_for_a_checkpoint(tmp_path, trained, encoder_dir):
+    output = tmp_path / "out"
+    output.mkdir()
+    for file in trained.iterdir():
+        if file.suffix in (".pt", ".safetensors"):
+            shutil.copy(file, output)
+    flags = [*small_flags(trained, encoder_dir), "--epochs", 3, "--output_dir", output,
+             "--resume_checkpoint_path", output / "last.pt"]  # fmt: skip
+    before = contents(output)
+    full = run("train.py", *flags, limits={resource.RLIMIT_FSIZE: 50_000})
+    assert_message(full, "no room left to write", str(output))
+    assert contents(output) == before
+    room = run("train.py", *flags)
+    assert room.returncode == 0 and "epoch 3/3" in room.stdout
+
+
+@pytest.mark.fault
+def test_no_room_for_a_report(tmp_path, trained):
+    full = run("evaluate.py", "--checkpoint", trained / "captioner_best_cider.safetensors",
+               "--data_dir", trained, "--report", tmp_path / "report.html", "--device", "cpu",
+               "--precision", "fp32", limits={resource.RLIMIT_FSIZE: 2000})  # fmt: skip
+    assert_message(full, "no room left to write", "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault
+def test_memory_too_short(tmp_path, trained, encoder_dir):
+    flags = [*small_flags(trained, encoder_dir), "--decoder_ff_dim", 2 * 10**9]
+    before = contents(trained)
+    short = run("train.py", *flags, limits={resource.RLIMIT_AS: 20 * 2**30})
+    assert_message(short, "out of memory", "smaller decoder")
+    assert contents(trained) == before
+
+
+# --- Kills ----------------------------------------------------------------------------------
+
+SAVES = """
+import os, signal, sys, time
+sys.path.insert(0, {repo!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from checkpoint import load_checkpoint, save_for_training, save_for_use
+path = Path({path!r})
+checkpoint = load_checkpoint(path)
+for kill in range({kills}):
+    child = os.fork()
+    if child == 0:
+        while True:
+            save_for_training(path, checkpoint)
+            save_for_use(path.with_suffix(".safetensors"), checkpoint)
+    time.sleep(0.01 + 0.0137 * kill)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    load_checkpoint(path)
+    if path.with_suffix(".safetensors").exists():
+        load_checkpoint(path.with_suffix(".safetensors"))
+    print("whole", flush=True)
+"""
+
+
+@pytest.mark.fault(count=20)
+def test_killed_again_and_again_while_saving(tmp_path, trained):
+    path = Path(shutil.copy(trained / "last.pt", tmp_path))
+    code = SAVES.format(repo=str(REPO), path=str(path), kills=20)
+    result = run("-c", code, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["whole"] * 20
+    assert list(tmp_path.glob(".*.tmp")), "no kill hit a save: the loop is too slow to say anything"
+
+
+@pytest.mark.fault
+def test_no_process_is_left_of_a_killed_run(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data", 18)
+    flags = [*small_flags(data, encoder_dir), "--wandb_project", "test", "--epochs", "100000"]
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags], cwd=REPO, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert any("epoch 1/" in line for line in process.stdout)
+    children = [pid for pid, parent in processes().items() if parent == process.pid]
+    assert children, "the tracker has no process of its own any more: nothing could be left"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while processes().keys() & children and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes().keys() & children
+    load_checkpoint(data / "last.pt")
+
+
+def processes() -> dict[int, int]:
+    """The living processes, each with its parent."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            found[int(entry.parent.name)] = int(parent)
+    return found
+
+
+# --- Tracker and Hub ------------------------------------------------------------------------
+
+
+class BrokenServer:
+    """Answers each request with a status, or never ("hang")."""
+
+    def __init__(self, fault: int | str):
+        stopping = self.stopping = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if fault == "hang":
+                    stopping.wait()
+                    return
+                body = json.dumps({"errors": [{"message": "not today"}]}).encode()
+                self.send_response(fault)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> BrokenServer:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+
+
+DOWN = [401, 403, 503, "hang", "refused"]
+
+
+@pytest.fixture(scope="module")
+def down_runs(tmp_path_factory, encoder_dir) -> Iterator[dict]:
+    """A training for each way in which tracker and Hub may fail, all at once: they mostly wait."""
+    folder = tmp_path_factory.mktemp("down")
+    data = write_photos(folder / "data", 18)
+    flags = [*small_flags(data, encoder_dir), "--epochs", "2"]
+    quiet = run("train.py", *flags, "--output_dir", folder / "off")
+    assert quiet.returncode == 0, quiet.stderr
+
+    def train_with(fault: int | str) -> tuple[subprocess.CompletedProcess, float]:
+        with BrokenServer(fault if fault != "refused" else 503) as tracker, HubServer("x") as hub:
+            # A Hub that never answers is in test_hub.py, with a shorter patience than train.py's.
+            hub.faults = {"me/captioner": [("", 503 if fault == "hang" else fault)] * 100}
+            nobody = "http://127.0.0.1:9"
+            environment = CANARIES | {
+                "WANDB_BASE_URL": nobody if fault == "refused" else tracker.url,
+                "HF_ENDPOINT": nobody if fault == "refused" else hub.url,
+                "HF_HUB_OFFLINE": "0", "HOME": str(folder / f"home {fault}"),
+            }  # fmt: skip
+            Path(environment["HOME"]).mkdir()
+            started = time.monotonic()
+            result = run("train.py", *flags, "--output_dir", folder / str(fault),
+                         "--wandb_project", "test", "--hf_repo_id", "me/captioner",
+                         **environment)  # fmt: skip
+            return result, time.monotonic() - started
+
+    with ThreadPoolExecutor(len(DOWN)) as pool:
+        results = dict(zip(DOWN, pool.map(train_with, DOWN), strict=True))
+    yield {"folder": folder, "results": results}
+
+
+@pytest.mark.fault(count=2)
+@pytest.mark.parametrize("fault", DOWN)
+def test_services_that_are_down_change_nothing(down_runs, fault):
+    result, seconds = down_runs["results"][fault]
+    assert result.returncode == 0, result.stderr
+    assert seconds < 240
+    assert result.stdout.count("tracking: Weights & Biases can't be reached") == 1
+    assert result.stdout.count("Hub: checkpoint not pushed") == 1
+    assert "hf upload me/captioner" in result.stdout
+    ours, theirs = (
+        load_checkpoint(down_runs["folder"] / name / "last.pt") for name in ("off", str(fault))
+    )
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(tensor, theirs.model.state_dict()[name]), name
+    assert list((down_runs["folder"] / str(fault)).rglob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize("fault", DOWN)
+def test_secrets_are_written_nowhere(down_runs, fault):
+    result, _ = down_runs["results"][fault]
+    written = contents(down_runs["folder"] / str(fault))
+    assert any(name.endswith(".wandb") for name in written) and "last.pt" in written
+    written["stdout"], written["stderr"] = result.stdout.encode(), result.stderr.encode()
+    for canary in CANARIES.values():
+        assert not [name for name, content in written.items() if canary.encode() in content]
+
+
+def test_secrets_that_errors_quote_are_hidden(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "c0ffee-c0ffee")
+    for text in (
+        "no such key: c0ffee-c0ffee", "401: Authorization Basic YXBpOmMwZmZlZS1jMGZmZWU=",
+        "Bearer c0ffee-c0ffee", "https://me:c0ffee-c0ffee@host/path", f"token hf_{'Ab1' * 10}",
+    ):  # fmt: skip
+        hidden = redact(text)
+        assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1", hidden)
+    plain = "a plain message of bearers and basics"
+    assert redact(plain) == plain
+
+
+# --- Hostile files --------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_a_model_that_brings_code_is_refused(tmp_path):
+    folder, mark = build_encoder("vit", tmp_path / "encoder"), tmp_path / "executed"
+    described = json.loads((folder / "config.json").read_text())
+    described |= {"model_type": "evil", "auto_map": {
+        "AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(mark)!r})")
+    with pytest.raises(UserError, match="can't be loaded"):
+        FrozenEncoder.load(str(folder))
+    assert not mark.exists()
+
+
+HEADERS = {
+    "longer than the file": (2**40).to_bytes(8, "little") + b"{}",
+    "longer than memory": (2**63).to_bytes(8, "little") + b"{}",
+    "deep": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "overlapping": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32",'
+    b'"shape":[2],"data_offsets":[0,8]}}',
+    "huge shape": b'{"a":{"dtype":"F32","shape":[99999999999999],"data_offsets":[0,8]}}',
+}  # fmt: skip
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers_are_refused(tmp_path, name):
+    content = HEADERS[name]
+    if content.startswith(b"{"):
+        content = len(content).to_bytes(8, "little") + content + bytes(8)
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"c\.safetensors is damaged"):
+        load_checkpoint(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+
+
+@pytest.mark.fault(count=150)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_description_is_read_or_refused(trained, tmp_path_factory, data):
+    """A checkpoint with a right checksum, whose description somebody made up in part."""
+    with safe_open(trained / "captioner_best_cider.safetensors", framework="pt") as file:
+        description = json.loads(file.metadata()["captioner"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    place = description
+    while isinstance(place, dict) and place:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            place[key] = data.draw(json_values)
+            break
+        place = place[key]
+    text = json.dumps(description)
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    save_file(weights, path, {"captioner": text, "digest": digest([text, weights])})
+    try:
+        assert isinstance(load_checkpoint(path), Checkpoint)
+    except UserError as error:
+        assert path.name in str(error)
+
+
+names = st.text("ab/.\\ é\0:", max_size=6)
+entries = st.dictionaries(names, json_values | st.lists(st.text(max_size=5), max_size=3))
+asked = st.dictionaries(
+    names,
+    st.lists(st.dictionaries(st.sampled_from(["question", "answer", "answers", "type"]),
+                             json_values | st.text(max_size=5)), max_size=2),
+)  # fmt: skip
+
+
+@pytest.mark.fault(count=300)
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=40) | (json_values | entries | asked).map(json.dumps).map(str.encode))
+def test_any_captions_and_questions_are_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    path.write_bytes(content)
+    for load in (load_captions, load_questions):
+        try:
+            table = load(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        assert table
+        for name, values in table.items():
+            assert not os.path.isabs(name) and ".." not in name.split("/")
+            texts = values if load is load_captions else [q.text for q in values]
+            assert all(isinstance(text, str) and text.strip() for text in texts)
+
+
+flags = st.tuples(
+    st.sampled_from([f"--{name.lower()}" for name in constants(config)]),
+    st.text(max_size=8) | st.integers(-10, 10).map(str) | st.floats().map(str),
+)
+
+
+@pytest.mark.fault(count=300)
+@settings(max_examples=300, deadline=None)
+@given(st.lists(flags, min_size=1, max_size=3))
+def test_any_flags_are_understood_or_refused(given_flags):
+    try:
+        found = train.command_line([f"{name}={value}" for name, value in given_flags])
+    except UserError as error:
+        assert re.match(r"[A-Z_]+ is ", str(error))
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        for name, (least, most) in train.RANGES.items():
+            assert least <= getattr(found, name) <= most
+
+
+WRONG_NUMBERS = {
+    "--batch_size": "0", "--dropout": "1.5", "--ema_decay": "1", "--learning_rate": "nan",
+    "--epochs": "-1", "--feature_views": "0", "--gradient_accumulation_steps": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", WRONG_NUMBERS)
+def test_settings_out_of_range_are_refused(flag):
+    with pytest.raises(UserError, match=rf"{flag[2:].upper()} is .*must be"):
+        train.command_line([flag, WRONG_NUMBERS[flag]])
