@@ -102,7 +102,7 @@ class Captioner:
         """
         self.require("questions")
         limit = self.model.config.max_length
-        prefixes = [self.tokenizer.question_prefix(question, limit) for question in questions]
+        prefixes = self.tokenizer.question_prefixes(questions, limit)
         chosen = change_options(GenerationOptions(), **options)
         with autocast(self.device, self.dtype):
             features = self.features(self._open(images))

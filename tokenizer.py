@@ -95,21 +95,26 @@ class CaptionTokenizer:
         """The ids of a text, normalised, without special tokens."""
         return self._tokenizer.encode(normalize(text), add_special_tokens=False).ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once."""
+        rows = []
+        for start in range(0, len(texts), 1000):  # the library's results take much memory
+            part = [normalize(text) for text in texts[start : start + 1000]]
+            encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            rows += [encoding.ids for encoding in encodings]
+        return rows
+
     def encode_captions(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
         """`[START, ..., END]` for each caption, at most `max_length` ids long.
 
         A caption that is cut has no END: the decoder must not learn to stop there.
         """
-        rows = []
-        for start in range(0, len(captions), 1000):  # the library's results take much memory
-            texts = [normalize(caption) for caption in captions[start : start + 1000]]
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            rows += [[START_ID, *encoding.ids, END_ID][:max_length] for encoding in encodings]
-        return rows
+        return [[START_ID, *ids, END_ID][:max_length] for ids in self.encode_all(captions)]
 
-    def question_prefix(self, question: str, max_length: int) -> list[int]:
-        """`[START, question, ANSWER]`, which an answer follows; at most half of `max_length`."""
-        return [START_ID, *self.encode(question)[: max_length // 2 - 2], ANSWER_ID]
+    def question_prefixes(self, questions: Sequence[str], max_length: int) -> list[list[int]]:
+        """`[START, question, ANSWER]` for each, which an answer follows; at most half as long."""
+        most = max_length // 2 - 2
+        return [[START_ID, *ids[:most], ANSWER_ID] for ids in self.encode_all(questions)]
 
     def encode_questions(
         self, pairs: Sequence[tuple[str, str]], max_length: int
@@ -118,11 +123,10 @@ class CaptionTokenizer:
 
         At most `max_length` ids long; an answer that is cut has no END.
         """
-        rows = [
-            [*self.question_prefix(question, max_length), *self.encode(answer), END_ID]
-            for question, answer in pairs
-        ]
-        return [ids[:max_length] for ids in rows]
+        prefixes = self.question_prefixes([question for question, _ in pairs], max_length)
+        answers = self.encode_all([answer for _, answer in pairs])
+        joined = zip(prefixes, answers, strict=True)
+        return [[*prefix, *ids, END_ID][:max_length] for prefix, ids in joined]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first END; special tokens are left out."""

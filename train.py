@@ -731,7 +731,7 @@ def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
     names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
     asked = run.data.asked(names)
     limit = run.model.config.max_length
-    prefixes = [run.tokenizer.question_prefix(question.text, limit) for _, question in asked]
+    prefixes = run.tokenizer.question_prefixes([q.text for _, q in asked], limit)
     found = caption_cached(
         run.average, run.features, [name for name, _ in asked], GenerationOptions(), prefixes,
         dtype=run.dtype,
