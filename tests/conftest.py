@@ -64,6 +64,9 @@ def build_encoder(family: str, folder: Path) -> Path:
     elif family == "dinov2":
         model = tf.Dinov2Model(tf.Dinov2Config(**vision_sizes()))
         processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
+    elif family == "dinov2_with_registers":
+        model = tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**vision_sizes()))
+        processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
     elif family == "blip":
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)
