@@ -11,12 +11,11 @@ from PIL import Image
 
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from encoder import FrozenEncoder
-from generation import GenerationOptions, generate
+from generation import generate
 from inference import load_captioner
 from model import CaptionModel, row_mask
 from tests.conftest import build_encoder, run
 from tests.test_model import build_model, captions, features
-from tests.test_questions import joint  # noqa: F401 - a fixture
 from tokenizer import ANSWER_ID, START_ID, CaptionTokenizer
 from utils import UserError
 
@@ -236,7 +235,7 @@ def test_the_brightest_place_of_a_tile_is_where_the_weight_is():
     assert outside[0] < inside[0]  # what the encoder never saw is dark
 
 
-def test_the_command_draws_captions_and_answers(joint, tmp_path):  # noqa: F811
+def test_the_command_draws_captions_and_answers(joint, tmp_path):
     photo, checkpoint = joint / "images" / "000.png", joint / "captioner_best_cider.safetensors"
     plain = run("inference.py", "--image_path", photo, "--checkpoint", checkpoint)
     for more in ([], ["--question", "what color is the square?"]):
