@@ -120,8 +120,8 @@ def draw_attention(photo: Image.Image, grid: PatchGrid, maps: Sequence[WordMap])
 
     Each tile goes from nothing to its own largest weight. What the encoder didn't see is dark.
     """
-    small = photo.copy()
-    small.thumbnail((TILE, TILE))
+    scale = TILE / max(photo.size)
+    small = photo.resize([max(1, round(side * scale)) for side in photo.size])
     font = _font(20)
     _, top, _, bottom = font.getbbox("Äg")
     across = min(len(maps), max(2, round((len(maps) * 1.6 * small.height / small.width) ** 0.5)))

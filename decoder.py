@@ -219,10 +219,11 @@ class Decoder(nn.Module):
         weights = []
 
         def look(_: nn.Module, __: tuple, query: Tensor) -> None:
-            query = split_heads(query, self.config.heads).float()
-            keys = memory[len(weights)][0].float()
-            scores = query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5
-            weights.append(scores.softmax(-1))
+            with torch.autocast(query.device.type, enabled=False):
+                query = split_heads(query, self.config.heads).float()
+                keys = memory[len(weights)][0].float()
+                scores = query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5
+                weights.append(scores.softmax(-1))
 
         hooks = [block.cross_q.register_forward_hook(look) for block in self.blocks]
         try:

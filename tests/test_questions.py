@@ -15,11 +15,10 @@ from generation import GenerationOptions, generate
 from inference import load_captioner
 from metrics import normalize_answer, vqa_accuracy
 from prepare_dataset import convert_vqa
-from tests.conftest import paint, run, small_flags, write_photos, write_questions
+from tests.conftest import COLOURS, paint, run, small_flags, write_photos, write_questions
 from tests.test_model import VOCAB, build_model, features
 from tokenizer import ANSWER_ID, END_ID, START_ID, CaptionTokenizer
 from utils import UserError
-
 
 # --- The file -------------------------------------------------------------------------------
 
