@@ -93,9 +93,9 @@ wanted() { # the stamp's line for these requirements files
     echo "$* $(cat -- "$@" | cksum) $("$python" -I -V)"
 }
 files=(requirements.txt)
-last=requirements.txt # includes the one before it
+last=requirements.txt # includes those before it
 if [[ $dev == yes ]]; then
-    files+=(requirements-dev.txt)
+    files+=(requirements-app.txt requirements-dev.txt)
     last=requirements-dev.txt
 fi
 
@@ -106,7 +106,7 @@ from importlib.util import find_spec
 
 names = "transformers tokenizers huggingface_hub safetensors numpy PIL requests tqdm wandb".split()
 if sys.argv[1] == "yes":
-    names += ["pytest", "ruff", "hypothesis"]
+    names += "pytest ruff hypothesis starlette uvicorn selenium".split()
 missing = [name for name in names if find_spec(name) is None]
 if missing:
     sys.exit(f"missing: {' '.join(missing)}")

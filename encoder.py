@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
@@ -31,7 +31,9 @@ class ImageError(UserError):
     """A picture that can't be read; the message names the file."""
 
 
-def open_image(path: str | os.PathLike[str], least: int | None = None) -> Image.Image:
+def open_image(
+    path: str | os.PathLike[str] | BinaryIO, least: int | None = None
+) -> Image.Image:
     """Open a picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white.
 
     Of an animation the first frame is used.
@@ -172,7 +174,7 @@ class FrozenEncoder(nn.Module):
     def patch_size(self) -> int:
         return self.tower.config.patch_size
 
-    def open(self, path: str | os.PathLike[str]) -> Image.Image:
+    def open(self, path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         """Open a picture at twice the size that `preprocess` brings it to, or larger.
 
         Twice, so that a crop of 60 % has enough pixels, and the resizing more than it keeps.

@@ -3,6 +3,7 @@
     python inference.py --image_path photo.jpg --checkpoint captioner_best_cider.safetensors
     python inference.py --image_path photos/ --checkpoint user/repo --json
     python inference.py --image_path photo.jpg --checkpoint user/repo --question "is it raining?"
+    python inference.py --image_path photo.jpg --checkpoint user/repo --attention words.png
 
 From Python: `load_captioner("captioner.safetensors").caption(["photo.jpg"])`.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import Question, load_questions
 from encoder import FrozenEncoder, ImageError, open_image
@@ -33,9 +36,26 @@ from generation import (
     given_options,
 )
 from hub import download_checkpoint
-from utils import UserError, autocast, choose_device, choose_dtype, run_script
+from tokenizer import START_ID
+from utils import (
+    UserError,
+    atomic_write,
+    autocast,
+    choose_device,
+    choose_dtype,
+    run_script,
+)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A caption or an answer, what the model thinks of it, and where it looked for each word."""
+
+    text: str
+    hypothesis: Hypothesis
+    words: list[WordMap]
 
 
 class Captioner:
@@ -101,13 +121,43 @@ class Captioner:
             UserError: the checkpoint wasn't trained for questions.
         """
         self.require("questions")
-        limit = self.model.config.max_length
-        prefixes = self.tokenizer.question_prefixes(questions, limit)
+        prefixes = self._prefixes(questions)
         chosen = change_options(GenerationOptions(), **options)
         with autocast(self.device, self.dtype):
             features = self.features(self._open(images))
             found = generate(self.model, features, chosen, prefixes)
         return [self.tokenizer.decode(group[0].tokens) for group in found]
+
+    def explain(
+        self, image: Image.Image, question: str | None = None, **options: Any
+    ) -> tuple[PatchGrid, list[Explained]]:
+        """A picture's captions, or answers to a question about it, with where each word looked.
+
+        Args:
+            image: as `encoder.open` gives it.
+            options: as in `hypotheses`, or for a question as in `answer`.
+
+        Raises:
+            UserError: the checkpoint wasn't trained for that, or its encoder has no patches.
+        """
+        self.require("captions" if question is None else "questions")
+        usual = self.options if question is None else GenerationOptions()
+        prefixes = [[START_ID]] if question is None else self._prefixes([question])
+        features = self.features([image])
+        grid = patch_grid(self.encoder, image.size, features.shape[1])
+        with autocast(self.device, self.dtype):
+            (found,) = generate(self.model, features, change_options(usual, **options), prefixes)
+            return grid, [
+                Explained(
+                    self.tokenizer.decode(h.tokens),
+                    h,
+                    word_maps(self.model, self.tokenizer, features, prefixes[0], h.tokens, grid),
+                )
+                for h in found
+            ]
+
+    def _prefixes(self, questions: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer.question_prefixes(questions, self.model.config.max_length)
 
     def _open(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Image.Image]:
         return [im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
@@ -229,6 +279,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
     add("--question", help="answer this question about each picture instead of captioning it")
     add("--questions_file", help="answer many: a questions.json, with or without answers")
+    add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
     add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
     add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
@@ -243,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_pictures(path)
     if len(files) == 1 and not path.is_dir():
         open_image(path)  # a wrong path is said before the models are loaded
+    if args.attention:
+        check_attention(args, path)
     chosen = given_options(args)
     captioner = load_captioner(
         args.checkpoint,
@@ -251,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         precision=args.precision,
     )
+    if args.attention:
+        return explain_one(captioner, args, path, chosen)
     batch_size = max(1, args.batch_size)
     if args.question or args.questions_file:
         bad = answer_all(captioner, questions_of(args, files), batch_size, chosen, args.json)
@@ -259,6 +314,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bad:
         listing = "\n  ".join(bad.values())
         raise UserError(f"{len(bad)} of {len(files)} pictures can't be read:\n  {listing}")
+    return 0
+
+
+def check_attention(args: argparse.Namespace, path: Path) -> None:
+    """Say what can't be drawn before the models are loaded.
+
+    Raises:
+        UserError: more than one picture, or a file name of another kind.
+    """
+    if path.is_dir() or args.questions_file:
+        raise UserError("--attention draws one picture: give a file and at most one --question")
+    if Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--attention {args.attention}: the name must end in .png or .jpg")
+
+
+def explain_one(
+    captioner: Captioner, args: argparse.Namespace, path: Path, options: dict[str, Any]
+) -> int:
+    """Print a picture's caption, or an answer about it, and draw where the decoder looked."""
+    image = captioner.encoder.open(path)
+    grid, found = captioner.explain(image, args.question or None, **options)
+    best = found[0]
+    if not best.words:
+        raise UserError("the decoder wrote no word, so there is nothing to draw")
+    out = Path(args.attention).expanduser()
+    with atomic_write(out) as temporary:
+        kind = "png" if out.suffix.lower() == ".png" else "jpeg"
+        draw_attention(image, grid, best.words).save(temporary, kind)
+    print(best.text)
+    print(f"{out}: where the decoder looked")
+    if args.json:
+        pair = {"question": args.question, "answer": best.text}
+        print(json.dumps({path.name: [pair] if args.question else best.text}, ensure_ascii=False))
     return 0
 
 

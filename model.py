@@ -96,6 +96,24 @@ class CaptionModel(nn.Module):
         """Hidden states (images, row, width) of rows of captions; see `row_mask`."""
         return self.decoder(tokens, positions, row_mask(segments), self.memory(features))
 
+    @torch.no_grad()
+    def cross_attention(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Where the decoder looks: (captions, layers, heads, length, patches).
+
+        Args:
+            features: one photo's (1, patches, feature_width), on the model's device.
+            tokens: its captions (captions, length), from START; what stands at place i of the
+                result is how the token after the i-th was chosen. Padding may follow.
+        """
+        rows = tokens.shape[0]
+        memory = [
+            (keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+            for keys, values in self.memory(features)
+        ]
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mask = row_mask(torch.zeros_like(tokens))
+        return self.decoder.cross_attention(tokens, positions, mask, memory)
+
     def loss(
         self,
         features: Tensor,

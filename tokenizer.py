@@ -138,6 +138,20 @@ class CaptionTokenizer:
                 words.append(int(i))
         return self._tokenizer.decode(words).strip()
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """The words of a text's ids, without special tokens, and at which places each stands.
+
+        The words, joined by spaces, are the text that `decode` gives.
+        """
+        groups: list[list[int]] = []
+        for place, i in enumerate(ids):
+            # Every word begins with a space, which byte-level BPE writes as this letter.
+            if not groups or self._tokenizer.id_to_token(i).startswith("\u0120"):
+                groups.append([])
+            groups[-1].append(place)
+        words = [(self.decode([ids[place] for place in group]), group) for group in groups]
+        return [(word, group) for word, group in words if word]
+
 
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)

@@ -94,6 +94,9 @@ def build_encoder(family: str, folder: Path) -> Path:
     elif family == "dinov2":
         model = tf.Dinov2Model(tf.Dinov2Config(**vision_sizes()))
         processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
+    elif family == "dinov2_with_registers":
+        model = tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**vision_sizes()))
+        processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
     elif family == "blip":
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)
@@ -182,4 +185,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path
     data = write_photos(tmp_path_factory.mktemp("trained") / "data")
     result = run(REPO / "train.py", *small_flags(data, encoder_dir))
     assert result.returncode == 0, result.stderr
+    return data
+
+
+def write_questions(data: Path) -> Path:
+    """Two questions about each of the pictures of `write_photos`."""
+    names = json.loads((data / "captions.json").read_text())
+    table = {}
+    for i, name in enumerate(names):
+        colour, place = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
+        table[name] = [
+            {"question": "what color is the square?", "answer": colour, "type": "color"},
+            {"question": "is the square on the left?", "type": "side",
+             "answer": "yes" if place == "left" else "no"},
+        ]  # fmt: skip
+    (data / "questions.json").write_text(json.dumps(table))
+    return data
+
+
+@pytest.fixture(scope="session")
+def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
+    """A data folder in which a short training for both tasks has left its checkpoints."""
+    data = write_questions(write_photos(tmp_path_factory.mktemp("joint") / "data", 48))
+    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 30,
+             "--scst_epochs", 2, "--dropout", 0]  # fmt: skip
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    data.joinpath("said.txt").write_text(result.stdout)
     return data

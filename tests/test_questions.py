@@ -15,38 +15,10 @@ from generation import GenerationOptions, generate
 from inference import load_captioner
 from metrics import normalize_answer, vqa_accuracy
 from prepare_dataset import convert_vqa
-from tests.conftest import COLOURS, paint, run, small_flags, write_photos
+from tests.conftest import COLOURS, paint, run, small_flags, write_photos, write_questions
 from tests.test_model import VOCAB, build_model, features
 from tokenizer import ANSWER_ID, END_ID, START_ID, CaptionTokenizer
 from utils import UserError
-
-
-def write_questions(data):
-    """Two questions about each of the pictures of `write_photos`."""
-    names = json.loads((data / "captions.json").read_text())
-    table = {}
-    for i, name in enumerate(names):
-        colour, place = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
-        table[name] = [
-            {"question": "what color is the square?", "answer": colour, "type": "color"},
-            {"question": "is the square on the left?", "type": "side",
-             "answer": "yes" if place == "left" else "no"},
-        ]  # fmt: skip
-    (data / "questions.json").write_text(json.dumps(table))
-    return data
-
-
-@pytest.fixture(scope="module")
-def joint(tmp_path_factory, encoder_dir):
-    """A data folder in which a short training for both tasks has left its checkpoints."""
-    data = write_questions(write_photos(tmp_path_factory.mktemp("joint") / "data", 48))
-    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 30,
-             "--scst_epochs", 2, "--dropout", 0]  # fmt: skip
-    result = run("train.py", *flags)
-    assert result.returncode == 0, result.stderr
-    data.joinpath("said.txt").write_text(result.stdout)
-    return data
-
 
 # --- The file -------------------------------------------------------------------------------
 

@@ -21,8 +21,10 @@ def clone(tmp_path) -> Path:
     """A folder with the set-up's own files and nothing else; its name has a space."""
     folder = tmp_path / "my clone"
     (folder / ".ci").mkdir(parents=True)
-    for name in (*SCRIPTS, "requirements.txt", "requirements-dev.txt"):
+    for name in SCRIPTS:
         shutil.copy(ROOT / name, folder / name)
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, folder / path.name)
     return folder
 
 

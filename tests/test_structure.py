@@ -15,7 +15,7 @@ from utils import constant_comments, constants
 
 ORDER = [
     "utils", "tokenizer", "metrics", "encoder", "decoder",
-    "features", "dataset", "model", "generation",
+    "features", "dataset", "model", "attention", "generation",
     "checkpoint", "hub",
     "prepare_dataset", "train", "evaluate", "inference", "benchmark", "app",
 ]  # fmt: skip

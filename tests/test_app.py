@@ -1,0 +1,378 @@
+"""The page: real requests to the running app.py, and a real browser that uses it."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from urllib.parse import urlencode
+
+import pytest
+from PIL import Image
+
+from inference import load_captioner
+from tests.conftest import REPO, paint, run
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
+QUESTION = "what color is the square?"
+
+
+class Server:
+    """A running app.py."""
+
+    def __init__(self, process: subprocess.Popen, port: int):
+        self.process, self.port = process, port
+        self.host = f"127.0.0.1:{port}"
+
+    def ask(self, method: str, path: str, body=None, **headers: str):
+        """Status, headers and body of a response."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        return response.status, response.headers, content
+
+    def write(self, picture, **query):
+        """Status and answer of a request for captions."""
+        status, _, content = self.ask("POST", "/write?" + urlencode(query), picture)
+        return status, json.loads(content)
+
+
+@contextmanager
+def running(checkpoint, *flags):
+    process = subprocess.Popen(
+        [sys.executable, REPO / "app.py", "--checkpoint", checkpoint, "--port", "0", *flags],
+        cwd=REPO,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
+        assert address, said + process.stderr.read()
+        yield Server(process, int(address.group(1)))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(joint):
+    with running(joint / "captioner_best_cider.safetensors", "--max_megabytes", "0.5") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def captions_only(trained):
+    with running(trained / "captioner_best_cider.safetensors") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def photo(joint) -> bytes:
+    return (joint / "images" / "000.png").read_bytes()
+
+
+# --- Requests -------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    status, headers, content = server.ask("GET", "/")
+    page = content.decode()
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    loads = re.findall(r"""(?:src|href|action)=["']?(?!data:)([^"'> ]+)|url\(|@import""", page)
+    assert not loads
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_captions_are_those_of_the_captioner_with_a_map_for_each_word(server, joint, photo):
+    status, answer = server.write(photo, beam_size=3)
+    assert status == 200
+    captioner = load_captioner(joint / "captioner_best_cider.safetensors")
+    picture = captioner.encoder.open(joint / "images" / "000.png")
+    ((*expected,),) = captioner.hypotheses([picture], beam_size=3)
+    assert [found["text"] for found in answer["found"]] == [text for text, _ in expected]
+    scores = [found["score"] for found in answer["found"]]
+    assert scores == pytest.approx([h.score for _, h in expected], abs=1e-4)
+    assert scores == sorted(scores, reverse=True)
+    assert (answer["rows"], answer["columns"]) == (4, 4)
+    assert answer["area"] == pytest.approx([0, 0, 1, 1], abs=0.01)
+    for found in answer["found"]:
+        assert [each["word"] for each in found["words"]] == found["text"].split()
+        assert all(len(w["map"]) == 16 and max(w["map"]) == 255 for w in found["words"])
+
+
+def test_draws_follow_the_seed(server, photo):
+    options = {"sample": "true", "temperature": 3, "top_p": 1, "beam_size": 4}
+    one, again, other = (server.write(photo, seed=seed, **options)[1] for seed in (1, 1, 2))
+    assert len(one["found"]) == 4
+    assert one == again != other
+
+
+def test_questions_are_answered_where_they_were_learned(server, captions_only, photo):
+    status, answer = server.write(photo, question=QUESTION)
+    assert status == 200 and answer["found"][0]["text"] == "red"
+    assert json.loads(server.ask("GET", "/about")[2])["tasks"] == ["captions", "questions"]
+    status, answer = captions_only.write(photo, question=QUESTION)
+    assert status == 400 and "not trained for questions" in answer["error"]
+    assert json.loads(captions_only.ask("GET", "/about")[2])["tasks"] == ["captions"]
+
+
+@pytest.mark.parametrize(
+    "query, expected",
+    [
+        ({"beam_size": 11}, "from 1 to 10"), ({"beam_size": 0}, "from 1 to 10"),
+        ({"beam_size": "many"}, "beam_size must be"), ({"temperature": "nan"}, "temperature"),
+        ({"top_p": 2}, "top_p"), ({"seed": -1}, "seed"), ({"question": " "}, "empty"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_said(server, photo, query, expected):
+    status, answer = server.write(photo, **query)
+    assert status == 400 and expected in answer["error"]
+
+
+def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
+    for body in (b"", b"<html>", b"%PDF-1.7", photo[: len(photo) // 2]):
+        status, answer = server.write(body)
+        assert status == 400 and "Try a JPEG or a PNG" in answer["error"]
+        assert not re.search(r"BytesIO|0x|/|Traceback", answer["error"])
+    assert server.write(photo)[0] == 200
+
+
+def test_large_bodies_are_refused_however_they_come(server, photo):
+    large = bytes(600_000)
+    parts = (large[i : i + 10_000] for i in range(0, len(large), 10_000))
+    for body in (large, parts):  # with their length said before, and in chunks
+        status, answer = server.write(body)
+        assert status == 413 and "larger than 0.5 MB" in answer["error"]
+    padded = photo + bytes(499_000 - len(photo))
+    assert server.write(padded)[0] == 200
+
+
+def test_foreign_names_and_foreign_pages_are_refused(server, photo):
+    def status(method, path, **headers):
+        body = photo if method == "POST" else None
+        return server.ask(method, path, body, **headers)[0]
+
+    for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", "[", ""):
+        assert status("GET", "/", Host=host) == 403, host
+        assert status("POST", "/write", Host=host, Origin=f"http://{host}") == 403, host
+    for host in (server.host, f"localhost:{server.port}", "[::1]"):
+        assert status("GET", "/", Host=host) == 200, host
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://[{server.host}"):
+        assert status("POST", "/write", Origin=origin) == 403, origin
+    assert status("POST", "/write", Origin=f"http://{server.host}") == 200
+    assert status("GET", "/write") == 405
+    assert status("GET", "/../config.py") == status("GET", "/app.py") == 404
+
+
+def test_many_at_once_are_all_answered_alike(server, photo):
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(server.write(photo, beam_size=2)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 8 and all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == 200
+
+
+# --- The command ----------------------------------------------------------------------------
+
+
+def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
+    with running(joint / "captioner_best_cider.safetensors") as server:
+        heard = subprocess.run(
+            [sys.executable, "app.py", "--checkpoint", "absent.pt", "--port", str(server.port)],
+            cwd=REPO, capture_output=True, text=True,
+        )  # fmt: skip
+        assert heard.returncode == 1 and "--port" in heard.stderr
+        table = open("/proc/net/tcp").read() if os.path.exists("/proc/net/tcp") else ""
+        if table:
+            (line,) = [x for x in table.splitlines() if f":{server.port:04X} 00000000:0000" in x]
+            assert "0100007F:" in line  # 127.0.0.1
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 0
+        assert server.process.stderr.read() == ""
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('no', name='uvicorn')")
+    result = run("app.py", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines() == [
+        "error: the page needs uvicorn: run pip install -r requirements-app.txt"
+    ]
+
+
+def test_a_missing_checkpoint_is_said(tmp_path):
+    result = run("app.py", "--checkpoint", tmp_path / "absent.pt", "--port", 0)
+    assert result.returncode == 1 and "absent.pt" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- A browser ------------------------------------------------------------------------------
+
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync use-fake-device-for-media-stream "
+    "use-fake-ui-for-media-stream"
+)
+
+
+class Browser:
+    """Chromium on the page."""
+
+    def __init__(self, driver, width: int):
+        self.driver = driver
+        driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
+        )
+
+    def open(self, server: Server) -> None:
+        self.driver.get(f"http://{server.host}/")
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        found = self.driver.find_elements("css selector", selector)
+        return [element.text for element in found if element.is_displayed()]
+
+    def until(self, condition) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 30).until(lambda _: condition())
+
+    def press(self, *keys: str):
+        """Type, wherever the focus is; returns what has the focus then."""
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+        return self.driver.switch_to.active_element
+
+    def veil(self) -> list[int]:
+        """How dark the veil over the photo is, 0 to 255, in the middle of each of 4 x 4 places."""
+        return self.driver.execute_script(
+            """const c = document.getElementById("heat"), pen = c.getContext("2d");
+            return [...Array(16).keys()].map((i) => pen.getImageData(
+                (i % 4 + .5) * c.width / 4, ((i >> 2) + .5) * c.height / 4, 1, 1).data[3]);"""
+        )
+
+
+@pytest.fixture(params=[1200, 375])
+def browser(request, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("there is no chromium with chromedriver here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in [*FLAGS.split(), f"user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(f"--{flag}")
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield Browser(chrome, request.param)
+        assert [entry["message"] for entry in chrome.get_log("browser")
+                if "status of 4" not in entry["message"]] == []  # fmt: skip
+    finally:
+        chrome.quit()
+
+
+def test_a_browser_uses_the_page_with_the_keyboard_alone(browser, server, joint, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(server)
+    assert browser.press(Keys.TAB).get_attribute("id") == "file"
+    browser.find("#file").send_keys(str(joint / "images" / "001.png"))
+    browser.until(lambda: browser.texts("#captions li"))
+    assert "green" in browser.texts("#captions li")[0]
+    browser.until(lambda: "The first:" in browser.find("#status").text)
+    assert browser.veil() == [0] * 16
+
+    # On to the first word, which shows its attention, and from it to the next.
+    focus = browser.driver.switch_to.active_element
+    for _ in range(6):
+        if "words" in (focus.find_element("xpath", "..").get_attribute("class") or ""):
+            break
+        focus = browser.press(Keys.TAB)
+    first = focus.text
+    browser.press(Keys.ENTER)
+    assert focus.get_attribute("aria-pressed") == "true"
+    assert f"“{first}”" in browser.find("#status").text
+    answer = server.write((joint / "images" / "001.png").read_bytes())[1]
+    for i, word in enumerate(answer["found"][0]["words"][:3]):
+        if i:
+            focus = browser.press(Keys.ARROW_RIGHT)
+        assert focus.text == word["word"] and focus.get_attribute("aria-pressed") == "true"
+        # The more the decoder looked at a place, the thinner the veil over it.
+        expected = [255 * 0.74 - 0.5 * weight for weight in word["map"]]
+        assert browser.veil() == pytest.approx(expected, abs=20)  # of 61 to 189; it is smoothed
+
+    browser.find("#question").send_keys(QUESTION, Keys.ENTER)
+    browser.until(lambda: browser.texts("#ask li"))
+    assert browser.texts("#ask li .words")[0] == "green"
+
+    browser.find("summary").send_keys(Keys.ENTER)
+    assert not browser.find("[name=temperature]").is_displayed()
+    browser.find("[name=sample][value=true]").send_keys(Keys.SPACE)
+    assert browser.find("[name=temperature]").is_displayed()
+    browser.find("[name=beam_size]").send_keys(Keys.BACKSPACE * 2, "4", Keys.ENTER)
+    browser.until(lambda: len(browser.texts("#captions li")) == 4)
+
+    width = browser.driver.execute_script("return document.documentElement.scrollWidth")
+    assert width <= browser.driver.execute_script("return innerWidth")
+
+
+def test_a_browser_hears_of_bad_and_large_files(browser, server, tmp_path):
+    browser.open(server)
+    bad, large = tmp_path / "bad.jpg", tmp_path / "large.jpg"
+    bad.write_bytes(b"no picture")
+    browser.find("#file").send_keys(str(bad))
+    browser.until(lambda: "Try a JPEG" in browser.find("#alert").text)
+    assert not browser.find("#stage").is_displayed()
+    large.write_bytes(bytes(600_000))
+    browser.find("#file").send_keys(str(large))
+    browser.until(lambda: "0.6 MB" in browser.find("#alert").text)
+
+
+def test_a_browser_takes_a_photo_with_the_camera(browser, captions_only):
+    browser.open(captions_only)
+    browser.find("#camera").click()
+    browser.until(lambda: browser.find("#shoot").is_displayed())
+    ready = "return document.querySelector('video').videoWidth"
+    browser.until(lambda: browser.driver.execute_script(ready))
+    browser.find("#shoot").click()
+    browser.until(lambda: browser.texts("#captions li"))
+    assert browser.find("#no-questions").is_displayed() and not browser.find("#ask").is_displayed()
+
+
+def test_a_photo_that_lies_on_its_side_is_seen_as_it_is_shown(server):
+    upright = paint("red", "right", 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    answers = []
+    for picture, more in ((upright, {}), (upright.transpose(Image.Transpose.ROTATE_90),
+                                          {"exif": exif})):  # fmt: skip
+        file = io.BytesIO()
+        picture.save(file, "png", **more)
+        answers.append(server.write(file.getvalue()))
+    assert answers[0] == answers[1] and answers[0][0] == 200
