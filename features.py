@@ -208,8 +208,8 @@ def build_features(
             missing = _missing(items, entries, image_dir)
             done = len(items) - len(missing)
             size = len(missing) * _bytes_each(encoder)
-            say(f"features: {len(missing):,} to make ({size_text(size)}), {done:,} there already, "
-                f"in {folder}")  # fmt: skip
+            say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
+                f"{size_text(size)} more")  # fmt: skip
             require_room([(folder, size)])
             _build(
                 encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad, say
