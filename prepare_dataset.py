@@ -766,7 +766,7 @@ def check(settings: SimpleNamespace, paths: DataPaths) -> list[str]:
             else:
                 copies.setdefault(digest, []).append(name)
             bar.step(1)
-    print("\n  ".join([f"unreadable {len(bad)} photos", *bad.values()]))
+    print("\n  ".join([f"broken    {len(bad)} photos can't be read", *bad.values()]))
     shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
     lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
     print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))

@@ -68,7 +68,7 @@ def test_check_describes_a_sound_data_set(photos, capsys):
     assert "photos    24 in" in said and "captions  48 in" in said
     assert "a photo   2 to 2 captions, 2.0 mean" in said
     assert "a caption 6 to 10 words, 8.0 mean, 12 different ones" in said
-    assert "missing   0 photos" in said and "unreadable 0" in said and "copies    0" in said
+    assert "missing   0 photos" in said and "broken    0 photos" in said and "copies    0" in said
     assert "too long  0 captions, beyond MAX_CAPTION_LENGTH = 100" in said
     assert check(photos, "--max_caption_length", 8) == 0
     assert int(re.search(r"too long  (\d+)", capsys.readouterr().out)[1]) >= 24
@@ -86,7 +86,8 @@ def test_check_names_what_is_wrong(photos, capsys):
     assert check(photos) == 0  # within MAX_BAD_IMAGES
     said = capsys.readouterr().out
     assert splits["train"][1] in said and "missing   1 photos" in said
-    assert re.search(rf"unreadable 1 photos\n  .*{splits['train'][0]} is not a readable", said)
+    broken = rf"broken    1 photos can't be read\n  .*{splits['train'][0]} is not a readable"
+    assert re.search(broken, said)
     assert "copies    1 photos" in said
     assert f"{splits['train'][2]} (train)" in said and f"{splits['val'][0]} (val)" in said
     assert splits["train"][4] not in said
