@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +26,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from encoder import FrozenEncoder, ImageError
-from utils import UserError, atomic_write, autocast, sole_user
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    autocast,
+    require_room,
+    size_text,
+    sole_user,
+)
 
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20
@@ -199,8 +207,13 @@ def build_features(
             entries = _read_index(folder, say)
             missing = _missing(items, entries, image_dir)
             done = len(items) - len(missing)
-            say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}")
-            _build(encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad)
+            size = len(missing) * _bytes_each(encoder)
+            say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
+                f"{size_text(size)} more")  # fmt: skip
+            require_room([(folder, size)])
+            _build(
+                encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad, say
+            )
     if bad:
         listing = "\n  ".join(bad.values())
         say(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
@@ -293,7 +306,16 @@ def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) 
     return _Batch(encoder.preprocess(images) if images else {}, loaded, bad)
 
 
-def _build(encoder, image_dir, items, folder, entries, bad, dtype, batch_size, max_bad) -> None:
+def _bytes_each(encoder: FrozenEncoder) -> int:
+    """The size of a photo's features."""
+    device = next(encoder.parameters()).device
+    inputs = encoder.preprocess([Image.new("RGB", (64, 64))])
+    return encoder({key: value.to(device) for key, value in inputs.items()}).numel() * 2
+
+
+def _build(
+    encoder, image_dir, items, folder, entries, bad, dtype, batch_size, max_bad, say
+) -> None:
     """Encode `items` into new shards; add them to `entries` and unreadable photos to `bad`."""
     device = next(encoder.parameters()).device
     rows: list[np.ndarray] = []
@@ -304,8 +326,7 @@ def _build(encoder, image_dir, items, folder, entries, bad, dtype, batch_size, m
     def load(chunk: Sequence[Item]) -> _Batch:
         return _load_batch(encoder, image_dir, chunk)
 
-    bar = tqdm(total=len(items), unit="photo", desc="features", disable=None)
-    with bar:
+    with Bar(len(items), "features", "photo") as bar:
         for batch in prefetch(load, chunks, threads=max(2, os.cpu_count() or 2)):
             bad |= batch.bad
             if len(bad) > max_bad:
@@ -320,7 +341,11 @@ def _build(encoder, image_dir, items, folder, entries, bad, dtype, batch_size, m
                     features = encoder(inputs)
                 rows.extend(features.to("cpu", torch.float16).numpy())
                 labels.extend(batch.items)
-            bar.update(len(batch.items) + len(batch.bad))
+            first = bar.done == 0
+            bar.step(len(batch.items) + len(batch.bad))
+            minutes = (time.monotonic() - bar.started) / bar.done * (len(items) - bar.done) / 60
+            if first and minutes > 1:
+                say(f"features: about {minutes:.0f} minutes, once; they are kept")
             if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
                 write_shard(folder, rows, labels, entries)
                 rows, labels = [], []

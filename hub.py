@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -102,8 +100,7 @@ UPLOAD_ERRORS = (HTTPError, OSError, ValueError, LookupError, RuntimeError)
 @dataclass(frozen=True)
 class _Upload:
     weights: Path  # our own link to the checkpoint, or copy of it
-    config: str
-    card: str
+    files: dict[str, str]  # the others' texts, by name
     message: str
 
 
@@ -150,23 +147,21 @@ class HubPusher:
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-    def push(
-        self, checkpoint: Path, card: str, message: str, config: Mapping[str, Any] | str
-    ) -> None:
-        """Queue one commit of the weights, `README.md` and `config.json`; returns at once.
+    def push(self, checkpoint: Path, files: Mapping[str, str], message: str) -> None:
+        """Queue one commit of the weights and of other files' texts by name; returns at once.
 
         `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned.
         """
         if not self.active:
             return
-        text = config if isinstance(config, str) else json.dumps(config, indent=2) + "\n"
         self._newest = Path(checkpoint)
         try:
             weights = _keep(self._newest, next(self._numbers))
         except OSError as error:
             self._failed(error)
             return
-        upload = _Upload(weights, redact(text), redact(card), redact(message))
+        safe = {name: redact(text) for name, text in files.items()}
+        upload = _Upload(weights, safe, redact(message))
         with self._lock:
             replaced, self._waiting = self._waiting, upload
         if replaced:
@@ -241,11 +236,8 @@ class HubPusher:
         if not self._repo_exists:
             api.create_repo(self.repo_id, exist_ok=True)
             self._repo_exists = True
-        files = {
-            WEIGHTS: upload.weights,
-            "config.json": upload.config.encode(),
-            "README.md": upload.card.encode(),
-        }
+        files = {name: text.encode() for name, text in upload.files.items()}
+        files[WEIGHTS] = upload.weights
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(self.repo_id, operations, commit_message=upload.message)
         return commit.commit_url
@@ -393,9 +385,20 @@ the decoder and its tokenizer; the encoder is not in it and comes from where it 
 
 ## Use
 
-```
+In a clone of the project that trained it, on the command line or from Python:
+
+```bash
 python inference.py --image_path photo.jpg --checkpoint {repo_id}
 ```
+
+```python
+from inference import load_captioner
+
+print(load_captioner("{repo_id}").caption(["photo.jpg"]))
+```
+
+`tokenizer.json` loads with `transformers.AutoTokenizer`, `preprocessor_config.json` (the
+encoder's) with `transformers.AutoImageProcessor`.
 
 ## Scores
 

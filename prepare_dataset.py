@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -46,7 +47,19 @@ from dataset import (
     split_by_karpathy,
     split_by_ratio,
 )
-from utils import UserError, atomic_write, load_settings, run_script, write_error
+from encoder import ImageError, open_image
+from features import prefetch
+from tokenizer import CaptionTokenizer, normalize
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    load_settings,
+    require_room,
+    run_script,
+    size_text,
+    write_error,
+)
 
 # The parts of each data set's zip, in order. No checksums are published for them: a part's size
 # is checked against the server's word, and each photo against the checksum (CRC) in the zip.
@@ -58,7 +71,10 @@ SOURCES = {
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-CAPTION_TABLES = ("captions.txt", "results.csv", "captions.csv")  # looked for in this order
+# Looked for in this order.
+CAPTION_TABLES = ("captions.txt", "results.csv", "captions.csv", "captions.jsonl", "metadata.jsonl")
+NAME_KEYS = ("image", "image_name", "file_name", "filename", "image_id")  # of a photo in a table
+TEXT_KEYS = ("caption", "captions", "text")  # of its captions in JSON lines: a text, or a list
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
 ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
@@ -68,20 +84,12 @@ CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
 
 SETTINGS = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
-    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES"
+    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH"
 ).split()
 
 
 class DamagedArchive(UserError):
     """A zip that is cut off, altered, or put together from the wrong parts."""
-
-
-def size_text(size: int) -> str:
-    """A number of bytes for people: `4.4 GB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -129,27 +137,6 @@ def _size_there(url: str) -> int | None:
         return None  # the request for the file itself will say what is wrong
     length = head.headers.get("Content-Length", "")
     return int(length) if head.ok and length.isdigit() else None
-
-
-def require_room(needs: Iterable[tuple[Path, int]]) -> None:
-    """Check that the disk of each folder, which need not exist yet, has room for so many bytes.
-
-    Raises:
-        UserError: a disk is too full.
-    """
-    disks: dict[int, tuple[Path, int]] = {}
-    for folder, size in needs:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        disk = there.stat().st_dev
-        place, needed = disks.get(disk, (there, 0))
-        disks[disk] = (place, needed + size)
-    for place, needed in disks.values():
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise UserError(
-                f"the disk of {place} has {size_text(free)} free, but {size_text(needed)} are "
-                "needed: free some space, or choose another place with --data_dir"
-            )
 
 
 def _download_one(url: str, target: Path) -> None:
@@ -480,6 +467,7 @@ def read_table(path: Path) -> dict[str, list[str]]:
     The delimiter is a comma, `|` or a tab, the one that comes first in the first row. A header
     may be there; fields may be quoted; a delimiter within an unquoted caption belongs to it; a
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
+    A `.jsonl` has an object a line: `{"image": "photo.jpg", "caption": "A caption"}`.
 
     Raises:
         UserError: the file is not UTF-8, or a row can't be read; the message names the line.
@@ -491,10 +479,12 @@ def read_table(path: Path) -> dict[str, list[str]]:
     rows = [(number, line.strip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
+    if path.suffix == ".jsonl":
+        return _read_json_lines(path, rows)
     delimiter = next((mark for mark in rows[0][1] if mark in ",|\t"), ",")
     first, rest = _field(rows[0][1], delimiter)
     second, third = _field(rest, delimiter)
-    if header := first.lower() in ("image", "image_name"):
+    if header := first.lower() in NAME_KEYS:
         numbered = second.lower() == "comment_number"
     else:
         numbered = second.isdigit() and third != ""
@@ -505,6 +495,27 @@ def read_table(path: Path) -> dict[str, list[str]]:
         captions.setdefault(name, []).append(caption)
     if not captions:
         raise UserError(f"{path} has a header but no rows like photo.jpg,A caption")
+    return captions
+
+
+def _read_json_lines(path: Path, rows: Iterable[tuple[int, str]]) -> dict[str, list[str]]:
+    form = 'write {"image": "photo.jpg", "caption": "A caption"}'
+    captions: dict[str, list[str]] = {}
+    for number, line in rows:
+        where = Path(f"{path}, line {number}")
+        try:
+            row = json.loads(line)
+            name = next(row[key] for key in NAME_KEYS if key in row)
+            texts = next(row[key] for key in TEXT_KEYS if key in row)
+        except (ValueError, TypeError, StopIteration):
+            raise UserError(f"{where} names no photo and caption: {form}") from None
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(name, str) or not name.lower().endswith(IMAGE_SUFFIXES):
+            raise UserError(f"{where}: {name!r} is not the name of a photo: {form}")
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise UserError(f"{where}: {name!r} has a caption that is no text: {form}")
+        check_name(where, name)
+        captions.setdefault(name, []).extend(text.strip() for text in texts)
     return captions
 
 
@@ -720,6 +731,74 @@ def write_splits(
         temporary.write_bytes(text.encode())
 
 
+# --- Check ----------------------------------------------------------------------------------
+
+
+def check(settings: SimpleNamespace, paths: DataPaths) -> list[str]:
+    """Describe a prepared data set; returns what is wrong with it that training would refuse.
+
+    Every photo is decoded, so that those that can't be read are named before training meets them.
+    """
+    tasks = parse_tasks(settings.TASKS)
+    splits = load_splits(paths.splits)
+    if "captions" in tasks:
+        describe_captions(load_captions(paths.captions), splits, settings)
+    wanted = wanted_photos(tasks, paths)
+    missing = [name for name in wanted if not (paths.images / name).is_file()]
+    unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
+    print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
+    split_of = {name: split for split in SPLITS for name in splits[split]}
+    bad: dict[str, str] = {}
+    copies: dict[str, list[str]] = {}
+
+    def look(name: str) -> tuple[str, str, str]:
+        try:
+            open_image(paths.images / name, least=64)
+        except ImageError as error:
+            return name, "", str(error)
+        return name, hashlib.sha256((paths.images / name).read_bytes()).hexdigest(), ""
+
+    looked = prefetch(look, split_of, threads=os.cpu_count() or 2, ahead=32)
+    with Bar(len(split_of), "looking at photos", "photo") as bar:
+        for name, digest, problem in looked:
+            if problem:
+                bad[name] = problem
+            else:
+                copies.setdefault(digest, []).append(name)
+            bar.step(1)
+    print("\n  ".join([f"broken    {len(bad)} photos can't be read", *bad.values()]))
+    shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
+    lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
+    print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
+    limit = settings.MAX_BAD_IMAGES
+    met = sum(split_of[name] != "test" for name in bad)  # by training
+    return [
+        f"{count} photos {state}, more than MAX_BAD_IMAGES = {limit}"
+        for count, state in ((len(missing), "are missing"), (met, "can't be read"))
+        if count > limit
+    ]
+
+
+def describe_captions(
+    captions: Mapping[str, Sequence[str]],
+    splits: Mapping[str, Sequence[str]],
+    settings: SimpleNamespace,
+) -> None:
+    """Say how many captions a photo has, how long they are, and how many training would cut."""
+    texts = [normalize(text) for group in captions.values() for text in group]
+    counts = sorted(map(len, captions.values()))
+    lengths = sorted(len(text.split()) for text in texts)
+    words = {word for text in texts for word in text.split()}
+    print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
+    print(f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
+          f"{len(words):,} different ones")  # fmt: skip
+    learned = [text for name in splits["train"] for text in captions.get(name, ())]
+    longest = settings.MAX_CAPTION_LENGTH
+    rows = CaptionTokenizer.train(learned, settings.VOCAB_SIZE).encode_captions(texts, longest + 1)
+    cut = sum(len(row) > longest for row in rows)
+    print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
+
+
 # --- Everything -----------------------------------------------------------------------------
 
 
@@ -769,7 +848,7 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that are not settings: `--archive`, `--vqa_questions` and the answers."""
+    """Add the flags that say where things come from, and are not settings."""
     parser.add_argument(
         "--archive",
         nargs="+",
@@ -795,11 +874,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare a data set and say what is there and what to run next."""
+
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        add_arguments(parser)
+        parser.add_argument("--check", action="store_true",
+                            help="look at every photo and caption; code 1 if training would "
+                            "refuse them")  # fmt: skip
+
     settings, usual = (
-        load_settings(config, args, __doc__, only=SETTINGS, add_arguments=add_arguments)
+        load_settings(config, args, __doc__, only=SETTINGS, add_arguments=add_flags)
         for args in (argv, [])
     )
-    paths = prepare(settings)
+    # What is missing is to be counted, not to end the count.
+    lenient = {"MAX_BAD_IMAGES": sys.maxsize} if settings.check else {}
+    paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
     flags = [
@@ -816,6 +904,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         questions = load_questions(paths.questions)
         print(f"questions {sum(map(len, questions.values()))} in {paths.questions}")
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
+    if settings.check and (problems := check(settings, paths)):
+        raise UserError("training would refuse this data set: " + "; ".join(problems))
     print(f"next      {shlex.join(['python', 'train.py', *flags])}")
     return 0
 

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from utils import UserError, atomic_write
 
@@ -82,11 +82,36 @@ class CaptionTokenizer:
 
     def save(self, vocab_file: Path, merges_file: Path) -> None:
         """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""
-        with atomic_write(vocab_file) as path:
-            path.write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
-        with atomic_write(merges_file) as path:
-            lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files = self.to_files()
+        for target, name in ((vocab_file, "vocab.json"), (merges_file, "merges.txt")):
+            with atomic_write(target) as path:
+                path.write_text(files[name], encoding="utf-8")
+
+    def to_files(self) -> dict[str, str]:
+        """The tokenizer in the files that other programs read, by name.
+
+        vocab.json and merges.txt are what `load` reads; with tokenizer.json, which holds the
+        normalisation as well, and tokenizer_config.json, `transformers.AutoTokenizer` loads it.
+        """
+        alone = _byte_level(models.BPE(vocab=self.vocab, merges=self.merges))
+        alone.normalizer = normalizers.Sequence(  # as `normalize` does
+            [
+                normalizers.NFC(),
+                normalizers.Lowercase(),
+                normalizers.Replace(Regex(r"\s+"), " "),
+                normalizers.Strip(),
+                normalizers.Replace(Regex("[ .]+$"), ""),
+            ]
+        )
+        names = {"pad_token": PAD, "bos_token": START, "eos_token": END}
+        return {
+            "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges)]) + "\n",
+            "tokenizer.json": alone.to_str(),
+            "tokenizer_config.json": json.dumps(
+                {"tokenizer_class": "PreTrainedTokenizerFast"} | names
+            ),
+        }
 
     def __len__(self) -> int:
         return len(self.vocab)

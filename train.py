@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -54,18 +55,21 @@ from generation import GenerationOptions, Hypothesis, caption_cached, generate
 from hub import HubPusher, model_card
 from metrics import CiderD, score, tokenize, vqa_accuracy
 from model import CaptionModel
+from pictures import draw_curves, draw_samples
 from tokenizer import ANSWER_ID, END, END_ID, START_ID, CaptionTokenizer
+from tracking import Tracker, memory
 from utils import (
+    Bar,
     UserError,
     autocast,
     check_ranges,
     choose_device,
     choose_dtype,
     constants,
-    first_line,
     load_settings,
     run_script,
     seed_everything,
+    size_text,
     sole_user,
 )
 
@@ -93,6 +97,10 @@ RANGES = {
     "NO_REPEAT_NGRAM": (0, math.inf),
 }  # fmt: skip
 
+# What is measured on the validation photos after each epoch, as people call it.
+MEASURES = {"val_cider": "CIDEr-D", "val_bleu4": "BLEU-4", "val_accuracy": "accuracy of answers",
+            "val_loss": "cross-entropy"}  # fmt: skip
+
 
 # --- The data of a run ----------------------------------------------------------------------
 
@@ -109,6 +117,7 @@ class Data:
     splits: dict[str, list[str]]
     cache: FeatureCache
     encoder: dict[str, Any]  # FrozenEncoder.identity()
+    processor: str  # the encoder's preprocessor_config.json
 
     def captioned(self, split: str) -> list[str]:
         """The photos of a split that have captions."""
@@ -149,7 +158,8 @@ def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device)
         max_bad=settings.MAX_BAD_IMAGES,
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
-    return Data(captions, questions, splits, cache, encoder.identity())
+    processor = encoder.processor.to_json_string()
+    return Data(captions, questions, splits, cache, encoder.identity(), processor)
 
 
 def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
@@ -200,6 +210,7 @@ class Progress:
     best_path: str = ""
     written: list[str] = field(default_factory=list)  # names of best-loss checkpoints on disk
     bad_steps: int = 0  # in a row, without a finite loss and gradient
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
     wandb_id: str = ""
 
 
@@ -488,6 +499,7 @@ class Ledger:
         self.run, self.tracker = run, tracker
         self.late = 1 if run.device.type == "cuda" else 0
         self.waiting: deque[Update] = deque()
+        self.since, self.counted = time.monotonic(), 0  # what the shown rate is of
 
     def note(self, update: Update) -> None:
         self.waiting.append(update)
@@ -508,11 +520,18 @@ class Ledger:
         progress.bad_steps = 0
         progress.loss_sum += summed
         progress.loss_count += update.count
+        self.counted += update.count
         if update.step % 20 == 0:
-            kind = "beam_cider" if self.run.self_critical else "loss"
-            values = {f"train/{kind}": summed / update.count, "train/learning_rate": update.rate,
-                      "train/grad_norm": update.norm.item()}  # fmt: skip
-            self.tracker.log(values, update.step)
+            self._track(update, summed / update.count)
+
+    def _track(self, update: Update, loss: float) -> None:
+        kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
+        now = time.monotonic()
+        rate = self.counted / (now - self.since)
+        self.since, self.counted = now, 0
+        values = {f"train/{kind}": loss, f"train/{unit}_per_s": rate}
+        values |= {"train/learning_rate": update.rate, "train/grad_norm": update.norm.item()}
+        self.tracker.log(values | memory(self.run.device), update.step)
 
     def _enter_bad(self, update: Update) -> None:
         """Say which photos gave a loss or gradient that is not finite.
@@ -668,38 +687,23 @@ def follow(run: Run, bad: Tensor) -> None:
         average.lerp_(weight, share)
 
 
-class Meter:
-    """A progress bar on a terminal; elsewhere a plain line now and then."""
+class Meter(Bar):
+    """The progress of an epoch, with loss, learning rate and speed."""
 
     def __init__(self, run: Run, total: int):
-        self.run, self.captions, self.done = run, 0, 0
-        self.started = time.monotonic()
-        self.spoken = self.started
-        self.total = total
-        self.label = f"epoch {run.progress.epoch + 1}/{run.epochs}"
-        self.bar = tqdm(
-            total=total, initial=run.progress.batch, desc=self.label, unit="batch", disable=None
+        super().__init__(
+            total, f"epoch {run.progress.epoch + 1}/{run.epochs}", "batch", run.progress.batch
         )
+        self.run, self.captions = run, 0
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
-        progress, now = self.run.progress, time.monotonic()
-        self.done += len(group)
+        progress, taken = self.run.progress, time.monotonic() - self.started
         self.captions += sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
-        text = (
+        self.step(
+            len(group),
             f"loss {progress.loss_sum / max(1, progress.loss_count):.3f}, "
-            f"lr {self.run.schedule.get_last_lr()[0]:.1e}, "
-            f"{self.captions / (now - self.started):.0f} captions/s"
+            f"lr {self.run.schedule.get_last_lr()[0]:.1e}, {self.captions / taken:.0f} captions/s",
         )
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(len(group))
-        if self.bar.disable and now - self.spoken > 30:
-            self.spoken = now
-            left = (now - self.started) / self.done * (self.total - progress.batch)
-            text += f", {left / 60:.1f} min left of the epoch"
-            print(f"  {self.label} {progress.batch / self.total:4.0%}  {text}", flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 # --- Validation -----------------------------------------------------------------------------
@@ -805,66 +809,20 @@ def best_path(run: Run, measure: str) -> Path:
     return run.output / f"{run.settings.CHECKPOINT_PREFIX}_best_{measure}.safetensors"
 
 
-class Tracker:
-    """Weights & Biases where there is a login and a network, offline files where not.
-
-    Tracking never stops training: what fails is said once and then left alone.
-    """
-
-    def __init__(self, run: Run):
-        settings = run.settings
-        self.wandb_run = None
-        if not settings.WANDB_PROJECT:
-            return
-        import wandb  # takes seconds, and a run without tracking shouldn't pay for it
-
-        run.output.mkdir(parents=True, exist_ok=True)
-
-        def begin(mode: str | None) -> Any:
-            return wandb.init(
-                project=settings.WANDB_PROJECT,
-                entity=settings.WANDB_ENTITY or None,
-                name=settings.WANDB_RUN_NAME or None,
-                id=run.progress.wandb_id or None,
-                resume="allow",
-                dir=run.output,
-                mode=mode,
-                config={name: getattr(settings, name) for name in constants(config)},
-                settings=wandb.Settings(silent=True, console="off", init_timeout=15),
-            )
-
-        known = wandb.login(prompt=False, verify=False) or "WANDB_MODE" in os.environ
-        mode = None if known else "offline"
-        try:
-            self.wandb_run = begin(mode)
-        except (wandb.errors.Error, OSError) as error:
-            reason = first_line(error)
-            print(f"tracking: Weights & Biases can't be reached ({reason}); tracking offline")
-            self.wandb_run = begin("offline")
-        run.progress.wandb_id = self.wandb_run.id
-        # Our own step: an offline run that resumes would count from 0 again.
-        self.wandb_run.define_metric("step")
-        self.wandb_run.define_metric("*", step_metric="step")
-        offline = self.wandb_run.settings.mode == "offline"
-        print("tracking: Weights & Biases, "
-              + ("offline (`wandb login` to see runs online)" if offline else self.wandb_run.url)
-              )  # fmt: skip
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if self.wandb_run:
-            self.wandb_run.log(values | {"step": step})
-
-    def log_captions(self, captions: dict[str, str], epoch: int, step: int) -> None:
-        if self.wandb_run:
-            import wandb
-
-            rows = [[epoch, name, caption] for name, caption in captions.items()]
-            table = wandb.Table(columns=["epoch", "photo", "caption"], data=rows)
-            self.log({"val/captions": table}, step)
-
-    def close(self) -> None:
-        if self.wandb_run:
-            self.wandb_run.finish()
+def start_tracking(run: Run) -> Tracker:
+    """Begin the tracked run, or go on with the one that the checkpoint names."""
+    settings = run.settings
+    tracker = Tracker(
+        run.output,
+        project=settings.WANDB_PROJECT,
+        entity=settings.WANDB_ENTITY or None,
+        name=settings.WANDB_RUN_NAME or None,
+        run_id=run.progress.wandb_id,
+        config={name: getattr(settings, name) for name in constants(config)},
+        report=say,
+    )
+    run.progress.wandb_id = tracker.run_id
+    return tracker
 
 
 class StopSignal:
@@ -903,11 +861,14 @@ def describe(run: Run) -> None:
     texts = [f"{count:,} {kind}" for count, kind in
              ((len(sequences) - answers, "captions"), (answers, "questions")) if count]  # fmt: skip
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    patches, width = run.data.cache.shape
+    cache = run.data.cache
+    patches, width = cache.shape
+    size = size_text(len(cache.entries) * patches * width * 2)
     print(
         f"data      {len(rows['train']):,} photos with {' and '.join(texts)} to train on, "
         f"{len(rows['val']):,} to validate ({settings.DATASET}, split by {settings.SPLIT})\n"
         f"encoder   {settings.ENCODER_MODEL_NAME}, frozen: {patches} vectors of {width} a photo\n"
+        f"features  {size} in {cache.folder}\n"
         f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
         f"{run.model.config.layers} layers, {len(run.tokenizer):,} tokens\n"
         f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
@@ -946,40 +907,78 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
             return
         loss = progress.loss_sum / max(1, progress.loss_count)
         stage = f"CIDEr of beams {loss:.1f}" if run.self_critical else f"train loss {loss:.4f}"
+        values = {"train_beam_cider" if run.self_critical else "train_loss": loss,
+                  "train_learning_rate": run.schedule.get_last_lr()[0]}  # fmt: skip
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
         found = validate(run)
         scores = found.scores
+        values |= scores
+        entry = {"epoch": progress.epoch, **values, "samples": sample_texts(run, found)}
+        progress.history.append(entry)
         progress.seconds += time.monotonic() - started
         report_epoch(run, found, stage, loss)
         best = save(run, scores)
-        tracker.log({"epoch": progress.epoch, "train/epoch_loss": loss}
-                    | {key.replace("_", "/", 1): value for key, value in scores.items()},
-                    progress.step)  # fmt: skip
-        samples = dict(list(found.captions.items())[: run.settings.SAMPLE_IMAGES])
-        tracker.log_captions(samples, progress.epoch, progress.step)
+        track_epoch(run, tracker, values)
         if best and pusher:
-            push(run, pusher, best, scores, samples)
+            push(run, pusher, best, progress.history[-1])
         elif pusher:
             pusher.retry()
 
 
-def push(run: Run, pusher: HubPusher, best: Path, scores: dict, samples: dict) -> None:
-    """Hand a new best checkpoint to the uploader, with a card of what was measured."""
-    settings = run.settings
+def sample_texts(run: Run, found: Validation) -> dict[str, str]:
+    """What was written about the first SAMPLE_IMAGES validation photos: captions, else answers."""
+    texts = found.captions or {name: f"{question.text} {answer}"
+                               for name, question, answer in found.answers}  # fmt: skip
+    return dict(itertools.islice(texts.items(), run.settings.SAMPLE_IMAGES))
+
+
+def track_epoch(run: Run, tracker: Tracker, values: dict[str, float]) -> None:
+    """Show an epoch's figures, and what has been written in all epochs up to it."""
+    progress = run.progress
+    shown = {name.replace("_", "/", 1): value for name, value in values.items()}
+    tracker.log(shown | {"epoch": progress.epoch}, progress.step)
+    rows = [(entry["epoch"], name, text) for entry in progress.history
+            for name, text in entry["samples"].items()]  # fmt: skip
+    if rows:
+        tracker.log_captions(rows, run.paths.images, progress.step)
+
+
+def scores_of(entry: dict[str, Any]) -> dict[str, float]:
+    """What an epoch in the history measured on the validation photos, as people call it."""
+    return {label: entry[name] for name, label in MEASURES.items() if name in entry}
+
+
+def push(run: Run, pusher: HubPusher, path: Path, entry: dict[str, Any]) -> None:
+    """Hand the checkpoint of an epoch to the uploader, with all that makes it of use elsewhere."""
+    settings, data = run.settings, run.data
+    scored = min(settings.SCORED_IMAGES, len(data.splits["val"]))
     card = model_card(
         repo_id=settings.HF_REPO_ID,
-        encoder=run.data.encoder["name"],
-        encoder_revision=run.data.encoder["revision"],
+        encoder=data.encoder["name"],
+        encoder_revision=data.encoder["revision"],
         dataset=settings.DATASET,
         split=f"{settings.SPLIT} val",
-        scorer="metrics.py, greedy captions",
-        scores=scores,
+        scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
+        scores=scores_of(entry),
         command=shlex.join(["python", "train.py", *settings.arguments]),
-        samples=samples,
+        samples=entry["samples"],
     )
-    description = run.checkpoint(scores).description()
-    pusher.push(best, card, f"epoch {run.progress.epoch}", description)
+    description = run.checkpoint(scores_of(entry)).description()
+    del description["tokenizer"]  # it has files of its own
+    files = run.tokenizer.to_files() | {
+        "README.md": card,
+        "config.json": json.dumps(description, indent=2) + "\n",
+        "preprocessor_config.json": data.processor,
+    }
+    pusher.push(path, files, f"epoch {entry['epoch']}")
+
+
+def push_best(run: Run, pusher: HubPusher) -> None:
+    """At the end, let the newest on the Hub be the best, which need not be the last pushed."""
+    entry = best_epoch(run)
+    if entry["val_loss"] > run.progress.best_loss:
+        push(run, pusher, best_checkpoint(run), entry)
 
 
 def best_checkpoint(run: Run) -> Path:
@@ -991,6 +990,15 @@ def best_checkpoint(run: Run) -> Path:
     return Path(run.progress.best_path)
 
 
+def best_epoch(run: Run) -> dict[str, Any]:
+    """The entry in the history of the epoch that gave `best_checkpoint`."""
+    history = run.progress.history
+    for measure in ("val_cider", "val_accuracy"):
+        if measure in history[0]:
+            return max(history, key=lambda entry: entry[measure])
+    return min(history, key=lambda entry: entry["val_loss"])
+
+
 def resume_command(run: Run) -> str:
     """The command of this run, going on from `last.pt`."""
     arguments = list(run.settings.arguments)
@@ -1000,6 +1008,19 @@ def resume_command(run: Run) -> str:
             break
     command = ["python", "train.py", *arguments]
     return shlex.join([*command, "--resume_checkpoint_path", str(run.output / "last.pt")])
+
+
+def draw(run: Run) -> None:
+    """Draw what was learned; a picture that fails is named, and spoils nothing."""
+    history, output = run.progress.history, run.output
+    if not history:
+        return
+    try:
+        draw_curves(history, output / "training_curves.png")
+        draw_samples(history, run.paths.images, output / "samples.png", run.data.captions)
+        print(f"pictures: {output / 'training_curves.png'}, {output / 'samples.png'}")
+    except (UserError, OSError) as error:
+        print(f"pictures can't be drawn: {error}")
 
 
 def finish(run: Run) -> None:
@@ -1056,15 +1077,20 @@ def train_and_report(settings: SimpleNamespace) -> int:
     run = start_run(settings)
     describe(run)
     stop = StopSignal()
-    tracker = Tracker(run)
+    tracker = start_tracking(run)
     pusher = HubPusher(settings.HF_REPO_ID, report=say) if settings.HF_REPO_ID else None
     try:
         fit(run, tracker, pusher, stop)
+        if run.progress.history:
+            tracker.log_checkpoint(best_checkpoint(run), scores_of(best_epoch(run)))
+            if pusher and not stop.asked:
+                push_best(run, pusher)
     finally:
         tracker.close()
         if pusher:
             pusher.close()
         stop.release()
+    draw(run)
     if stop.asked:
         print(f"stopped; go on with: {resume_command(run)}")
         return 130

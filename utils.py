@@ -1,4 +1,4 @@
-"""Settings with command-line overrides, seeding, device choice, and whole-or-absent file writes."""
+"""Settings with command-line overrides, seeds, devices, progress, whole-or-absent file writes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
+import time
 import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH")
 
@@ -247,6 +250,42 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+# --- Progress -------------------------------------------------------------------------------
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere a plain line now and then."""
+
+    PAUSE = 30.0  # seconds between two lines
+
+    def __init__(self, total: int, label: str, unit: str, done: int = 0):
+        """Begin with `done` of `total` units behind."""
+        self.total, self.label, self.done, self.before = total, label, done, done
+        self.started = self.spoken = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=None)
+
+    def step(self, count: int, text: str = "") -> None:
+        """Go on by `count` units; `text` is shown beside."""
+        now = time.monotonic()
+        self.done += count
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and now - self.spoken > self.PAUSE:
+            self.spoken = now
+            left = (now - self.started) / (self.done - self.before) * (self.total - self.done)
+            said = f"  {self.label} {self.done / self.total:4.0%}"
+            print(f"{said}  {text + ', ' if text else ''}{left / 60:.1f} min left", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 # --- Files ----------------------------------------------------------------------------------
 
 
@@ -320,3 +359,32 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people: `4.4 GB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def require_room(needs: Iterable[tuple[Path, int]]) -> None:
+    """Check that the disk of each folder, which need not exist yet, has room for so many bytes.
+
+    Raises:
+        UserError: a disk is too full.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        disk = there.stat().st_dev
+        place, needed = disks.get(disk, (there, 0))
+        disks[disk] = (place, needed + size)
+    for place, needed in disks.values():
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise UserError(
+                f"the disk of {place} has {size_text(free)} free, but {size_text(needed)} are "
+                "needed: free some space, or choose another place with --data_dir"
+            )

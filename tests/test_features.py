@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import features
 from encoder import FrozenEncoder, open_image
 from features import build_features, prefetch, view_of
 from tests.conftest import build_encoder, paint, write_photos
-from utils import UserError
+from utils import Bar, UserError
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_an_interrupted_build_goes_on(setting, monkeypatch):
 
     def dies_at_the_fourth(self, inputs):
         passes.append(1)
-        if len(passes) == 4:
+        if len(passes) == 5:  # the first one is for the size
             raise KeyboardInterrupt
         return forward(self, inputs)
 
@@ -177,3 +179,29 @@ def test_prefetch_keeps_order_and_bounds_and_passes_errors_on():
     assert list(results) == [1, 4, 9, 16, 25, 36]
     with pytest.raises(ValueError, match="seven"):
         list(prefetch(load, range(9)))
+
+
+def test_size_and_time_are_said_beforehand(setting, monkeypatch):
+    *_, build, said = setting
+
+    class Slow(Bar):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.started -= 600  # as if the first batch of 4 of 30 took ten minutes
+
+    monkeypatch.setattr(features, "Bar", Slow)
+    cache, _ = build()
+    size = 30 * 17 * 32 * 2
+    assert said[0].endswith(f"{size / 1000:.1f} kB more")
+    assert sum(file.stat().st_size for file in cache.folder.glob("*.bin")) == size
+    assert said[1:] == ["features: about 65 minutes, once; they are kept"]
+
+
+def test_no_room_is_said_before_anything_is_encoded(setting, monkeypatch):
+    _, encoder, _, build, _ = setting
+    usage = SimpleNamespace(free=30 * 17 * 32 * 2 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"32\.6 kB free, but 32\.6 kB are needed"):
+        build()
+    monkeypatch.undo()
+    assert build()[0].shape == (17, 32)

@@ -9,12 +9,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import hub
+import train
+from checkpoint import load_checkpoint
+from inference import load_captioner
+from tests.conftest import run as run_script
+from tests.conftest import small_flags, write_photos
 from tests.hub_server import HANG, HubServer, Repo
+from tokenizer import CaptionTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_CanaryCanaryCanaryCanary0123456789"
@@ -28,7 +38,7 @@ from pathlib import Path
 from hub import HubPusher, download_checkpoint
 from utils import UserError
 
-CARD = {CARD!r}
+FILES = {{"README.md": {CARD!r}, "config.json": "{{}}"}}
 folder = Path(sys.argv[1])
 lines = []
 result = {{"lines": lines}}
@@ -89,7 +99,7 @@ def test_push_is_one_commit_of_three_files(server, tmp_path):
     code = """
 pusher = HubPusher("me/captioner")
 path = checkpoint("best")
-pusher.push(path, CARD, "Epoch 1", {"width": 512})
+pusher.push(path, FILES, "Epoch 1")
 path.unlink()
 result["arrived"] = pusher.close()
 result["left"] = [file.name for file in folder.glob("*") if file.is_file()]
@@ -100,7 +110,7 @@ result["left"] = [file.name for file in folder.glob("*") if file.is_file()]
     assert commit.message == "Epoch 1"
     assert commit.added.keys() == {"model.safetensors", "config.json", "README.md"}
     assert commit.added["model.safetensors"] == b"best" * 1000
-    assert json.loads(commit.added["config.json"]) == {"width": 512}
+    assert commit.added["config.json"] == b"{}"
     assert commit.added["README.md"] == CARD.encode()
     assert result["left"] == []
     assert result["printed"] == [f"Hub: pushed, see {server.url}/me/captioner/commit/{commit.oid}"]
@@ -113,7 +123,7 @@ def test_newer_push_replaces_the_one_that_waits(server, tmp_path):
 pusher = HubPusher("me/captioner", report=lines.append, stall_timeout=1.5)
 started = time.monotonic()
 for name in ("one", "two", "three"):
-    pusher.push(checkpoint(name), CARD, name, "{}")
+    pusher.push(checkpoint(name), FILES, name)
 result["seconds"] = time.monotonic() - started
 result["arrived"] = pusher.close()
 """
@@ -142,14 +152,14 @@ for name in FAULTS:
     lines, marks = [], []
     pusher = HubPusher("me/" + name, report=lines.append, stall_timeout=1)
     started = time.monotonic()
-    pusher.push(checkpoint(name + "1"), CARD, "first", "{}")
+    pusher.push(checkpoint(name + "1"), FILES, "first")
     took = time.monotonic() - started
     wait_for(lambda: lines)
     failed_after = time.monotonic() - started
     if name == "forbidden":
         pusher.retry()
         wait_for(lambda: pusher._thread is None)
-    pusher.push(checkpoint(name + "2"), CARD, "second", "{}")
+    pusher.push(checkpoint(name + "2"), FILES, "second")
     result[name] = {
         "took": took, "failed_after": failed_after, "arrived": pusher.close(), "lines": lines
     }
@@ -198,10 +208,10 @@ def test_refused_connection_then_a_hub_that_is_back(tmp_path):
     code = f"""
 from tests.hub_server import HubServer
 pusher = HubPusher("me/captioner", report=lines.append)
-pusher.push(checkpoint("first"), CARD, "first", "{{}}")
+pusher.push(checkpoint("first"), FILES, "first")
 wait_for(lambda: lines)
 with HubServer({TOKEN!r}, port={port}) as server:
-    pusher.push(checkpoint("second"), CARD, "second", "{{}}")
+    pusher.push(checkpoint("second"), FILES, "second")
     result["arrived"] = pusher.close()
     result["messages"] = [commit.message for commit in server.repos["me/captioner"].commits]
 """
@@ -216,7 +226,7 @@ def test_close_tries_a_failed_push_again(server, tmp_path):
     server.faults["me/captioner"] = [("commit", 503)]
     code = """
 pusher = HubPusher("me/captioner", report=lines.append)
-pusher.push(checkpoint("only"), CARD, "only", "{}")
+pusher.push(checkpoint("only"), FILES, "only")
 wait_for(lambda: lines)
 result["arrived"] = pusher.close()
 """
@@ -229,7 +239,7 @@ def test_close_gives_up_in_time_and_says_how_to_go_on(server, tmp_path):
     server.faults["me/captioner"] = [("commit", HANG)] * 9
     code = """
 pusher = HubPusher("me/captioner", report=lines.append, stall_timeout=30)
-pusher.push(checkpoint("last"), CARD, "last", "{}")
+pusher.push(checkpoint("last"), FILES, "last")
 started = time.monotonic()
 result["arrived"] = pusher.close(timeout=1)
 result["seconds"] = time.monotonic() - started
@@ -246,10 +256,10 @@ result["seconds"] = time.monotonic() - started
 def test_without_a_login_one_line_and_no_request(server, tmp_path):
     code = """
 pusher = HubPusher("me/captioner")
-pusher.push(checkpoint("best"), CARD, "Epoch 1", {})
-pusher.push(checkpoint("better"), CARD, "Epoch 2", {})
+pusher.push(checkpoint("best"), FILES, "Epoch 1")
+pusher.push(checkpoint("better"), FILES, "Epoch 2")
 result["arrived"] = pusher.close()
-HubPusher("").push(checkpoint("best"), CARD, "Epoch 1", {})
+HubPusher("").push(checkpoint("best"), FILES, "Epoch 1")
 """
     result = run(tmp_path, server.url, code)
     (line,) = result["printed"]
@@ -319,6 +329,96 @@ for key, (revision, says) in {cases!r}.items():
         message, seconds = result[key]
         assert says in message and key.strip() in message
         assert seconds < 5
+
+
+# --- There and back -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, encoder_dir):
+    """A training that pushed to a server: its data folder, its last commit, and the server."""
+    folder = tmp_path_factory.mktemp("pushed")
+    data = write_photos(folder / "data", 24)
+    with HubServer(TOKEN) as server:
+        result = run_script(
+            "train.py", *small_flags(data, encoder_dir), "--hf_repo_id", "me/captioner",
+            "--epochs", 3, "--scst_epochs", 1, HF_ENDPOINT=server.url, HF_TOKEN=TOKEN,
+            HF_HUB_OFFLINE="0", HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_XET="1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
+        yield data, server.repos["me/captioner"].commits[-1], server
+
+
+def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, tmp_path):
+    data, commit, server = pushed
+    photos = [str(path) for path in sorted((data / "images").iterdir())[:4]]
+    best = load_captioner(data / "captioner_best_cider.safetensors", precision="fp32")
+    code = f"""
+from inference import load_captioner
+result["captions"] = load_captioner("me/captioner", precision="fp32").caption({photos!r})
+"""
+    assert run(tmp_path, server.url, code)["captions"] == best.caption(photos)
+    # Something else is pushed; the commit still gives what it gave.
+    server.repos["me/captioner"].commit("later", {"model.safetensors": b"nonsense"})
+    command = run_script("inference.py", "--image_path", photos[0], "--checkpoint", "me/captioner",
+                         "--revision", commit.oid, "--precision", "fp32", HF_ENDPOINT=server.url,
+                         HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "other"))  # fmt: skip
+    assert command.stdout.strip() == best.caption(photos[:1])[0], command.stderr
+
+
+def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
+    data, commit, _ = pushed
+    files = commit.files
+    assert files.keys() == {
+        "model.safetensors", "config.json", "README.md", "vocab.json", "merges.txt",
+        "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    checkpoint = load_checkpoint(tmp_path / "model.safetensors")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = CaptionTokenizer.load(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    for text in ("A red square  on the LEFT .", "É, what else?", "on <the> left"):
+        ids = checkpoint.tokenizer.encode(text)
+        assert theirs(text).input_ids == again.encode(text) == ids
+        assert theirs.decode(ids).strip() == checkpoint.tokenizer.decode(ids)
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    captioner = load_captioner(tmp_path / "model.safetensors", precision="fp32")
+    photo = Image.open(data / "images" / "000.png").convert("RGB")
+    ours = captioner.encoder.preprocess([photo])["pixel_values"]
+    assert torch.equal(processor(images=[photo], return_tensors="pt")["pixel_values"], ours)
+    config = json.loads(files["config.json"])
+    assert config["decoder"]["width"] == 32 and "tokenizer" not in config
+
+    read = ModelCard(files["README.md"].decode())
+    entries = load_checkpoint(data / "last.pt").training["progress"]["history"]
+    best = max(entries, key=lambda entry: entry["val_cider"])
+    measured = {result.metric_name: result.metric_value for result in read.data.eval_results}
+    assert measured["CIDEr-D"] == pytest.approx(best["val_cider"])
+    assert measured["cross-entropy"] == pytest.approx(best["val_loss"])
+    assert read.data.eval_results[0].dataset_split == "ratio val"
+    assert "metrics.py" in read.data.eval_results[0].metric_args["scorer"]
+    for name, caption in best["samples"].items():
+        assert f"- `{name}`: {caption}" in read.text
+    assert 'load_captioner("me/captioner")' in read.text and "## Licence" in read.text
+
+
+def test_the_last_push_is_of_the_best_captions(tmp_path, monkeypatch):
+    pushes = []
+    monkeypatch.setattr(train, "push", lambda run, pusher, *what: pushes.append(what))
+    history = [{"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
+               {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
+               {"epoch": 3, "val_loss": 2.2, "val_cider": 40.0}]  # fmt: skip
+    settings = SimpleNamespace(CHECKPOINT_PREFIX="captioner")
+    progress = train.Progress(best_loss=2.0, best_cider=40.0, history=history)
+    state = SimpleNamespace(settings=settings, progress=progress, output=tmp_path)
+    train.push_best(state, None)
+    assert pushes == [(tmp_path / "captioner_best_cider.safetensors", history[1])]
+    history[0]["val_cider"] = 50.0  # the best loss has the best captions, and was pushed
+    train.push_best(state, None)
+    assert len(pushes) == 1
 
 
 # --- Card -----------------------------------------------------------------------------------

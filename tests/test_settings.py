@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO, run
-from utils import UserError, atomic_write, choose_device, choose_dtype, load_settings
+from utils import Bar, UserError, atomic_write, choose_device, choose_dtype, load_settings
 
 
 @pytest.fixture
@@ -104,3 +104,16 @@ def test_a_users_mistake_gets_a_message_and_no_traceback(name):
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_bar_turns_into_lines_where_output_is_no_terminal(capsys, monkeypatch):
+    with Bar(10, "features", "photo", done=4) as bar:
+        bar.step(2, "fast")
+        assert capsys.readouterr().out == ""  # not so soon
+        monkeypatch.setattr(Bar, "PAUSE", -1.0)
+        bar.started -= 120  # two minutes for three, so
+        bar.step(1)
+        bar.step(3, "fast")
+    captured = capsys.readouterr()
+    assert captured.out == "  features  70%  2.0 min left\n  features 100%  fast, 0.0 min left\n"
+    assert captured.err == ""

@@ -16,7 +16,7 @@ from utils import constant_comments, constants
 ORDER = [
     "utils", "tokenizer", "metrics", "encoder", "decoder",
     "features", "dataset", "model", "attention", "generation",
-    "checkpoint", "hub",
+    "checkpoint", "hub", "tracking", "pictures",
     "prepare_dataset", "train", "evaluate", "inference", "benchmark", "app",
 ]  # fmt: skip
 SCRIPTS = set(ORDER[ORDER.index("prepare_dataset") :])

@@ -1,0 +1,91 @@
+"""The pictures of a training, read back with Pillow; and the history that they are drawn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoint import load_checkpoint
+from pictures import draw_curves, draw_samples
+from tests.conftest import paint, run, small_flags, write_photos
+
+
+def entries(count: int, **more: float) -> list[dict]:
+    return [
+        {"epoch": epoch, "train_loss": 4 / epoch, "val_loss": 5 / epoch, "val_cider": 9.0 * epoch,
+         "train_learning_rate": 1e-3 / epoch, "samples": {"a.png": f"text {epoch}"}} | more
+        for epoch in range(1, count + 1)
+    ]  # fmt: skip
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = Image.open(path)
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((abs(picture - np.array(colour)).sum(-1) < 12).sum() > 20)
+
+
+def test_each_curve_is_there_only_if_it_was_measured(tmp_path):
+    orange, green = (221, 107, 32), (47, 133, 90)
+    draw_curves(entries(3), tmp_path / "plain.png")
+    plain = pixels(tmp_path / "plain.png")
+    assert has_colour(plain, orange) and not has_colour(plain, green)
+    draw_curves(entries(3, val_accuracy=50.0), tmp_path / "answers.png")
+    assert has_colour(pixels(tmp_path / "answers.png"), green)
+    draw_curves([{"epoch": 1, "val_loss": 2.0, "train_learning_rate": 1e-3,
+                  "train_beam_cider": 3.0, "samples": {}}], tmp_path / "one.png")  # fmt: skip
+    assert not has_colour(pixels(tmp_path / "one.png"), orange)
+
+
+def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
+    paint("red", "left", 0).save(tmp_path / "a.png")
+    written = []
+    from matplotlib.axes import Axes
+
+    text = Axes.text
+    monkeypatch.setattr(
+        Axes, "text", lambda self, x, y, s, *a, **k: written.append(s) or text(self, x, y, s, **k)
+    )
+    draw_samples(entries(9), tmp_path, tmp_path / "s.png", {"a.png": ["costs $5 or $6", "other"]})
+    assert written == ["epoch 1", "text 1", "epoch 5", "text 5", "epoch 9", "text 9",
+                       "a human", "costs $5 or $6"]  # fmt: skip
+    assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
+
+
+def test_one_epoch_and_no_samples(tmp_path):
+    paint("red", "left", 0).save(tmp_path / "a.png")
+    draw_samples(entries(1), tmp_path, tmp_path / "s.png", {})
+    assert pixels(tmp_path / "s.png").min() < 100
+    draw_samples([{"epoch": 1, "samples": {}}], tmp_path, tmp_path / "none.png", {})
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_history_goes_on_through_a_resume(
+    tmp_path, encoder_dir
+):
+    data = write_photos(tmp_path / "data", 24)
+    flags = small_flags(data, encoder_dir)
+    assert run("train.py", *flags).returncode == 0
+    resumed = run("train.py", *flags, "--epochs", 3, "--scst_epochs", 1,
+                  "--resume_checkpoint_path", data / "last.pt")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    history = load_checkpoint(data / "last.pt").training["progress"]["history"]
+    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]
+    assert ["train_loss" in entry for entry in history] == [True, True, True, False]
+    assert "train_beam_cider" in history[3]
+    assert all(len(entry["samples"]) == 4 for entry in history)
+
+
+@pytest.mark.parametrize("name", ["training_curves.png", "samples.png"])
+def test_a_picture_that_can_not_be_written_spoils_nothing(tmp_path, encoder_dir, name):
+    data = write_photos(tmp_path / "data", 24)
+    (data / name).mkdir()
+    result = run("train.py", *small_flags(data, encoder_dir), "--epochs", 1)
+    assert result.returncode == 0 and "pictures can't be drawn" in result.stdout
+    assert "Traceback" not in result.stderr

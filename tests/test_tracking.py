@@ -1,0 +1,191 @@
+"""Tracking by Weights & Biases, offline: what is written is read back; failures stop nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tracking
+from checkpoint import load_checkpoint
+from tests.conftest import REPO, run, small_flags, write_photos
+from tests.wandb_file import history, records, run_of
+
+# A training of 4 updates an epoch; every 20th is shown.
+FLAGS = ["--wandb_project", "test", "--epochs", "5"]
+
+
+def nobody(home: Path) -> dict[str, str]:
+    """An environment without anybody's login."""
+    return {"WANDB_API_KEY": "", "HOME": str(home), "NETRC": str(home / "none")}
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory, encoder_dir):
+    """The data folder of a run of 5 epochs that was resumed for 5 more, and what both said."""
+    home = tmp_path_factory.mktemp("tracked")
+    data = write_photos(home / "data", 24)
+    flags = [*small_flags(data, encoder_dir), *FLAGS]
+    first = run("train.py", *flags, **nobody(home))
+    assert first.returncode == 0, first.stderr
+    halfway = load_checkpoint(data / "last.pt")
+    second = run("train.py", *flags, "--epochs", 10, "--resume_checkpoint_path",
+                 data / "last.pt", **nobody(home))  # fmt: skip
+    assert second.returncode == 0, second.stderr
+    return data, halfway, first.stdout, second.stdout
+
+
+def sessions(data: Path) -> list[Path]:
+    return sorted(data.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_figures_and_settings_of_a_run(tracked):
+    data, *_ = tracked
+    rows = history(sessions(data)[0])
+    by_step = {row["_step"]: row for row in rows}
+    assert by_step[20]["train/loss"] > 0 and by_step[20]["train/tokens_per_s"] > 0
+    assert 0.05 < by_step[20]["memory/resident_gb"] < 50
+    progress = load_checkpoint(data / "last.pt").training["progress"]
+    epochs = {row["epoch"]: row for row in rows if "epoch" in row}
+    assert list(epochs) == [1, 2, 3, 4, 5]
+    for entry in progress["history"][:5]:
+        row = epochs[entry["epoch"]]
+        assert row["val/loss"] == pytest.approx(entry["val_loss"])
+        assert row["val/cider"] == pytest.approx(entry["val_cider"])
+        assert row["val/bleu4"] == pytest.approx(entry["val_bleu4"])
+        assert 0 < row["train/learning_rate"] == pytest.approx(entry["train_learning_rate"])
+    _, config = run_of(sessions(data)[0])
+    assert config["BATCH_SIZE"] == 4 and config["LEARNING_RATE"] == 3e-3
+    assert config["WANDB_PROJECT"] == "test"
+
+
+def test_a_resumed_run_keeps_its_id_and_its_steps_go_on(tracked):
+    data, halfway, *_ = tracked
+    one, two = sessions(data)
+    assert run_of(one)[0] == run_of(two)[0] == halfway.training["progress"]["wandb_id"]
+    steps = [[row["_step"] for row in history(file)] for file in (one, two)]
+    assert steps[0] == sorted(steps[0]) and max(steps[0]) == 20
+    assert steps[1] == sorted(steps[1]) and min(steps[1]) > 20 and max(steps[1]) == 40
+    # An epoch is there once, whichever session it was in.
+    epochs = [row["epoch"] for file in (one, two) for row in history(file) if "epoch" in row]
+    assert epochs == list(range(1, 11))
+
+
+def test_the_table_of_captions_grows_with_each_epoch_and_through_a_resume(tracked):
+    data, *_ = tracked
+    tables = [(file.parent / "files" / row["val/captions.path"]) for file in sessions(data)
+              for row in history(file) if "val/captions.path" in row]  # fmt: skip
+    assert len(tables) == 10
+    progress = load_checkpoint(data / "last.pt").training["progress"]
+    for epoch, path in enumerate(tables, 1):
+        rows = json.loads(path.read_text())["data"]
+        assert {row[0] for row in rows} == set(range(1, epoch + 1))
+        written = {(row[0], row[2]): row[3] for row in rows}
+        samples = progress["history"][epoch - 1]["samples"]
+        assert {name: written[epoch, name] for name in samples} == samples
+    for artifact in (r.artifact for file in sessions(data) for r in records(file)):
+        if artifact.type == "run_table":
+            files = {entry.path: entry.local_path for entry in artifact.manifest.contents}
+            photos = [Image.open(file) for name, file in files.items() if name.endswith(".jpg")]
+            assert len(photos) == 4 and {photo.size for photo in photos} == {(48, 40)}
+
+
+def test_the_best_checkpoint_is_an_artifact(tracked):
+    data, *_ = tracked
+    for file in sessions(data):
+        artifacts = [r.artifact for r in records(file) if r.HasField("artifact")]
+        (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
+        assert "best" in model.aliases
+        (entry,) = model.manifest.contents
+        assert entry.path == "captioner_best_cider.safetensors"
+    assert entry.size == (data / "captioner_best_cider.safetensors").stat().st_size
+    assert json.loads(model.metadata)["CIDEr-D"] == max(
+        entry["val_cider"] for entry in
+        load_checkpoint(data / "last.pt").training["progress"]["history"]
+    )  # fmt: skip
+
+
+def test_the_command_that_it_names_finds_both_sessions(tracked, tmp_path):
+    data, *said = tracked
+    command = re.search(r"wandb login && (wandb sync .*)", said[-1])[1]
+    arguments = command.removeprefix("wandb ")
+    shown = subprocess.run(
+        f"{sys.executable} -m wandb {arguments} --dry-run", shell=True, cwd=REPO,
+        env=os.environ | nobody(tmp_path), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert all(file.name in shown.stderr + shown.stdout for file in sessions(data))
+    assert "Would sync 2 run" in shown.stderr + shown.stdout
+
+
+# Train, but kill the tracker's process at the first validation.
+KILL_THE_TRACKER = """
+import os, signal, subprocess, sys, time
+import train
+from utils import run_script
+validate = train.validate
+def and_kill(run):
+    if run.progress.epoch == 1:
+        listed = subprocess.run(["pgrep", "-f", f"wandb-core.*--pid {os.getpid()}$"],
+                                capture_output=True, text=True).stdout.split()
+        assert listed, "no tracker to kill"
+        for process in map(int, listed):
+            os.kill(process, 9)
+        time.sleep(0.5)
+    return validate(run)
+train.validate = and_kill
+run_script(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_a_tracker_that_dies_changes_nothing(tracked, tmp_path, encoder_dir):
+    _, halfway, *_ = tracked
+    data = write_photos(tmp_path / "data", 24)
+    flags = [*small_flags(data, encoder_dir), *FLAGS]
+    result = run("-c", KILL_THE_TRACKER, *flags, **nobody(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.count("tracking: stopped") == 1
+    assert "wandb sync" in result.stdout
+    weights = load_checkpoint(data / "last.pt").model.state_dict()
+    # Those of the run whose tracker lived, and of a run without one.
+    untracked = write_photos(tmp_path / "untracked", 24)
+    flags = [*small_flags(untracked, encoder_dir), *FLAGS, "--wandb_project", ""]
+    assert run("train.py", *flags).returncode == 0
+    for other in (halfway, load_checkpoint(untracked / "last.pt")):
+        for name, tensor in other.model.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_server_that_can_not_be_reached(tmp_path, monkeypatch):
+    for name, value in nobody(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
+    said: list[str] = []
+    started = time.monotonic()
+    tracker = tracking.Tracker(tmp_path, project="p", config={}, report=said.append)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    assert time.monotonic() - started < 30
+    assert "can't be reached" in said[0] and "offline" in said[0]
+    assert "wandb sync" in said[-1]
+    assert history(sessions(tmp_path)[0])[0]["loss"] == 1.0
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said: list[str] = []
+    tracker = tracking.Tracker(tmp_path / "file", project="p", config={}, report=said.append)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    (warning,) = said
+    assert "tracking: stopped" in warning and "training goes on" in warning

@@ -1,0 +1,181 @@
+"""Weights & Biases: curves, captions and the best checkpoint of a run, offline where it must be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encoder import open_image
+from utils import UserError, first_line
+
+INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
+FINISH_TIMEOUT = 60  # seconds for what is still to be sent at the end
+THUMBNAIL = 224  # pixels along the longer side of a photo in the table of captions
+
+
+class Tracker:
+    """Tracks one run: on the server where there is a login and a network, in files where not.
+
+    Tracking never stops training: a failure is said once, and nothing is tracked from there on.
+
+    Attributes:
+        run_id: what a resumed run gives again as `run_id`; empty without tracking.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        entity: str | None = None,
+        name: str | None = None,
+        run_id: str = "",
+        config: Mapping[str, Any],
+        report: Callable[[str], None] = print,
+    ):
+        """Begin a run, or go on with `run_id`; its files stand in `folder`/wandb.
+
+        Args:
+            project: empty for no tracking at all.
+            config: the settings to show.
+            report: receives lines for the user.
+        """
+        self.run_id = run_id
+        self._report = report
+        self._run: Any = None
+        self._photos: dict[str, Any] = {}
+        if not project:
+            return
+        with self._careful():
+            folder.mkdir(parents=True, exist_ok=True)
+            options = {"project": project, "entity": entity, "name": name, "id": run_id or None,
+                       "resume": "allow", "dir": folder, "config": dict(config)}  # fmt: skip
+            self._run = self._begin(options)
+            self.run_id = self._run.id
+            where = "offline (`wandb login` to see runs online)" if self.offline else self._run.url
+            report(f"tracking: Weights & Biases, {where}")
+
+    def _begin(self, options: dict[str, Any]) -> Any:
+        import wandb  # takes seconds, and a run without tracking shouldn't pay for it
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
+        )
+        known = wandb.login(prompt=False, verify=False) or "WANDB_MODE" in os.environ
+        try:
+            return wandb.init(**options, mode=None if known else "offline", settings=settings)
+        except (wandb.Error, OSError) as error:
+            reason = first_line(error)
+            self._report(
+                f"tracking: Weights & Biases can't be reached ({reason}); tracking offline"
+            )
+            return wandb.init(**options, mode="offline", settings=settings)
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run is in files only, for `sync_command` to send."""
+        return self._run is not None and self._run.settings.mode == "offline"
+
+    @property
+    def sync_command(self) -> str:
+        """The command that sends what is in the run's files, of this and earlier sessions."""
+        files = Path(self._run.dir).parent
+        session = re.sub(r"run-[\d_]+-", "run-*-", files.name)
+        return f"wandb sync {shlex.quote(str(files.parent))}/{session}"
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Show values at an update of the training; steps must not fall."""
+        if self._run is None:
+            return
+        with self._careful():
+            # The step is ours, not the library's count of calls: resumed, it goes on.
+            self._run.log(dict(values), step=step)
+
+    def log_captions(
+        self, rows: Iterable[tuple[int, str, str]], image_dir: Path, step: int
+    ) -> None:
+        """Show a table of rows (epoch, photo, caption), those of all epochs, with the photos."""
+        if self._run is None:
+            return
+        with self._careful():
+            import wandb
+
+            table = wandb.Table(columns=["epoch", "photo", "name", "caption"])
+            for epoch, name, caption in rows:
+                if name not in self._photos:
+                    image = open_image(image_dir / name, THUMBNAIL)
+                    image.thumbnail((THUMBNAIL, THUMBNAIL))
+                    self._photos[name] = wandb.Image(image, file_type="jpg")
+                table.add_data(epoch, self._photos[name], name, caption)
+            self._run.log({"val/captions": table}, step=step)
+
+    def log_checkpoint(self, path: Path, scores: Mapping[str, float]) -> None:
+        """Keep a checkpoint as the run's artifact of type "model", under the alias "best"."""
+        if self._run is None:
+            return
+        with self._careful():
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{self.run_id}", "model", metadata=dict(scores))
+            artifact.add_file(str(path))
+            self._run.log_artifact(artifact, aliases=["best"])
+
+    def close(self) -> None:
+        """End the run; waits at most `FINISH_TIMEOUT` seconds for what is still to be sent."""
+        if self._run is None:
+            return
+        with self._careful():
+            self._run.finish()
+            if self.offline:
+                command = f"wandb login && {self.sync_command}"
+                self._report(f"tracking: to see this run online: {command}")
+
+    @contextlib.contextmanager
+    def _careful(self) -> Iterator[None]:
+        """The border that no failure of the tracker's crosses."""
+        try:
+            yield
+        except _failures() as error:
+            text = f"tracking: stopped ({first_line(error)}); training goes on"
+            if self._run is not None:
+                text += f"; what was tracked can be sent later: {self.sync_command}"
+            self._run = None
+            self._report(text)
+            # Now, or at exit it would fail once more, with a traceback.
+            import wandb
+
+            with contextlib.suppress(*_failures()):
+                wandb.teardown()
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the library raises: not all of it is a `wandb.Error`."""
+    import wandb
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return (wandb.Error, OSError, ValueError, UserError, HandleAbandonedError,
+            MailboxClosedError, WandbServiceConnectionError)  # fmt: skip
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """What the process holds now, in GB: resident, and on a GPU the most since it began."""
+    used = {}
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; elsewhere the library's own panel has to do
+        kilobytes = int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
+        used["memory/resident_gb"] = kilobytes / 1e6
+    if device.type == "cuda":
+        used["memory/gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return used
