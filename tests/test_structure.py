@@ -14,7 +14,7 @@ from tests.conftest import REPO, run
 from utils import constant_comments, constants
 
 ORDER = [
-    "utils", "tokenizer", "metrics", "encoder", "decoder",
+    "utils", "tokenizer", "metrics", "encoder", "decoder", "distributed",
     "features", "dataset", "model", "generation",
     "checkpoint", "hub",
     "prepare_dataset", "train", "evaluate", "inference", "benchmark", "app",

@@ -1,0 +1,206 @@
+"""Several processes that train together, as `torchrun` starts them; one alone is a team of one.
+
+Everything goes through `torch.distributed`: gloo between CPUs, NCCL between GPUs. The process of
+rank 0 leads: it prepares, prints and writes, while all read, encode, train and validate a share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import UserError, choose_device
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)  # of those who wait for a download, or for another's photos
+
+LOST = (
+    "another process of this training has ended: what it said stands above. Checkpoints are whole; "
+    "go on with --resume_checkpoint_path, or let torchrun do it with --max-restarts"
+)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one training, seen from the one of this `rank`.
+
+    `restarts` counts how often torchrun has started the job `job` again after a failure.
+    """
+
+    rank: int = 0
+    size: int = 1
+    restarts: int = 0
+    job: str = ""
+    store: dist.Store | None = None
+    patient: dist.ProcessGroup | None = None  # for Python objects, between CPUs
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of `items`: every so-manieth, so that neighbours are spread."""
+        return items[self.rank :: self.size]
+
+    def gather(self, part: Sequence[T]) -> list[T]:
+        """All parts of what `share` cut, in the order before; each process gets all of it."""
+        parts = self.collect(part)
+        whole: list[Any] = [None] * sum(map(len, parts))
+        for rank, items in enumerate(parts):
+            whole[rank :: self.size] = items
+        return whole
+
+    def collect(self, item: T) -> list[T]:
+        """Each process's item, by rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.patient)
+        return items
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the leading process alone; the others wait and get a copy.
+
+        Raises:
+            UserError: `work` raised it; all processes do.
+        """
+        if self.size == 1:
+            return work()
+        found: list[Any] = [None, None]
+        if self.leads:
+            try:
+                found[0] = work()
+            except UserError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found, src=0, group=self.patient)
+        if found[1] is not None:
+            raise UserError(found[1])
+        return found[0]
+
+    def add_up(self, figures: Tensor) -> Tensor:
+        """The sum of all processes' figures, in place."""
+        if self.size > 1:
+            dist.all_reduce(figures)
+        return figures
+
+    def begins(self, message: str) -> bool:
+        """Whether this process is the first to say a message: each is said once."""
+        return self.store is None or self.store.add(f"said/{message}", 1) == 1
+
+    def command(self) -> list[str]:
+        """How a script is started as this one was."""
+        if self.size == 1:
+            return ["python"]
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        nodes = ["--nnodes", str(self.size // local)] if local < self.size else []
+        return ["torchrun", *nodes, "--nproc_per_node", str(local)]
+
+
+ALONE = Team()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
+    """The team that torchrun started this process in, and this process's device of those named.
+
+    Only the leader's `print` is heard.
+
+    Raises:
+        UserError: there is no such device, or fewer than processes, or another process was lost;
+            of processes with the same message, one raises it and the others leave with code 1.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE, choose_device(device)
+        return
+    known = {"restarts": int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
+             "job": os.environ["TORCHELASTIC_RUN_ID"]}  # fmt: skip
+    if os.environ["WORLD_SIZE"] == "1":
+        yield Team(**known), choose_device(device)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    team = Team(rank, size, store=store, **known)
+    with contextlib.ExitStack() as stack:
+        if not team.leads:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(_nowhere())))
+        try:
+            own = _own_device(choose_device(device))
+            patient = _connect(store, rank, size, own)
+            yield Team(rank, size, store=store, patient=patient, **known), own
+            dist.destroy_process_group()
+        except UserError as error:
+            _only_once(team, str(error))
+            raise
+        except (dist.DistError, RuntimeError) as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            _only_once(team, LOST)
+            raise UserError(LOST) from error
+
+
+def _nowhere():
+    return open(os.devnull, "w")
+
+
+def _only_once(team: Team, message: str) -> None:
+    if not team.begins(message):
+        raise SystemExit(1) from None
+
+
+def _own_device(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        return device
+    index = int(os.environ["LOCAL_RANK"])
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun starts {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+            f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node, or use --device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _connect(store: dist.Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+class SharedGradients(nn.Module):
+    """Lets DistributedDataParallel average the gradients of any work done with a model.
+
+    The work is not the model's `forward`, but a loss, and in the self-critical stage a search
+    before it, so that is what is wrapped.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        # Never used, so that DistributedDataParallel's search for such finds one and is content.
+        self.idle = nn.Parameter(torch.zeros(()))
+
+    def forward(self, work: Callable[..., T], *arguments: Any) -> T:
+        return work(*arguments)
+
+
+def share_gradients(model: nn.Module, team: Team) -> nn.Module | None:
+    """A module whose call `(work, *arguments)` is `work(*arguments)`, after which `backward`
+    averages the model's gradients over the team; None for a team of one.
+
+    `DistributedDataParallel` sends a bucket of gradients while the backward pass computes the
+    next. Without its search for unused parameters it would sort the buckets anew after the first
+    step, and so add in another order than a run that resumes: not the same to the bit.
+    """
+    if team.size == 1:
+        return None
+    device = next(model.parameters()).device
+    shared = SharedGradients(model).to(device)
+    return DistributedDataParallel(shared, find_unused_parameters=True)
