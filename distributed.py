@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -92,86 +92,87 @@ class Team:
             dist.all_reduce(figures)
         return figures
 
-    def begins(self, message: str) -> bool:
-        """Whether this process is the first to say a message: each is said once."""
-        return self.store is None or self.store.add(f"said/{message}", 1) == 1
-
     def command(self) -> list[str]:
         """How a script is started as this one was."""
         if self.size == 1:
             return ["python"]
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        nodes = ["--nnodes", str(self.size // local)] if local < self.size else []
-        return ["torchrun", *nodes, "--nproc_per_node", str(local)]
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = [f"--nnodes={self.size // local}"] if local < self.size else []
+        return ["torchrun", *nodes, f"--nproc_per_node={local}"]
+
+    def device(self, name: str) -> torch.device:
+        """The device named, or the best one here; of GPUs each process has its own.
+
+        Raises:
+            UserError: there is no such device, or not one for each process.
+        """
+        device = choose_device(name)
+        if self.size == 1 or device.type == "cpu":
+            return device
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"torchrun starts {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+                f"{count} CUDA GPUs: lower --nproc_per_node, or use --device cpu"
+            )
+        return torch.device("cuda", local)
 
 
 ALONE = Team()
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
-    """The team that torchrun started this process in, and this process's device of those named.
+def joined(device: str) -> Iterator[Team]:
+    """The team that torchrun started this process in, to work on the device named.
 
-    Only the leader's `print` is heard.
+    Only the leader's `print` is heard. What several processes have to complain of, one does, and
+    the others leave with code 1.
 
     Raises:
-        UserError: there is no such device, or fewer than processes, or another process was lost;
-            of processes with the same message, one raises it and the others leave with code 1.
+        UserError: as `Team.device`, or another process was lost.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE, choose_device(device)
+        yield ALONE
         return
-    known = {"restarts": int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-             "job": os.environ["TORCHELASTIC_RUN_ID"]}  # fmt: skip
+    team = Team(restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
+                job=os.environ["TORCHELASTIC_RUN_ID"])  # fmt: skip
     if os.environ["WORLD_SIZE"] == "1":
-        yield Team(**known), choose_device(device)
+        yield team
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    team = Team(rank, size, store=store, **known)
-    with contextlib.ExitStack() as stack:
-        if not team.leads:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(_nowhere())))
+    team = replace(team, rank=rank, size=size, store=store)
+    with contextlib.nullcontext() if team.leads else _muted():
         try:
-            own = _own_device(choose_device(device))
-            patient = _connect(store, rank, size, own)
-            yield Team(rank, size, store=store, patient=patient, **known), own
+            yield replace(team, patient=_connect(team, team.device(device)))
             dist.destroy_process_group()
         except UserError as error:
-            _only_once(team, str(error))
+            _leave_unless_first(team, str(error))
             raise
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:  # torch's own for NCCL and the store, a plain one for gloo
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            _only_once(team, LOST)
+            _leave_unless_first(team, LOST)
             raise UserError(LOST) from error
 
 
-def _nowhere():
-    return open(os.devnull, "w")
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
-def _only_once(team: Team, message: str) -> None:
-    if not team.begins(message):
-        raise SystemExit(1) from None
-
-
-def _own_device(device: torch.device) -> torch.device:
-    if device.type != "cuda":
-        return device
-    index = int(os.environ["LOCAL_RANK"])
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f"torchrun starts {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
-            f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node, or use --device cpu"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _connect(store: dist.Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+def _connect(team: Team, device: torch.device) -> dist.ProcessGroup:
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=team.store, rank=team.rank, world_size=team.size)
     return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave_unless_first(team: Team, message: str) -> None:
+    if team.store.add(f"said/{message}", 1) > 1:
+        raise SystemExit(1) from None
 
 
 class SharedGradients(nn.Module):
