@@ -3,7 +3,8 @@
     python tests/killed_run.py WHERE COUNT flags of train.py ...
 
 WHERE: "update" (after so many), "validation" (at the start of so many), "save" (in the middle of
-writing the so-manieth .pt) or "rename" (whole, but not yet under its name).
+writing the so-manieth .pt) or "rename" (whole, but not yet under its name). Under torchrun only the
+process of rank 1 does so, and only where the job was not started again.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def half_saved(save: Callable) -> Callable[..., None]:
 
 def main() -> int:
     where, count, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    place = os.environ.get("RANK", "1"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if place != ("1", "0"):
+        return train.main(flags)
     if where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":
