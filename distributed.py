@@ -33,7 +33,8 @@ LOST = (
 class Team:
     """The processes of one training, seen from the one of this `rank`.
 
-    `restarts` counts how often torchrun has started the job `job` again after a failure.
+    `restarts` counts how often torchrun has started the job `job` again after a failure, as far
+    as this machine knows.
     """
 
     rank: int = 0
@@ -140,6 +141,10 @@ def joined(device: str) -> Iterator[Team]:
         yield team
         return
     store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun's store outlives its processes, and would lead to ones that are gone (PyTorch
+        # issue 135712). Machines don't count restarts alike: README says what helps there.
+        store = dist.PrefixStore(f"start {team.restarts}", store)
     team = replace(team, rank=rank, size=size, store=store)
     with contextlib.nullcontext() if team.leads else _muted():
         try:
@@ -171,7 +176,11 @@ def _connect(team: Team, device: torch.device) -> dist.ProcessGroup:
 
 
 def _leave_unless_first(team: Team, message: str) -> None:
-    if team.store.add(f"said/{message}", 1) > 1:
+    try:
+        first = team.store.add(f"said/{message}", 1) == 1
+    except dist.DistError:  # the store went with the process that held it
+        first = True
+    if not first:
         raise SystemExit(1) from None
 
 

@@ -362,13 +362,15 @@ def find_resumed(path: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def go_on_after_failure(settings: SimpleNamespace, team: Team) -> None:
-    """Where torchrun has started this job again, resume from what it has saved so far."""
+def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
+    """The `last.pt` of this very job, which torchrun has started again; None if there is none."""
     last = output_dir(settings) / "last.pt"
-    if team.restarts and last.is_file():
-        # Not from what another job has left in the folder.
-        if load_checkpoint(last).training["progress"].get("job") == team.job:
-            settings.RESUME_CHECKPOINT_PATH = str(last)
+    # A job that nobody named is "none", like others that may have left a file here.
+    named = team.job not in ("", "none")
+    if not (named or team.restarts) or not last.is_file():
+        return None
+    job = load_checkpoint(last).training["progress"].get("job")
+    return str(last) if job == team.job else None
 
 
 def check_resumed(
@@ -1139,7 +1141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         team.first(lambda: claim_folders(settings, lock))
         if not team.leads:
             settings.WANDB_PROJECT = settings.HF_REPO_ID = ""
-        go_on_after_failure(settings, team)
+        saved = team.first(lambda: saved_by_job(settings, team))
+        settings.RESUME_CHECKPOINT_PATH = saved or settings.RESUME_CHECKPOINT_PATH
         return train_and_report(settings, team)
 
 
