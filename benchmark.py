@@ -2,6 +2,7 @@
 
     python benchmark.py                 # everything, about ten minutes on two cores
     python benchmark.py --only train    # one part
+    python benchmark.py --scaling       # several processes beside one, under torchrun
 
 The rival is `VisionEncoderDecoderModel` (ViT-B/16 and a GPT-2-shaped decoder of our default size)
 in the plain PyTorch loop of its documentation. Weights are random and photos synthetic: neither
@@ -32,6 +33,7 @@ from PIL import Image
 
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
+from distributed import joined, share_gradients
 from encoder import FrozenEncoder
 from features import FeatureCache, build_features, write_shard
 from generation import GenerationOptions, generate
@@ -43,7 +45,7 @@ VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 giv
 EPOCHS, CAPTIONS = 20, 5
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
 FLICKR30K = 29000  # photos to train on
-PARTS = ("train", "generate", "features", "memory", "startup")
+PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
@@ -372,6 +374,76 @@ def measure_startup() -> dict[str, object]:
     return {"startup_seconds_30000": min(taken[1:]), "first_start_seconds_30000": taken[0]}
 
 
+# --- Several processes -----------------------------------------------------------------------
+
+
+def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
+    """What torchrun starts in each process of `measure_scaling`; the first prints the times.
+
+    A step is of 32 photos shared by all; beside it stands adding up as many numbers alone, and
+    the processors' time for the step, which other work on the machine hardly changes.
+    """
+    with joined(device_name) as team:
+        device = team.device(device_name)
+        dtype = choose_dtype(precision, device)
+        rows = CaptionRows(flickr_like_captions(32 * (repeats + 1)))
+        model = our_model(device).train()
+        shared = share_gradients(model, team)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        batches = rows.batches(32, 0, 0, team=team)
+        features = torch.randn(32, PATCHES, WIDTH, device=device)
+        gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
+        processor: list[float] = []
+
+        def step() -> None:
+            started = time.process_time()
+            batch = next(batches).to(device)
+            own = features[: len(batch.names)]
+            with autocast(device, dtype):
+                work = (model.loss, own, batch, 0.1)
+                loss = shared(*work) if shared else work[0](*work[1:])
+            (loss / 2000).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            processor.append(time.process_time() - started)
+
+        works = {"step": step, "all_reduce": lambda: team.add_up(gradients)}
+        times = interleaved(works, repeats, device)
+        times["processor"] = [sum(each) for each in zip(*team.collect(processor), strict=True)][1:]
+        print(json.dumps({name: median(taken) for name, taken in times.items()}))
+
+
+def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[str, object]:
+    """Training steps of the same 32 photos by 1, 2, ... processes of a GPU or one thread each."""
+    count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    sizes = [size for size in (1, 2, 4, 8) if size <= count]
+    found: dict[str, object] = {}
+    for size in sizes:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={size}", __file__, "--worker", "--repeats", str(repeats),
+            "--device", device.type, "--precision", precision,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        times = json.loads(result.stdout.splitlines()[-1])
+        taken = times["step"]["median"]
+        found |= {
+            f"scaling_{size}_step_seconds": times["step"],
+            f"scaling_{size}_captions_per_second": 32 * CAPTIONS / taken,
+            f"scaling_{size}_process_seconds_per_photo": size * taken / 32,
+            f"scaling_{size}_processor_seconds_per_photo": times["processor"]["median"] / 32,
+        }
+        if size > 1:
+            alone = found["scaling_1_step_seconds"]["median"]
+            found[f"scaling_{size}_efficiency"] = alone / (size * taken)
+            found[f"scaling_{size}_all_reduce_seconds"] = times["all_reduce"]
+    return found
+
+
 # --- All of it ------------------------------------------------------------------------------
 
 
@@ -385,8 +457,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
+    parser.add_argument("--scaling", dest="only", action="store_const", const="scaling",
+                        help="the same as --only scaling")  # fmt: skip
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     seed_everything(0)
+    if args.worker:
+        time_shared_steps(args.device, args.precision, args.repeats)
+        return 0
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = choose_device(args.device)
@@ -402,6 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "features": lambda: measure_features(device, dtype, args.repeats),
         "memory": measure_memory,
         "startup": measure_startup,
+        "scaling": lambda: measure_scaling(device, args.precision, args.repeats),
     }
     show(result)
     for part, measure in measured.items():

@@ -42,7 +42,7 @@ DROPOUT = 0.1  # on embeddings, residual branches and the memory
 
 # --- Training -------------------------------------------------------------------------------
 EPOCHS = 20  # passes over the training photos, each with all of its captions
-BATCH_SIZE = 32  # photos per step (a photo brings all its captions: 32 photos are 160 captions)
+BATCH_SIZE = 32  # photos per step, of all processes together; each brings its captions, about 5
 GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
 LEARNING_RATE = 5e-4  # peak of the schedule
 MIN_LEARNING_RATE = 1e-5  # where the cosine decay ends

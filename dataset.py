@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed import ALONE, Team
 from tokenizer import ANSWER_ID, PAD_ID
 from utils import UserError
 
@@ -336,7 +337,7 @@ class Batch:
 
 def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]) -> Batch:
     """Lay the encoded captions and questions of each photo into a row of its own; see `Batch`."""
-    length = max(sum(len(ids) - 1 for ids in group) for group in captions)
+    length = max((sum(len(ids) - 1 for ids in group) for group in captions), default=0)
     length = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
     shape = (len(captions), length)
     tokens = np.full(shape, PAD_ID)
@@ -398,10 +399,16 @@ class CaptionRows:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The epoch's batches in its own order, without the first `skip` of them."""
+    def batches(
+        self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
+    ) -> Iterator[Batch]:
+        """The epoch's batches in its own order, without the first `skip` of them.
+
+        Of each a process of a team gets its share, which may be empty.
+        """
         for members in epoch_order(self.lengths, batch_size, seed, epoch)[skip:]:
-            yield make_batch([self.names[i] for i in members], [self.captions[i] for i in members])
+            own = team.share(members)
+            yield make_batch([self.names[i] for i in own], [self.captions[i] for i in own])
 
     def captions_of(self, names: Iterable[str]) -> int:
         """How many captions and questions these photos have together."""

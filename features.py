@@ -4,11 +4,12 @@ The cache is a folder of shards. A shard is two files: the features of some phot
 precision, one after the other, and a JSON list saying which photos, with each one's size, time
 and hash, and a checksum of its features. Shards are only ever added, each whole or absent, so a
 build that was interrupted goes on where it stopped, and a photo that changed is encoded again
-into a new shard, whose entry then counts.
+into a new shard, whose entry then counts. Several processes build it together, a share each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
 from utils import (
     Bar,
@@ -117,7 +119,7 @@ class ResidentFeatures:
 
     def read(self, items: Sequence[Item]) -> Tensor:
         """Features (items, patches, width) in half precision, on the device."""
-        index = torch.tensor([self.rows[item] for item in items])
+        index = torch.tensor([self.rows[item] for item in items], dtype=torch.long)
         if self.features.is_cuda:
             index = index.pin_memory()
         return self.features[index.to(self.features.device, non_blocking=True)]
@@ -178,6 +180,7 @@ def build_features(
     batch_size: int = 32,
     max_bad: int = 0,
     say: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> tuple[FeatureCache, list[str]]:
     """Encode what the cache under `root` lacks, and open it.
 
@@ -186,6 +189,7 @@ def build_features(
         items: the photos and views wanted, names relative to `image_dir`.
         dtype: the precision of the encoder's matrix products.
         max_bad: how many photos may be unreadable.
+        team: the processes that call this together, each of which encodes a share.
 
     Returns:
         The cache, and the names of the photos that can't be read and so aren't in it.
@@ -195,32 +199,60 @@ def build_features(
             disk is full; what is built stays and is used next time.
     """
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
-    folder = _open_folder(root, identity, say)
-    entries = _read_index(folder, say)
-    missing = _missing(items, entries, image_dir)
+    # The leader looks for all: on a network's disk another machine sees a new file late.
+    folder = team.first(lambda: _open_folder(root, identity, say))
+    entries, missing = team.first(lambda: _take_stock(items, folder, image_dir, say))
     bad: dict[str, str] = {}
     if missing:
-        with sole_user(folder, wait=True):
-            for leftover in folder.glob(".*.tmp"):  # of a build that was killed
-                leftover.unlink(missing_ok=True)
+        with contextlib.ExitStack() as lock:
             # What another process made while this one waited is not made again.
-            entries = _read_index(folder, say)
-            missing = _missing(items, entries, image_dir)
-            done = len(items) - len(missing)
-            size = len(missing) * _bytes_each(encoder)
-            say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
-                f"{size_text(size)} more")  # fmt: skip
-            require_room([(folder, size)])
-            _build(
-                encoder, image_dir, missing, folder, entries, bad, dtype, batch_size, max_bad, say
+            entries, missing = team.first(
+                lambda: _claim(lock, encoder, items, folder, image_dir, say)
             )
+            made, failed = _build(
+                encoder, image_dir, team.share(missing), folder, dtype, batch_size, max_bad, say,
+                team,
+            )  # fmt: skip
+            for their_entries, their_failed in team.collect((made, failed)):
+                entries |= their_entries
+                bad |= their_failed
+            _check_bad(bad, max_bad)
     if bad:
         listing = "\n  ".join(bad.values())
         say(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
     if not entries:
         raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
-    shape = json.loads(next(folder.glob("shard_*.json")).read_text())["shape"]
+    some = next(iter(entries.values())).shard.with_suffix(".json")
+    shape = team.first(lambda: json.loads(some.read_text())["shape"])
     return FeatureCache(folder, tuple(shape), entries), sorted(bad)
+
+
+def _take_stock(
+    items: Sequence[Item], folder: Path, image_dir: Path, say: Callable[[str], None]
+) -> tuple[dict[Item, Entry], list[Item]]:
+    """What the cache holds, and which items it lacks."""
+    entries = _read_index(folder, say)
+    return entries, _missing(items, entries, image_dir)
+
+
+def _claim(
+    lock: contextlib.ExitStack,
+    encoder: FrozenEncoder,
+    items: Sequence[Item],
+    folder: Path,
+    image_dir: Path,
+    say: Callable[[str], None],
+) -> tuple[dict[Item, Entry], list[Item]]:
+    """Keep the folder until `lock` is released; what it holds, and which items it lacks."""
+    lock.enter_context(sole_user(folder, wait=True))
+    for leftover in folder.glob(".*.tmp"):  # of a build that was killed
+        leftover.unlink(missing_ok=True)
+    entries, missing = _take_stock(items, folder, image_dir, say)
+    done, size = len(items) - len(missing), len(missing) * _bytes_each(encoder)
+    say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
+        f"{size_text(size)} more")  # fmt: skip
+    require_room([(folder, size)])
+    return entries, missing
 
 
 # --- The folder -----------------------------------------------------------------------------
@@ -313,10 +345,21 @@ def _bytes_each(encoder: FrozenEncoder) -> int:
     return encoder({key: value.to(device) for key, value in inputs.items()}).numel() * 2
 
 
+def _check_bad(bad: dict[str, str], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        listing = "\n  ".join(list(bad.values())[:10])
+        raise UserError(
+            f"{len(bad)} photos can't be read, more than MAX_BAD_IMAGES = {max_bad}:\n  "
+            f"{listing}\nMend them, take them out, or raise --max_bad_images."
+        )
+
+
 def _build(
-    encoder, image_dir, items, folder, entries, bad, dtype, batch_size, max_bad, say
-) -> None:
-    """Encode `items` into new shards; add them to `entries` and unreadable photos to `bad`."""
+    encoder, image_dir, items, folder, dtype, batch_size, max_bad, say, team
+) -> tuple[dict[Item, Entry], dict[str, str]]:
+    """Encode `items` into new shards; returns their entries, and what is wrong with bad photos."""
+    entries: dict[Item, Entry] = {}
+    bad: dict[str, str] = {}
     device = next(encoder.parameters()).device
     rows: list[np.ndarray] = []
     labels: list[tuple] = []
@@ -326,15 +369,10 @@ def _build(
     def load(chunk: Sequence[Item]) -> _Batch:
         return _load_batch(encoder, image_dir, chunk)
 
-    with Bar(len(items), "features", "photo") as bar:
+    with Bar(len(items), "features", "photo", quiet=not team.leads) as bar:
         for batch in prefetch(load, chunks, threads=max(2, os.cpu_count() or 2)):
             bad |= batch.bad
-            if len(bad) > max_bad:
-                listing = "\n  ".join(list(bad.values())[:10])
-                raise UserError(
-                    f"{len(bad)} photos can't be read, more than MAX_BAD_IMAGES = {max_bad}:\n  "
-                    f"{listing}\nMend them, take them out, or raise --max_bad_images."
-                )
+            _check_bad(bad, max_bad)
             if batch.items:
                 inputs = {key: value.to(device) for key, value in batch.inputs.items()}
                 with autocast(device, dtype):
@@ -347,10 +385,11 @@ def _build(
             if first and minutes > 1:
                 say(f"features: about {minutes:.0f} minutes, once; they are kept")
             if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
-                write_shard(folder, rows, labels, entries)
+                write_shard(folder, rows, labels, entries, team.rank)
                 rows, labels = [], []
         if rows:
-            write_shard(folder, rows, labels, entries)
+            write_shard(folder, rows, labels, entries, team.rank)
+    return entries, bad
 
 
 def write_shard(
@@ -358,16 +397,19 @@ def write_shard(
     rows: Sequence[np.ndarray],
     labels: Sequence[tuple[str, int, int, int, str]],
     entries: dict[Item, Entry],
+    rank: int = 0,
 ) -> None:
     """Write features (patches, width) in half precision as a new shard; add it to `entries`.
 
-    `labels` are each row's photo, view, and the file's size, time and hash.
+    `labels` are each row's photo, view, and the file's size, time and hash. `rank` is which of
+    the processes that write to the folder at once this is: their shards may have like numbers.
 
     Raises:
         UserError: features are not finite, or the disk is full.
     """
     numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
-    shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}.bin"
+    writer = f"_{rank}" if rank else ""
+    shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}{writer}.bin"
     if not np.isfinite(rows).all():
         raise UserError("the encoder gave features that are not finite: run with --precision fp32")
     with atomic_write(shard) as path, open(path, "wb") as file:

@@ -3,11 +3,13 @@
     python train.py --demo                  # the built-in demo, minutes on a laptop
     python train.py                         # what config.py says
     python train.py --batch_size 64         # any setting, for one run
+    torchrun --nproc_per_node=4 train.py    # on four GPUs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -24,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ from dataset import (
     parse_tasks,
 )
 from decoder import DecoderConfig
+from distributed import ALONE, Team, joined, share_gradients
 from encoder import FrozenEncoder, parse_layers
 from features import (
     FeatureCache,
@@ -63,7 +66,6 @@ from utils import (
     UserError,
     autocast,
     check_ranges,
-    choose_device,
     choose_dtype,
     constants,
     load_settings,
@@ -128,7 +130,9 @@ class Data:
         return [(name, q) for name in names for q in self.questions.get(name, [])]
 
 
-def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device) -> Data:
+def load_data(
+    settings: SimpleNamespace, paths: DataPaths, device: torch.device, team: Team = ALONE
+) -> Data:
     """Read what the tasks want, and encode the photos that aren't in the feature cache yet."""
     tasks = parse_tasks(settings.TASKS)
     captions = load_captions(paths.captions) if "captions" in tasks else {}
@@ -156,6 +160,7 @@ def load_data(settings: SimpleNamespace, paths: DataPaths, device: torch.device)
         dtype=choose_dtype(settings.PRECISION, device),
         batch_size=settings.FEATURE_BATCH_SIZE,
         max_bad=settings.MAX_BAD_IMAGES,
+        team=team,
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     processor = encoder.processor.to_json_string()
@@ -212,6 +217,7 @@ class Progress:
     bad_steps: int = 0  # in a row, without a finite loss and gradient
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
     wandb_id: str = ""
+    job: str = ""  # torchrun's name for it
 
 
 @dataclass
@@ -219,6 +225,7 @@ class Run:
     """Everything that training needs, built once by `start_run`."""
 
     settings: SimpleNamespace
+    team: Team
     paths: DataPaths
     output: Path
     device: torch.device
@@ -228,6 +235,7 @@ class Run:
     rows: dict[str, CaptionRows]
     features: FeatureCache | ResidentFeatures
     model: CaptionModel  # what the optimizer moves
+    shared: nn.Module | None  # in a team: what its losses are computed in; see `share_gradients`
     average: CaptionModel  # its moving average, or itself; this is validated and saved
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
@@ -242,23 +250,30 @@ class Run:
     def self_critical(self) -> bool:
         return self.progress.epoch >= self.settings.EPOCHS
 
-    def checkpoint(self, scores: dict[str, float]) -> Checkpoint:
+    def checkpoint(
+        self, scores: dict[str, float], training: dict[str, Any] | None = None
+    ) -> Checkpoint:
         settings = self.settings
         kept = {name: getattr(settings, name) for name in constants(config)}
         options = GenerationOptions(
             settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
         )
-        training = {
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "progress": asdict(self.progress),
-            "random": random_state(self.device),
-        }
         return Checkpoint(
             self.average, self.tokenizer, self.data.encoder, options,
             parse_tasks(settings.TASKS), kept, scores, training,
         )  # fmt: skip
+
+    def training_state(self) -> dict[str, Any]:
+        """What going on needs; all processes of a team ask for it together."""
+        first, *others = self.team.collect(random_state(self.device))
+        return {
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": asdict(self.progress),
+            "random": first,
+            "other_random": others,  # of the other processes, by rank
+        }
 
 
 def critical_epochs(settings: SimpleNamespace) -> int:
@@ -279,14 +294,29 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def start_run(settings: SimpleNamespace) -> Run:
+def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
+    """Give each process of a team its own course of chance, the saved one if there is one."""
+    states = [saved["random"], *saved.get("other_random", [])] if saved else []
+    team = run.team
+    if states and len(states) != team.size:
+        print(f"trained by {len(states)} processes before, {team.size} now: those that are new "
+              "draw their own random numbers")  # fmt: skip
+    if team.rank < len(states):
+        restore_random_state(states[team.rank], run.device)
+    elif not team.leads:
+        torch.manual_seed(run.settings.SEED + team.rank + run.progress.step)
+
+
+def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     """Prepare the data and build the model, new or as the checkpoint to resume from has it."""
-    device = choose_device(settings.DEVICE)
-    paths = prepare_dataset.prepare(settings)
+    device = team.device(settings.DEVICE)
+    paths = team.first(lambda: prepare_dataset.prepare(settings))
     output = output_dir(settings)
     resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
-    data = load_data(settings, paths, device)
-    tokenizer = resumed.tokenizer if resumed else load_tokenizer(settings, paths, data)
+    data = load_data(settings, paths, device, team)
+    tokenizer = resumed.tokenizer if resumed else team.first(
+        lambda: load_tokenizer(settings, paths, data)
+    )  # fmt: skip
     seed_everything(settings.SEED)
     size = decoder_config(settings, len(tokenizer))
     width = data.cache.shape[1]
@@ -311,14 +341,16 @@ def start_run(settings: SimpleNamespace) -> Run:
         optimizer.load_state_dict(resumed.training["optimizer"])
         schedule.load_state_dict(resumed.training["schedule"])
         progress = Progress(**resumed.training["progress"])
-        restore_random_state(resumed.training["random"], device)
+    progress.job = team.job
     dtype = choose_dtype(settings.PRECISION, device)
     critic = Critic(tokenizer, data) if critical_epochs(settings) else None
     features = resident_or_cached(data.cache, device)
-    return Run(
-        settings, paths, output, device, dtype, data, tokenizer, rows, features, model, average,
-        optimizer, schedule, progress, critic,
+    run = Run(
+        settings, team, paths, output, device, dtype, data, tokenizer, rows, features, model,
+        share_gradients(model, team), average, optimizer, schedule, progress, critic,
     )  # fmt: skip
+    set_random_state(run, resumed.training if resumed else None)
+    return run
 
 
 def output_dir(settings: SimpleNamespace) -> Path:
@@ -358,6 +390,17 @@ def find_resumed(path: str | None) -> Checkpoint | None:
     if checkpoint.training is None:
         raise UserError(f"{path} is for use only: resume from the .pt beside it, or from last.pt")
     return checkpoint
+
+
+def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
+    """The `last.pt` of this very job, which torchrun has started again; None if there is none."""
+    last = output_dir(settings) / "last.pt"
+    # A job that nobody named is "none", like others that may have left a file here.
+    named = team.job not in ("", "none")
+    if not (named or team.restarts) or not last.is_file():
+        return None
+    job = load_checkpoint(last).training["progress"].get("job")
+    return str(last) if job == team.job else None
 
 
 def check_resumed(
@@ -446,7 +489,7 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
     """What is left of the epoch under way."""
     settings, progress = run.settings, run.progress
     batches = run.rows["train"].batches(
-        settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch
+        settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch, run.team
     )
     # Each epoch shows the next view of a photo, and different photos different ones.
     return batches_with_features(
@@ -455,8 +498,12 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
     )  # fmt: skip
 
 
-def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
-    """The rest of the epoch under way; returns early, after a whole update, if asked to stop."""
+def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> bool:
+    """The rest of the epoch under way; after a whole update, early if any process is asked to stop.
+
+    Returns:
+        Whether one was, the same in all processes of a team.
+    """
     settings, progress = run.settings, run.progress
     # Without dropout in the self-critical stage: the gradient is of the model that searched.
     run.model.train(not run.self_critical)
@@ -469,23 +516,25 @@ def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> None:
         group.append(pair)
         if len(group) < accumulate and progress.batch + len(group) < total:
             continue
-        ledger.note(update(run, group))
+        ledger.note(update(run, group, stop.asked))
         progress.batch += len(group)
         meter.show(group)
         group = []
-        if stop.asked:
+        if ledger.stopping:
             break
     ledger.settle()
     meter.close()
+    return ledger.stopping
 
 
 @dataclass
 class Update:
-    """What one update found; the tensors are scalars on the run's device."""
+    """What one update found; the tensors are scalars on the run's device, the same in a team."""
 
     step: int
-    names: list[str]
-    count: int  # tokens, or captions in the self-critical stage
+    names: list[str]  # of this process's photos
+    count: Tensor  # tokens, or captions in the self-critical stage
+    stop: Tensor  # how many processes are asked to stop
     summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
     norm: Tensor  # of the gradient
     bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
@@ -500,6 +549,7 @@ class Ledger:
         self.late = 1 if run.device.type == "cuda" else 0
         self.waiting: deque[Update] = deque()
         self.since, self.counted = time.monotonic(), 0  # what the shown rate is of
+        self.stopping = False
 
     def note(self, update: Update) -> None:
         self.waiting.append(update)
@@ -513,16 +563,17 @@ class Ledger:
 
     def _enter(self, update: Update) -> None:
         progress = self.run.progress
+        self.stopping = self.stopping or bool(update.stop.item())
         if update.bad.item():
             self._enter_bad(update)
             return
-        summed = update.summed.item()
+        summed, count = update.summed.item(), int(update.count.item())
         progress.bad_steps = 0
         progress.loss_sum += summed
-        progress.loss_count += update.count
-        self.counted += update.count
+        progress.loss_count += count
+        self.counted += count
         if update.step % 20 == 0:
-            self._track(update, summed / update.count)
+            self._track(update, summed / max(1, count))
 
     def _track(self, update: Update, loss: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
@@ -541,8 +592,8 @@ class Ledger:
         """
         progress, limit = self.run.progress, self.run.settings.MAX_BAD_STEPS
         progress.bad_steps += 1
-        say(f"step {update.step}: the loss or gradient is not finite, no update; photos: "
-            f"{update.names}")  # fmt: skip
+        names = [name for part in self.run.team.collect(update.names) for name in part]
+        say(f"step {update.step}: the loss or gradient is not finite, no update; photos: {names}")
         if progress.bad_steps >= limit:
             raise UserError(
                 f"{limit} steps in a row were not finite: lower --learning_rate or use "
@@ -556,6 +607,11 @@ def batch_loss(
     """Summed cross-entropy of a batch in nats, computed in the run's precision."""
     with autocast(run.device, run.dtype):
         return model.loss(features.float(), batch, **options)
+
+
+def no_loss(run: Run) -> Tensor:
+    """A loss of 0 with a gradient for each weight, as the other processes wait for all of them."""
+    return 0 * sum(parameter.sum() for parameter in run.model.parameters())
 
 
 class Critic:
@@ -596,7 +652,7 @@ def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor
     """
     rows = [row for row, name in enumerate(batch.names) if name in run.data.captions]
     if not rows:
-        return torch.zeros((), device=run.device, requires_grad=True), 0.0, 0
+        return no_loss(run), 0.0, 0
     names = [batch.names[row] for row in rows]
     options = GenerationOptions(beam_size=run.settings.SCST_BEAM_SIZE)
     with autocast(run.device, run.dtype):
@@ -616,52 +672,86 @@ def self_critical_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor
     return loss, sum(map(sum, rewards)), sum(map(len, rewards))
 
 
-def answers_loss(run: Run, batch: Batch, features: Tensor) -> Tensor:
-    """Cross-entropy per token of the answers about a batch's photos, in nats; 0 without any."""
+def answers_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the answers about a batch's photos, in nats, and their tokens."""
     groups = [
         [ids for ids in run.rows["train"].groups[name] if ANSWER_ID in ids] for name in batch.names
     ]
     rows = [row for row, group in enumerate(groups) if group]
     if not rows:
-        return torch.zeros((), device=run.device)
+        return torch.zeros((), device=run.device), 0
     names = [batch.names[row] for row in rows]
     asked = make_batch(names, [groups[row] for row in rows])
     smoothing = run.settings.LABEL_SMOOTHING
     loss = batch_loss(
         run, run.model, asked.to(run.device), features[rows], label_smoothing=smoothing
     )
-    return loss / len(asked.targets)
+    return loss, len(asked.targets)
 
 
-def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
+def step_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor | float, int]:
+    """What an update's gradient is of: the loss summed over a batch.
+
+    Returns:
+        The loss, the figure to show, and what that is summed over: nats and tokens, or in the
+        self-critical stage CIDEr-D and captions.
+    """
+    settings = run.settings
+    if run.self_critical:
+        loss, value, parts = self_critical_loss(run, batch, features)
+        if run.data.questions:  # or answering would be forgotten
+            answered, tokens = answers_loss(run, batch, features)
+            counts = run.team.add_up(torch.tensor([parts, tokens], dtype=torch.float32))
+            weight = settings.QUESTION_WEIGHT * max(1.0, counts[0].item())
+            loss = loss + weight / max(1.0, counts[1].item()) * answered
+        return loss, value, parts
+    if not batch.names:
+        return no_loss(run), 0.0, 0
+    scales = None
+    if run.data.questions and settings.QUESTION_WEIGHT != 1:
+        scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
+    loss = batch_loss(
+        run, run.model, batch, features, label_smoothing=settings.LABEL_SMOOTHING, scales=scales
+    )
+    return loss, loss.detach(), len(batch.targets)
+
+
+def add_gradient(
+    run: Run, batch: Batch, features: Tensor, last: bool
+) -> tuple[Tensor | float, int]:
+    """Add a batch's gradient, or with the `last` of a group the team's mean of all added so far.
+
+    Returns:
+        This process's figure and count of `step_loss`.
+    """
+    if run.shared is None:
+        loss, value, parts = step_loss(run, batch, features)
+        loss.backward()
+        return value, parts
+    with contextlib.nullcontext() if last else run.shared.no_sync():
+        loss, value, parts = run.shared(step_loss, run, batch, features)
+        loss.backward()
+    return value, parts
+
+
+def update(run: Run, group: Sequence[tuple[Batch, Tensor]], stop: bool = False) -> Update:
     """One optimizer step on the batches of a group, unless loss or gradient are not finite.
 
-    The gradient is that of the mean over the whole group, so that accumulation changes nothing
-    but memory.
+    The gradient is that of the mean over the whole group and over all processes of a team, so
+    that accumulation changes nothing but memory, and their number nothing but time.
     """
     settings, progress = run.settings, run.progress
-    summed, count = torch.zeros((), device=run.device), 0
-    for batch, features in group:
-        if run.self_critical:
-            loss, value, parts = self_critical_loss(run, batch, features)
-            if run.data.questions:  # or answering would be forgotten
-                weight = settings.QUESTION_WEIGHT * max(1, parts)
-                loss = loss + weight * answers_loss(run, batch, features)
-        else:
-            scales = None
-            if run.data.questions and settings.QUESTION_WEIGHT != 1:
-                scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
-            smoothing = settings.LABEL_SMOOTHING
-            loss = batch_loss(
-                run, run.model, batch, features, label_smoothing=smoothing, scales=scales
-            )
-            value, parts = loss.detach(), len(batch.targets)
-        loss.backward()
-        summed += value
-        count += parts
+    totals = torch.zeros(3, device=run.device)
+    for number, (batch, features) in enumerate(group, start=1):
+        value, parts = add_gradient(run, batch, features, number == len(group))
+        totals[0] += value
+        totals[1] += parts
+    totals[2] = stop
+    summed, count, stopping = run.team.add_up(totals)
+    scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(1 / max(1, count))
+            parameter.grad.mul_(scale)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + summed)).float()
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
@@ -672,7 +762,7 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]]) -> Update:
     run.schedule.step()
     progress.step += 1
     names = [name for batch, _ in group for name in batch.names]
-    return Update(progress.step, names, count, summed, norm, bad, rate)
+    return Update(progress.step, names, count, stopping, summed, norm, bad, rate)
 
 
 @torch.no_grad()
@@ -692,8 +782,9 @@ class Meter(Bar):
 
     def __init__(self, run: Run, total: int):
         super().__init__(
-            total, f"epoch {run.progress.epoch + 1}/{run.epochs}", "batch", run.progress.batch
-        )
+            total, f"epoch {run.progress.epoch + 1}/{run.epochs}", "batch", run.progress.batch,
+            quiet=not run.team.leads,
+        )  # fmt: skip
         self.run, self.captions = run, 0
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
@@ -712,12 +803,14 @@ class Meter(Bar):
 @torch.no_grad()
 def validation_loss(run: Run) -> float:
     """Cross-entropy per token on the validation photos, without label smoothing, in nats."""
-    batches = run.rows["val"].batches(run.settings.BATCH_SIZE, seed=0, epoch=0)
-    summed, tokens = torch.zeros((), device=run.device), 0
+    batches = run.rows["val"].batches(run.settings.BATCH_SIZE, seed=0, epoch=0, team=run.team)
+    batches = (batch for batch in batches if batch.names)
+    totals = torch.zeros(2, device=run.device)
     for batch, features in batches_with_features(run, batches, lambda name: 0):
-        summed += batch_loss(run, run.average, batch, features)
-        tokens += len(batch.targets)
-    return summed.item() / tokens
+        totals[0] += batch_loss(run, run.average, batch, features)
+        totals[1] += len(batch.targets)
+    summed, tokens = run.team.add_up(totals).tolist()
+    return summed / tokens
 
 
 def validation_captions(run: Run) -> dict[str, str]:
@@ -725,8 +818,10 @@ def validation_captions(run: Run) -> dict[str, str]:
     settings = run.settings
     names = run.data.captioned("val")[: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
     options = GenerationOptions(no_repeat_ngram=settings.NO_REPEAT_NGRAM)
-    found = caption_cached(run.average, run.features, names, options, dtype=run.dtype)
-    return {name: run.tokenizer.decode(hypothesis.tokens) for name, hypothesis in found}
+    own = run.team.share(names)
+    found = caption_cached(run.average, run.features, own, options, dtype=run.dtype)
+    texts = run.team.gather([run.tokenizer.decode(hypothesis.tokens) for _, hypothesis in found])
+    return dict(zip(names, texts, strict=True))
 
 
 def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
@@ -734,16 +829,15 @@ def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
     settings = run.settings
     names = run.data.splits["val"][: max(settings.SCORED_IMAGES, settings.SAMPLE_IMAGES)]
     asked = run.data.asked(names)
+    own = run.team.share(asked)
     limit = run.model.config.max_length
-    prefixes = run.tokenizer.question_prefixes([q.text for _, q in asked], limit)
+    prefixes = run.tokenizer.question_prefixes([q.text for _, q in own], limit)
     found = caption_cached(
-        run.average, run.features, [name for name, _ in asked], GenerationOptions(), prefixes,
+        run.average, run.features, [name for name, _ in own], GenerationOptions(), prefixes,
         dtype=run.dtype,
     )  # fmt: skip
-    return [
-        (name, question, run.tokenizer.decode(hypothesis.tokens))
-        for (name, question), (_, hypothesis) in zip(asked, found, strict=True)
-    ]
+    texts = run.team.gather([run.tokenizer.decode(hypothesis.tokens) for _, hypothesis in found])
+    return [(name, q, text) for (name, q), text in zip(asked, texts, strict=True)]
 
 
 @dataclass
@@ -778,7 +872,8 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
     """Write what the epoch earned; returns the new best checkpoint's `.safetensors`, if any.
 
     Each new best validation loss gives a `.pt` and a `.safetensors`, the best CIDEr and the best
-    accuracy of answers a `.safetensors` each, and `last.pt` is where a run goes on.
+    accuracy of answers a `.safetensors` each, and `last.pt` is where a run goes on. Of a team the
+    first process writes.
     """
     settings, progress = run.settings, run.progress
     best = None
@@ -789,20 +884,29 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
         best = run.output / f"{stem}.safetensors"
         progress.best_path = str(best)
         progress.written.append(stem)
-        save_for_use(best, run.checkpoint(scores))
-        save_for_training(run.output / f"{stem}.pt", run.checkpoint(scores))
+        write_for_use(run, best, scores)
+        write_for_training(run, run.output / f"{stem}.pt", scores)
         while 0 < settings.KEEP_CHECKPOINTS < len(progress.written):
             old = progress.written.pop(0)
             for suffix in (".pt", ".safetensors"):
                 (run.output / f"{old}{suffix}").unlink(missing_ok=True)
     if scores.get("val_cider", -math.inf) > progress.best_cider:
         progress.best_cider = scores["val_cider"]
-        save_for_use(best_path(run, "cider"), run.checkpoint(scores))
+        write_for_use(run, best_path(run, "cider"), scores)
     if scores.get("val_accuracy", -math.inf) > progress.best_accuracy:
         progress.best_accuracy = scores["val_accuracy"]
-        save_for_use(best_path(run, "accuracy"), run.checkpoint(scores))
-    save_for_training(run.output / "last.pt", run.checkpoint(scores))
+        write_for_use(run, best_path(run, "accuracy"), scores)
+    write_for_training(run, run.output / "last.pt", scores)
     return best
+
+
+def write_for_use(run: Run, path: Path, scores: dict[str, float]) -> None:
+    run.team.first(lambda: save_for_use(path, run.checkpoint(scores)))
+
+
+def write_for_training(run: Run, path: Path, scores: dict[str, float]) -> None:
+    training = run.training_state()
+    run.team.first(lambda: save_for_training(path, run.checkpoint(scores, training)))
 
 
 def best_path(run: Run, measure: str) -> Path:
@@ -826,18 +930,25 @@ def start_tracking(run: Run) -> Tracker:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once."""
+    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once.
 
-    def __init__(self) -> None:
+    Not so under torchrun, which passes on what the process may have got already, and stops it
+    after a while in any case.
+    """
+
+    def __init__(self, team: Team) -> None:
         self.asked = False
+        self.team = team
         self.before = {number: signal.signal(number, self._ask)
                        for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.asked and not self.team.job:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if self.team.leads:
+            again = "" if self.team.job else "; once more stops at once"
+            print(f"\nstopping after this step{again}", file=sys.stderr)
 
     def release(self) -> None:
         for number, handler in self.before.items():
@@ -864,6 +975,8 @@ def describe(run: Run) -> None:
     cache = run.data.cache
     patches, width = cache.shape
     size = size_text(len(cache.entries) * patches * width * 2)
+    processes = run.team.size
+    devices = f"{processes} processes, {run.device.type}" if processes > 1 else str(run.device)
     print(
         f"data      {len(rows['train']):,} photos with {' and '.join(texts)} to train on, "
         f"{len(rows['val']):,} to validate ({settings.DATASET}, split by {settings.SPLIT})\n"
@@ -871,7 +984,7 @@ def describe(run: Run) -> None:
         f"features  {size} in {cache.folder}\n"
         f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
         f"{run.model.config.layers} layers, {len(run.tokenizer):,} tokens\n"
-        f"device    {run.device}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
+        f"device    {devices}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
         f"output    {run.output}"
     )
     if run.progress.step:
@@ -895,16 +1008,19 @@ def report_epoch(run: Run, found: Validation, stage: str, loss: float) -> None:
         say(f"  {name}: {question.text} {answer} (a human: {question.answer})")
 
 
-def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) -> None:
-    """Train for the epochs that are left; each ends with validation and checkpoints."""
+def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) -> bool:
+    """Train for the epochs that are left; each ends with validation and checkpoints.
+
+    Returns:
+        Whether it stopped before the end, because it was asked to.
+    """
     progress = run.progress
     while progress.epoch < run.epochs:
         started = time.monotonic()
-        train_epoch(run, tracker, stop)
-        if stop.asked:
+        if train_epoch(run, tracker, stop):
             progress.seconds += time.monotonic() - started
-            save_for_training(run.output / "last.pt", run.checkpoint({}))
-            return
+            write_for_training(run, run.output / "last.pt", {})
+            return True
         loss = progress.loss_sum / max(1, progress.loss_count)
         stage = f"CIDEr of beams {loss:.1f}" if run.self_critical else f"train loss {loss:.4f}"
         values = {"train_beam_cider" if run.self_critical else "train_loss": loss,
@@ -924,6 +1040,7 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
             push(run, pusher, best, progress.history[-1])
         elif pusher:
             pusher.retry()
+    return False
 
 
 def sample_texts(run: Run, found: Validation) -> dict[str, str]:
@@ -1006,7 +1123,7 @@ def resume_command(run: Run) -> str:
         if argument.split("=")[0] == "--resume_checkpoint_path":
             del arguments[i : i + (1 if "=" in argument else 2)]
             break
-    command = ["python", "train.py", *arguments]
+    command = [*run.team.command(), "train.py", *arguments]
     return shlex.join([*command, "--resume_checkpoint_path", str(run.output / "last.pt")])
 
 
@@ -1061,40 +1178,51 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = command_line(argv)
+    with joined(settings.DEVICE) as team, contextlib.ExitStack() as lock:
+        team.first(lambda: claim_folders(settings, lock))
+        if not team.leads:
+            settings.WANDB_PROJECT = settings.HF_REPO_ID = ""
+        saved = team.first(lambda: saved_by_job(settings, team))
+        settings.RESUME_CHECKPOINT_PATH = saved or settings.RESUME_CHECKPOINT_PATH
+        return train_and_report(settings, team)
+
+
+def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None:
+    """Draw the demo's pictures if need be; keep OUTPUT_DIR until `lock` is released."""
     if settings.demo:
         from demo.scenes import build_dataset
         from demo.settings import OUTPUT, SCENES
 
         build_dataset(OUTPUT, **SCENES)
-    with sole_user(output_dir(settings)):
-        return train_and_report(settings)
-
-
-def train_and_report(settings: SimpleNamespace) -> int:
-    """The run itself, from the data to the last line; returns the exit code."""
+    lock.enter_context(sole_user(output_dir(settings)))
     for leftover in output_dir(settings).glob(".*.tmp"):  # of a run that was killed in a save
         leftover.unlink(missing_ok=True)
-    run = start_run(settings)
+
+
+def train_and_report(settings: SimpleNamespace, team: Team) -> int:
+    """The run itself, from the data to the last line; returns the exit code."""
+    run = start_run(settings, team)
     describe(run)
-    stop = StopSignal()
+    stop = StopSignal(team)
     tracker = start_tracking(run)
     pusher = HubPusher(settings.HF_REPO_ID, report=say) if settings.HF_REPO_ID else None
     try:
-        fit(run, tracker, pusher, stop)
+        stopped = fit(run, tracker, pusher, stop)
         if run.progress.history:
             tracker.log_checkpoint(best_checkpoint(run), scores_of(best_epoch(run)))
-            if pusher and not stop.asked:
+            if pusher and not stopped:
                 push_best(run, pusher)
     finally:
         tracker.close()
         if pusher:
             pusher.close()
         stop.release()
-    draw(run)
-    if stop.asked:
+    if team.leads:
+        draw(run)
+    if stopped:
         print(f"stopped; go on with: {resume_command(run)}")
         return 130
-    if settings.demo:
+    if settings.demo and team.leads:
         from demo.report import report
 
         report(best_checkpoint(run), run.paths)

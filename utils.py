@@ -258,11 +258,11 @@ class Bar:
 
     PAUSE = 30.0  # seconds between two lines
 
-    def __init__(self, total: int, label: str, unit: str, done: int = 0):
-        """Begin with `done` of `total` units behind."""
+    def __init__(self, total: int, label: str, unit: str, done: int = 0, quiet: bool = False):
+        """Begin with `done` of `total` units behind; `quiet` shows nothing."""
         self.total, self.label, self.done, self.before = total, label, done, done
         self.started = self.spoken = time.monotonic()
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=None)
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
     def step(self, count: int, text: str = "") -> None:
         """Go on by `count` units; `text` is shown beside."""

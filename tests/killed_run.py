@@ -4,7 +4,8 @@
 
 WHERE: "features" (after so many shards of one batch each), "update" (after so many),
 "validation" (at the start of so many), "save" (in the middle of writing the so-manieth .pt) or
-"rename" (whole, but not yet under its name).
+"rename" (whole, but not yet under its name). Under torchrun only the process of rank 1 does so, and
+only where the job was not started again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def half_saved(save: Callable) -> Callable[..., None]:
 
 def main() -> int:
     where, count, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    place = os.environ.get("RANK", "1"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if place != ("1", "0"):
+        return train.main(flags)
     if where == "features":
         features.SHARD_BYTES = 1
         features.write_shard = counted(features.write_shard, count, features.write_shard)

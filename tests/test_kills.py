@@ -70,10 +70,10 @@ def assert_equal(ours: object, theirs: object, where: str) -> None:
 
 
 def state(path: Path) -> dict:
-    """All that a checkpoint holds, less what names the folder or measures time."""
+    """All that a checkpoint holds, less what names the folder or the job or measures time."""
     checkpoint = load_checkpoint(path)
     progress = dict(checkpoint.training["progress"])
-    for name in ("seconds", "best_path"):
+    for name in ("seconds", "best_path", "job"):
         progress.pop(name)
     return {
         "average": checkpoint.model.state_dict(), "scores": checkpoint.scores,

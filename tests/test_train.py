@@ -74,7 +74,7 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
             group.append((make_batch(names, rows.captions[start : start + size]), features))
             start += size
         done = train.update(state, group)
-        loss = done.summed.item() / done.count
+        loss = (done.summed / done.count).item()
         weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
     for other in weights[1:]:
         assert other[0] == pytest.approx(weights[0][0], rel=1e-5)

@@ -1,0 +1,216 @@
+"""Several processes that train together, as `torchrun` starts them; one alone is a team of one.
+
+Everything goes through `torch.distributed`: gloo between CPUs, NCCL between GPUs. The process of
+rank 0 leads: it prepares, prints and writes, while all read, encode, train and validate a share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import UserError, choose_device
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=2)  # of those who wait for a download, or for another's photos
+
+LOST = (
+    "another process of this training has ended: what it said stands above. Checkpoints are whole; "
+    "go on with --resume_checkpoint_path, or let torchrun do it with --max-restarts"
+)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one training, seen from the one of this `rank`.
+
+    `restarts` counts how often torchrun has started the job `job` again after a failure, as far
+    as this machine knows.
+    """
+
+    rank: int = 0
+    size: int = 1
+    restarts: int = 0
+    job: str = ""
+    store: dist.Store | None = None
+    patient: dist.ProcessGroup | None = None  # for Python objects, between CPUs
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of `items`: every so-manieth, so that neighbours are spread."""
+        return items[self.rank :: self.size]
+
+    def gather(self, part: Sequence[T]) -> list[T]:
+        """All parts of what `share` cut, in the order before; each process gets all of it."""
+        parts = self.collect(part)
+        whole: list[Any] = [None] * sum(map(len, parts))
+        for rank, items in enumerate(parts):
+            whole[rank :: self.size] = items
+        return whole
+
+    def collect(self, item: T) -> list[T]:
+        """Each process's item, by rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.patient)
+        return items
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the leading process alone; the others wait and get a copy.
+
+        Raises:
+            UserError: `work` raised it; all processes do.
+        """
+        if self.size == 1:
+            return work()
+        found: list[Any] = [None, None]
+        if self.leads:
+            try:
+                found[0] = work()
+            except UserError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found, src=0, group=self.patient)
+        if found[1] is not None:
+            raise UserError(found[1])
+        return found[0]
+
+    def add_up(self, figures: Tensor) -> Tensor:
+        """The sum of all processes' figures, in place."""
+        if self.size > 1:
+            dist.all_reduce(figures)
+        return figures
+
+    def command(self) -> list[str]:
+        """How a script is started as this one was."""
+        if self.size == 1:
+            return ["python"]
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = [f"--nnodes={self.size // local}"] if local < self.size else []
+        return ["torchrun", *nodes, f"--nproc_per_node={local}"]
+
+    def device(self, name: str) -> torch.device:
+        """The device named, or the best one here; of GPUs each process has its own.
+
+        Raises:
+            UserError: there is no such device, or not one for each process.
+        """
+        device = choose_device(name)
+        if self.size == 1 or device.type == "cpu":
+            return device
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"torchrun starts {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+                f"{count} CUDA GPUs: lower --nproc_per_node, or use --device cpu"
+            )
+        return torch.device("cuda", local)
+
+
+ALONE = Team()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Team]:
+    """The team that torchrun started this process in, to work on the device named.
+
+    Only the leader's `print` is heard. What several processes have to complain of, one does, and
+    the others leave with code 1.
+
+    Raises:
+        UserError: as `Team.device`, or another process was lost.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE
+        return
+    team = Team(restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
+                job=os.environ["TORCHELASTIC_RUN_ID"])  # fmt: skip
+    if os.environ["WORLD_SIZE"] == "1":
+        yield team
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun's store outlives its processes, and would lead to ones that are gone (PyTorch
+        # issue 135712). Machines don't count restarts alike: README says what helps there.
+        store = dist.PrefixStore(f"start {team.restarts}", store)
+    team = replace(team, rank=rank, size=size, store=store)
+    with contextlib.nullcontext() if team.leads else _muted():
+        try:
+            yield replace(team, patient=_connect(team, team.device(device)))
+            dist.destroy_process_group()
+        except UserError as error:
+            _leave_unless_first(team, str(error))
+            raise
+        except RuntimeError as error:  # torch's own for NCCL and the store, a plain one for gloo
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            _leave_unless_first(team, LOST)
+            raise UserError(LOST) from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _connect(team: Team, device: torch.device) -> dist.ProcessGroup:
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=team.store, rank=team.rank, world_size=team.size)
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave_unless_first(team: Team, message: str) -> None:
+    try:
+        first = team.store.add(f"said/{message}", 1) == 1
+    except dist.DistError:  # the store went with the process that held it
+        first = True
+    if not first:
+        raise SystemExit(1) from None
+
+
+class SharedGradients(nn.Module):
+    """Lets DistributedDataParallel average the gradients of any work done with a model.
+
+    The work is not the model's `forward`, but a loss, and in the self-critical stage a search
+    before it, so that is what is wrapped.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        # Never used, so that DistributedDataParallel's search for such finds one and is content.
+        self.idle = nn.Parameter(torch.zeros(()))
+
+    def forward(self, work: Callable[..., T], *arguments: Any) -> T:
+        return work(*arguments)
+
+
+def share_gradients(model: nn.Module, team: Team) -> nn.Module | None:
+    """A module whose call `(work, *arguments)` is `work(*arguments)`, after which `backward`
+    averages the model's gradients over the team; None for a team of one.
+
+    `DistributedDataParallel` sends a bucket of gradients while the backward pass computes the
+    next. Without its search for unused parameters it would sort the buckets anew after the first
+    step, and so add in another order than a run that resumes: not the same to the bit.
+    """
+    if team.size == 1:
+        return None
+    device = next(model.parameters()).device
+    shared = SharedGradients(model).to(device)
+    return DistributedDataParallel(shared, find_unused_parameters=True)

@@ -1,0 +1,137 @@
+"""torchrun: as many processes as you like train the same model, and one that dies costs little."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from checkpoint import load_checkpoint
+from tests.conftest import REPO, run, small_flags, write_photos
+from tests.test_kills import assert_equal, epochs_said, state
+from tests.test_questions import write_questions
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+# 17 photos in batches of 4: the last one is a single photo, so most processes have none of it.
+FLAGS = ["--epochs", 2, "--scst_epochs", 1, "--scst_beam_size", 3, "--scst_learning_rate", 3e-3,
+         "--dropout", 0, "--tasks", "captions,questions", "--gradient_accumulation_steps", 2,
+         "--feature_batch_size", 2]  # fmt: skip
+
+
+def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
+    return run(*TORCHRUN, f"--nproc_per_node={processes}", *command, OMP_NUM_THREADS="1")
+
+
+def figures(text: str) -> list[list[float]]:
+    """Each epoch's losses and scores."""
+    return [[float(part) for part in re.findall(r"\d+\.\d+", line)] for line in epochs_said(text)]
+
+
+def cached(data: Path) -> dict[str, list]:
+    """The photos whose features each shard holds."""
+    shards = data.glob("features/*/shard_*.json")
+    return {path.stem: [item[0] for item in json.loads(path.read_text())["items"]]
+            for path in shards}  # fmt: skip
+
+
+@dataclass
+class Runs:
+    """Trainings of one data set by 4, 2 and 1 processes, and the feature shards after each."""
+
+    data: Path
+    flags: list[str]
+    said: dict[int, str]
+    shards: dict[int, dict[str, list]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, encoder_dir) -> Runs:
+    folder = tmp_path_factory.mktemp("team")
+    data = write_questions(write_photos(folder / "data", 26))
+    found = Runs(data, [*small_flags(data, encoder_dir), *map(str, FLAGS)], {}, {})
+    for size in (4, 2, 1):
+        command = ["train.py", *found.flags, "--output_dir", folder / f"{size}"]
+        result = torchrun(size, *command) if size > 1 else run(*command, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr
+        found.said[size], found.shards[size] = result.stdout, cached(data)
+        for path in data.glob("features/*/shard_*_1.*"):  # what the process of rank 1 has made
+            path.unlink()
+    return found
+
+
+def test_any_number_of_processes_trains_the_same_model(runs):
+    alone = figures(runs.said[1])
+    assert len(alone) == 3
+    for size in (2, 4):
+        assert f"{size} processes, cpu" in runs.said[size]
+        for ours, theirs in zip(figures(runs.said[size]), alone, strict=True):
+            assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+def test_each_photo_is_encoded_once_and_what_is_lost_again(runs):
+    first, second = runs.shards[4], runs.shards[2]
+    assert len(first) == 4  # one of each process
+    (name,) = [name for name in first if name.endswith("_1")]
+    lost = first.pop(name)
+    kept = sum(first.values(), [])
+    assert len({*lost, *kept}) == len(lost) + len(kept) == 22
+    assert first.items() <= second.items()
+    again = [photo for name in second.keys() - first.keys() for photo in second[name]]
+    assert sorted(again) == sorted(lost)
+
+
+def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path):
+    flags = [*runs.flags, "--dropout", "0.1"]
+    whole = torchrun(2, "train.py", *flags, "--output_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "cut").mkdir()
+    other = tmp_path / "whole" / "last.pt"
+    (tmp_path / "cut" / "last.pt").write_bytes(other.read_bytes())  # of another job: not resumed
+    command = ["tests/killed_run.py", "update", 5, *flags, "--output_dir", tmp_path / "cut"]
+    cut = torchrun(2, "--max-restarts=1", *command)
+    assert cut.returncode == 0, cut.stderr
+    assert cut.stderr.count("another process of this training has ended") == 1
+    assert cut.stdout.count("epoch 1/3") == 1 and "resumed   after 1 epochs" in cut.stdout
+    ends = [state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
+    assert len(ends[0]["training"]["other_random"]) == 1
+    assert_equal(*ends, "last.pt")
+    dropped = figures(whole.stdout)[0]
+    assert dropped != pytest.approx(figures(runs.said[2])[0], abs=2e-4)  # chance plays a part
+
+
+def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", *TORCHRUN, "--nproc_per_node=2", "train.py", *runs.flags,
+         "--output_dir", str(tmp_path)], cwd=REPO, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("stopping after this step") == 1
+    assert "go on with: torchrun --nproc_per_node=2 train.py" in said
+    training = load_checkpoint(tmp_path / "last.pt").training
+    assert training["progress"]["epoch"] == 1 or training["progress"]["batch"] > 0
+    resumed = run("train.py", *runs.flags, "--output_dir", tmp_path, "--resume_checkpoint_path",
+                  tmp_path / "last.pt", OMP_NUM_THREADS="1")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert "trained by 2 processes before, 1 now" in resumed.stdout
+    last = figures(resumed.stdout)[-1]
+    assert last == pytest.approx(figures(runs.said[1])[-1], abs=2e-4)
+
+
+def test_a_mistake_is_said_once(runs, tmp_path):
+    result = torchrun(2, "train.py", *runs.flags, "--decoder_heads", 5, "--output_dir", tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("error: DECODER_EMBED_DIM") == 1
+    assert "train.py\", line" not in result.stderr  # no traceback of ours
