@@ -1030,8 +1030,8 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
         found = validate(run)
         scores = found.scores
         values |= scores
-        entry = {"epoch": progress.epoch, **values, "samples": sample_texts(run, found)}
-        progress.history.append(entry)
+        samples = sample_texts(run, found)
+        progress.history.append({"epoch": progress.epoch, **values, "samples": samples})
         progress.seconds += time.monotonic() - started
         report_epoch(run, found, stage, loss)
         best = save(run, scores)
@@ -1111,8 +1111,8 @@ def best_epoch(run: Run) -> dict[str, Any]:
     """The entry in the history of the epoch that gave `best_checkpoint`."""
     history = run.progress.history
     for measure in ("val_cider", "val_accuracy"):
-        if measure in history[0]:
-            return max(history, key=lambda entry: entry[measure])
+        if scored := [entry for entry in history if measure in entry]:
+            return max(scored, key=lambda entry: entry[measure])
     return min(history, key=lambda entry: entry["val_loss"])
 
 
