@@ -756,7 +756,8 @@ class Meter:
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
         progress, now = self.run.progress, time.monotonic()
         self.done += len(group)
-        self.captions += sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
+        own = sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
+        self.captions += own * self.run.team.size  # the others' shares are about as large
         text = (
             f"loss {progress.loss_sum / max(1, progress.loss_count):.3f}, "
             f"lr {self.run.schedule.get_last_lr()[0]:.1e}, "
