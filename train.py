@@ -789,7 +789,8 @@ class Meter(Bar):
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
         progress, taken = self.run.progress, time.monotonic() - self.started
-        self.captions += sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
+        own = sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
+        self.captions += own * self.run.team.size  # the others' shares are about as large
         self.step(
             len(group),
             f"loss {progress.loss_sum / max(1, progress.loss_count):.3f}, "

@@ -175,7 +175,7 @@ def run(
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | env,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -185,8 +185,8 @@ def test_size_and_time_are_said_beforehand(setting, monkeypatch):
     *_, build, said = setting
 
     class Slow(Bar):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.started -= 600  # as if the first batch of 4 of 30 took ten minutes
 
     monkeypatch.setattr(features, "Bar", Slow)
