@@ -106,7 +106,7 @@ from importlib.util import find_spec
 
 names = "transformers tokenizers huggingface_hub safetensors numpy PIL requests tqdm wandb".split()
 if sys.argv[1] == "yes":
-    names += "pytest ruff hypothesis starlette uvicorn selenium".split()
+    names += "pytest xdist ruff hypothesis starlette uvicorn selenium".split()
 missing = [name for name in names if find_spec(name) is None]
 if missing:
     sys.exit(f"missing: {' '.join(missing)}")

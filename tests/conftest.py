@@ -25,6 +25,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(count=1): injects so many real faults")
+    torch.set_num_threads(1)  # two processes run tests at a time
 
 
 @pytest.hookimpl(wrapper=True)
@@ -172,7 +173,7 @@ def run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         preexec_fn=limit if limits else None,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"} | env,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
         text=True,
         capture_output=True,
         timeout=600,
