@@ -42,6 +42,9 @@ from utils import UserError, atomic_write, run_script, size_text
 LIMIT = 1e-3  # what logits may differ by; rounding alone gives some 1e-5
 LARGEST = 2**31 - 2**24  # bytes of weights: a file of protobuf's, as ONNX is, holds no 2 GiB
 KINDS = ("keys", "values", "memory_keys", "memory_values")  # what each layer remembers
+# The axes of any length, with their lengths while exporting: none is 0, 1 or another's, which the
+# exporter could take for a rule.
+EXAMPLE = {"batch": 2, "patches": 3, "new": 5, "seen": 4, "remembered": 7}
 
 
 class JoinedCache(KeyValueCache):
@@ -97,52 +100,54 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     Raises:
         UserError: the weights don't fit into one ONNX file.
     """
-    model = checkpoint.model
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
     if size > LARGEST:
         raise UserError(f"the decoder takes {size_text(size)}, an ONNX file holds at most 2 GB")
-    config = model.config
-    # No length of these is 0, 1 or another's: the exporter would take that for a rule. Nor is a
-    # tensor given twice: its two inputs would become one.
-    rows, patches, new, seen, remembered = 2, 3, 5, 4, 7
-    tokens = torch.zeros(rows, new, dtype=torch.long)
-    lengths = {"seen": seen, "remembered": remembered}
-    kinds = ["seen", "seen", "remembered", "remembered"] * config.layers
-    names = [f"{layer}.{kind}" for layer in range(config.layers) for kind in KINDS]
-    past = [torch.zeros(rows, config.heads, lengths[kind], config.width // config.heads)
-            for kind in kinds]  # fmt: skip
-    row = {0: "batch", 1: "new"}
-    example = (torch.zeros(rows, patches, model.feature_width), tokens, tokens.clone(), past)
+    shapes = input_shapes(checkpoint.model)
+    inputs = [torch.zeros([EXAMPLE.get(x, x) for x in shape]) for shape in shapes.values()]
+    inputs[1:3] = (x.long() for x in inputs[1:3])
+    axes = [{i: x for i, x in enumerate(shape) if x in EXAMPLE} for shape in shapes.values()]
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            Step(model).eval(),
-            example,
+            Step(checkpoint.model).eval(),
+            (*inputs[:3], inputs[3:]),
             dynamo=True,
             verbose=False,
-            input_names=["features", "tokens", "positions", *(f"past.{name}" for name in names)],
-            output_names=["logits", *(f"present.{name}" for name in names)],
-            dynamic_shapes=(
-                {0: "batch", 1: "patches"}, row, row, [{0: "batch", 2: kind} for kind in kinds]
-            ),
-        )  # fmt: skip
+            input_names=list(shapes),
+            output_names=["logits", *(x.replace("past", "present") for x in [*shapes][3:])],
+            dynamic_shapes=(*axes[:3], axes[3:]),
+        )
     graph = program.model_proto
     forget_origin(graph)
     onnx.helper.set_model_props(graph, metadata(checkpoint))
     return graph
 
 
+def input_shapes(model: CaptionModel) -> dict[str, tuple[int | str, ...]]:
+    """The graph's inputs in their order, with the names of the axes that may be of any length."""
+    config = model.config
+    shapes = {"features": ("batch", "patches", model.feature_width)}
+    shapes |= {"tokens": ("batch", "new"), "positions": ("batch", "new")}
+    for layer in range(config.layers):
+        for kind in KINDS:
+            length = "remembered" if kind.startswith("memory") else "seen"
+            shape = ("batch", config.heads, length, config.width // config.heads)
+            shapes[f"past.{layer}.{kind}"] = shape
+    return shapes
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter from speaking of its own inner matters, such as a missing torchvision."""
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    before = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
             yield
-    finally:
-        logger.setLevel(level)
+        finally:
+            logger.setLevel(before)
 
 
 def forget_origin(graph: onnx.ModelProto) -> None:
@@ -170,7 +175,9 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
 # --- The check ------------------------------------------------------------------------------
 
 
-def greedy(session: onnxruntime.InferenceSession, features: np.ndarray, length: int):
+def greedy(
+    session: onnxruntime.InferenceSession, features: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Write token by token with the exported graph alone, beyond END.
 
     Args:

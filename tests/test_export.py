@@ -147,15 +147,20 @@ def test_what_differs_from_pytorch_is_not_written(export, checkpoint, tmp_path, 
     assert path.read_bytes() == b"the one before"
 
 
-def test_the_check_sees_a_wrong_weight(export, exported, trained):
+def test_the_check_sees_any_wrong_weight(export, exported, trained):
     other = load_checkpoint(trained / "captioner_best_cider.safetensors").model
     assert export.largest_difference(exported, other) < 1e-4
+    decoder = other.decoder
     with torch.no_grad():
-        other.decoder.blocks[-1].cross_kv.weight[0] += 1
-        other.decoder.position_embedding.weight[-2] += 1
-    assert export.largest_difference(exported, other) > 1e-3
-    with torch.no_grad():
-        other.decoder.norm.bias[0] = float("nan")
+        for weight in (other.project.weight, decoder.blocks[-1].cross_kv.weight[:32],
+                       decoder.blocks[0].self_qkv.weight[:32],
+                       decoder.position_embedding.weight[-2]):  # fmt: skip
+            change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight += change
+            assert export.largest_difference(exported, other) > 1e-3
+            weight -= change
+        assert export.largest_difference(exported, other) < 1e-4
+        decoder.norm.bias[0] = float("nan")
     assert not export.largest_difference(exported, other) <= 1e-3
 
 
