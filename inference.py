@@ -182,13 +182,18 @@ def load_captioner(
     Raises:
         UserError: the checkpoint or its encoder can't be loaded, or they don't fit each other.
     """
-    loaded = load_checkpoint(_locate(checkpoint, revision))
+    loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
     where = torch.device(choose_device(device))
     tower = FrozenEncoder.load_as_trained(loaded.encoder, encoder)
     return Captioner(loaded, tower, where, choose_dtype(precision, where))
 
 
-def _locate(checkpoint: str | os.PathLike[str], revision: str | None) -> Path:
+def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The file of a checkpoint that is here, or on the Hub as `user/repo`.
+
+    Raises:
+        UserError: it is neither, or can't be had from the Hub.
+    """
     name = os.fspath(checkpoint)
     if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
         return Path(name)

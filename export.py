@@ -1,0 +1,256 @@
+"""Export a checkpoint's decoder to one ONNX file, checked against PyTorch through onnxruntime.
+
+    pip install -r requirements-export.txt
+    python export.py --checkpoint captioner_best_cider.safetensors --out captioner.onnx
+
+The file is one step of writing: features and new tokens in, the next token's logits and what is to
+be remembered out. Tokenizer, special ids and the encoder's identity stand in its metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+try:
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401 - torch.onnx.export imports it, late and with a traceback
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"error: the export needs {error.name}: run pip install -r requirements-export.txt"
+    ) from None
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, load_checkpoint
+from decoder import KeyValueCache
+from inference import locate_checkpoint
+from model import CaptionModel, row_mask
+from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+from utils import UserError, atomic_write, run_script, size_text
+
+LIMIT = 1e-3  # what logits may differ by; rounding alone gives some 1e-5
+LARGEST = 2**31 - 2**24  # bytes of weights: a file of protobuf's, as ONNX is, holds no 2 GiB
+KINDS = ("keys", "values", "memory_keys", "memory_values")  # what each layer remembers
+# The axes of any length, with their lengths while exporting: none is 0, 1 or another's, which the
+# exporter could take for a rule.
+EXAMPLE = {"batch": 2, "patches": 3, "new": 5, "seen": 4, "remembered": 7}
+
+
+class JoinedCache(KeyValueCache):
+    """A cache that is handed in and out: joined in each step, not written into room taken."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]):
+        """Args: each layer's keys and values so far, (rows, heads, seen, head width)."""
+        super().__init__(len(keys), capacity=0)
+        self.seen = keys[0].shape[2]
+        self.keys, self.values = list(keys), list(values)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new keys and values (rows, heads, new, head width); return all so far."""
+        self.keys[layer] = torch.cat([self.keys[layer], keys], dim=2)
+        self.values[layer] = torch.cat([self.values[layer], values], dim=2)
+        return self.keys[layer], self.values[layer]
+
+
+class Step(nn.Module):
+    """What is exported. The photo's memory is remembered as the tokens are: one graph does both."""
+
+    def __init__(self, model: CaptionModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, features: Tensor, tokens: Tensor, positions: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The logits after the last token (batch, vocab), and the past of the next step.
+
+        Args:
+            features: (batch, patches, feature_width); no patches once they are remembered.
+            tokens, positions: (batch, new), the tokens after those of the past.
+            past: for each layer and each of `KINDS`, (batch, heads, seen, head width).
+        """
+        keys, values, memory_keys, memory_values = (past[kind::4] for kind in range(4))
+        cache, memory = JoinedCache(keys, values), JoinedCache(memory_keys, memory_values)
+        seen = cache.seen
+        whole = tokens.new_zeros(tokens.shape[0], seen + tokens.shape[1])
+        fresh = enumerate(self.model.memory(features))
+        joined = [memory.append(layer, *pair) for layer, pair in fresh]
+        hidden = self.model.decoder(tokens, positions, row_mask(whole)[:, seen:], joined, cache)
+        present = zip(cache.keys, cache.values, memory.keys, memory.values, strict=True)
+        return self.model.decoder.logits(hidden[:, -1]), [x for layer in present for x in layer]
+
+
+# --- To ONNX --------------------------------------------------------------------------------
+
+
+def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """The decoder as an ONNX graph, with what its user needs to know in its metadata.
+
+    Raises:
+        UserError: the weights don't fit into one ONNX file.
+    """
+    size = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
+    if size > LARGEST:
+        raise UserError(f"the decoder takes {size_text(size)}, an ONNX file holds at most 2 GB")
+    shapes = input_shapes(checkpoint.model)
+    inputs = [torch.zeros([EXAMPLE.get(x, x) for x in shape]) for shape in shapes.values()]
+    inputs[1:3] = (x.long() for x in inputs[1:3])
+    axes = [{i: x for i, x in enumerate(shape) if x in EXAMPLE} for shape in shapes.values()]
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            Step(checkpoint.model).eval(),
+            (*inputs[:3], inputs[3:]),
+            dynamo=True,
+            verbose=False,
+            input_names=list(shapes),
+            output_names=["logits", *(x.replace("past", "present") for x in [*shapes][3:])],
+            dynamic_shapes=(*axes[:3], axes[3:]),
+        )
+    graph = program.model_proto
+    forget_origin(graph)
+    onnx.helper.set_model_props(graph, metadata(checkpoint))
+    return graph
+
+
+def input_shapes(model: CaptionModel) -> dict[str, tuple[int | str, ...]]:
+    """The graph's inputs in their order, with the names of the axes that may be of any length."""
+    config = model.config
+    shapes = {"features": ("batch", "patches", model.feature_width)}
+    shapes |= {"tokens": ("batch", "new"), "positions": ("batch", "new")}
+    for layer in range(config.layers):
+        for kind in KINDS:
+            length = "remembered" if kind.startswith("memory") else "seen"
+            shape = ("batch", config.heads, length, config.width // config.heads)
+            shapes[f"past.{layer}.{kind}"] = shape
+    return shapes
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter from speaking of its own inner matters, such as a missing torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def forget_origin(graph: onnx.ModelProto) -> None:
+    """Take out the exporter's notes, which name the source lines and folders of this machine."""
+    inner = graph.graph
+    for part in (graph, inner, *inner.node, *inner.value_info, *inner.input, *inner.output,
+                 *inner.initializer):  # fmt: skip
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the graph doesn't say; all but the tokenizer's file are JSON of plain values."""
+    special = {"pad": PAD_ID, "start": START_ID, "end": END_ID, "answer": ANSWER_ID}
+    return {
+        "tokenizer": checkpoint.tokenizer.to_files()["tokenizer.json"],
+        "special_ids": json.dumps(special),
+        "max_length": json.dumps(checkpoint.model.config.max_length),
+        "encoder": json.dumps(checkpoint.encoder),
+        "tasks": json.dumps(checkpoint.tasks),
+        "generation": json.dumps(asdict(checkpoint.generation)),
+    }
+
+
+# --- The check ------------------------------------------------------------------------------
+
+
+def greedy(
+    session: onnxruntime.InferenceSession, features: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write token by token with the exported graph alone, beyond END.
+
+    Args:
+        features: (photos, patches, feature_width), single precision.
+
+    Returns:
+        The tokens given to it, (photos, length), and its logits after each, with (..., vocab).
+    """
+    count = len(features)
+    past = {x.name: np.zeros((count, x.shape[1], 0, x.shape[3]), np.float32)
+            for x in session.get_inputs() if x.name.startswith("past.")}  # fmt: skip
+    tokens, logits = [np.full((count, 1), START_ID)], []
+    for place in range(length):
+        here = {"features": features, "tokens": tokens[-1], "positions": np.full((count, 1), place)}
+        scores, *present = session.run(None, here | past)
+        past, features = dict(zip(past, present, strict=True)), features[:, :0]
+        logits.append(scores)
+        choice = scores.copy()
+        choice[:, [PAD_ID, START_ID, ANSWER_ID]] = -np.inf
+        tokens.append(choice.argmax(1)[:, None])
+    return np.concatenate(tokens[:-1], axis=1), np.stack(logits, axis=1)
+
+
+@torch.no_grad()
+def largest_difference(path: Path, model: CaptionModel) -> float:
+    """How far the exported graph's logits are from PyTorch's, on greedy captions as long as can be.
+
+    PyTorch reads them at once, without any cache; the photos' features are random.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    dice, found = torch.Generator().manual_seed(0), []
+    for photos, patches in ((1, 1), (3, 50)):
+        features = torch.randn(photos, patches, model.feature_width, generator=dice)
+        tokens, logits = greedy(session, features.numpy(), model.config.max_length - 1)
+        read = torch.from_numpy(tokens)
+        places = torch.arange(read.shape[1]).expand_as(read)
+        hidden = model.hidden(features, read, places, torch.zeros_like(read))
+        found.append(np.abs(logits - model.decoder.logits(hidden).numpy()).max())
+    return float(np.max(found))
+
+
+def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
+    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference.
+
+    Raises:
+        UserError: it doesn't, or the file can't be written; there is no file then.
+    """
+    graph = to_onnx(checkpoint)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
+        difference = largest_difference(temporary, checkpoint.model)
+        if not difference <= LIMIT:  # so put, no number is refused too
+            raise UserError(
+                f"{path} was not written: the exported decoder's logits differ from PyTorch's by "
+                f"{difference:.2g}, more than {LIMIT:g}"
+            )
+    return difference
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
+    parser.add_argument("--out", default="captioner.onnx", help="the file to write [%(default)s]")
+    args = parser.parse_args(argv)
+    out = Path(args.out).expanduser()
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the name of a file")
+    checkpoint = load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
+    difference = export(checkpoint, out)
+    print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

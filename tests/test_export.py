@@ -1,0 +1,187 @@
+"""The export: what onnxruntime writes with the file alone is what PyTorch writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from generation import GenerationOptions, generate
+from tests.conftest import REPO, run
+from utils import UserError
+
+SAID = """
+assert not {"torch", "transformers", "onnx"} & sys.modules.keys()
+print(json.dumps([captions, tokens.tolist()]))
+"""
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError(name='onnxruntime')")
+    (tmp_path / "onnx.py").touch()
+    result = run("export.py", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines() == [
+        "error: the export needs onnxruntime: run pip install -r requirements-export.txt"
+    ]
+
+
+@pytest.fixture(scope="module")
+def export():
+    """The module, where its extra is installed."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    import export
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def exported(export, trained, tmp_path_factory):
+    """The ONNX file of a trained checkpoint, alone in its folder."""
+    path = tmp_path_factory.mktemp("exported") / "captioner.onnx"
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    result = run("export.py", "--checkpoint", checkpoint, "--out", path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (said,) = result.stdout.splitlines()
+    assert float(re.search(r"logits within (\S+) of", said)[1]) < 1e-4, said
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    return load_checkpoint(trained / "captioner_best_cider.safetensors")
+
+
+def random_features(model, photos: int, patches: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(photos)
+    return torch.randn(photos, patches, model.feature_width, generator=dice)
+
+
+@pytest.mark.parametrize(("photos", "patches"), [(1, 17), (4, 17), (7, 1), (2, 40)])
+def test_onnxruntime_alone_writes_what_we_write(exported, checkpoint, tmp_path, photos, patches):
+    """The README's lines are run as they stand, in a process without PyTorch."""
+    features = random_features(checkpoint.model, photos, patches)
+    np.save(tmp_path / "features.npy", features.numpy())
+    (tmp_path / "captioner.onnx").symlink_to(exported)
+    (code,) = re.findall(r"```python\n([^`]*InferenceSession[^`]*)```", readme())
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{SAID}"],
+        cwd=tmp_path, text=True, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    captions, tokens = json.loads(result.stdout.splitlines()[-1])
+    found = [group[0] for group in generate(checkpoint.model, features, GenerationOptions())]
+    assert captions == [checkpoint.tokenizer.decode(each.tokens) for each in found]
+    for row, each in zip(tokens, found, strict=True):
+        assert row[1 : len(each.tokens) + 1] == each.tokens
+        if each.ended:
+            assert row[len(each.tokens) + 1] == 2
+
+
+def readme() -> str:
+    return (REPO / "README.md").read_text()
+
+
+def session_of(path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_many_tokens_at_once_are_as_one_by_one(export, exported, checkpoint):
+    """So a question's prefix passes in one step, after which single tokens follow."""
+    session = session_of(exported)
+    features = random_features(checkpoint.model, 3, 9).numpy()
+    tokens, logits = export.greedy(session, features, 8)
+    places = np.broadcast_to(np.arange(8), tokens.shape)
+    past = {x.name: np.zeros((3, x.shape[1], 0, x.shape[3]), np.float32)
+            for x in session.get_inputs() if x.name.startswith("past.")}  # fmt: skip
+    for start, stop in ((0, 5), (5, 8)):
+        part = slice(start, stop)
+        here = {"features": features, "tokens": tokens[:, part], "positions": places[:, part]}
+        scores, *present = session.run(None, here | past)
+        past, features = dict(zip(past, present, strict=True)), features[:, :0]
+        np.testing.assert_allclose(scores, logits[:, stop - 1], atol=1e-4)
+    assert past["past.0.keys"].shape[2] == 8 and past["past.1.memory_values"].shape[2] == 9
+
+
+def test_the_metadata_is_enough_and_says_nothing_of_the_machine(exported, checkpoint):
+    from tokenizers import Tokenizer
+
+    about = session_of(exported).get_modelmeta().custom_metadata_map
+    text = "a red square"
+    ids = Tokenizer.from_str(about["tokenizer"]).encode(text, add_special_tokens=False).ids
+    assert ids == checkpoint.tokenizer.encode(text)
+    assert json.loads(about["encoder"]) == checkpoint.encoder
+    assert json.loads(about["special_ids"]) == {"pad": 0, "start": 1, "end": 2, "answer": 3}
+    assert json.loads(about["max_length"]) == checkpoint.model.config.max_length
+    content = exported.read_bytes()
+    for trace in (b"stack_trace", b"export.py", b"decoder.py", str(REPO).encode()):
+        assert trace not in content
+
+
+def test_every_weight_stands_once(exported, checkpoint):
+    import onnx
+
+    sizes = [np.prod(x.dims) for x in onnx.load(exported).graph.initializer]
+    weights = sum(p.numel() for p in checkpoint.model.parameters())
+    assert weights <= sum(sizes) < weights + 100
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan")])
+def test_what_differs_from_pytorch_is_not_written(export, checkpoint, tmp_path, monkeypatch, wrong):
+    path = tmp_path / "captioner.onnx"
+    path.write_bytes(b"the one before")
+    monkeypatch.setattr(export, "LIMIT", wrong)
+    with pytest.raises(UserError, match="was not written"):
+        export.export(checkpoint, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"the one before"
+
+
+def test_the_check_sees_any_wrong_weight(export, exported, trained):
+    other = load_checkpoint(trained / "captioner_best_cider.safetensors").model
+    assert export.largest_difference(exported, other) < 1e-4
+    decoder = other.decoder
+    with torch.no_grad():
+        for weight in (other.project.weight, decoder.blocks[-1].cross_kv.weight[:32],
+                       decoder.blocks[0].self_qkv.weight[:32],
+                       decoder.position_embedding.weight[-2]):  # fmt: skip
+            change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+            weight += change
+            assert export.largest_difference(exported, other) > 1e-3
+            weight -= change
+        assert export.largest_difference(exported, other) < 1e-4
+        decoder.norm.bias[0] = float("nan")
+    assert not export.largest_difference(exported, other) <= 1e-3
+
+
+@pytest.mark.fault(count=2)
+def test_a_damaged_checkpoint_is_refused(export, trained, tmp_path):
+    whole = (trained / "captioner_best_cider.safetensors").read_bytes()
+    damaged, out = tmp_path / "damaged.safetensors", tmp_path / "captioner.onnx"
+    for content in (whole[:-100], whole[:-50] + bytes([whole[-50] ^ 16]) + whole[-49:]):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            export.main(["--checkpoint", str(damaged), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatch):
+    checkpoint = str(trained / "captioner_best_cider.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="no checkpoint"):
+        export.main(["--checkpoint", str(tmp_path / "absent.pt")])
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    with pytest.raises(UserError, match="at most 2 GB"):
+        export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "c.onnx")])
+    assert not list(tmp_path.iterdir())
