@@ -214,7 +214,7 @@ def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-u", "train.py", *flags], cwd=REPO, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     seen = []
     for line in process.stdout:
