@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from encoder import ImageError
-from inference import Captioner, Explained, load_captioner
+from inference import Captioner, Explained, add_captioner_flags, captioner_of
 from utils import UserError, run_script
 
 PAGE = Path(__file__).with_name("app.html")
@@ -212,14 +212,10 @@ def as_plain(each: Explained) -> dict[str, Any]:
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
-    add("--revision", help="branch, tag or commit on the Hub [newest]")
-    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add_captioner_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
     add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
     add("--max_megabytes", type=float, default=20.0, help="largest picture [%(default)s]")
-    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
-    add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
     return parser.parse_args(argv)
 
 
@@ -241,13 +237,7 @@ def listen(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> int:
     args = command_line(argv)
     with listen(args.host, args.port) as door:
-        captioner = load_captioner(
-            args.checkpoint,
-            revision=args.revision,
-            encoder=args.encoder,
-            device=args.device,
-            precision=args.precision,
-        )
+        captioner = captioner_of(args)
         app = build_app(captioner, args.host, args.max_megabytes)
         options = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=2

@@ -17,7 +17,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,14 @@ from features import FeatureCache, build_features, write_shard
 from generation import GenerationOptions, generate
 from model import CaptionModel
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
-from utils import autocast, choose_device, choose_dtype, run_script, seed_everything
+from utils import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    resident_kilobytes,
+    run_script,
+    seed_everything,
+)
 
 VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
 EPOCHS, CAPTIONS = 20, 5
@@ -300,15 +306,9 @@ def resident_after_steps(photos: int, result) -> None:
             features = cache.read([(name, 0) for name in batch.names]).float()
             model.loss(features, batch).backward()
             model.zero_grad()
-            most = max(most, resident_mb())
+            most = max(most, resident_kilobytes() / 1024)
         taken = (time.perf_counter() - started) / STEPS
     result.put((most, taken))
-
-
-def resident_mb() -> float:
-    """The memory this process holds now; `getrusage` would count its parent's peak as well."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
 
 def synthetic_cache(folder: Path, photos: int) -> FeatureCache:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import random
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -304,12 +303,13 @@ def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path)
         if item[0] not in states:
             stat = os.stat(file)
             states[item[0]] = stat.st_size, stat.st_mtime_ns
-        if states[item[0]] != (entry.size, entry.mtime) and _digest(file) != entry.digest:
+        if states[item[0]] != (entry.size, entry.mtime) and file_digest(file) != entry.digest:
             missing.append(item)
     return missing
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """What tells a file's content from another's."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
@@ -334,7 +334,7 @@ def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) 
             bad[name] = str(error)
             continue
         images.append(view_of(image, name, view))
-        loaded.append((name, view, stat.st_size, stat.st_mtime_ns, _digest(file)))
+        loaded.append((name, view, stat.st_size, stat.st_mtime_ns, file_digest(file)))
     return _Batch(encoder.preprocess(images) if images else {}, loaded, bad)
 
 
@@ -381,9 +381,8 @@ def _build(
                 labels.extend(batch.items)
             first = bar.done == 0
             bar.step(len(batch.items) + len(batch.bad))
-            minutes = (time.monotonic() - bar.started) / bar.done * (len(items) - bar.done) / 60
-            if first and minutes > 1:
-                say(f"features: about {minutes:.0f} minutes, once; they are kept")
+            if first and bar.minutes_left > 1:
+                say(f"features: about {bar.minutes_left:.0f} minutes, once; they are kept")
             if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
                 write_shard(folder, rows, labels, entries, team.rank)
                 rows, labels = [], []

@@ -205,6 +205,27 @@ def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None =
 # --- Command line ---------------------------------------------------------------------------
 
 
+def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `captioner_of` reads."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
+    add("--revision", help="branch, tag or commit on the Hub [newest]")
+    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
+    add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+
+
+def captioner_of(args: argparse.Namespace) -> Captioner:
+    """The captioner that the flags name; raises as `load_captioner`."""
+    return load_captioner(
+        args.checkpoint,
+        revision=args.revision,
+        encoder=args.encoder,
+        device=args.device,
+        precision=args.precision,
+    )
+
+
 def find_pictures(path: Path) -> list[Path]:
     """The picture, or the pictures of a folder in the order of their names.
 
@@ -279,15 +300,11 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--image_path", required=True, help="a picture, or a folder of pictures")
-    add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
-    add("--revision", help="branch, tag or commit on the Hub [newest]")
-    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add_captioner_flags(parser)
     add("--question", help="answer this question about each picture instead of captioning it")
     add("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
     add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
-    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
-    add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
     add("--json", action="store_true", help="last line: captions by name, or questions and answers")
     add_option_flags(parser)
     return parser.parse_args(argv)
@@ -302,13 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.attention:
         check_attention(args, path)
     chosen = given_options(args)
-    captioner = load_captioner(
-        args.checkpoint,
-        revision=args.revision,
-        encoder=args.encoder,
-        device=args.device,
-        precision=args.precision,
-    )
+    captioner = captioner_of(args)
     if args.attention:
         return explain_one(captioner, args, path, chosen)
     batch_size = max(1, args.batch_size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -36,6 +35,7 @@ import config
 from dataset import (
     SPLITS,
     DataPaths,
+    Question,
     check_name,
     data_paths,
     find_images,
@@ -48,7 +48,7 @@ from dataset import (
     split_by_ratio,
 )
 from encoder import ImageError, open_image
-from features import prefetch
+from features import file_digest, prefetch
 from tokenizer import CaptionTokenizer, normalize
 from utils import (
     Bar,
@@ -734,16 +734,20 @@ def write_splits(
 # --- Check ----------------------------------------------------------------------------------
 
 
-def check(settings: SimpleNamespace, paths: DataPaths) -> list[str]:
+def check(
+    settings: SimpleNamespace,
+    paths: DataPaths,
+    splits: Mapping[str, Sequence[str]],
+    captions: Mapping[str, Sequence[str]],
+    questions: Mapping[str, Sequence[Question]],
+) -> list[str]:
     """Describe a prepared data set; returns what is wrong with it that training would refuse.
 
     Every photo is decoded, so that those that can't be read are named before training meets them.
     """
-    tasks = parse_tasks(settings.TASKS)
-    splits = load_splits(paths.splits)
-    if "captions" in tasks:
-        describe_captions(load_captions(paths.captions), splits, settings)
-    wanted = wanted_photos(tasks, paths)
+    if captions:
+        describe_captions(captions, splits, settings)
+    wanted = list(dict.fromkeys((*captions, *questions)))
     missing = [name for name in wanted if not (paths.images / name).is_file()]
     unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
     print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
@@ -756,7 +760,7 @@ def check(settings: SimpleNamespace, paths: DataPaths) -> list[str]:
             open_image(paths.images / name, least=64)
         except ImageError as error:
             return name, "", str(error)
-        return name, hashlib.sha256((paths.images / name).read_bytes()).hexdigest(), ""
+        return name, file_digest(paths.images / name), ""
 
     looked = prefetch(look, split_of, threads=os.cpu_count() or 2, ahead=32)
     with Bar(len(split_of), "looking at photos", "photo") as bar:
@@ -897,14 +901,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text in (f"--{name.lower()}", str(vars(settings)[name]))
     ]
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
-    if "captions" in tasks:
-        captions = load_captions(paths.captions)
+    captions = load_captions(paths.captions) if "captions" in tasks else {}
+    if captions:
         print(f"captions  {sum(map(len, captions.values()))} in {paths.captions}")
-    if "questions" in tasks:
-        questions = load_questions(paths.questions)
+    questions = load_questions(paths.questions) if "questions" in tasks else {}
+    if questions:
         print(f"questions {sum(map(len, questions.values()))} in {paths.questions}")
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
-    if settings.check and (problems := check(settings, paths)):
+    if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
     print(f"next      {shlex.join(['python', 'train.py', *flags])}")
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from encoder import open_image
-from utils import UserError, first_line
+from utils import UserError, first_line, resident_kilobytes
 
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
 FINISH_TIMEOUT = 60  # seconds for what is still to be sent at the end
@@ -172,9 +172,8 @@ def _failures() -> tuple[type[Exception], ...]:
 def memory(device: torch.device) -> dict[str, float]:
     """What the process holds now, in GB: resident, and on a GPU the most since it began."""
     used = {}
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; elsewhere the library's own panel has to do
-        kilobytes = int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
+    kilobytes = resident_kilobytes()
+    if kilobytes is not None:  # elsewhere the library's own panel has to do
         used["memory/resident_gb"] = kilobytes / 1e6
     if device.type == "cuda":
         used["memory/gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9

@@ -250,7 +250,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-# --- Progress -------------------------------------------------------------------------------
+# --- Progress and memory --------------------------------------------------------------------
 
 
 class Bar:
@@ -261,6 +261,7 @@ class Bar:
     def __init__(self, total: int, label: str, unit: str, done: int = 0, quiet: bool = False):
         """Begin with `done` of `total` units behind; `quiet` shows nothing."""
         self.total, self.label, self.done, self.before = total, label, done, done
+        self.quiet = quiet
         self.started = self.spoken = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
@@ -270,11 +271,16 @@ class Bar:
         self.done += count
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(count)
-        if self.bar.disable and now - self.spoken > self.PAUSE:
+        if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
-            left = (now - self.started) / (self.done - self.before) * (self.total - self.done)
-            said = f"  {self.label} {self.done / self.total:4.0%}"
-            print(f"{said}  {text + ', ' if text else ''}{left / 60:.1f} min left", flush=True)
+            said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
+            print(f"{said}{self.minutes_left:.1f} min left", flush=True)
+
+    @property
+    def minutes_left(self) -> float:
+        """How long the rest takes at the speed so far, of which there must be some."""
+        taken = time.monotonic() - self.started
+        return taken / (self.done - self.before) * (self.total - self.done) / 60
 
     def close(self) -> None:
         self.bar.close()
@@ -284,6 +290,17 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def resident_kilobytes() -> int | None:
+    """The memory this process holds now, in units of 1,024 bytes; None where it isn't Linux.
+
+    `getrusage` would tell of the peak, and of the parent's as well.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
 
 
 # --- Files ----------------------------------------------------------------------------------
