@@ -21,6 +21,12 @@ KARPATHY_FILE = None  # dataset_*.json in Karpathy's format; None: downloaded fo
 TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
 MAX_BAD_IMAGES = 10  # photos that may be missing or unreadable before the run is refused
 
+# --- Data larger than a memory: WebDataset shards ----------------------------------------------
+TRAIN_SHARDS = None  # tars to train on: "cc3m/{00000..00331}.tar", or https://; None: DATASET
+VAL_SHARDS = None  # tars whose photos validate, unpacked to DATA_DIR; None: DATASET's val split
+KEEP_SHARD_FEATURES = True  # on disk; False: each epoch reads the tars and encodes them anew
+SHUFFLE_BUFFER = 5000  # photos, one of which is drawn next; in memory if features aren't kept
+
 # --- Frozen image encoder -------------------------------------------------------------------
 ENCODER_MODEL_NAME = "google/vit-base-patch16-224-in21k"  # Hub name or local folder
 ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest

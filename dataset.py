@@ -8,7 +8,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from utils import UserError
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
+TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
 ROW_MULTIPLE = 4
@@ -331,6 +332,15 @@ class Batch:
         """The batch in memory that a GPU can fetch from by itself."""
         return self._each(Tensor.pin_memory)
 
+    def without(self, rows: Sequence[int]) -> Batch:
+        """The batch, in which these rows' tokens carry no loss; on the CPU."""
+        if not rows:
+            return self
+        kept = ~torch.isin(self.places // self.tokens.shape[1], torch.tensor(rows))
+        return replace(
+            self, targets=self.targets[kept], places=self.places[kept], asked=self.asked[kept]
+        )
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(self.names, *(change(getattr(self, f.name)) for f in fields(self)[1:]))
 
@@ -363,14 +373,14 @@ def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]
     return Batch(list(names), *map(torch.from_numpy, arrays))
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: Sequence[int]) -> list[list[int]]:
     """The batches of an epoch, as indices: random, yet photos of like row length together.
 
     Photos are shuffled, sorted by row length within pools of 64 batches, cut into batches, and
-    the batches shuffled. The order depends on the seed and the epoch only, so that a run that
-    resumes in mid-epoch meets the same batches.
+    the batches shuffled. The order depends on the seed's numbers only, so that a run that resumes
+    in mid-epoch meets the same batches.
     """
-    dice = np.random.default_rng((seed, epoch))
+    dice = np.random.default_rng(seed)
     shuffled = dice.permutation(len(lengths))
     pool = 64 * batch_size
     batches = []
@@ -406,9 +416,16 @@ class CaptionRows:
 
         Of each a process of a team gets its share, which may be empty.
         """
-        for members in epoch_order(self.lengths, batch_size, seed, epoch)[skip:]:
+        for members in epoch_order(self.lengths, batch_size, (seed, epoch))[skip:]:
             own = team.share(members)
             yield make_batch([self.names[i] for i in own], [self.captions[i] for i in own])
+
+    @property
+    def texts(self) -> tuple[int, int]:
+        """How many captions there are, and how many questions."""
+        sequences = [ids for group in self.captions for ids in group]
+        asked = sum(ANSWER_ID in ids for ids in sequences)
+        return len(sequences) - asked, asked
 
     def captions_of(self, names: Iterable[str]) -> int:
         """How many captions and questions these photos have together."""

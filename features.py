@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -85,19 +85,31 @@ class FeatureCache:
             entry = self.entries[item]
             if entry.shard not in self._files:
                 self._files[entry.shard] = os.open(entry.shard, os.O_RDONLY)
-            buffer = memoryview(row).cast("B")
-            got = os.preadv(self._files[entry.shard], [buffer], entry.row * row.nbytes)
-            if got != row.nbytes or zlib.crc32(buffer) != entry.checksum:
-                raise UserError(
-                    f"the feature shard {entry.shard} is damaged (at {item[0]}): delete it and "
-                    "run the same command again, which makes what it held anew"
-                )
+            file = self._files[entry.shard]
+            read_row(file, entry.row, row, entry.checksum, entry.shard, item[0])
         return torch.from_numpy(features)
 
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+def read_row(
+    file: int, row: int, into: np.ndarray, checksum: int, shard: Path, photo: str
+) -> None:
+    """Read one photo's features from a shard that is open as `file`, and check them.
+
+    Raises:
+        UserError: they are damaged; the message says which shard to delete.
+    """
+    buffer = memoryview(into).cast("B")
+    got = os.preadv(file, [buffer], row * into.nbytes)
+    if got != into.nbytes or zlib.crc32(buffer) != checksum:
+        raise UserError(
+            f"the feature shard {shard} is damaged (at {photo}): delete it and run the same "
+            "command again, which makes what it held anew"
+        )
 
 
 class ResidentFeatures:
@@ -197,9 +209,8 @@ def build_features(
         UserError: more than `max_bad` photos can't be read (the message names some), or the
             disk is full; what is built stays and is used next time.
     """
-    identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     # The leader looks for all: on a network's disk another machine sees a new file late.
-    folder = team.first(lambda: _open_folder(root, identity, say))
+    folder = team.first(lambda: open_folder(root, encoder, dtype, say))
     entries, missing = team.first(lambda: _take_stock(items, folder, image_dir, say))
     bad: dict[str, str] = {}
     if missing:
@@ -257,8 +268,11 @@ def _claim(
 # --- The folder -----------------------------------------------------------------------------
 
 
-def _open_folder(root: Path, identity: dict[str, Any], say: Callable[[str], None]) -> Path:
-    """The folder for features of this identity; say what changed if there are others."""
+def open_folder(
+    root: Path, encoder: FrozenEncoder, dtype: torch.dtype, say: Callable[[str], None]
+) -> Path:
+    """The folder for features of this encoder; say what changed if there are others."""
+    identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     # A folder that moved or a branch that was renamed holds the same weights all the same.
     decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
@@ -338,11 +352,30 @@ def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) 
     return _Batch(encoder.preprocess(images) if images else {}, loaded, bad)
 
 
+def encode(encoder: FrozenEncoder, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Preprocessed pictures -> features (images, patches, width) in half precision.
+
+    `dtype` is the precision of matrix products; the result is on the encoder's device.
+    """
+    device = next(encoder.parameters()).device
+    with autocast(device, dtype):
+        return encoder({key: value.to(device) for key, value in inputs.items()}).half()
+
+
+def check_finite(features: np.ndarray | Sequence[np.ndarray]) -> None:
+    """Refuse features that can't be used.
+
+    Raises:
+        UserError: some are infinite or not a number.
+    """
+    if not np.isfinite(features).all():
+        raise UserError("the encoder gave features that are not finite: run with --precision fp32")
+
+
 def _bytes_each(encoder: FrozenEncoder) -> int:
     """The size of a photo's features."""
-    device = next(encoder.parameters()).device
     inputs = encoder.preprocess([Image.new("RGB", (64, 64))])
-    return encoder({key: value.to(device) for key, value in inputs.items()}).numel() * 2
+    return encode(encoder, inputs, torch.float32).nbytes
 
 
 def _check_bad(bad: dict[str, str], max_bad: int) -> None:
@@ -360,7 +393,6 @@ def _build(
     """Encode `items` into new shards; returns their entries, and what is wrong with bad photos."""
     entries: dict[Item, Entry] = {}
     bad: dict[str, str] = {}
-    device = next(encoder.parameters()).device
     rows: list[np.ndarray] = []
     labels: list[tuple] = []
     # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
@@ -374,10 +406,7 @@ def _build(
             bad |= batch.bad
             _check_bad(bad, max_bad)
             if batch.items:
-                inputs = {key: value.to(device) for key, value in batch.inputs.items()}
-                with autocast(device, dtype):
-                    features = encoder(inputs)
-                rows.extend(features.to("cpu", torch.float16).numpy())
+                rows.extend(encode(encoder, batch.inputs, dtype).cpu().numpy())
                 labels.extend(batch.items)
             first = bar.done == 0
             bar.step(len(batch.items) + len(batch.bad))
@@ -409,8 +438,7 @@ def write_shard(
     numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
     writer = f"_{rank}" if rank else ""
     shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}{writer}.bin"
-    if not np.isfinite(rows).all():
-        raise UserError("the encoder gave features that are not finite: run with --precision fp32")
+    check_finite(rows)
     with atomic_write(shard) as path, open(path, "wb") as file:
         for row in rows:
             file.write(row.tobytes())

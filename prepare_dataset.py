@@ -34,6 +34,7 @@ from tqdm import tqdm
 import config
 from dataset import (
     SPLITS,
+    TEXT_KEYS,
     DataPaths,
     Question,
     check_name,
@@ -49,6 +50,7 @@ from dataset import (
 )
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
+from shards import expand_shards, read_shard
 from tokenizer import CaptionTokenizer, normalize
 from utils import (
     Bar,
@@ -74,7 +76,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 # Looked for in this order.
 CAPTION_TABLES = ("captions.txt", "results.csv", "captions.csv", "captions.jsonl", "metadata.jsonl")
 NAME_KEYS = ("image", "image_name", "file_name", "filename", "image_id")  # of a photo in a table
-TEXT_KEYS = ("caption", "captions", "text")  # of its captions in JSON lines: a text, or a list
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
 ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
@@ -84,7 +85,7 @@ CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
 
 SETTINGS = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
-    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH"
+    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
 ).split()
 
 
@@ -668,6 +669,44 @@ def ensure_photos(
         raise UserError(f"{error}: removed, run the same command again to download it") from None
 
 
+def unpack_shards(pattern: str, paths: DataPaths) -> None:
+    """Make a data set of which all photos validate, of the photos in WebDataset shards.
+
+    Raises:
+        UserError: DATA_DIR holds another data set, or a shard can't be read or used.
+    """
+    label = f"the shards {pattern}"
+    marker = read_marker(paths)
+    if marker is None and (paths.captions.exists() or photo_sizes(paths.images)):
+        raise UserError(
+            f"{paths.data_dir} holds a data set already: choose another folder for VAL_SHARDS' "
+            "photos with --data_dir, or leave VAL_SHARDS out to validate on what is there"
+        )
+    if marker and marker["dataset"] != label:
+        raise UserError(
+            f"{paths.data_dir} holds {marker['dataset']}, not {label}: choose another folder with "
+            "--data_dir"
+        )
+    if marker and marker["photos"] and marker["photos"] == photo_sizes(paths.images):
+        return
+    write_marker(paths, label, {})
+    captions: dict[str, list[str]] = {}
+    for url in expand_shards(pattern):
+        for sample in read_shard(url):
+            # A key may hold a path; photos of several shards may share one.
+            name = f"{len(captions):06d}_{PurePosixPath(sample.key).name[:80]}.{sample.suffix}"
+            with atomic_write(paths.images / name) as temporary:
+                temporary.write_bytes(sample.photo)
+            captions[name] = sample.captions
+    if not captions:
+        raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
+    splits = {"train": [], "val": list(captions), "test": []}
+    for path, content in ((paths.captions, captions), (paths.splits, splits)):
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write_marker(paths, label, photo_sizes(paths.images))
+
+
 # --- Splits ---------------------------------------------------------------------------------
 
 
@@ -835,6 +874,9 @@ def prepare(
         settings.MERGES_FILE,
         settings.FEATURES_DIR,
     )
+    if settings.VAL_SHARDS:
+        unpack_shards(settings.VAL_SHARDS, paths)
+        return paths
     if settings.DATASET != "custom" or settings.archive:
         ensure_photos(paths, settings.DATASET, sources.get(settings.DATASET, ()), settings.archive)
     elif not paths.images.is_dir():

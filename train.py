@@ -59,6 +59,7 @@ from hub import HubPusher, model_card
 from metrics import CiderD, score, tokenize, vqa_accuracy
 from model import CaptionModel
 from pictures import draw_curves, draw_samples
+from shards import Stock, Stream, StreamedRows, expand_shards, stock_folder, take_stock
 from tokenizer import ANSWER_ID, END, END_ID, START_ID, CaptionTokenizer
 from tracking import Tracker, memory
 from utils import (
@@ -84,6 +85,7 @@ EXAMPLES = """examples:
 # Settings that a run can't do without their being in a range, both ends included.
 RANGES = {
     "MAX_BAD_IMAGES": (0, math.inf), "QUESTION_WEIGHT": (0, math.inf),
+    "SHUFFLE_BUFFER": (1, math.inf),
     "FEATURE_VIEWS": (1, math.inf), "FEATURE_BATCH_SIZE": (1, math.inf),
     "VOCAB_SIZE": (1, math.inf), "MAX_CAPTION_LENGTH": (3, math.inf),
     "DECODER_EMBED_DIM": (1, math.inf), "DECODER_LAYERS": (1, math.inf),
@@ -92,7 +94,7 @@ RANGES = {
     "GRADIENT_ACCUMULATION_STEPS": (1, math.inf), "LEARNING_RATE": (1e-12, 100),
     "MIN_LEARNING_RATE": (0, 100), "WARMUP_STEPS": (0, math.inf), "WEIGHT_DECAY": (0, 100),
     "GRADIENT_CLIP": (1e-12, math.inf), "MAX_BAD_STEPS": (1, math.inf),
-    "LABEL_SMOOTHING": (0, 0.95), "EMA_DECAY": (0, 0.999999), "SEED": (-(2**63), 2**63 - 1),
+    "LABEL_SMOOTHING": (0, 0.95), "EMA_DECAY": (0, 0.999999), "SEED": (0, 2**63 - 1),
     "SCST_EPOCHS": (0, math.inf), "SCST_BEAM_SIZE": (2, 100), "SCST_LEARNING_RATE": (0, 100),
     "KEEP_CHECKPOINTS": (0, math.inf), "SAMPLE_IMAGES": (0, math.inf),
     "SCORED_IMAGES": (0, math.inf), "BEAM_SIZE": (1, 1000), "LENGTH_PENALTY": (-100, 100),
@@ -111,7 +113,8 @@ MEASURES = {"val_cider": "CIDEr-D", "val_bleu4": "BLEU-4", "val_accuracy": "accu
 class Data:
     """Captions and questions of photos, the photos by split, and their features.
 
-    Only what the tasks want is in it, and only photos that have some of it.
+    Only what the tasks want is in it, and only photos that have some of it. With TRAIN_SHARDS
+    the photos to train on are in `stock` alone.
     """
 
     captions: dict[str, list[str]]
@@ -120,6 +123,7 @@ class Data:
     cache: FeatureCache
     encoder: dict[str, Any]  # FrozenEncoder.identity()
     processor: str  # the encoder's preprocessor_config.json
+    stock: Stock | None = None
 
     def captioned(self, split: str) -> list[str]:
         """The photos of a split that have captions."""
@@ -141,7 +145,9 @@ def load_data(
         split: [name for name in names if name in captions or questions.get(name)]
         for split, names in load_splits(paths.splits).items()
     }
-    for split in ("train", "val"):
+    if settings.TRAIN_SHARDS:
+        splits["train"] = []
+    for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
         if not splits[split]:
             raise UserError(f"{paths.splits}: no photo of {split} has any {' or '.join(tasks)}")
     encoder = FrozenEncoder.load(
@@ -164,7 +170,32 @@ def load_data(
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     processor = encoder.processor.to_json_string()
-    return Data(captions, questions, splits, cache, encoder.identity(), processor)
+    stock = load_shards(settings, paths, encoder, team) if settings.TRAIN_SHARDS else None
+    return Data(captions, questions, splits, cache, encoder.identity(), processor, stock)
+
+
+def load_shards(
+    settings: SimpleNamespace, paths: DataPaths, encoder: FrozenEncoder, team: Team
+) -> Stock:
+    """What TRAIN_SHARDS hold: their features on disk, or the photos as they come.
+
+    Raises:
+        UserError: settings don't go with shards, or a shard can't be read.
+    """
+    if settings.FEATURE_VIEWS != 1 or settings.TASKS.strip() != "captions":
+        raise UserError(
+            "TRAIN_SHARDS are learned from in one view and for captions only: use "
+            "--feature_views 1 --tasks captions"
+        )
+    device = next(encoder.parameters()).device
+    dtype = choose_dtype(settings.PRECISION, device)
+    keep, max_bad = settings.KEEP_SHARD_FEATURES, settings.MAX_BAD_IMAGES
+    shards = take_stock(
+        encoder, expand_shards(settings.TRAIN_SHARDS), paths.features, keep_features=keep,
+        dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=max_bad, team=team,
+    )  # fmt: skip
+    folder = stock_folder(encoder, paths.features, dtype, lambda text: None)
+    return Stock(folder, shards) if keep else Stream(folder, shards, encoder, dtype, max_bad)
 
 
 def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
@@ -172,6 +203,8 @@ def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> C
     if settings.VOCAB_FILE and settings.MERGES_FILE:
         return CaptionTokenizer.load(paths.vocab, paths.merges)
     texts = [text for name in data.captioned("train") for text in data.captions[name]]
+    if data.stock:
+        texts += data.stock.first_texts()
     for _, question in data.asked(data.splits["train"]):
         texts += [question.text, question.answer]
     tokenizer = CaptionTokenizer.train(texts, settings.VOCAB_SIZE)
@@ -232,7 +265,7 @@ class Run:
     dtype: torch.dtype
     data: Data
     tokenizer: CaptionTokenizer
-    rows: dict[str, CaptionRows]
+    rows: dict[str, CaptionRows | StreamedRows]
     features: FeatureCache | ResidentFeatures
     model: CaptionModel  # what the optimizer moves
     shared: nn.Module | None  # in a team: what its losses are computed in; see `share_gradients`
@@ -277,8 +310,9 @@ class Run:
 
 
 def critical_epochs(settings: SimpleNamespace) -> int:
-    """Epochs of the self-critical stage, which is about captions."""
-    return settings.SCST_EPOCHS if "captions" in parse_tasks(settings.TASKS) else 0
+    """Epochs of the self-critical stage, which is about captions, and wants all in memory."""
+    possible = "captions" in parse_tasks(settings.TASKS) and not settings.TRAIN_SHARDS
+    return settings.SCST_EPOCHS if possible else 0
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -328,9 +362,13 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
         model.load_state_dict(resumed.training["weights"])
     if settings.COMPILE:
         model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
-    rows = {
-        split: encode_rows(tokenizer, data, split, size.max_length) for split in ("train", "val")
-    }
+    rows = {"val": encode_rows(tokenizer, data, "val", size.max_length)}
+    if data.stock:
+        rows["train"] = StreamedRows(
+            data.stock, tokenizer, size.max_length, settings.SHUFFLE_BUFFER
+        )
+    else:
+        rows["train"] = encode_rows(tokenizer, data, "train", size.max_length)
     optimizer = make_optimizer(model, settings)
     groups = math.ceil(
         rows["train"].count(settings.BATCH_SIZE) / settings.GRADIENT_ACCUMULATION_STEPS
@@ -473,16 +511,19 @@ def batches_with_features(
     run: Run, batches: Iterable[Batch], view: Callable[[str], int]
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches and the features of a view of their photos, read ahead, on the run's device."""
-    cache, device = run.features, run.device
-
     def load(batch: Batch) -> tuple[Batch, Tensor]:
-        features = cache.read([(name, view(name)) for name in batch.names])
-        if device.type == "cuda":
-            batch = batch.pin()
-            features = features if features.is_cuda else features.pin_memory()
-        return batch.to(device), features.to(device, non_blocking=True)
+        features = run.features.read([(name, view(name)) for name in batch.names])
+        return to_device(run.device, batch, features)
 
     return prefetch(load, batches)
+
+
+def to_device(device: torch.device, batch: Batch, features: Tensor) -> tuple[Batch, Tensor]:
+    """Both on the device; where that is a GPU, without waiting for them to arrive."""
+    if device.type == "cuda":
+        batch = batch.pin()
+        features = features if features.is_cuda else features.pin_memory()
+    return batch.to(device), features.to(device, non_blocking=True)
 
 
 def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
@@ -491,6 +532,8 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
     batches = run.rows["train"].batches(
         settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch, run.team
     )
+    if stock := run.data.stock:
+        return prefetch(lambda batch: to_device(run.device, *stock.load(batch)), batches)
     # Each epoch shows the next view of a photo, and different photos different ones.
     return batches_with_features(
         run, batches, lambda name: (progress.epoch + len(name) + ord(name[0]))
@@ -968,19 +1011,22 @@ def say(text: str) -> None:
 def describe(run: Run) -> None:
     """The summary at the start: what is trained on what, and where the output goes."""
     settings, rows = run.settings, run.rows
-    sequences = [ids for group in rows["train"].captions for ids in group]
-    answers = sum(ANSWER_ID in ids for ids in sequences)
-    texts = [f"{count:,} {kind}" for count, kind in
-             ((len(sequences) - answers, "captions"), (answers, "questions")) if count]  # fmt: skip
+    counts = zip(rows["train"].texts, ("captions", "questions"), strict=True)
+    texts = [f"{count:,} {kind}" for count, kind in counts if count]
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     cache = run.data.cache
     patches, width = cache.shape
-    size = size_text(len(cache.entries) * patches * width * 2)
+    kept = len(cache.entries)
+    source = f"{settings.DATASET}, split by {settings.SPLIT}"
+    if stock := run.data.stock:
+        source = f"{settings.TRAIN_SHARDS}, and {settings.VAL_SHARDS or source} to validate"
+        kept += len(stock) if settings.KEEP_SHARD_FEATURES else 0
+    size = size_text(kept * patches * width * 2)
     processes = run.team.size
     devices = f"{processes} processes, {run.device.type}" if processes > 1 else str(run.device)
     print(
         f"data      {len(rows['train']):,} photos with {' and '.join(texts)} to train on, "
-        f"{len(rows['val']):,} to validate ({settings.DATASET}, split by {settings.SPLIT})\n"
+        f"{len(rows['val']):,} to validate ({source})\n"
         f"encoder   {settings.ENCODER_MODEL_NAME}, frozen: {patches} vectors of {width} a photo\n"
         f"features  {size} in {cache.folder}\n"
         f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
@@ -988,6 +1034,8 @@ def describe(run: Run) -> None:
         f"device    {devices}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
         f"output    {run.output}"
     )
+    if run.data.stock and settings.SCST_EPOCHS:
+        print("stages    cross-entropy only: self-critical training wants all captions in memory")
     if run.progress.step:
         print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
     if run.progress.epoch >= run.epochs:

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import errno
 import fcntl
+import importlib
 import math
 import os
 import random
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH")
+PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 
 
 class UserError(Exception):
@@ -122,8 +123,8 @@ def load_settings(
 
 
 def _anchor(root: Path, name: str, value: object) -> object:
-    """A path in the configuration is meant from the configuration's folder."""
-    if isinstance(value, str) and value and name.endswith(PATH_SUFFIXES):
+    """A path in the configuration is meant from the configuration's folder; an address is none."""
+    if isinstance(value, str) and value and name.endswith(PATH_SUFFIXES) and ":" not in value:
         return os.path.normpath(root / Path(value).expanduser())
     return value
 
@@ -141,6 +142,20 @@ def check_ranges(
         if not (math.isfinite(value) and least <= value <= most):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: it must be {bound}")
+
+
+def require_extra(module: str, requirements: str) -> ModuleType:
+    """Import what only some of the project's uses need.
+
+    Raises:
+        UserError: it isn't installed; the message names the file with its requirements.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this needs {error.name}: run pip install -r {requirements}"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

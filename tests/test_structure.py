@@ -15,7 +15,7 @@ from utils import constant_comments, constants
 
 ORDER = [
     "utils", "tokenizer", "metrics", "encoder", "decoder", "distributed",
-    "features", "dataset", "model", "attention", "generation",
+    "features", "dataset", "shards", "model", "attention", "generation",
     "checkpoint", "hub", "tracking", "pictures",
     "prepare_dataset", "train", "evaluate", "inference", "benchmark", "app",
     "export",

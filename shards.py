@@ -1,0 +1,687 @@
+"""Photos from WebDataset shards: more of them than a memory holds, or a disk.
+
+A shard is a tar of photos, each with its caption beside it under the same name, here or on a
+server; `webdataset` opens and reads it. Of each shard stock is taken once: it is read in order,
+and what it holds goes into a table of its own, and into a file of features unless the disk is to
+be spared. The manifest counts the photos of all shards: it, the tables of the shards that are
+being read, and a bounded pool of photos are all that is in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataset import TEXT_KEYS, Batch, epoch_order, make_batch
+from distributed import ALONE, Team
+from encoder import FrozenEncoder, ImageError
+from features import check_finite, encode, open_folder, prefetch, read_row
+from tokenizer import CaptionTokenizer
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    first_line,
+    require_extra,
+    require_room,
+    size_text,
+    sole_user,
+)
+
+PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
+ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
+RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
+OPEN_TABLES = 32  # shards whose table is in memory
+POOL = 64  # batches that are sorted by length together
+TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A photo of a shard, as it stands there, and what it shows."""
+
+    key: str
+    suffix: str  # of the photo's name: what kind of file it is
+    photo: bytes
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of a shard."""
+
+    url: str
+    version: tuple[int, int] | None  # a local file's size and time; None where it is elsewhere
+    photos: int
+    captions: int
+    encoded: bool  # whether its features are on disk
+
+
+class PhotoFile(io.BytesIO):
+    """A photo in memory that messages call by its name."""
+
+    def __init__(self, name: str, content: bytes):
+        super().__init__(content)
+        self.called = name
+
+    def __str__(self) -> str:
+        return self.called
+
+
+# --- Reading a shard ------------------------------------------------------------------------
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """`"cc3m/{00000..00331}.tar"` -> the shards' paths or addresses, in order.
+
+    Raises:
+        UserError: a local one is missing, or one stands there twice.
+    """
+    shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
+    urls = [url if _elsewhere(url) else os.path.expanduser(url)
+            for url in shardlists.expand_urls(pattern)]  # fmt: skip
+    missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
+            "correct the numbers in braces"
+        )
+    if len(set(urls)) < len(urls):
+        raise UserError(f"the shards {pattern} name one twice")
+    return urls
+
+
+def _elsewhere(url: str) -> bool:
+    return "://" in url or url.startswith("pipe:")
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    """The photos of a shard that have a caption, in order; of two of one name, the first.
+
+    A shard that is elsewhere and breaks off is read again, up to where it broke off unheard.
+
+    Raises:
+        UserError: it can't be read to its end, or is no tar.
+    """
+    passed, failures = 0, 0
+    keys: set[str] = set()
+    while True:
+        before = passed
+        try:
+            for raw in itertools.islice(_read_once(url), passed, None):
+                passed += 1
+                sample = _sample(raw)
+                if sample and sample.key not in keys:
+                    keys.add(sample.key)
+                    yield sample
+            return
+        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+            # What the library and tarfile raise for what is cut off, swapped or not there.
+            failures = failures + 1 if passed == before else 1
+            if not _elsewhere(url) or failures == ATTEMPTS:
+                raise UserError(
+                    f"the shard {url} can't be read to its end ({first_line(error)}): mend or "
+                    "replace it and run again, what is done is kept"
+                ) from None
+            time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
+
+
+def _read_once(url: str) -> Iterator[dict[str, Any]]:
+    """The files of each photo by suffix, as bytes; an error if the shard isn't whole."""
+    tars = require_extra("webdataset.tariterators", "requirements-shards.txt")
+    stream = _Tail(tars.gopen.gopen(url))
+    with contextlib.closing(stream):
+        files = tars.tar_file_expander([{"url": url, "stream": stream}])
+        yield from tars.group_by_keys(files)
+        while stream.read(2**20):
+            pass
+        # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
+        if url.endswith(".tar") and stream.last.strip(b"\0"):
+            raise EOFError("it has no end mark: it is cut off")
+
+
+class _Tail:
+    """A stream that remembers the last bytes read; closing it raises what a server's end hid."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.last = stream, b"?"
+
+    def read(self, size: int) -> bytes:
+        piece = self.stream.read(size)
+        self.last = piece[-1024:] or self.last
+        return piece
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def _sample(raw: dict[str, Any]) -> Sample | None:
+    suffix = next((key for key in PHOTO_KEYS if key in raw), None)
+    captions = _captions(raw)
+    return Sample(raw["__key__"], suffix, raw[suffix], captions) if suffix and captions else None
+
+
+def _captions(raw: dict[str, Any]) -> list[str]:
+    """A `.txt` is one caption; a `.json` has it under a name of TEXT_KEYS."""
+    try:
+        if "txt" in raw:
+            texts = [raw["txt"].decode("utf-8-sig")]
+        else:
+            table = json.loads(raw.get("json", b"{}"))
+            texts = next((table[key] for key in TEXT_KEYS if key in table), [])
+            texts = [texts] if isinstance(texts, str) else texts
+        return [text for text in (" ".join(text.split()) for text in texts) if text]
+    except (ValueError, TypeError, AttributeError):  # not UTF-8, not JSON, or not texts
+        return []
+
+
+def _version(url: str) -> tuple[int, int] | None:
+    if _elsewhere(url):
+        return None
+    stat = os.stat(url)
+    return stat.st_size, stat.st_mtime_ns
+
+
+# --- Taking stock ---------------------------------------------------------------------------
+
+
+def take_stock(
+    encoder: FrozenEncoder,
+    urls: Sequence[str],
+    root: Path,
+    *,
+    keep_features: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+    max_bad: int = 0,
+    say: Callable[[str], None] = print,
+    team: Team = ALONE,
+) -> list[Shard]:
+    """Read the shards that the folder under `root` knows nothing of yet, a share in each process.
+
+    Args:
+        encoder: on the device where it shall run.
+        keep_features: whether photos are encoded, and their features kept.
+        dtype: the precision of the encoder's matrix products.
+        max_bad: how many photos of a shard may be unreadable.
+
+    Returns:
+        The shards in the order of `urls`.
+
+    Raises:
+        UserError: a shard can't be read, more than `max_bad` photos of one can't, or the disk is
+            full. Shards that were done are kept.
+    """
+    folder = team.first(lambda: stock_folder(encoder, root, dtype, say))
+    with contextlib.ExitStack() as lock:
+        known, missing = team.first(lambda: _claim(lock, folder, urls, keep_features, say))
+        own = team.share(missing)
+        made = []
+        with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
+            for url in own:
+                work = (encoder, url, folder, dtype, batch_size, max_bad)
+                made.append(_encode_shard(*work) if keep_features else _list_shard(url, folder))
+                if bar.done == 0 and keep_features:
+                    _check_room(folder, made[0], len(missing), say)
+                bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
+        for shards in team.collect(made):
+            known |= {shard.url: shard for shard in shards}
+        if missing:
+            team.first(lambda: _write_manifest(folder, known))
+    found = [known[url] for url in urls]
+    if not any(shard.photos for shard in found):
+        raise UserError(
+            f"the shards hold no photo with a caption: a photo is one of {', '.join(PHOTO_KEYS)}, "
+            "its caption a .txt of the same name, or \"caption\" in a .json"
+        )
+    return found
+
+
+def stock_folder(
+    encoder: FrozenEncoder, root: Path, dtype: torch.dtype, say: Callable[[str], None]
+) -> Path:
+    """Where the tables and features of shards are, for this encoder."""
+    return open_folder(root, encoder, dtype, say) / "shards"
+
+
+def _claim(
+    lock: contextlib.ExitStack,
+    folder: Path,
+    urls: Sequence[str],
+    keep_features: bool,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Shard], list[str]]:
+    """Keep the folder until `lock` is released; the shards known, and those of `urls` that lack."""
+    lock.enter_context(sole_user(folder, wait=True))
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
+    known = _read_manifest(folder)
+
+    def fits(url: str) -> bool:
+        shard = known.get(url)
+        return bool(shard) and shard.version == _version(url) and (
+            shard.encoded or not keep_features)  # fmt: skip
+
+    for url in urls:
+        # Done by a run that was ended before it wrote the manifest.
+        if not fits(url) and _table_path(folder, url).exists():
+            table = json.loads(_table_path(folder, url).read_text(encoding="utf-8"))
+            known[url] = _shard_of(table)
+    missing = [url for url in urls if not fits(url)]
+    if missing:
+        say(f"shards: {len(missing):,} to read, {len(urls) - len(missing):,} known, in {folder}")
+    return known, missing
+
+
+def _read_manifest(folder: Path) -> dict[str, Shard]:
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {}
+    shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+    return {s["url"]: Shard(**s | {"version": _pair(s["version"])}) for s in shards}
+
+
+def _write_manifest(folder: Path, known: dict[str, Shard]) -> None:
+    with atomic_write(folder / "manifest.json") as path:
+        shards = [asdict(shard) for shard in known.values()]
+        path.write_text(json.dumps({"shards": shards}, indent=0), encoding="utf-8")
+
+
+def _pair(version: list[int] | None) -> tuple[int, int] | None:
+    return tuple(version) if version else None
+
+
+def _table_path(folder: Path, url: str) -> Path:
+    """A shard's table; its features stand beside it in a `.bin`."""
+    name = os.path.basename(url.split("?")[0]).removesuffix(".tar")
+    return folder / f"{name[:40]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.json"
+
+
+def _shard_of(table: dict[str, Any]) -> Shard:
+    captions = sum(map(len, table["captions"]))
+    return Shard(table["url"], _pair(table["version"]), len(table["keys"]), captions,
+                 table["shape"] is not None)  # fmt: skip
+
+
+def _write_table(
+    folder: Path,
+    url: str,
+    samples: Sequence[tuple[str, list[str]]],
+    shape: tuple[int, int] | None = None,
+    checksums: Sequence[int] = (),
+) -> Shard:
+    keys, captions = [key for key, _ in samples], [texts for _, texts in samples]
+    table = {"url": url, "version": _version(url), "shape": shape, "keys": keys,
+             "captions": captions, "checksums": list(checksums)}  # fmt: skip
+    with atomic_write(_table_path(folder, url)) as path:
+        path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+    return _shard_of(table)
+
+
+def _list_shard(url: str, folder: Path) -> Shard:
+    """Write down what a shard holds, without its features."""
+    return _write_table(folder, url, [(s.key, s.captions) for s in read_shard(url)])
+
+
+def _encode_shard(
+    encoder: FrozenEncoder,
+    url: str,
+    folder: Path,
+    dtype: torch.dtype,
+    batch_size: int,
+    max_bad: int,
+) -> Shard:
+    """Write down what a shard holds, and its photos' features, (patches, width) each.
+
+    Photos that can't be read are said and left out.
+    """
+    samples: list[tuple[str, list[str]]] = []
+    checksums: list[int] = []
+    bad: list[str] = []
+    shape = None
+    chunks = _chunks(read_shard(url), batch_size)
+
+    def load(chunk: list[Sample]) -> list[tuple[Sample, Image.Image | str]]:
+        return [(sample, _open(encoder, url, sample.key, sample.photo)) for sample in chunk]
+
+    threads = os.cpu_count() or 2
+    with atomic_write(_table_path(folder, url).with_suffix(".bin")) as path, open(
+        path, "wb"
+    ) as file:
+        for loaded in prefetch(load, chunks, threads=threads, ahead=threads + 2):
+            bad += [image for _, image in loaded if isinstance(image, str)]
+            _check_bad(url, bad, max_bad)
+            good = [(sample, image) for sample, image in loaded if not isinstance(image, str)]
+            if not good:
+                continue
+            inputs = encoder.preprocess([image for _, image in good])
+            features = encode(encoder, inputs, dtype).cpu().numpy()
+            check_finite(features)
+            for (sample, _), row in zip(good, features, strict=True):
+                content = row.tobytes()
+                file.write(content)
+                checksums.append(zlib.crc32(content))
+                samples.append((sample.key, sample.captions))
+            shape = features.shape[1:]
+    if bad:
+        print("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]), flush=True)
+    return _write_table(folder, url, samples, shape, checksums)
+
+
+def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    """Lists of up to `size` samples, read by a thread of their own."""
+    def take(_: int) -> list[Sample]:
+        return list(itertools.islice(samples, size))
+
+    return itertools.takewhile(len, prefetch(take, itertools.count()))
+
+
+def _open(encoder: FrozenEncoder, url: str, key: str, photo: bytes) -> Image.Image | str:
+    """The picture, or what is wrong with it."""
+    try:
+        return encoder.open(PhotoFile(f"{url}: {key}", photo))
+    except ImageError as error:
+        return str(error)
+
+
+def _check_bad(url: str, bad: Sequence[str], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        listing = "\n  ".join(bad[:10])
+        raise UserError(
+            f"more than MAX_BAD_IMAGES = {max_bad} photos of {url} can't be read:\n  {listing}\n"
+            "Mend the shard, leave it out, or raise --max_bad_images."
+        )
+
+
+def _check_room(folder: Path, first: Shard, count: int, say: Callable[[str], None]) -> None:
+    """By the first shard's features, say how large those of all will be; is there room for them?"""
+    size = _table_path(folder, first.url).with_suffix(".bin").stat().st_size
+    say(f"shards: about {size_text(size * count)} of features, if all are like the first "
+        "(--keep_shard_features false keeps none)")  # fmt: skip
+    require_room([(folder, size * (count - 1))])
+
+
+# --- Batches --------------------------------------------------------------------------------
+
+
+class Stock:
+    """The photos of all shards, numbered through; their captions, and their features on disk."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]):
+        """Args: `shards`, as `take_stock` gave them; `folder`, `stock_folder`."""
+        self.folder = folder
+        self.shards = [shard for shard in shards if shard.photos]
+        counts = [shard.photos for shard in self.shards]
+        self.starts = list(itertools.accumulate(counts, initial=0))
+        self.table = functools.lru_cache(OPEN_TABLES)(self._read_table)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def captions(self) -> int:
+        return sum(shard.captions for shard in self.shards)
+
+    def _read_table(self, shard: int) -> dict[str, Any]:
+        path = _table_path(self.folder, self.shards[shard].url)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is gone: delete {self.folder / 'manifest.json'} and run again"
+            ) from None
+
+    def place(self, number: int) -> tuple[int, int]:
+        """A photo's shard and row."""
+        shard = bisect.bisect_right(self.starts, number) - 1
+        return shard, number - self.starts[shard]
+
+    def name(self, number: int) -> str:
+        """A photo's name for people, and within this stock: `shard.tar#7`, counted from 0."""
+        shard, row = self.place(number)
+        return f"{self.shards[shard].url}#{row}"
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {shard.url: start for shard, start in zip(self.shards, self.starts, strict=False)}
+
+    def number(self, name: str) -> int:
+        """The photo that `name` named."""
+        url, row = name.rsplit("#", 1)
+        return self._index[url] + int(row)
+
+    def texts(self, number: int) -> list[str]:
+        """A photo's captions."""
+        shard, row = self.place(number)
+        return self.table(shard)["captions"][row]
+
+    def first_texts(self, count: int = TEXTS) -> Iterator[str]:
+        """Captions to learn a tokenizer from: all, or `count` of the first shards."""
+        groups = itertools.chain.from_iterable(
+            self.table(shard)["captions"] for shard in range(len(self.shards))
+        )
+        return itertools.islice(itertools.chain.from_iterable(groups), count)
+
+    def begin(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Nothing: features on disk are read in any order."""
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Nothing, as in `begin`."""
+
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch, and its photos' features (images, patches, width) in half precision.
+
+        Raises:
+            UserError: features are damaged; the message says what to delete.
+        """
+        if not batch.names:
+            return batch, torch.empty(0)
+        rows = []
+        for name in batch.names:
+            shard, row = self.place(self.number(name))
+            table = self.table(shard)
+            file = _table_path(self.folder, self.shards[shard].url).with_suffix(".bin")
+            content = np.empty(table["shape"], dtype=np.float16)
+            with open(file, "rb") as opened:
+                read_row(opened.fileno(), row, content, table["checksums"][row], file, name)
+            rows.append(content)
+        return batch, torch.from_numpy(np.stack(rows))
+
+
+class Stream(Stock):
+    """A stock without features: photos are read in the shards' order and encoded as they come."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        encoder: FrozenEncoder,
+        dtype: torch.dtype,
+        max_bad: int,
+    ):
+        super().__init__(folder, shards)
+        self.encoder, self.dtype, self.max_bad = encoder, dtype, max_bad
+        self.pool = ThreadPoolExecutor(os.cpu_count() or 2)
+        self.waiting: dict[int, bytes] = {}  # photos that were read, and not yet asked for
+        self.done = bytearray()  # for each photo whether it will not be asked for
+        self.bad: dict[str, list[str]] = {}
+        self.arrivals: Iterator[tuple[int, bytes]] = iter(())
+
+    def begin(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Read anew: of each span's shard the photos from a first row to before a last one."""
+        self.waiting, self.done, self.bad = {}, bytearray(len(self)), {}
+        chunks = _chunks(self._read(spans), 32)
+        self.arrivals = itertools.chain.from_iterable(chunks)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """These photos will not be asked for; a shard of which none will is not opened."""
+        for number in numbers:
+            self.done[number] = True
+
+    def _read(self, spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, bytes]]:
+        for shard, first, last in spans:
+            url, start = self.shards[shard].url, self.starts[shard]
+            keys = self.table(shard)["keys"]
+            wanted = {keys[row]: start + row for row in range(first, last)
+                      if not self.done[start + row]}  # fmt: skip
+            if not wanted:
+                continue
+            for sample in read_shard(url):
+                if sample.key in wanted:
+                    yield wanted.pop(sample.key), sample.photo
+                if not wanted:
+                    break
+            if wanted:
+                raise UserError(
+                    f"the shard {url} has changed since stock was taken, {len(wanted)} photos are "
+                    f"gone: delete {_table_path(self.folder, url)} and manifest.json beside it"
+                )
+
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """As `Stock.load`; photos that can't be read are said, and carry no loss."""
+        if not batch.names:
+            return batch, torch.empty(0)
+        numbers = [self.number(name) for name in batch.names]
+        while any(number not in self.waiting for number in numbers):
+            number, photo = next(self.arrivals)
+            self.waiting[number] = photo
+        photos = [self.waiting.pop(number) for number in numbers]
+        names = map(self._key, numbers)
+        images = list(self.pool.map(functools.partial(_open_named, self.encoder), names, photos))
+        lost = [row for row, image in enumerate(images) if isinstance(image, str)]
+        for row in lost:
+            self._note_bad(batch.names[row].rsplit("#", 1)[0], images[row])
+            images[row] = Image.new("RGB", (self.encoder.side,) * 2)
+        inputs = self.encoder.preprocess(images)
+        return batch.without(lost), encode(self.encoder, inputs, self.dtype)
+
+    def _key(self, number: int) -> tuple[str, str]:
+        shard, row = self.place(number)
+        return self.shards[shard].url, self.table(shard)["keys"][row]
+
+    def _note_bad(self, url: str, problem: str) -> None:
+        print(f"left out: {problem}", flush=True)
+        self.bad.setdefault(url, []).append(problem)
+        _check_bad(url, self.bad[url], self.max_bad)
+
+
+def _open_named(
+    encoder: FrozenEncoder, name: tuple[str, str], photo: bytes
+) -> Image.Image | str:
+    return _open(encoder, *name, photo)
+
+
+class StreamedRows:
+    """The captions of a stock, cut into batches a pool at a time; see `CaptionRows`.
+
+    Of the photos, in an epoch's order of shards, each process of a team has a part of its own, so
+    that no two meet the same photo and all have the same number of batches. Within it, each photo
+    is drawn from the next `buffer`.
+    """
+
+    def __init__(self, stock: Stock, tokenizer: CaptionTokenizer, max_length: int, buffer: int):
+        self.stock, self.tokenizer = stock, tokenizer
+        self.max_length, self.buffer = max_length, buffer
+
+    def __len__(self) -> int:
+        return len(self.stock)
+
+    @property
+    def texts(self) -> tuple[int, int]:
+        """How many captions there are, and how many questions."""
+        return self.stock.captions, 0
+
+    def count(self, batch_size: int) -> int:
+        """Batches in an epoch, in each process."""
+        return -(-len(self) // batch_size)
+
+    def captions_of(self, names: Iterable[str]) -> int:
+        """How many captions these photos have together."""
+        return sum(len(self.stock.texts(self.stock.number(name))) for name in names)
+
+    def batches(
+        self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
+    ) -> Iterator[Batch]:
+        """The epoch's batches, without the first `skip`, of which photos that are only
+        streamed are not read again."""
+        sizes = [len(range(rank, batch_size, team.size)) for rank in range(team.size)]
+        before = sum(sizes[: team.rank])
+        own = sizes[team.rank]
+        begin, end = (len(self) * part // batch_size for part in (before, before + own))
+        key = (seed, epoch, team.rank)
+        spans = self._spans(seed, epoch, begin, end)
+        self.stock.begin(spans)
+        left = self.count(batch_size) - skip
+        numbers = self._shuffled(spans, key)
+        for pool in itertools.count():
+            members = list(itertools.islice(numbers, POOL * max(1, own)))
+            if not members:
+                break
+            for batch in self._cut(members, own, (*key, pool), skip):
+                left -= 1
+                yield batch
+            skip = max(0, skip - -(-len(members) // own))
+        for _ in range(left):  # the others are not done yet
+            yield make_batch([], [])
+
+    def _spans(self, seed: int, epoch: int, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """The photos from `begin` to before `end` of the epoch's order: shards, each with rows."""
+        spans, place = [], 0
+        for shard in np.random.default_rng((seed, epoch)).permutation(len(self.stock.shards)):
+            photos = self.stock.shards[shard].photos
+            first, last = max(0, begin - place), min(photos, end - place)
+            if first < last:
+                spans.append((int(shard), first, last))
+            place += photos
+        return spans
+
+    def _shuffled(
+        self, spans: Sequence[tuple[int, int, int]], key: tuple[int, ...]
+    ) -> Iterator[int]:
+        """The photos of the spans by number, each drawn from the next `buffer`."""
+        filters = require_extra("webdataset.filters", "requirements-shards.txt")
+        starts = self.stock.starts
+        rows = ((starts[shard], row) for shard, *ends in spans for row in range(*ends))
+        numbers = (start + row for start, row in rows)
+        dice = random.Random(str(key))
+        return filters.shuffle(self.buffer, initial=self.buffer, rng=dice)(numbers)
+
+    def _cut(
+        self, members: Sequence[int], batch_size: int, key: Sequence[int], skip: int
+    ) -> Iterator[Batch]:
+        """The batches of a pool, without the first `skip`."""
+        if skip * batch_size >= len(members):
+            self.stock.forget(members)
+            return
+        groups = [self.stock.texts(number) for number in members]
+        ids = iter(
+            self.tokenizer.encode_captions(list(itertools.chain(*groups)), self.max_length)
+        )
+        rows = [list(itertools.islice(ids, len(group))) for group in groups]
+        lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
+        order = epoch_order(lengths, batch_size, key)
+        for batch in order[:skip]:
+            self.stock.forget(members[i] for i in batch)
+        for batch in order[skip:]:
+            names = [self.stock.name(members[i]) for i in batch]
+            yield make_batch(names, [rows[i] for i in batch])
