@@ -2,7 +2,8 @@
 
     python tests/killed_run.py WHERE COUNT flags of train.py ...
 
-WHERE: "features" (after so many shards of one batch each), "update" (after so many),
+WHERE: "features" (after so many shards of one batch each), "shards" (before the table of the
+so-manieth WebDataset shard, whose features are written), "update" (after so many),
 "validation" (at the start of so many), "save" (in the middle of writing the so-manieth .pt) or
 "rename" (whole, but not yet under its name). Under torchrun only the process of rank 1 does so, and
 only where the job was not started again.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import features  # noqa: E402
+import shards  # noqa: E402
 import train  # noqa: E402
 from utils import run_script  # noqa: E402
 
@@ -62,6 +64,8 @@ def main() -> int:
     if where == "features":
         features.SHARD_BYTES = 1
         features.write_shard = counted(features.write_shard, count, features.write_shard)
+    elif where == "shards":
+        shards._write_table = counted(shards._write_table, count, lambda *_: None)
     elif where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":

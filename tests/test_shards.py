@@ -1,0 +1,383 @@
+"""WebDataset shards: every photo once, wherever it is read from, however often it breaks off."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import shards
+from dataset import Batch
+from distributed import Team
+from encoder import FrozenEncoder
+from shards import Stock, Stream, StreamedRows, read_shard, stock_folder, take_stock
+from tests.conftest import COLOURS, paint, run, small_flags
+from tests.download_server import DownloadServer, Remote, serving
+from tests.test_distributed import figures, torchrun
+from tests.test_kills import assert_equal, state
+from tokenizer import CaptionTokenizer
+from utils import UserError
+
+
+def photo(number: int) -> bytes:
+    colour, place = list(COLOURS)[number % 3], ("left", "right")[number // 3 % 2]
+    file = io.BytesIO()
+    paint(colour, place, number).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption(number: int) -> str:
+    colour, place = list(COLOURS)[number % 3], ("left", "right")[number // 3 % 2]
+    longer = " that is not very large" * (number % 4 == 0)
+    return f"a {colour} square{longer} on the {place}"
+
+
+def pack(files: Sequence[tuple[str, bytes]]) -> bytes:
+    """A tar of these files, in order."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def shard_of(numbers: Sequence[int]) -> bytes:
+    """As img2dataset lays it out: photo, caption, and a JSON about them."""
+    files = []
+    for number in numbers:
+        key = f"{number:09d}"
+        about = json.dumps({"caption": caption(number), "url": "https://example.com"})
+        files += [(f"{key}.png", photo(number)), (f"{key}.txt", caption(number).encode()),
+                  (f"{key}.json", about.encode())]  # fmt: skip
+    return pack(files)
+
+
+def write_shards(folder: Path, sizes: Sequence[int]) -> str:
+    """Shards of so many photos each, as a pattern in braces."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for shard, size in enumerate(sizes):
+        (folder / f"{shard:05d}.tar").write_bytes(shard_of(range(start, start + size)))
+        start += size
+    return f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_dir) -> FrozenEncoder:
+    return FrozenEncoder.load(str(encoder_dir))
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[DownloadServer]:
+    monkeypatch.setattr(shards, "RETRY_PAUSE", 0.01)
+    with serving() as running:
+        yield running
+
+
+# --- One shard ------------------------------------------------------------------------------
+
+
+def test_what_counts_as_a_photo_with_a_caption(tmp_path):
+    files = [
+        ("in/a.jpg", b"A"), ("in/a.txt", b" two \n lines "),
+        ("b.jpg", b"B"), ("b.json", json.dumps({"captions": ["one", "another"]}).encode()),
+        ("c.png", b"C"), ("c.json", b'{"text": "written"}'),
+        ("no_photo.txt", b"words"), ("no_words.jpg", b"D"), ("empty.jpg", b"E"),
+        ("empty.txt", b" "), ("binary.jpg", b"F"), ("binary.txt", b"\xff\xfe"),
+        ("odd.jpg", b"G"), ("odd.json", b'{"caption": 7}'), ("broken.jpg", b"H"),
+        ("broken.json", b"{"), ("in/a.webp", b"I"), ("in/a.txt", b"the same name again"),
+        ("z.WEBP", b"Z"), ("z.TXT", b"last"),
+    ]  # fmt: skip
+    path = tmp_path / "odd.tar"
+    path.write_bytes(pack(files))
+    found = [(s.key, s.suffix, s.photo, s.captions) for s in read_shard(str(path))]
+    assert found == [
+        ("in/a", "jpg", b"A", ["two lines"]), ("b", "jpg", b"B", ["one", "another"]),
+        ("c", "png", b"C", ["written"]), ("z", "webp", b"Z", ["last"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", ["in a photo", "between files", "no tar", "empty", "away"])
+def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage):
+    whole, path = shard_of(range(3)), tmp_path / "00000.tar"
+    cut = {"in a photo": whole[:1000], "between files": whole[: _after_files(whole, 3)],
+           "no tar": b"<html>" * 400, "empty": b""}  # fmt: skip
+    if damage != "away":
+        path.write_bytes(cut[damage])
+    with pytest.raises(UserError, match="00000.tar can't be read"):
+        list(read_shard(str(path)))
+
+
+def _after_files(tar: bytes, count: int) -> int:
+    """Where the first `count` files of a tar end."""
+    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
+        info = opened.getmembers()[count - 1]
+    return info.offset_data + -(-info.size // 512) * 512
+
+
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("length", ["told", "untold"])
+def test_a_server_that_breaks_off_costs_nothing(server, length):
+    body = shard_of(range(40))
+    cuts = [_after_files(body, 30), len(body) // 2, 100]
+    server.files["00000.tar"] = Remote(body, length=length, cuts=list(cuts))
+    found = list(read_shard(server.url("00000.tar")))
+    assert [s.key for s in found] == [f"{number:09d}" for number in range(40)]
+    assert [s.photo for s in found] == [photo(number) for number in range(40)]
+    assert len(server.ranges_asked("00000.tar")) == len(cuts) + 1
+
+
+@pytest.mark.fault(count=2)
+def test_a_server_that_never_gives_it_is_named(server):
+    server.files["00000.tar"] = Remote(shard_of(range(4)), cuts=[3000] * 20)
+    for name in ("00000.tar", "missing.tar"):
+        with pytest.raises(UserError, match=rf"{name} can't be read to its end"):
+            list(read_shard(server.url(name)))
+    assert len(server.ranges_asked("00000.tar")) <= shards.ATTEMPTS + 1
+
+
+# --- Taking stock ---------------------------------------------------------------------------
+
+
+def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
+    pattern = write_shards(tmp_path / "tars", [5, 3, 4])
+    urls, said = shards.expand_shards(pattern), []
+    first = take_stock(encoder, urls, tmp_path / "f", batch_size=2, say=said.append)
+    assert [(s.photos, s.captions, s.encoded) for s in first] == [(5, 5, True), (3, 3, True),
+                                                                  (4, 4, True)]  # fmt: skip
+    said.clear()
+    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == first and not said
+    Path(urls[1]).write_bytes(shard_of(range(50, 56)))
+    again = take_stock(encoder, urls, tmp_path / "f", say=said.append)
+    assert [s.photos for s in again] == [5, 6, 4] and "1 to read, 2 known" in said[0]
+
+
+@pytest.mark.fault
+def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, capsys):
+    files = []
+    for number in range(6):
+        content = b"no photo" if number in (1, 4) else photo(number)
+        files += [(f"{number}.png", content), (f"{number}.txt", caption(number).encode())]
+    path = tmp_path / "00000.tar"
+    path.write_bytes(pack(files))
+    with pytest.raises(UserError, match=r"MAX_BAD_IMAGES = 1 .*\n.*00000.tar: 1 is not a readable"):
+        take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)
+    (shard,) = take_stock(encoder, [str(path)], tmp_path / "f", max_bad=2)
+    assert shard.photos == 4 and "00000.tar: 4 is not" in capsys.readouterr().out
+    stock = Stock(stock_folder(encoder, tmp_path / "f", torch.float32, print), [shard])
+    assert stock.table(0)["keys"] == ["0", "2", "3", "5"]
+    listed = take_stock(encoder, [str(path)], tmp_path / "g", keep_features=False)
+    folder = stock_folder(encoder, tmp_path / "g", torch.float32, print)
+    stream = Stream(folder, listed, encoder, torch.float32, 2)
+    tokenizer = CaptionTokenizer.train(stream.first_texts(), 300)
+    (batch,) = StreamedRows(stream, tokenizer, 30, 10).batches(8, 0, 0)
+    lost, features = stream.load(batch)
+    carrying = {int(row) for row in lost.places // lost.tokens.shape[1]}
+    bad = {row for row, name in enumerate(batch.names) if name[-1] in "14"}
+    assert carrying == set(range(6)) - bad and len(bad) == 2 and len(features) == 6
+
+
+@pytest.mark.fault
+def test_damaged_features_are_named(tmp_path, encoder):
+    urls = shards.expand_shards(write_shards(tmp_path / "tars", [3]))
+    found = take_stock(encoder, urls, tmp_path / "f")
+    folder = stock_folder(encoder, tmp_path / "f", torch.float32, print)
+    (binary,) = folder.glob("*.bin")
+    content = bytearray(binary.read_bytes())
+    content[-1] ^= 1
+    binary.write_bytes(content)
+    stock = Stock(folder, found)
+    rows = StreamedRows(stock, CaptionTokenizer.train(stock.first_texts(), 300), 30, 10)
+    with pytest.raises(UserError, match=rf"{binary.name} is damaged"):
+        for batch in rows.batches(2, 0, 0):
+            stock.load(batch)
+
+
+# --- Batches --------------------------------------------------------------------------------
+
+SIZES = [9, 1, 30, 0, 17, 40, 6]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, encoder) -> tuple[StreamedRows, StreamedRows]:
+    """The same shards, features kept, and photos streamed."""
+    folder = tmp_path_factory.mktemp("stock")
+    urls = shards.expand_shards(write_shards(folder / "tars", SIZES))
+    root = folder / "f"
+    where = stock_folder(encoder, root, torch.float32, print)
+    stream = Stream(where, take_stock(encoder, urls, root, keep_features=False), encoder,
+                    torch.float32, 0)  # fmt: skip
+    stock = Stock(where, take_stock(encoder, urls, root))
+    tokenizer = CaptionTokenizer.train(stock.first_texts(), 400)
+    return StreamedRows(stock, tokenizer, 40, 20), StreamedRows(stream, tokenizer, 40, 20)
+
+
+def names(batches: Sequence[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.names]
+
+
+@pytest.mark.parametrize("size, batch_size", [(1, 4), (2, 4), (3, 4), (3, 7), (5, 4), (4, 64)])
+def test_a_team_meets_each_photo_once_in_equally_many_batches(both, size, batch_size):
+    rows, _ = both
+    for epoch in (0, 1):
+        parts = [list(rows.batches(batch_size, 3, epoch, team=Team(rank, size)))
+                 for rank in range(size)]  # fmt: skip
+        assert {len(part) for part in parts} == {rows.count(batch_size)}
+        met = Counter(name for part in parts for name in names(part))
+        assert len(met) == sum(SIZES) and set(met.values()) == {1}
+
+
+def test_the_order_is_the_seeds_and_drawn_from_a_bounded_pool(both):
+    rows, _ = both
+    first, same, other = (names(list(rows.batches(4, seed, epoch)))
+                          for seed, epoch in ((0, 0), (0, 0), (0, 1)))  # fmt: skip
+    assert first == same != other and sorted(first) == sorted(other)
+    order = [rows.stock.number(name) for name in first]
+    spans = rows._spans(0, 0, 0, len(rows))
+    place = {start + row: at for at, (start, row) in enumerate(
+        (rows.stock.starts[shard], row) for shard, *ends in spans for row in range(*ends))}
+    narrow = StreamedRows(rows.stock, rows.tokenizer, 40, 3)
+    assert order != sorted(order)
+    for number, _ in zip(narrow._shuffled(spans, (0,)), range(20), strict=False):
+        assert place[number] < 20 + 3 + 1
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5, 13, 26])
+def test_going_on_in_mid_epoch_meets_the_rest(both, skip, monkeypatch):
+    opened: list[str] = []
+    real = shards.read_shard
+    monkeypatch.setattr(shards, "read_shard", lambda url: (opened.append(url), real(url))[1])
+    monkeypatch.setattr(shards, "POOL", 2)
+    kept, streamed = both
+    whole = list(kept.batches(4, 0, 2))
+    for rows in both:
+        loaded = [rows.stock.load(batch) for batch in rows.batches(4, 0, 2, skip)]
+        expected = [kept.stock.load(batch) for batch in whole[skip:]]
+        assert names([batch for batch, _ in loaded]) == names(whole[skip:])
+        for (batch, features), (twin, wanted) in zip(loaded, expected, strict=True):
+            assert torch.equal(batch.tokens, twin.tokens)
+            torch.testing.assert_close(features, wanted, atol=2e-3, rtol=2e-3)
+    needed = {name.rsplit("#", 1)[0] for name in names(whole[skip:])}
+    assert set(opened) == needed  # shards that are behind are not read again
+    assert not streamed.stock.waiting
+
+
+# --- Whole runs -----------------------------------------------------------------------------
+
+
+def flags_of(data: Path, encoder_dir: Path, pattern: str, *more: object) -> list[str]:
+    return [*small_flags(data, encoder_dir), "--train_shards", pattern, "--dropout", 0,
+            "--split", "karpathy", "--scored_images", 4, *map(str, more)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("tars")
+    return write_shards(folder / "train", [11, 6, 9, 8]), write_shards(folder / "val", [5, 3])
+
+
+@pytest.mark.fault(count=2)
+def test_kept_streamed_and_shared_give_the_same_model(tmp_path, encoder_dir, tars):
+    train, val = tars
+    said = {}
+    for kind, more in {"kept": (), "streamed": ("--keep_shard_features", "false")}.items():
+        flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, *more,
+                         "--output_dir", tmp_path / kind)  # fmt: skip
+        result = run("train.py", *flags)
+        assert result.returncode == 0, result.stderr
+        said[kind] = result.stdout
+    assert "34 photos with 34 captions to train on, 8 to validate" in said["kept"]
+    assert figures(said["kept"]) == [pytest.approx(f, abs=2e-3) for f in figures(said["streamed"])]
+    shared = torchrun(2, "train.py", *flags, "--output_dir", tmp_path / "two")
+    assert shared.returncode == 0, shared.stderr
+    assert len(figures(shared.stdout)) == 2
+    for kind, more in (("kept", ()), ("streamed", ("--keep_shard_features", "false"))):
+        flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, *more)
+        dead = run("tests/killed_run.py", "update", 13, *flags, "--output_dir", tmp_path / "cut")
+        assert dead.returncode == -9, dead.stderr
+        last = tmp_path / "cut" / "last.pt"
+        again = run("train.py", *flags, "--output_dir", tmp_path / "cut",
+                    "--resume_checkpoint_path", last)  # fmt: skip
+        assert again.returncode == 0, again.stderr
+        assert_equal(state(tmp_path / kind / "last.pt"), state(last), kind)
+        for path in (tmp_path / "cut").iterdir():
+            path.unlink() if path.is_file() else None
+
+
+@pytest.mark.fault
+def test_a_run_that_is_killed_keeps_the_shards_it_was_done_with(tmp_path, encoder_dir, tars):
+    train, val = tars
+    flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, "--epochs", 1)
+    dead = run("tests/killed_run.py", "shards", 2, *flags)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    again = run("train.py", *flags)
+    assert again.returncode == 0, again.stderr
+    assert "shards: 3 to read, 1 known" in again.stdout
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.fault
+def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path, encoder_dir, tars):
+    pattern = write_shards(tmp_path / "train", [4, 6])
+    path = tmp_path / "train" / "00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000])
+    flags = flags_of(tmp_path / "data", encoder_dir, pattern, "--val_shards", tars[1])
+    cut = run("train.py", *flags, "--epochs", 1)
+    assert cut.returncode == 1 and "00001.tar can't be read to its end" in cut.stderr
+    assert "Traceback" not in cut.stderr
+    path.write_bytes(whole)
+    again = run("train.py", *flags, "--epochs", 1)
+    assert again.returncode == 0 and "shards: 1 to read, 1 known" in again.stdout, again.stderr
+
+
+def test_shards_over_http_and_an_ordinary_data_set_to_validate_on(server, photos, encoder_dir):
+    for shard in range(3):
+        body = shard_of(range(shard * 8, shard * 8 + 8))
+        server.files[f"{shard:05d}.tar"] = Remote(body, cuts=[4000])
+    pattern = server.url("{00000..00002}.tar")
+    flags = [*small_flags(photos, encoder_dir), "--train_shards", pattern, "--epochs", 1]
+    result = run("train.py", *flags, "--scst_epochs", 3)
+    assert result.returncode == 0, result.stderr
+    assert "24 photos with 24 captions" in result.stdout
+    assert "stages    cross-entropy only" in result.stdout and "epoch 1/1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--feature_views", "2"], "--feature_views 1 --tasks captions"),
+        (["--train_shards", "/nowhere/{0..3}.tar"], "4 of the 4 shards"),
+        (["--val_shards", "/nowhere/0.tar"], "holds a data set already"),
+    ],
+)
+def test_mistakes_are_named(photos, encoder_dir, tars, more, said):
+    result = run("train.py", *small_flags(photos, encoder_dir), "--train_shards", tars[0], *more)
+    assert result.returncode == 1 and said in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_the_library_the_message_says_what_to_install(tmp_path):
+    hidden = tmp_path / "webdataset"
+    hidden.mkdir()
+    code = (
+        "import sys; sys.modules['webdataset'] = None\n"
+        "from utils import run_script\nimport shards\n"
+        "run_script(lambda: shards.expand_shards('x{0..1}.tar'))"
+    )
+    result = run("-c", code)
+    assert result.returncode == 1
+    assert re.search(r"pip install -r requirements-shards.txt", result.stderr)
+    assert os.path.exists("requirements-shards.txt")
