@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ from encoder import FrozenEncoder
 from features import FeatureCache, build_features, write_shard
 from generation import GenerationOptions, generate
 from model import CaptionModel
-from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
+from shards import Stock, StreamedRows, table_path, write_table
+from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, CaptionTokenizer
 from utils import (
     autocast,
     choose_device,
@@ -321,23 +323,66 @@ def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
     return FeatureCache(folder, (196, 64), entries)
 
 
+def resident_after_streaming(photos: int, result) -> None:
+    """Meet every photo of a synthetic stock of shards once, and train on some; report as above."""
+    seed_everything(0)
+    with tempfile.TemporaryDirectory() as folder:
+        stock = synthetic_stock(Path(folder), photos)
+        tokenizer = CaptionTokenizer.train(stock.first_texts(20000), VOCAB)
+        rows = StreamedRows(stock, tokenizer, max_length=40, buffer=5000)
+        size = DecoderConfig(len(tokenizer), width=64, layers=1, heads=1, ff_dim=64)
+        model = CaptionModel(32, size)
+        started, most = time.perf_counter(), 0.0
+        for step, batch in enumerate(rows.batches(32, 0, 0)):
+            batch, features = stock.load(batch)
+            if step % 50 == 0:
+                model.loss(features.float(), batch).backward()
+                model.zero_grad()
+                most = max(most, resident_kilobytes() / 1024)
+        result.put((most, (time.perf_counter() - started) / (step + 1)))
+
+
+def synthetic_stock(folder: Path, photos: int, each: int = 10000) -> Stock:
+    """Shards of `each` photos with a caption and features of 2 vectors of 32, as if encoded."""
+    dice = np.random.default_rng(0)
+    words = np.array(["".join(dice.choice(list("etaoinshrdlu"), 5)) for _ in range(8000)])
+    shards = []
+    for start in range(0, photos, each):
+        ranks = dice.zipf(1.2, (each, 11)) % 8000
+        samples = [(f"{start + i:09d}", [" ".join(row)]) for i, row in enumerate(words[ranks])]
+        block = dice.random((each, 2, 32)).astype(np.float16)
+        checksums = [zlib.crc32(row.tobytes()) for row in block]
+        url = f"pipe:{start // each:05d}"
+        table_path(folder, url).with_suffix(".bin").write_bytes(block.tobytes())
+        shards.append(write_table(folder, url, samples, block.shape[1:], checksums))
+    return Stock(folder, shards)
+
+
 def measure_memory() -> dict[str, object]:
-    """Resident memory of as many steps on 500, 2,000 and 8,000 photos, a process each."""
-    context = multiprocessing.get_context("spawn")
-    peaks, taken = [], []
-    for photos in (500, 2000, 8000):
-        result = context.Queue()
-        process = context.Process(target=resident_after_steps, args=(photos, result))
-        process.start()
-        peak, each = result.get()
-        process.join()
-        peaks.append(peak)
-        taken.append(each)
+    """Resident memory, a process each: the same steps on 500, 2,000 and 8,000 photos; and every
+    photo of shards with ten thousand, a hundred thousand and a million."""
+    kept = alone_each(resident_after_steps, (500, 2000, 8000))
+    streamed = alone_each(resident_after_streaming, (10_000, 100_000, 1_000_000))
     return {
-        "rss_mb": [round(peak) for peak in peaks],
-        "rss_growth_mb": peaks[-1] - peaks[0],
-        "rss_step_seconds": [round(each, 4) for each in taken],
+        "rss_mb": [round(peak) for peak, _ in kept],
+        "rss_growth_mb": kept[-1][0] - kept[0][0],
+        "rss_step_seconds": [round(each, 4) for _, each in kept],
+        "rss_streamed_mb": [round(peak) for peak, _ in streamed],
+        "streamed_photos_per_second": [round(32 / each) for _, each in streamed],
     }
+
+
+def alone_each(work: Callable[..., None], sizes: Sequence[int]) -> list[tuple[float, float]]:
+    """What `work(size, queue)` puts into the queue, each size in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    found = []
+    for size in sizes:
+        result = context.Queue()
+        process = context.Process(target=work, args=(size, result))
+        process.start()
+        found.append(result.get())
+        process.join()
+    return found
 
 
 def measure_startup() -> dict[str, object]:

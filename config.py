@@ -72,6 +72,7 @@ SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
 OUTPUT_DIR = None  # checkpoints and logs; None: DATA_DIR
 CHECKPOINT_PREFIX = "captioner"  # {prefix}_epoch_{E}_val_loss_{L}.pt and .safetensors
 KEEP_CHECKPOINTS = 3  # how many of the best stay on disk; 0: all
+START_CHECKPOINT = None  # whose decoder and tokenizer to begin with: a file, or user/repo (Hub)
 RESUME_CHECKPOINT_PATH = None  # a .pt to go on from, e.g. OUTPUT_DIR/last.pt; None: start anew
 
 # --- Captions while training and by default afterwards ---------------------------------------

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint, load_checkpoint
 from decoder import KeyValueCache
-from inference import locate_checkpoint
+from hub import locate_checkpoint
 from model import CaptionModel, row_mask
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
 from utils import UserError, atomic_write, run_script, size_text

@@ -63,6 +63,20 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 )
 
 
+def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The file of a checkpoint that is here, or on the Hub as `user/repo`.
+
+    Raises:
+        UserError: it is neither, or can't be had from the Hub.
+    """
+    name = os.fspath(checkpoint)
+    if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
+        return Path(name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return download_checkpoint(name, revision)
+    raise UserError(f"there is no checkpoint {name}")
+
+
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     """Fetch a repository's weights into the Hub cache; without a network, use what is there.
 

@@ -35,7 +35,7 @@ from generation import (
     generate,
     given_options,
 )
-from hub import download_checkpoint
+from hub import locate_checkpoint
 from tokenizer import START_ID
 from utils import (
     UserError,
@@ -186,20 +186,6 @@ def load_captioner(
     where = torch.device(choose_device(device))
     tower = FrozenEncoder.load_as_trained(loaded.encoder, encoder)
     return Captioner(loaded, tower, where, choose_dtype(precision, where))
-
-
-def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The file of a checkpoint that is here, or on the Hub as `user/repo`.
-
-    Raises:
-        UserError: it is neither, or can't be had from the Hub.
-    """
-    name = os.fspath(checkpoint)
-    if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
-        return Path(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return download_checkpoint(name, revision)
-    raise UserError(f"there is no checkpoint {name}")
 
 
 # --- Command line ---------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from utils import (
 PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
-OPEN_TABLES = 32  # shards whose table is in memory
+OPEN_TABLES = 16  # shards whose table is in memory, a few MB each
 POOL = 64  # batches that are sorted by length together
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
@@ -284,8 +284,8 @@ def _claim(
 
     for url in urls:
         # Done by a run that was ended before it wrote the manifest.
-        if not fits(url) and _table_path(folder, url).exists():
-            table = json.loads(_table_path(folder, url).read_text(encoding="utf-8"))
+        if not fits(url) and table_path(folder, url).exists():
+            table = json.loads(table_path(folder, url).read_text(encoding="utf-8"))
             known[url] = _shard_of(table)
     missing = [url for url in urls if not fits(url)]
     if missing:
@@ -311,7 +311,7 @@ def _pair(version: list[int] | None) -> tuple[int, int] | None:
     return tuple(version) if version else None
 
 
-def _table_path(folder: Path, url: str) -> Path:
+def table_path(folder: Path, url: str) -> Path:
     """A shard's table; its features stand beside it in a `.bin`."""
     name = os.path.basename(url.split("?")[0]).removesuffix(".tar")
     return folder / f"{name[:40]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.json"
@@ -323,24 +323,30 @@ def _shard_of(table: dict[str, Any]) -> Shard:
                  table["shape"] is not None)  # fmt: skip
 
 
-def _write_table(
+def write_table(
     folder: Path,
     url: str,
     samples: Sequence[tuple[str, list[str]]],
     shape: tuple[int, int] | None = None,
     checksums: Sequence[int] = (),
 ) -> Shard:
+    """Write down what a shard holds: each photo's key and captions.
+
+    Args:
+        shape: (patches, width) of each photo's features, None where they aren't kept.
+        checksums: of each photo's features.
+    """
     keys, captions = [key for key, _ in samples], [texts for _, texts in samples]
     table = {"url": url, "version": _version(url), "shape": shape, "keys": keys,
              "captions": captions, "checksums": list(checksums)}  # fmt: skip
-    with atomic_write(_table_path(folder, url)) as path:
+    with atomic_write(table_path(folder, url)) as path:
         path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     return _shard_of(table)
 
 
 def _list_shard(url: str, folder: Path) -> Shard:
     """Write down what a shard holds, without its features."""
-    return _write_table(folder, url, [(s.key, s.captions) for s in read_shard(url)])
+    return write_table(folder, url, [(s.key, s.captions) for s in read_shard(url)])
 
 
 def _encode_shard(
@@ -365,7 +371,7 @@ def _encode_shard(
         return [(sample, _open(encoder, url, sample.key, sample.photo)) for sample in chunk]
 
     threads = os.cpu_count() or 2
-    with atomic_write(_table_path(folder, url).with_suffix(".bin")) as path, open(
+    with atomic_write(table_path(folder, url).with_suffix(".bin")) as path, open(
         path, "wb"
     ) as file:
         for loaded in prefetch(load, chunks, threads=threads, ahead=threads + 2):
@@ -385,7 +391,7 @@ def _encode_shard(
             shape = features.shape[1:]
     if bad:
         print("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]), flush=True)
-    return _write_table(folder, url, samples, shape, checksums)
+    return write_table(folder, url, samples, shape, checksums)
 
 
 def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
@@ -415,7 +421,7 @@ def _check_bad(url: str, bad: Sequence[str], max_bad: int) -> None:
 
 def _check_room(folder: Path, first: Shard, count: int, say: Callable[[str], None]) -> None:
     """By the first shard's features, say how large those of all will be; is there room for them?"""
-    size = _table_path(folder, first.url).with_suffix(".bin").stat().st_size
+    size = table_path(folder, first.url).with_suffix(".bin").stat().st_size
     say(f"shards: about {size_text(size * count)} of features, if all are like the first "
         "(--keep_shard_features false keeps none)")  # fmt: skip
     require_room([(folder, size * (count - 1))])
@@ -443,7 +449,7 @@ class Stock:
         return sum(shard.captions for shard in self.shards)
 
     def _read_table(self, shard: int) -> dict[str, Any]:
-        path = _table_path(self.folder, self.shards[shard].url)
+        path = table_path(self.folder, self.shards[shard].url)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -500,7 +506,7 @@ class Stock:
         for name in batch.names:
             shard, row = self.place(self.number(name))
             table = self.table(shard)
-            file = _table_path(self.folder, self.shards[shard].url).with_suffix(".bin")
+            file = table_path(self.folder, self.shards[shard].url).with_suffix(".bin")
             content = np.empty(table["shape"], dtype=np.float16)
             with open(file, "rb") as opened:
                 read_row(opened.fileno(), row, content, table["checksums"][row], file, name)
@@ -554,7 +560,7 @@ class Stream(Stock):
             if wanted:
                 raise UserError(
                     f"the shard {url} has changed since stock was taken, {len(wanted)} photos are "
-                    f"gone: delete {_table_path(self.folder, url)} and manifest.json beside it"
+                    f"gone: delete {table_path(self.folder, url)} and manifest.json beside it"
                 )
 
     def load(self, batch: Batch) -> tuple[Batch, Tensor]:

@@ -55,7 +55,7 @@ from features import (
     resident_or_cached,
 )
 from generation import GenerationOptions, Hypothesis, caption_cached, generate
-from hub import HubPusher, model_card
+from hub import HubPusher, locate_checkpoint, model_card
 from metrics import CiderD, score, tokenize, vqa_accuracy
 from model import CaptionModel
 from pictures import draw_curves, draw_samples
@@ -202,12 +202,16 @@ def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> C
     """The tokenizer the user gave, or a new one learned from the training texts."""
     if settings.VOCAB_FILE and settings.MERGES_FILE:
         return CaptionTokenizer.load(paths.vocab, paths.merges)
-    texts = [text for name in data.captioned("train") for text in data.captions[name]]
-    if data.stock:
-        texts += data.stock.first_texts()
-    for _, question in data.asked(data.splits["train"]):
-        texts += [question.text, question.answer]
-    tokenizer = CaptionTokenizer.train(texts, settings.VOCAB_SIZE)
+
+    def texts() -> Iterator[str]:
+        for name in data.captioned("train"):
+            yield from data.captions[name]
+        for _, question in data.asked(data.splits["train"]):
+            yield from (question.text, question.answer)
+        if data.stock:
+            yield from data.stock.first_texts()
+
+    tokenizer = CaptionTokenizer.train(texts(), settings.VOCAB_SIZE)
     tokenizer.save(paths.vocab, paths.merges)
     return tokenizer
 
@@ -347,16 +351,17 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     paths = team.first(lambda: prepare_dataset.prepare(settings))
     output = output_dir(settings)
     resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
+    begun = resumed or find_started(settings.START_CHECKPOINT)
     data = load_data(settings, paths, device, team)
-    tokenizer = resumed.tokenizer if resumed else team.first(
+    tokenizer = begun.tokenizer if begun else team.first(
         lambda: load_tokenizer(settings, paths, data)
     )  # fmt: skip
     seed_everything(settings.SEED)
     size = decoder_config(settings, len(tokenizer))
     width = data.cache.shape[1]
-    if resumed:
-        check_resumed(resumed, settings.RESUME_CHECKPOINT_PATH, size, data.encoder)
-    average = (resumed.model if resumed else CaptionModel(width, size)).to(device)
+    if begun:
+        check_begun(begun, size, data.encoder)
+    average = (begun.model if begun else CaptionModel(width, size)).to(device)
     model = copy.deepcopy(average) if settings.EMA_DECAY else average
     if resumed:
         model.load_state_dict(resumed.training["weights"])
@@ -430,6 +435,14 @@ def find_resumed(path: str | None) -> Checkpoint | None:
     return checkpoint
 
 
+def find_started(checkpoint: str | None) -> Checkpoint | None:
+    """The checkpoint to begin with, here or on the Hub, said aloud; None where none is wanted."""
+    if not checkpoint:
+        return None
+    print(f"beginning with the decoder and tokenizer of {checkpoint}")
+    return load_checkpoint(locate_checkpoint(checkpoint))
+
+
 def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
     """The `last.pt` of this very job, which torchrun has started again; None if there is none."""
     last = output_dir(settings) / "last.pt"
@@ -441,10 +454,8 @@ def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
     return str(last) if job == team.job else None
 
 
-def check_resumed(
-    checkpoint: Checkpoint, path: str, size: DecoderConfig, encoder: dict[str, Any]
-) -> None:
-    """Refuse to go on with a checkpoint that another configuration made.
+def check_begun(checkpoint: Checkpoint, size: DecoderConfig, encoder: dict[str, Any]) -> None:
+    """Refuse to go on with, or begin with, a checkpoint that another configuration made.
 
     Raises:
         UserError: the decoder or the encoder differ; the message says in what.
@@ -456,8 +467,8 @@ def check_resumed(
                  if there[key] != here[key]]  # fmt: skip
     if differing:
         raise UserError(
-            f"{path} was trained with another configuration ({'; '.join(differing)}): restore "
-            "it, or start anew with --resume_checkpoint_path none"
+            f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
+            "restore it, or start anew with --resume_checkpoint_path none --start_checkpoint none"
         )
 
 

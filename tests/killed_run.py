@@ -65,7 +65,7 @@ def main() -> int:
         features.SHARD_BYTES = 1
         features.write_shard = counted(features.write_shard, count, features.write_shard)
     elif where == "shards":
-        shards._write_table = counted(shards._write_table, count, lambda *_: None)
+        shards.write_table = counted(shards.write_table, count, lambda *_: None)
     elif where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":

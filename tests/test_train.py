@@ -371,3 +371,19 @@ def test_mistakes_end_with_a_message(photos, encoder_dir, name):
     result = run("train.py", *small_flags(photos, encoder_dir), *more)
     assert result.returncode == 1
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    checkpoint = load_checkpoint(best(trained, ".safetensors"))
+    flags = [*small_flags(data, encoder_dir), "--start_checkpoint", best(trained, ".safetensors")]
+    result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)
+    assert result.returncode == 0, result.stderr
+    assert "beginning with the decoder and tokenizer of" in result.stdout
+    ours = load_checkpoint(best(data, ".safetensors"))
+    assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
+    assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
+    other = run("train.py", *flags, "--decoder_layers", 1, "--output_dir", tmp_path / "other")
+    assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
+    missing = run("train.py", *flags, "--start_checkpoint", "nowhere.safetensors")
+    assert missing.returncode == 1 and "Traceback" not in missing.stderr
