@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 
 from encoder import ImageError
 from inference import Captioner, Explained, add_captioner_flags, captioner_of
-from utils import UserError, run_script
+from utils import UserError, run_script, script_parser
 
 PAGE = Path(__file__).with_name("app.html")
 # What the page may ask for: the kind of number, the least and the most.
@@ -210,7 +210,7 @@ def as_plain(each: Explained) -> dict[str, Any]:
 
 
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add_captioner_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")

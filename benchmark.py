@@ -46,6 +46,7 @@ from utils import (
     choose_dtype,
     resident_kilobytes,
     run_script,
+    script_parser,
     seed_everything,
 )
 
@@ -493,10 +494,7 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = script_parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")

@@ -9,7 +9,6 @@ be remembered out. Tokenizer, special ids and the encoder's identity stand in it
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -37,7 +36,7 @@ from decoder import KeyValueCache
 from hub import locate_checkpoint
 from model import CaptionModel, row_mask
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
-from utils import UserError, atomic_write, run_script, size_text
+from utils import UserError, atomic_write, run_script, script_parser, size_text
 
 LIMIT = 1e-3  # what logits may differ by; rounding alone gives some 1e-5
 LARGEST = 2**31 - 2**24  # bytes of weights: a file of protobuf's, as ONNX is, holds no 2 GiB
@@ -238,7 +237,7 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = script_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
     parser.add_argument("--out", default="captioner.onnx", help="the file to write [%(default)s]")

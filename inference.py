@@ -44,6 +44,7 @@ from utils import (
     choose_device,
     choose_dtype,
     run_script,
+    script_parser,
 )
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -278,12 +279,7 @@ def questions_of(args: argparse.Namespace, files: Sequence[Path]) -> list[tuple[
 
 
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="\n".join(__doc__.splitlines()[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--image_path", required=True, help="a picture, or a folder of pictures")
     add_captioner_flags(parser)

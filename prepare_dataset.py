@@ -83,6 +83,11 @@ RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of a body
 CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
 
+EXAMPLES = """examples:
+  python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
+  python prepare_dataset.py --dataset custom --data_dir my_photos --split ratio --check
+"""
+
 SETTINGS = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
     "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
@@ -928,7 +933,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "refuse them")  # fmt: skip
 
     settings, usual = (
-        load_settings(config, args, __doc__, only=SETTINGS, add_arguments=add_flags)
+        load_settings(
+            config, args, __doc__, only=SETTINGS, add_arguments=add_flags, epilog=EXAMPLES
+        )
         for args in (argv, [])
     )
     # What is missing is to be counted, not to end the count.

@@ -16,8 +16,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
+import sys
 import tarfile
 import time
 import zlib
@@ -74,7 +76,7 @@ class Shard:
     version: tuple[int, int] | None  # a local file's size and time; None where it is elsewhere
     photos: int
     captions: int
-    encoded: bool  # whether its features are on disk
+    bytes: int  # of its features on disk; 0: they weren't kept
 
 
 class PhotoFile(io.BytesIO):
@@ -98,7 +100,7 @@ def expand_shards(pattern: str) -> list[str]:
         UserError: a local one is missing, or one stands there twice.
     """
     shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
-    urls = [url if _elsewhere(url) else os.path.expanduser(url)
+    urls = [url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url))
             for url in shardlists.expand_urls(pattern)]  # fmt: skip
     missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
     if missing:
@@ -241,11 +243,13 @@ def take_stock(
             for url in own:
                 work = (encoder, url, folder, dtype, batch_size, max_bad)
                 made.append(_encode_shard(*work) if keep_features else _list_shard(url, folder))
-                if bar.done == 0 and keep_features:
-                    _check_room(folder, made[0], len(missing), say)
-                bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
-        for shards in team.collect(made):
-            known |= {shard.url: shard for shard in shards}
+                if bar.done == 0:
+                    _check_room(folder, made[0][0], len(missing), say)
+                bar.step(1, f"{sum(shard.photos for shard, _ in made):,} photos")
+        for shard, bad in itertools.chain.from_iterable(team.collect(made)):
+            known[shard.url] = shard
+            if bad:
+                say("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]))
         if missing:
             team.first(lambda: _write_manifest(folder, known))
     found = [known[url] for url in urls]
@@ -277,20 +281,25 @@ def _claim(
         leftover.unlink(missing_ok=True)
     known = _read_manifest(folder)
 
-    def fits(url: str) -> bool:
-        shard = known.get(url)
-        return bool(shard) and shard.version == _version(url) and (
-            shard.encoded or not keep_features)  # fmt: skip
-
     for url in urls:
         # Done by a run that was ended before it wrote the manifest.
-        if not fits(url) and table_path(folder, url).exists():
-            table = json.loads(table_path(folder, url).read_text(encoding="utf-8"))
-            known[url] = _shard_of(table)
-    missing = [url for url in urls if not fits(url)]
+        if url not in known and table_path(folder, url).exists():
+            known[url] = _shard_of(_read_table(table_path(folder, url)))
+    missing = [url for url in urls
+               if url not in known or not _is_there(folder, known[url], keep_features)]  # fmt: skip
     if missing:
         say(f"shards: {len(missing):,} to read, {len(urls) - len(missing):,} known, in {folder}")
     return known, missing
+
+
+def _is_there(folder: Path, shard: Shard, keep_features: bool) -> bool:
+    """Whether what was written down of a shard is on disk, and the shard is as it was."""
+    path = table_path(folder, shard.url)
+    if shard.version != _version(shard.url) or not path.exists():
+        return False
+    features = path.with_suffix(".bin")
+    whole = features.exists() and features.stat().st_size == shard.bytes > 0
+    return whole or not (keep_features and shard.photos)
 
 
 def _read_manifest(folder: Path) -> dict[str, Shard]:
@@ -318,9 +327,19 @@ def table_path(folder: Path, url: str) -> Path:
 
 
 def _shard_of(table: dict[str, Any]) -> Shard:
-    captions = sum(map(len, table["captions"]))
-    return Shard(table["url"], _pair(table["version"]), len(table["keys"]), captions,
-                 table["shape"] is not None)  # fmt: skip
+    photos, captions = len(table["keys"]), sum(map(len, table["captions"]))
+    size = photos * math.prod(table["shape"]) * 2 if table["shape"] else 0
+    return Shard(table["url"], _pair(table["version"]), photos, captions, size)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        raise UserError(
+            f"{path} is gone or damaged: delete it if it is there, and run again, which makes it "
+            "anew"
+        ) from None
 
 
 def write_table(
@@ -344,9 +363,9 @@ def write_table(
     return _shard_of(table)
 
 
-def _list_shard(url: str, folder: Path) -> Shard:
-    """Write down what a shard holds, without its features."""
-    return write_table(folder, url, [(s.key, s.captions) for s in read_shard(url)])
+def _list_shard(url: str, folder: Path) -> tuple[Shard, list[str]]:
+    """Write down what a shard holds, without its features; its photos aren't opened."""
+    return write_table(folder, url, [(s.key, s.captions) for s in read_shard(url)]), []
 
 
 def _encode_shard(
@@ -356,10 +375,10 @@ def _encode_shard(
     dtype: torch.dtype,
     batch_size: int,
     max_bad: int,
-) -> Shard:
+) -> tuple[Shard, list[str]]:
     """Write down what a shard holds, and its photos' features, (patches, width) each.
 
-    Photos that can't be read are said and left out.
+    Photos that can't be read are left out; returned is what is wrong with them.
     """
     samples: list[tuple[str, list[str]]] = []
     checksums: list[int] = []
@@ -389,9 +408,7 @@ def _encode_shard(
                 checksums.append(zlib.crc32(content))
                 samples.append((sample.key, sample.captions))
             shape = features.shape[1:]
-    if bad:
-        print("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]), flush=True)
-    return write_table(folder, url, samples, shape, checksums)
+    return write_table(folder, url, samples, shape, checksums), bad
 
 
 def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
@@ -421,10 +438,10 @@ def _check_bad(url: str, bad: Sequence[str], max_bad: int) -> None:
 
 def _check_room(folder: Path, first: Shard, count: int, say: Callable[[str], None]) -> None:
     """By the first shard's features, say how large those of all will be; is there room for them?"""
-    size = table_path(folder, first.url).with_suffix(".bin").stat().st_size
-    say(f"shards: about {size_text(size * count)} of features, if all are like the first "
-        "(--keep_shard_features false keeps none)")  # fmt: skip
-    require_room([(folder, size * (count - 1))])
+    if first.bytes:
+        say(f"shards: about {size_text(first.bytes * count)} of features, if all are like the "
+            "first (--keep_shard_features false keeps none)")  # fmt: skip
+    require_room([(folder, first.bytes * (count - 1))])
 
 
 # --- Batches --------------------------------------------------------------------------------
@@ -449,13 +466,7 @@ class Stock:
         return sum(shard.captions for shard in self.shards)
 
     def _read_table(self, shard: int) -> dict[str, Any]:
-        path = table_path(self.folder, self.shards[shard].url)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path} is gone: delete {self.folder / 'manifest.json'} and run again"
-            ) from None
+        return _read_table(table_path(self.folder, self.shards[shard].url))
 
     def place(self, number: int) -> tuple[int, int]:
         """A photo's shard and row."""
@@ -560,7 +571,7 @@ class Stream(Stock):
             if wanted:
                 raise UserError(
                     f"the shard {url} has changed since stock was taken, {len(wanted)} photos are "
-                    f"gone: delete {table_path(self.folder, url)} and manifest.json beside it"
+                    f"gone: delete {table_path(self.folder, url)} and run again"
                 )
 
     def load(self, batch: Batch) -> tuple[Batch, Tensor]:
@@ -586,7 +597,7 @@ class Stream(Stock):
         return self.shards[shard].url, self.table(shard)["keys"][row]
 
     def _note_bad(self, url: str, problem: str) -> None:
-        print(f"left out: {problem}", flush=True)
+        print(f"left out: {problem}", file=sys.stderr)  # which all processes of a team are heard on
         self.bad.setdefault(url, []).append(problem)
         _check_bad(url, self.bad[url], self.max_bad)
 

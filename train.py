@@ -70,6 +70,7 @@ from utils import (
     choose_dtype,
     constants,
     load_settings,
+    redact,
     run_script,
     seed_everything,
     size_text,
@@ -291,7 +292,7 @@ class Run:
         self, scores: dict[str, float], training: dict[str, Any] | None = None
     ) -> Checkpoint:
         settings = self.settings
-        kept = {name: getattr(settings, name) for name in constants(config)}
+        kept = on_record(settings)
         options = GenerationOptions(
             settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
         )
@@ -311,6 +312,12 @@ class Run:
             "random": first,
             "other_random": others,  # of the other processes, by rank
         }
+
+
+def on_record(settings: SimpleNamespace) -> dict[str, Any]:
+    """The settings as checkpoints and trackers keep them: an address may hold a key."""
+    values = {name: getattr(settings, name) for name in constants(config)}
+    return {name: redact(v) if isinstance(v, str) else v for name, v in values.items()}
 
 
 def critical_epochs(settings: SimpleNamespace) -> int:
@@ -977,7 +984,7 @@ def start_tracking(run: Run) -> Tracker:
         entity=settings.WANDB_ENTITY or None,
         name=settings.WANDB_RUN_NAME or None,
         run_id=run.progress.wandb_id,
-        config={name: getattr(settings, name) for name in constants(config)},
+        config=on_record(settings),
         report=say,
     )
     run.progress.wandb_id = tracker.run_id
@@ -1138,7 +1145,7 @@ def push(run: Run, pusher: HubPusher, path: Path, entry: dict[str, Any]) -> None
         split=f"{settings.SPLIT} val",
         scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
         scores=scores_of(entry),
-        command=shlex.join(["python", "train.py", *settings.arguments]),
+        command=redact(shlex.join(["python", "train.py", *settings.arguments])),
         samples=entry["samples"],
     )
     description = run.checkpoint(scores_of(entry)).description()

@@ -75,6 +75,17 @@ def _flag_type(default: object) -> Callable[[str], Any]:
     return _optional_string if default is None else type(default)
 
 
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for a script's own flags; its `__doc__` begins and ends what `--help` says."""
+    first, *rest = description.splitlines()
+    return argparse.ArgumentParser(
+        description=first,
+        epilog="\n".join(rest[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def load_settings(
     config: ModuleType,
     argv: Sequence[str] | None,
@@ -172,6 +183,8 @@ def redact(text: str) -> str:
         if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(value) >= 8:
             text = text.replace(value, "***")
     text = re.sub(r"\b(Basic|Bearer) [\w+/=.~-]{8,}", r"\1 ***", text)
+    signed = r"(?i)([?&][\w-]*(?:signature|token|credential|key)[\w-]*=)[^&\s]+"
+    text = re.sub(signed, r"\1***", text)
     text = re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
     return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
 

@@ -272,6 +272,7 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
     for text in (
         "no such key: c0ffee-c0ffee", "401: Authorization Basic YXBpOmMwZmZlZS1jMGZmZWU=",
         "Bearer c0ffee-c0ffee", "https://me:c0ffee-c0ffee@host/path", f"token hf_{'Ab1' * 10}",
+        f"https://host/00001.tar?part=1&X-Amz-Signature={'Ab1' * 10}",
     ):  # fmt: skip
         hidden = redact(text)
         assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1", hidden)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import shards
+import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
@@ -155,13 +156,22 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
     pattern = write_shards(tmp_path / "tars", [5, 3, 4])
     urls, said = shards.expand_shards(pattern), []
     first = take_stock(encoder, urls, tmp_path / "f", batch_size=2, say=said.append)
-    assert [(s.photos, s.captions, s.encoded) for s in first] == [(5, 5, True), (3, 3, True),
-                                                                  (4, 4, True)]  # fmt: skip
+    each = 17 * 32 * 2  # vectors, width, bytes of a number
+    assert [(s.photos, s.captions, s.bytes / each) for s in first] == [(n, n, n) for n in (5, 3, 4)]
     said.clear()
     assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == first and not said
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
     again = take_stock(encoder, urls, tmp_path / "f", say=said.append)
     assert [s.photos for s in again] == [5, 6, 4] and "1 to read, 2 known" in said[0]
+    folder = stock_folder(encoder, tmp_path / "f", torch.float32, said.append)
+    next(folder.glob("00000*.bin")).unlink()  # as a message may have said
+    next(folder.glob("00002*.json")).unlink()
+    said.clear()
+    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again
+    assert "2 to read, 1 known" in said[0]
+    next(folder.glob("00000*.json")).write_text("{")
+    with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
+        list(Stock(folder, again).first_texts())
 
 
 @pytest.mark.fault
@@ -290,10 +300,10 @@ def tars(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.mark.fault(count=2)
 def test_kept_streamed_and_shared_give_the_same_model(tmp_path, encoder_dir, tars):
-    train, val = tars
+    pattern, val = tars
     said = {}
     for kind, more in {"kept": (), "streamed": ("--keep_shard_features", "false")}.items():
-        flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, *more,
+        flags = flags_of(tmp_path / "data", encoder_dir, pattern, "--val_shards", val, *more,
                          "--output_dir", tmp_path / kind)  # fmt: skip
         result = run("train.py", *flags)
         assert result.returncode == 0, result.stderr
@@ -304,7 +314,7 @@ def test_kept_streamed_and_shared_give_the_same_model(tmp_path, encoder_dir, tar
     assert shared.returncode == 0, shared.stderr
     assert len(figures(shared.stdout)) == 2
     for kind, more in (("kept", ()), ("streamed", ("--keep_shard_features", "false"))):
-        flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, *more)
+        flags = flags_of(tmp_path / "data", encoder_dir, pattern, "--val_shards", val, *more)
         dead = run("tests/killed_run.py", "update", 13, *flags, "--output_dir", tmp_path / "cut")
         assert dead.returncode == -9, dead.stderr
         last = tmp_path / "cut" / "last.pt"
@@ -318,8 +328,8 @@ def test_kept_streamed_and_shared_give_the_same_model(tmp_path, encoder_dir, tar
 
 @pytest.mark.fault
 def test_a_run_that_is_killed_keeps_the_shards_it_was_done_with(tmp_path, encoder_dir, tars):
-    train, val = tars
-    flags = flags_of(tmp_path / "data", encoder_dir, train, "--val_shards", val, "--epochs", 1)
+    pattern, val = tars
+    flags = flags_of(tmp_path / "data", encoder_dir, pattern, "--val_shards", val, "--epochs", 1)
     dead = run("tests/killed_run.py", "shards", 2, *flags)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     again = run("train.py", *flags)
@@ -381,3 +391,9 @@ def test_without_the_library_the_message_says_what_to_install(tmp_path):
     assert result.returncode == 1
     assert re.search(r"pip install -r requirements-shards.txt", result.stderr)
     assert os.path.exists("requirements-shards.txt")
+
+
+def test_keys_in_addresses_are_not_kept():
+    flags = ["--train_shards", "https://me:c0ffee@host/0.tar?token=c0ffee", "--data_dir", "d"]
+    kept = train.on_record(train.command_line(flags))
+    assert kept["TRAIN_SHARDS"] == "https://***@host/0.tar?token=***" and kept["DATA_DIR"] == "d"
