@@ -99,6 +99,7 @@ def test_the_readme_names_what_exists():
         assert f"`{module}.py`" in text, f"{module}.py has no line in the README"
     blocks = "\n".join(re.findall(r"```.*?```", text, re.S))
     blocks = re.sub(r"\btorchrun .*?(?=\w+\.py)", "", blocks, flags=re.S)  # its own flags
+    blocks = re.sub(r"^img2dataset (?:.*\\\n)*.*$", "", blocks, flags=re.M)  # another program
     flags = set(re.findall(r"(?<=\s)--([a-z_]+)", blocks))
     known = {name.lower() for name in constants(config)}
     code = "\n".join(path.read_text() for path in [*REPO.glob("*.py"), *REPO.glob("*.sh"),
