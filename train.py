@@ -156,6 +156,7 @@ def load_data(
         settings.ENCODER_REVISION or None,
         parse_layers(settings.ENCODER_LAYERS),
     ).to(device)
+    stock = load_shards(settings, paths, encoder, team) if settings.TRAIN_SHARDS else None
     views = range(settings.FEATURE_VIEWS)
     items = [(name, view) for view in views for name in splits["train"]]
     items += [(name, 0) for name in splits["val"]]
@@ -171,7 +172,6 @@ def load_data(
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     processor = encoder.processor.to_json_string()
-    stock = load_shards(settings, paths, encoder, team) if settings.TRAIN_SHARDS else None
     return Data(captions, questions, splits, cache, encoder.identity(), processor, stock)
 
 
