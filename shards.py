@@ -19,13 +19,14 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from utils import (
     UserError,
     atomic_write,
     first_line,
+    redact,
     require_extra,
     require_room,
     size_text,
@@ -72,11 +74,12 @@ class Sample:
 class Shard:
     """What the manifest says of a shard."""
 
-    url: str
+    name: str
     version: tuple[int, int] | None  # a local file's size and time; None where it is elsewhere
     photos: int
     captions: int
     bytes: int  # of its features on disk; 0: they weren't kept
+    url: str = ""  # where to read it; not written down, as it may hold a key
 
 
 class PhotoFile(io.BytesIO):
@@ -108,9 +111,15 @@ def expand_shards(pattern: str) -> list[str]:
             f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
             "correct the numbers in braces"
         )
-    if len(set(urls)) < len(urls):
+    if len(set(map(shard_name, urls))) < len(urls):
         raise UserError(f"the shards {pattern} name one twice")
     return urls
+
+
+def shard_name(url: str) -> str:
+    """A shard's path or address without keys and signatures, which may be others tomorrow."""
+    address, _, query = url.partition("?")
+    return redact(address if "signature" in query.lower() else url)
 
 
 def _elsewhere(url: str) -> bool:
@@ -142,8 +151,8 @@ def read_shard(url: str) -> Iterator[Sample]:
             failures = failures + 1 if passed == before else 1
             if not _elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
-                    f"the shard {url} can't be read to its end ({first_line(error)}): mend or "
-                    "replace it and run again, what is done is kept"
+                    f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
+                    "mend or replace it and run again, what is done is kept"
                 ) from None
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
 
@@ -158,7 +167,7 @@ def _read_once(url: str) -> Iterator[dict[str, Any]]:
         while stream.read(2**20):
             pass
         # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
-        if url.endswith(".tar") and stream.last.strip(b"\0"):
+        if url.split("?")[0].endswith(".tar") and stream.last.strip(b"\0"):
             raise EOFError("it has no end mark: it is cut off")
 
 
@@ -247,12 +256,12 @@ def take_stock(
                     _check_room(folder, made[0][0], len(missing), say)
                 bar.step(1, f"{sum(shard.photos for shard, _ in made):,} photos")
         for shard, bad in itertools.chain.from_iterable(team.collect(made)):
-            known[shard.url] = shard
+            known[shard.name] = shard
             if bad:
                 say("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]))
         if missing:
             team.first(lambda: _write_manifest(folder, known))
-    found = [known[url] for url in urls]
+    found = [replace(known[shard_name(url)], url=url) for url in urls]
     if not any(shard.photos for shard in found):
         raise UserError(
             f"the shards hold no photo with a caption: a photo is one of {', '.join(PHOTO_KEYS)}, "
@@ -281,23 +290,24 @@ def _claim(
         leftover.unlink(missing_ok=True)
     known = _read_manifest(folder)
 
+    missing = []
     for url in urls:
-        # Done by a run that was ended before it wrote the manifest.
-        if url not in known and table_path(folder, url).exists():
-            known[url] = _shard_of(_read_table(table_path(folder, url)))
-    missing = [url for url in urls
-               if url not in known or not _is_there(folder, known[url], keep_features)]  # fmt: skip
+        name = shard_name(url)
+        path = table_path(folder, name)
+        if name not in known and path.exists():  # of a run that ended before its manifest
+            known[name] = _shard_of(_read_table(path))
+        if name not in known or not _is_there(path, url, known[name], keep_features):
+            missing.append(url)
     if missing:
         say(f"shards: {len(missing):,} to read, {len(urls) - len(missing):,} known, in {folder}")
     return known, missing
 
 
-def _is_there(folder: Path, shard: Shard, keep_features: bool) -> bool:
+def _is_there(table: Path, url: str, shard: Shard, keep_features: bool) -> bool:
     """Whether what was written down of a shard is on disk, and the shard is as it was."""
-    path = table_path(folder, shard.url)
-    if shard.version != _version(shard.url) or not path.exists():
+    if shard.version != _version(url) or not table.exists():
         return False
-    features = path.with_suffix(".bin")
+    features = table.with_suffix(".bin")
     whole = features.exists() and features.stat().st_size == shard.bytes > 0
     return whole or not (keep_features and shard.photos)
 
@@ -307,12 +317,12 @@ def _read_manifest(folder: Path) -> dict[str, Shard]:
     if not path.exists():
         return {}
     shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
-    return {s["url"]: Shard(**s | {"version": _pair(s["version"])}) for s in shards}
+    return {s["name"]: Shard(**s | {"version": _pair(s["version"])}) for s in shards}
 
 
 def _write_manifest(folder: Path, known: dict[str, Shard]) -> None:
     with atomic_write(folder / "manifest.json") as path:
-        shards = [asdict(shard) for shard in known.values()]
+        shards = [asdict(replace(shard, url="")) for shard in known.values()]
         path.write_text(json.dumps({"shards": shards}, indent=0), encoding="utf-8")
 
 
@@ -320,16 +330,16 @@ def _pair(version: list[int] | None) -> tuple[int, int] | None:
     return tuple(version) if version else None
 
 
-def table_path(folder: Path, url: str) -> Path:
-    """A shard's table; its features stand beside it in a `.bin`."""
-    name = os.path.basename(url.split("?")[0]).removesuffix(".tar")
-    return folder / f"{name[:40]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}.json"
+def table_path(folder: Path, name: str) -> Path:
+    """The table of the shard of this name; its features stand beside it in a `.bin`."""
+    stem = re.sub(r"[^\w.-]", "_", os.path.basename(name.split("?")[0]).removesuffix(".tar"))
+    return folder / f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
 
 def _shard_of(table: dict[str, Any]) -> Shard:
     photos, captions = len(table["keys"]), sum(map(len, table["captions"]))
     size = photos * math.prod(table["shape"]) * 2 if table["shape"] else 0
-    return Shard(table["url"], _pair(table["version"]), photos, captions, size)
+    return Shard(table["name"], _pair(table["version"]), photos, captions, size)
 
 
 def _read_table(path: Path) -> dict[str, Any]:
@@ -356,9 +366,10 @@ def write_table(
         checksums: of each photo's features.
     """
     keys, captions = [key for key, _ in samples], [texts for _, texts in samples]
-    table = {"url": url, "version": _version(url), "shape": shape, "keys": keys,
+    name = shard_name(url)
+    table = {"name": name, "version": _version(url), "shape": shape, "keys": keys,
              "captions": captions, "checksums": list(checksums)}  # fmt: skip
-    with atomic_write(table_path(folder, url)) as path:
+    with atomic_write(table_path(folder, name)) as path:
         path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     return _shard_of(table)
 
@@ -383,19 +394,19 @@ def _encode_shard(
     samples: list[tuple[str, list[str]]] = []
     checksums: list[int] = []
     bad: list[str] = []
-    shape = None
+    shape, name = None, shard_name(url)
     chunks = _chunks(read_shard(url), batch_size)
 
     def load(chunk: list[Sample]) -> list[tuple[Sample, Image.Image | str]]:
-        return [(sample, _open(encoder, url, sample.key, sample.photo)) for sample in chunk]
+        return [(sample, _open(encoder, name, sample.key, sample.photo)) for sample in chunk]
 
     threads = os.cpu_count() or 2
-    with atomic_write(table_path(folder, url).with_suffix(".bin")) as path, open(
+    with atomic_write(table_path(folder, name).with_suffix(".bin")) as path, open(
         path, "wb"
     ) as file:
         for loaded in prefetch(load, chunks, threads=threads, ahead=threads + 2):
             bad += [image for _, image in loaded if isinstance(image, str)]
-            _check_bad(url, bad, max_bad)
+            _check_bad(name, bad, max_bad)
             good = [(sample, image) for sample, image in loaded if not isinstance(image, str)]
             if not good:
                 continue
@@ -419,19 +430,19 @@ def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     return itertools.takewhile(len, prefetch(take, itertools.count()))
 
 
-def _open(encoder: FrozenEncoder, url: str, key: str, photo: bytes) -> Image.Image | str:
+def _open(encoder: FrozenEncoder, shard: str, key: str, photo: bytes) -> Image.Image | str:
     """The picture, or what is wrong with it."""
     try:
-        return encoder.open(PhotoFile(f"{url}: {key}", photo))
+        return encoder.open(PhotoFile(f"{shard}: {key}", photo))
     except ImageError as error:
         return str(error)
 
 
-def _check_bad(url: str, bad: Sequence[str], max_bad: int) -> None:
+def _check_bad(shard: str, bad: Sequence[str], max_bad: int) -> None:
     if len(bad) > max_bad:
         listing = "\n  ".join(bad[:10])
         raise UserError(
-            f"more than MAX_BAD_IMAGES = {max_bad} photos of {url} can't be read:\n  {listing}\n"
+            f"more than MAX_BAD_IMAGES = {max_bad} photos of {shard} can't be read:\n  {listing}\n"
             "Mend the shard, leave it out, or raise --max_bad_images."
         )
 
@@ -466,7 +477,7 @@ class Stock:
         return sum(shard.captions for shard in self.shards)
 
     def _read_table(self, shard: int) -> dict[str, Any]:
-        return _read_table(table_path(self.folder, self.shards[shard].url))
+        return _read_table(table_path(self.folder, self.shards[shard].name))
 
     def place(self, number: int) -> tuple[int, int]:
         """A photo's shard and row."""
@@ -476,16 +487,16 @@ class Stock:
     def name(self, number: int) -> str:
         """A photo's name for people, and within this stock: `shard.tar#7`, counted from 0."""
         shard, row = self.place(number)
-        return f"{self.shards[shard].url}#{row}"
+        return f"{self.shards[shard].name}#{row}"
 
     @functools.cached_property
     def _index(self) -> dict[str, int]:
-        return {shard.url: start for shard, start in zip(self.shards, self.starts, strict=False)}
+        return {shard.name: start for shard, start in zip(self.shards, self.starts, strict=False)}
 
     def number(self, name: str) -> int:
         """The photo that `name` named."""
-        url, row = name.rsplit("#", 1)
-        return self._index[url] + int(row)
+        shard, row = name.rsplit("#", 1)
+        return self._index[shard] + int(row)
 
     def texts(self, number: int) -> list[str]:
         """A photo's captions."""
@@ -517,7 +528,7 @@ class Stock:
         for name in batch.names:
             shard, row = self.place(self.number(name))
             table = self.table(shard)
-            file = table_path(self.folder, self.shards[shard].url).with_suffix(".bin")
+            file = table_path(self.folder, self.shards[shard].name).with_suffix(".bin")
             content = np.empty(table["shape"], dtype=np.float16)
             with open(file, "rb") as opened:
                 read_row(opened.fileno(), row, content, table["checksums"][row], file, name)
@@ -557,21 +568,21 @@ class Stream(Stock):
 
     def _read(self, spans: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, bytes]]:
         for shard, first, last in spans:
-            url, start = self.shards[shard].url, self.starts[shard]
+            name, start = self.shards[shard].name, self.starts[shard]
             keys = self.table(shard)["keys"]
             wanted = {keys[row]: start + row for row in range(first, last)
                       if not self.done[start + row]}  # fmt: skip
             if not wanted:
                 continue
-            for sample in read_shard(url):
+            for sample in read_shard(self.shards[shard].url):
                 if sample.key in wanted:
                     yield wanted.pop(sample.key), sample.photo
                 if not wanted:
                     break
             if wanted:
                 raise UserError(
-                    f"the shard {url} has changed since stock was taken, {len(wanted)} photos are "
-                    f"gone: delete {table_path(self.folder, url)} and run again"
+                    f"the shard {name} has changed since stock was taken, {len(wanted)} photos are "
+                    f"gone: delete {table_path(self.folder, name)} and run again"
                 )
 
     def load(self, batch: Batch) -> tuple[Batch, Tensor]:
@@ -594,12 +605,12 @@ class Stream(Stock):
 
     def _key(self, number: int) -> tuple[str, str]:
         shard, row = self.place(number)
-        return self.shards[shard].url, self.table(shard)["keys"][row]
+        return self.shards[shard].name, self.table(shard)["keys"][row]
 
-    def _note_bad(self, url: str, problem: str) -> None:
+    def _note_bad(self, shard: str, problem: str) -> None:
         print(f"left out: {problem}", file=sys.stderr)  # which all processes of a team are heard on
-        self.bad.setdefault(url, []).append(problem)
-        _check_bad(url, self.bad[url], self.max_bad)
+        self.bad.setdefault(shard, []).append(problem)
+        _check_bad(shard, self.bad[shard], self.max_bad)
 
 
 def _open_named(
