@@ -840,7 +840,8 @@ def describe_captions(
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
     print(f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
           f"{len(words):,} different ones")  # fmt: skip
-    learned = [text for name in splits["train"] for text in captions.get(name, ())]
+    # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
+    learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH
     rows = CaptionTokenizer.train(learned, settings.VOCAB_SIZE).encode_captions(texts, longest + 1)
     cut = sum(len(row) > longest for row in rows)
