@@ -289,23 +289,24 @@ def _claim(
     for leftover in folder.glob(".*.tmp"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     known = _read_manifest(folder)
-
     missing = []
     for url in urls:
         name = shard_name(url)
         path = table_path(folder, name)
-        if name not in known and path.exists():  # of a run that ended before its manifest
+        if _is_there(path, url, known.get(name), keep_features):
+            continue
+        if path.exists():  # perhaps of a run that ended before it wrote the manifest
             known[name] = _shard_of(_read_table(path))
-        if name not in known or not _is_there(path, url, known[name], keep_features):
+        if not _is_there(path, url, known.get(name), keep_features):
             missing.append(url)
     if missing:
         say(f"shards: {len(missing):,} to read, {len(urls) - len(missing):,} known, in {folder}")
     return known, missing
 
 
-def _is_there(table: Path, url: str, shard: Shard, keep_features: bool) -> bool:
+def _is_there(table: Path, url: str, shard: Shard | None, keep_features: bool) -> bool:
     """Whether what was written down of a shard is on disk, and the shard is as it was."""
-    if shard.version != _version(url) or not table.exists():
+    if shard is None or shard.version != _version(url) or not table.exists():
         return False
     features = table.with_suffix(".bin")
     whole = features.exists() and features.stat().st_size == shard.bytes > 0
@@ -397,21 +398,20 @@ def _encode_shard(
     shape, name = None, shard_name(url)
     chunks = _chunks(read_shard(url), batch_size)
 
-    def load(chunk: list[Sample]) -> list[tuple[Sample, Image.Image | str]]:
-        return [(sample, _open(encoder, name, sample.key, sample.photo)) for sample in chunk]
+    def load(chunk: list[Sample]) -> list[tuple[Sample, dict[str, Tensor] | str]]:
+        return [(sample, _prepare(encoder, name, sample.key, sample.photo)) for sample in chunk]
 
     threads = os.cpu_count() or 2
     with atomic_write(table_path(folder, name).with_suffix(".bin")) as path, open(
         path, "wb"
     ) as file:
         for loaded in prefetch(load, chunks, threads=threads, ahead=threads + 2):
-            bad += [image for _, image in loaded if isinstance(image, str)]
+            bad += [photo for _, photo in loaded if isinstance(photo, str)]
             _check_bad(name, bad, max_bad)
-            good = [(sample, image) for sample, image in loaded if not isinstance(image, str)]
+            good = [(sample, photo) for sample, photo in loaded if not isinstance(photo, str)]
             if not good:
                 continue
-            inputs = encoder.preprocess([image for _, image in good])
-            features = encode(encoder, inputs, dtype).cpu().numpy()
+            features = encode(encoder, _join([photo for _, photo in good]), dtype).cpu().numpy()
             check_finite(features)
             for (sample, _), row in zip(good, features, strict=True):
                 content = row.tobytes()
@@ -430,12 +430,19 @@ def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     return itertools.takewhile(len, prefetch(take, itertools.count()))
 
 
-def _open(encoder: FrozenEncoder, shard: str, key: str, photo: bytes) -> Image.Image | str:
-    """The picture, or what is wrong with it."""
+def _prepare(
+    encoder: FrozenEncoder, shard: str, key: str, photo: bytes
+) -> dict[str, Tensor] | str:
+    """What `FrozenEncoder.preprocess` gives for a photo, or what is wrong with it."""
     try:
-        return encoder.open(PhotoFile(f"{shard}: {key}", photo))
+        return encoder.preprocess([encoder.open(PhotoFile(f"{shard}: {key}", photo))])
     except ImageError as error:
         return str(error)
+
+
+def _join(photos: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Preprocessed photos as one batch."""
+    return {name: torch.cat([photo[name] for photo in photos]) for name in photos[0]}
 
 
 def _check_bad(shard: str, bad: Sequence[str], max_bad: int) -> None:
@@ -593,30 +600,22 @@ class Stream(Stock):
         while any(number not in self.waiting for number in numbers):
             number, photo = next(self.arrivals)
             self.waiting[number] = photo
-        photos = [self.waiting.pop(number) for number in numbers]
-        names = map(self._key, numbers)
-        images = list(self.pool.map(functools.partial(_open_named, self.encoder), names, photos))
-        lost = [row for row, image in enumerate(images) if isinstance(image, str)]
+        photos = list(self.pool.map(self._prepare, numbers))
+        lost = [row for row, photo in enumerate(photos) if isinstance(photo, str)]
         for row in lost:
-            self._note_bad(batch.names[row].rsplit("#", 1)[0], images[row])
-            images[row] = Image.new("RGB", (self.encoder.side,) * 2)
-        inputs = self.encoder.preprocess(images)
-        return batch.without(lost), encode(self.encoder, inputs, self.dtype)
+            self._note_bad(batch.names[row].rsplit("#", 1)[0], photos[row])
+            photos[row] = self.encoder.preprocess([Image.new("RGB", (self.encoder.side,) * 2)])
+        return batch.without(lost), encode(self.encoder, _join(photos), self.dtype)
 
-    def _key(self, number: int) -> tuple[str, str]:
+    def _prepare(self, number: int) -> dict[str, Tensor] | str:
         shard, row = self.place(number)
-        return self.shards[shard].name, self.table(shard)["keys"][row]
+        key = self.table(shard)["keys"][row]
+        return _prepare(self.encoder, self.shards[shard].name, key, self.waiting.pop(number))
 
     def _note_bad(self, shard: str, problem: str) -> None:
         print(f"left out: {problem}", file=sys.stderr)  # which all processes of a team are heard on
         self.bad.setdefault(shard, []).append(problem)
         _check_bad(shard, self.bad[shard], self.max_bad)
-
-
-def _open_named(
-    encoder: FrozenEncoder, name: tuple[str, str], photo: bytes
-) -> Image.Image | str:
-    return _open(encoder, *name, photo)
 
 
 class StreamedRows:
@@ -650,8 +649,10 @@ class StreamedRows:
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
     ) -> Iterator[Batch]:
-        """The epoch's batches, without the first `skip`, of which photos that are only
-        streamed are not read again."""
+        """The epoch's batches, without the first `skip`.
+
+        Of those the photos, where they are only streamed, are not read again.
+        """
         sizes = [len(range(rank, batch_size, team.size)) for rank in range(team.size)]
         before = sum(sizes[: team.rank])
         own = sizes[team.rank]

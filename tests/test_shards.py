@@ -169,6 +169,9 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
     said.clear()
     assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again
     assert "2 to read, 1 known" in said[0]
+    (folder / "manifest.json").unlink()  # as if the run had been killed before it was written
+    said.clear()
+    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again and not said
     next(folder.glob("00000*.json")).write_text("{")
     with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
         list(Stock(folder, again).first_texts())
