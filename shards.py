@@ -56,6 +56,7 @@ PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a sha
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 OPEN_TABLES = 16  # shards whose table is in memory, a few MB each
+TABLE = ("name", "version", "shape", "keys", "captions", "checksums")  # what a table holds
 POOL = 64  # batches that are sorted by length together
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
@@ -295,7 +296,8 @@ def _claim(
         path = table_path(folder, name)
         if _is_there(path, url, known.get(name), keep_features):
             continue
-        if path.exists():  # perhaps of a run that ended before it wrote the manifest
+        # Perhaps of a run that ended before it wrote the manifest; what is damaged is made anew.
+        with contextlib.suppress(UserError):
             known[name] = _shard_of(_read_table(path))
         if not _is_there(path, url, known.get(name), keep_features):
             missing.append(url)
@@ -314,11 +316,12 @@ def _is_there(table: Path, url: str, shard: Shard | None, keep_features: bool) -
 
 
 def _read_manifest(folder: Path) -> dict[str, Shard]:
-    path = folder / "manifest.json"
-    if not path.exists():
+    """The shards by name; none where there is no sound manifest, as the tables say it all again."""
+    try:
+        shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        return {s["name"]: Shard(**s | {"version": _pair(s["version"])}) for s in shards}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
-    shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
-    return {s["name"]: Shard(**s | {"version": _pair(s["version"])}) for s in shards}
 
 
 def _write_manifest(folder: Path, known: dict[str, Shard]) -> None:
@@ -345,11 +348,11 @@ def _shard_of(table: dict[str, Any]) -> Shard:
 
 def _read_table(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {key: table[key] for key in TABLE}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is gone or damaged: delete it if it is there, and run again, which makes it "
-            "anew"
+            f"{path} is gone or damaged: run the same command again, which makes it anew"
         ) from None
 
 

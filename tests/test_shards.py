@@ -152,6 +152,7 @@ def test_a_server_that_never_gives_it_is_named(server):
 # --- Taking stock ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault(count=8)
 def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
     pattern = write_shards(tmp_path / "tars", [5, 3, 4])
     urls, said = shards.expand_shards(pattern), []
@@ -172,9 +173,15 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
     (folder / "manifest.json").unlink()  # as if the run had been killed before it was written
     said.clear()
     assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again and not said
-    next(folder.glob("00000*.json")).write_text("{")
-    with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
-        list(Stock(folder, again).first_texts())
+    (table,) = folder.glob("00000*.json")
+    for damage in ("{", "[]", '{"name": 1}'):
+        table.write_text(damage)
+        (folder / "manifest.json").write_text(damage)
+        with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
+            list(Stock(folder, again).first_texts())
+        said.clear()
+        assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again
+        assert "1 to read, 2 known" in said[0]
 
 
 @pytest.mark.fault
