@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -48,6 +48,8 @@ from utils import (
 )
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -230,14 +232,14 @@ def find_pictures(path: Path) -> list[Path]:
 def write_about(
     items: Sequence[tuple[Path, str]],
     batch_size: int,
-    write: Callable[[list[Image.Image], list[str]], list[str]],
+    write: Callable[[list[Image.Image], list[str]], list[T]],
     captioner: Captioner,
-) -> tuple[list[str | None], dict[str, str]]:
+) -> tuple[list[T | None], dict[str, str]]:
     """What `write` says of each picture (with a question), and what is wrong with unreadable ones.
 
-    A caption or answer is None where the picture can't be read.
+    It is None where the picture can't be read.
     """
-    written: list[str | None] = []
+    written: list[T | None] = []
     bad: dict[str, str] = {}
     bar = tqdm(total=len(items), unit="photo", disable=True if len(items) == 1 else None)
     with bar:
@@ -286,6 +288,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--question", help="answer this question about each picture instead of captioning it")
     add("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
+    add("--n_best", type=int, default=1, help="captions of each picture, best first [%(default)s]")
     add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
     add("--json", action="store_true", help="last line: captions by name, or questions and answers")
     add_option_flags(parser)
@@ -308,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.question or args.questions_file:
         bad = answer_all(captioner, questions_of(args, files), batch_size, chosen, args.json)
     else:
-        bad = caption_all(captioner, files, batch_size, chosen, args.json, path.is_dir())
+        bad = caption_all(captioner, args, files, batch_size, chosen)
     if bad:
         listing = "\n  ".join(bad.values())
         raise UserError(f"{len(bad)} of {len(files)} pictures can't be read:\n  {listing}")
@@ -350,23 +353,35 @@ def explain_one(
 
 def caption_all(
     captioner: Captioner,
+    args: argparse.Namespace,
     files: Sequence[Path],
     batch_size: int,
     options: dict[str, Any],
-    as_json: bool,
-    named: bool,
 ) -> dict[str, str]:
-    """Print the pictures' captions; returns what is wrong with those that can't be read."""
+    """Print the pictures' captions; returns what is wrong with those that can't be read.
 
-    def write(images: list[Image.Image], _: list[str]) -> list[str]:
-        return captioner.caption(images, **options)
+    Raises:
+        UserError: more captions of a picture are wanted than are searched for.
+    """
+    captioner.require("captions")
+    beams = change_options(captioner.options, **options).beam_size
+    if args.n_best > beams:
+        count = args.n_best
+        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
+
+    def write(images: list[Image.Image], _: list[str]) -> list[list[str]]:
+        found = captioner.hypotheses(images, **options)
+        return [list(dict.fromkeys(text for text, _ in group))[: args.n_best] for group in found]
 
     written, bad = write_about([(file, "") for file in files], batch_size, write, captioner)
-    captions = {file.name: text for file, text in zip(files, written, strict=True) if text}
-    for name, caption in captions.items():
-        print(f"{name}: {caption}" if named else caption)
-    if as_json:
-        print(json.dumps(captions, ensure_ascii=False))
+    captions = {file.name: best for file, best in zip(files, written, strict=True) if best}
+    named = Path(args.image_path).expanduser().is_dir()
+    for name, best in captions.items():
+        for caption in best:
+            print(f"{name}: {caption}" if named else caption)
+    if args.json:
+        single = {name: best[0] for name, best in captions.items()}
+        print(json.dumps(captions if args.n_best > 1 else single, ensure_ascii=False))
     return bad
 
 

@@ -57,6 +57,7 @@ from utils import (
     UserError,
     atomic_write,
     load_settings,
+    redact,
     require_room,
     run_script,
     size_text,
@@ -563,8 +564,12 @@ def ensure_captions(paths: DataPaths) -> dict[str, list[str]]:
     Raises:
         UserError: there are no captions, or they can't be read.
     """
-    if not paths.captions.exists():
-        table = find_table(paths.data_dir)
+    table = find_table(paths.data_dir)
+    if paths.captions.exists():
+        if table and table.stat().st_mtime > paths.captions.stat().st_mtime:
+            print(f"{table} is newer than {paths.captions}, which is used: delete the latter to "
+                  "have it made anew")  # fmt: skip
+    else:
         if table is None:
             raise UserError(
                 f'{paths.captions} is missing: write {{"photo.jpg": ["caption", ...]}} there, or '
@@ -680,7 +685,7 @@ def unpack_shards(pattern: str, paths: DataPaths) -> None:
     Raises:
         UserError: DATA_DIR holds another data set, or a shard can't be read or used.
     """
-    label = f"the shards {pattern}"
+    label = f"the shards {redact(pattern)}"
     marker = read_marker(paths)
     if marker is None and (paths.captions.exists() or photo_sizes(paths.images)):
         raise UserError(

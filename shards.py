@@ -53,6 +53,7 @@ from utils import (
 )
 
 PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 OPEN_TABLES = 16  # shards whose table is in memory, a few MB each
@@ -120,7 +121,8 @@ def expand_shards(pattern: str) -> list[str]:
 def shard_name(url: str) -> str:
     """A shard's path or address without keys and signatures, which may be others tomorrow."""
     address, _, query = url.partition("?")
-    return redact(address if "signature" in query.lower() else url)
+    signed = re.search(r"(?i)(signature|\bsig)=", query)
+    return redact(address if signed else url)
 
 
 def _elsewhere(url: str) -> bool:
@@ -168,18 +170,19 @@ def _read_once(url: str) -> Iterator[dict[str, Any]]:
         while stream.read(2**20):
             pass
         # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
-        if url.split("?")[0].endswith(".tar") and stream.last.strip(b"\0"):
+        if stream.last.strip(b"\0") and not stream.first.startswith(COMPRESSED):
             raise EOFError("it has no end mark: it is cut off")
 
 
 class _Tail:
-    """A stream that remembers the last bytes read; closing it raises what a server's end hid."""
+    """A stream that remembers its ends; closing it raises what a server's end hid."""
 
     def __init__(self, stream: Any):
-        self.stream, self.last = stream, b"?"
+        self.stream, self.first, self.last = stream, b"", b"?"
 
     def read(self, size: int) -> bytes:
         piece = self.stream.read(size)
+        self.first = self.first or piece[:8]
         self.last = piece[-1024:] or self.last
         return piece
 

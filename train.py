@@ -355,6 +355,7 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
 def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     """Prepare the data and build the model, new or as the checkpoint to resume from has it."""
     device = team.device(settings.DEVICE)
+    decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
     paths = team.first(lambda: prepare_dataset.prepare(settings))
     output = output_dir(settings)
     resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
@@ -962,6 +963,17 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
     return best
 
 
+def set_aside(run: Run) -> None:
+    """Keep what an earlier training left in OUTPUT_DIR under the names that a new one writes."""
+    names = ["last.pt", *(best_path(run, measure).name for measure in ("cider", "accuracy"))]
+    there = [run.output / name for name in names if (run.output / name).exists()]
+    for path in there:
+        path.replace(path.with_name(f"previous_{path.name}"))
+    if there:
+        print("an earlier training's files are kept as "
+              + ", ".join(f"previous_{path.name}" for path in there))  # fmt: skip
+
+
 def write_for_use(run: Run, path: Path, scores: dict[str, float]) -> None:
     run.team.first(lambda: save_for_use(path, run.checkpoint(scores)))
 
@@ -1037,7 +1049,7 @@ def describe(run: Run) -> None:
     kept = len(cache.entries)
     source = f"{settings.DATASET}, split by {settings.SPLIT}"
     if stock := run.data.stock:
-        source = f"{settings.TRAIN_SHARDS}, and {settings.VAL_SHARDS or source} to validate"
+        source = redact(f"{settings.TRAIN_SHARDS}, and {settings.VAL_SHARDS or source} to validate")
         kept += len(stock) if settings.KEEP_SHARD_FEATURES else 0
     size = size_text(kept * patches * width * 2)
     processes = run.team.size
@@ -1191,7 +1203,7 @@ def resume_command(run: Run) -> str:
             del arguments[i : i + (1 if "=" in argument else 2)]
             break
     command = [*run.team.command(), "train.py", *arguments]
-    return shlex.join([*command, "--resume_checkpoint_path", str(run.output / "last.pt")])
+    return redact(shlex.join([*command, "--resume_checkpoint_path", str(run.output / "last.pt")]))
 
 
 def draw(run: Run) -> None:
@@ -1271,6 +1283,8 @@ def train_and_report(settings: SimpleNamespace, team: Team) -> int:
     run = start_run(settings, team)
     describe(run)
     stop = StopSignal(team)
+    if not run.progress.step and not run.progress.epoch:
+        team.first(lambda: set_aside(run))
     tracker = start_tracking(run)
     pusher = HubPusher(settings.HF_REPO_ID, report=say) if settings.HF_REPO_ID else None
     try:

@@ -183,7 +183,7 @@ def redact(text: str) -> str:
         if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(value) >= 8:
             text = text.replace(value, "***")
     text = re.sub(r"\b(Basic|Bearer) [\w+/=.~-]{8,}", r"\1 ***", text)
-    signed = r"(?i)([?&][\w-]*(?:signature|token|credential|key)[\w-]*=)[^&\s]+"
+    signed = r"(?i)([?&][\w-]*(?:signature|sig|token|credential|key)[\w-]*=)[^&\s]+"
     text = re.sub(signed, r"\1***", text)
     text = re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
     return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -119,6 +120,18 @@ def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage):
         path.write_bytes(cut[damage])
     with pytest.raises(UserError, match="00000.tar can't be read"):
         list(read_shard(str(path)))
+
+
+@pytest.mark.fault
+def test_a_command_whose_tar_is_cut_off_is_refused_and_a_packed_one_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "RETRY_PAUSE", 0.01)
+    whole = shard_of(range(3))
+    (tmp_path / "0.tar").write_bytes(whole[: _after_files(whole, 6)])
+    with pytest.raises(UserError, match="no end mark"):
+        list(read_shard(f"pipe:cat {tmp_path}/0.tar"))
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(whole))
+    for url in (f"pipe:cat {tmp_path}/0.tar.gz", f"{tmp_path}/0.tar.gz"):
+        assert [s.photo for s in read_shard(url)] == [photo(number) for number in range(3)]
 
 
 def _after_files(tar: bytes, count: int) -> int:
@@ -418,7 +431,7 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
     """Neither on record, nor in tables, which are found again when the key is another one."""
     monkeypatch.setenv("WDS_TOKEN", "c0ffee-c0ffee")
     found = []
-    for key in ("${TOKEN}", "c0ffee", "c0ffee&X-Signature=c0ffee"):
+    for key in ("${TOKEN}", "c0ffee", "c0ffee&sig=c0ffee"):
         flags = ["--train_shards", f"https://me:c0ffee@host/0.tar?token={key}", "--data_dir", "d"]
         settings = train.command_line(flags)
         assert "c0ffee" not in str(train.on_record(settings))

@@ -387,3 +387,31 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
     missing = run("train.py", *flags, "--start_checkpoint", "nowhere.safetensors")
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
+
+
+def test_a_new_training_keeps_the_files_of_the_one_before(tmp_path, trained, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    flags = small_flags(data, encoder_dir)
+    names = ["last.pt", "captioner_best_cider.safetensors"]
+    for name in names:
+        (data / name).write_bytes((trained / name).read_bytes())
+    kept = {name: (data / name).read_bytes() for name in names}
+    result = run("train.py", *flags, "--seed", 1)
+    assert result.returncode == 0 and "earlier training's files are kept" in result.stdout
+    for name in names:
+        assert (data / f"previous_{name}").read_bytes() == kept[name] != (data / name).read_bytes()
+
+
+def test_several_captions_of_each_picture(trained):
+    command = ["inference.py", "--checkpoint", trained / "captioner_best_cider.safetensors",
+               "--json", "--beam_size", 4]  # fmt: skip
+    single = trained / "images" / "000.png"
+    one = run(*command, "--image_path", single, "--n_best", 3)
+    assert one.returncode == 0, one.stderr
+    *lines, last = one.stdout.splitlines()
+    best = json.loads(last)["000.png"]
+    assert lines == best and 1 < len(best) <= 3 and len(set(best)) == len(best)
+    plain = run(*command, "--image_path", single)
+    assert json.loads(plain.stdout.splitlines()[-1]) == {"000.png": best[0]}
+    many = run(*command, "--image_path", single, "--n_best", 9)
+    assert many.returncode == 1 and "add --beam_size 9" in many.stderr
