@@ -8,12 +8,13 @@ import hashlib
 import inspect
 import json
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from utils import UserError, first_line
@@ -25,6 +26,13 @@ VISION_CLASSES = {
     "siglip_vision_model": "SiglipVisionModel",
     "siglip2_vision_model": "Siglip2VisionModel",
 }
+
+
+ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # fmt: skip
 
 
 class ImageError(UserError):
@@ -50,16 +58,26 @@ def open_image(
             if least:
                 image.draft(None, (least, least))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except FileNotFoundError:
         raise ImageError(f"{path}: there is no such picture") from None
     except IsADirectoryError:
         raise ImageError(f"{path} is a folder, not a picture") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large a picture: {error}") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        # What Pillow raises for broken files differs by format; these are all of its kinds.
+    except (
+        OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, NotImplementedError,
+        LookupError, OverflowError,
+    ) as error:  # fmt: skip
+        # What Pillow raises for broken files, or odd EXIF blocks, differs by format.
         raise ImageError(f"{path} is not a readable picture: {error}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF tag says; Pillow's own way also writes EXIF anew, and fails
+    where some other tag is odd."""
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

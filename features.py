@@ -41,6 +41,7 @@ from utils import (
 
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20
+OPEN_FILES = 256  # shards open at a time; systems allow a process about 1,000 files
 
 In, Out = TypeVar("In"), TypeVar("Out")
 Item = tuple[str, int]  # a photo's name, and which view of it
@@ -84,6 +85,8 @@ class FeatureCache:
         for row, item in zip(features, items, strict=True):
             entry = self.entries[item]
             if entry.shard not in self._files:
+                if len(self._files) == OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
                 self._files[entry.shard] = os.open(entry.shard, os.O_RDONLY)
             file = self._files[entry.shard]
             read_row(file, entry.row, row, entry.checksum, entry.shard, item[0])

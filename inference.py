@@ -364,6 +364,8 @@ def caption_all(
         UserError: more captions of a picture are wanted than are searched for.
     """
     captioner.require("captions")
+    if args.n_best < 1:
+        raise UserError(f"--n_best is {args.n_best}: it must be at least 1")
     beams = change_options(captioner.options, **options).beam_size
     if args.n_best > beams:
         count = args.n_best

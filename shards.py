@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ from utils import (
     sole_user,
 )
 
+T = TypeVar("T")
 PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
@@ -105,8 +106,13 @@ def expand_shards(pattern: str) -> list[str]:
         UserError: a local one is missing, or one stands there twice.
     """
     shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
+    try:
+        expanded = shardlists.expand_urls(pattern)
+    except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
+        name = shard_name(pattern)
+        raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
     urls = [url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url))
-            for url in shardlists.expand_urls(pattern)]  # fmt: skip
+            for url in expanded]  # fmt: skip
     missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
@@ -142,7 +148,7 @@ def read_shard(url: str) -> Iterator[Sample]:
     while True:
         before = passed
         try:
-            for raw in itertools.islice(_read_once(url), passed, None):
+            for raw in _whole(itertools.islice(_read_once(url), passed, None)):
                 passed += 1
                 sample = _sample(raw)
                 if sample and sample.key not in keys:
@@ -158,6 +164,15 @@ def read_shard(url: str) -> Iterator[Sample]:
                     "mend or replace it and run again, what is done is kept"
                 ) from None
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
+
+
+def _whole(samples: Iterator[T]) -> Iterator[T]:
+    """The samples, each once the next one is there: the last before a cut may lack a file."""
+    held = list(itertools.islice(samples, 1))
+    for sample in samples:
+        yield held.pop()
+        held.append(sample)
+    yield from held
 
 
 def _read_once(url: str) -> Iterator[dict[str, Any]]:

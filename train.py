@@ -201,7 +201,9 @@ def load_shards(
 
 def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
     """The tokenizer the user gave, or a new one learned from the training texts."""
-    if settings.VOCAB_FILE and settings.MERGES_FILE:
+    if bool(settings.VOCAB_FILE) != bool(settings.MERGES_FILE):
+        raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
+    if settings.VOCAB_FILE:
         return CaptionTokenizer.load(paths.vocab, paths.merges)
 
     def texts() -> Iterator[str]:
@@ -391,6 +393,7 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     if resumed:
         optimizer.load_state_dict(resumed.training["optimizer"])
         schedule.load_state_dict(resumed.training["schedule"])
+        renew_settings(optimizer, schedule, settings)
         progress = Progress(**resumed.training["progress"])
     progress.job = team.job
     dtype = choose_dtype(settings.PRECISION, device)
@@ -434,6 +437,7 @@ def find_resumed(path: str | None) -> Checkpoint | None:
     """The checkpoint to go on from; None, said aloud, where there is none."""
     if not path:
         return None
+    path = str(Path(path).expanduser())  # a shell leaves `--flag=~/file` as it is
     if not Path(path).is_file():
         print(f"there is no checkpoint {path} to resume from: training from scratch")
         return None
@@ -521,6 +525,18 @@ def make_schedule(
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, lambda step: rate(step) / peak)
+
+
+def renew_settings(
+    optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: SimpleNamespace
+) -> None:
+    """Give a resumed run the learning rate and weight decay that are set now."""
+    schedule.base_lrs = [settings.LEARNING_RATE] * len(optimizer.param_groups)
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = settings.LEARNING_RATE
+        group["lr"] = settings.LEARNING_RATE * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY
 
 
 # --- One epoch ------------------------------------------------------------------------------
@@ -940,6 +956,11 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
     """
     settings, progress = run.settings, run.progress
     best = None
+    better = []
+    for measure in ("cider", "accuracy"):  # before any file is written, so that each .pt knows
+        if scores.get(f"val_{measure}", -math.inf) > getattr(progress, f"best_{measure}"):
+            setattr(progress, f"best_{measure}", scores[f"val_{measure}"])
+            better.append(measure)
     if scores["val_loss"] < progress.best_loss:
         progress.best_loss = scores["val_loss"]
         stem = f"{settings.CHECKPOINT_PREFIX}_epoch_{progress.epoch}"
@@ -953,12 +974,8 @@ def save(run: Run, scores: dict[str, float]) -> Path | None:
             old = progress.written.pop(0)
             for suffix in (".pt", ".safetensors"):
                 (run.output / f"{old}{suffix}").unlink(missing_ok=True)
-    if scores.get("val_cider", -math.inf) > progress.best_cider:
-        progress.best_cider = scores["val_cider"]
-        write_for_use(run, best_path(run, "cider"), scores)
-    if scores.get("val_accuracy", -math.inf) > progress.best_accuracy:
-        progress.best_accuracy = scores["val_accuracy"]
-        write_for_use(run, best_path(run, "accuracy"), scores)
+    for measure in better:
+        write_for_use(run, best_path(run, measure), scores)
     write_for_training(run, run.output / "last.pt", scores)
     return best
 
@@ -967,11 +984,12 @@ def set_aside(run: Run) -> None:
     """Keep what an earlier training left in OUTPUT_DIR under the names that a new one writes."""
     names = ["last.pt", *(best_path(run, measure).name for measure in ("cider", "accuracy"))]
     there = [run.output / name for name in names if (run.output / name).exists()]
+    number = next(n for n in itertools.count(1) if not any(run.output.glob(f"previous_{n}_*")))
     for path in there:
-        path.replace(path.with_name(f"previous_{path.name}"))
+        path.replace(path.with_name(f"previous_{number}_{path.name}"))
     if there:
         print("an earlier training's files are kept as "
-              + ", ".join(f"previous_{path.name}" for path in there))  # fmt: skip
+              + ", ".join(f"previous_{number}_{path.name}" for path in there))  # fmt: skip
 
 
 def write_for_use(run: Run, path: Path, scores: dict[str, float]) -> None:

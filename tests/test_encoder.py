@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from encoder import FrozenEncoder, ImageError, open_image, parse_layers
@@ -146,3 +147,30 @@ def test_large_jpegs_are_decoded_small(tmp_path, encoder_dir):
     assert (ours - theirs).abs().mean() < 0.02 and (ours - theirs).abs().max() < 0.1
     photo.resize((100, 75)).save(file, quality=95)
     assert encoder.open(file).tobytes() == open_image(file).tobytes()
+
+
+@pytest.mark.fault
+def test_a_photo_with_an_odd_exif_block_is_read_and_turned(tmp_path):
+    path = tmp_path / "odd.jpg"
+    Image.new("RGB", (8, 6)).save(path, exif=_text_resolution())
+    with Image.open(path) as image, pytest.raises(TypeError):
+        ImageOps.exif_transpose(image)  # so the block is one that Pillow's own way fails on
+    assert open_image(path).size == (6, 8)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_each_orientation_is_brought_upright(tmp_path, value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    noise = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        wanted = ImageOps.exif_transpose(image)
+    assert np.array_equal(open_image(tmp_path / "turned.png"), wanted)
+
+
+def _text_resolution() -> bytes:
+    """EXIF, big-endian: orientation 6, and XResolution with the type of a text."""
+    entries = [(0x0112, 3, 1, struct.pack(">HH", 6, 0)), (0x011A, 2, 4, b"72.\0")]
+    body = b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + body + struct.pack(">I", 0)

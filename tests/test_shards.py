@@ -141,11 +141,13 @@ def _after_files(tar: bytes, count: int) -> int:
     return info.offset_data + -(-info.size // 512) * 512
 
 
-@pytest.mark.fault(count=3)
+@pytest.mark.fault(count=5)
 @pytest.mark.parametrize("length", ["told", "untold"])
 def test_a_server_that_breaks_off_costs_nothing(server, length):
     body = shard_of(range(40))
-    cuts = [_after_files(body, 30), len(body) // 2, 100]
+    # After a whole photo, between a photo and its caption, within a header, anywhere, at once.
+    cuts = [_after_files(body, 30), _after_files(body, 31), _after_files(body, 61) + 100,
+            len(body) // 2, 100]  # fmt: skip
     server.files["00000.tar"] = Remote(body, length=length, cuts=list(cuts))
     found = list(read_shard(server.url("00000.tar")))
     assert [s.key for s in found] == [f"{number:09d}" for number in range(40)]
@@ -403,6 +405,8 @@ def test_shards_over_http_and_an_ordinary_data_set_to_validate_on(server, photos
     "more, said",
     [
         (["--feature_views", "2"], "--feature_views 1 --tasks captions"),
+        (["--train_shards", "https://host/0.tar?token=${NOT_SET}"], "TRAIN_SHARDS"),
+        (["--train_shards", "cc3m/{00000..00331.tar"], "TRAIN_SHARDS"),
         (["--train_shards", "/nowhere/{0..3}.tar"], "4 of the 4 shards"),
         (["--val_shards", "/nowhere/0.tar"], "holds a data set already"),
     ],

@@ -399,7 +399,8 @@ def test_a_new_training_keeps_the_files_of_the_one_before(tmp_path, trained, enc
     result = run("train.py", *flags, "--seed", 1)
     assert result.returncode == 0 and "earlier training's files are kept" in result.stdout
     for name in names:
-        assert (data / f"previous_{name}").read_bytes() == kept[name] != (data / name).read_bytes()
+        before = (data / f"previous_1_{name}").read_bytes()
+        assert before == kept[name] != (data / name).read_bytes()
 
 
 def test_several_captions_of_each_picture(trained):
@@ -415,3 +416,30 @@ def test_several_captions_of_each_picture(trained):
     assert json.loads(plain.stdout.splitlines()[-1]) == {"000.png": best[0]}
     many = run(*command, "--image_path", single, "--n_best", 9)
     assert many.returncode == 1 and "add --beam_size 9" in many.stderr
+
+
+def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    flags = small_flags(data, encoder_dir)
+    first = run("train.py", *flags, "--epochs", 1)
+    assert first.returncode == 0, first.stderr
+    more = ["--epochs", 3, "--learning_rate", 1e-4, "--weight_decay", 0.5]
+    rates = []
+    for resume in ("none", data / "last.pt"):
+        arguments = [*flags, *more, "--resume_checkpoint_path", resume]
+        state = train.start_run(train.command_line([str(part) for part in arguments]))
+        while state.schedule.last_epoch < 8:
+            state.optimizer.step()
+            state.schedule.step()
+        rates.append([group["lr"] for group in state.optimizer.param_groups])
+        assert [g["weight_decay"] for g in state.optimizer.param_groups] == [0.5, 0.0]
+    assert rates[0] == rates[1]
+
+
+def test_half_a_tokenizer_is_refused_and_left_alone(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    vocab = tmp_path / "mine.json"
+    vocab.write_text("{}")
+    result = run("train.py", *small_flags(data, encoder_dir), "--vocab_file", vocab)
+    assert result.returncode == 1 and "give both or neither" in result.stderr
+    assert vocab.read_text() == "{}"
