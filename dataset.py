@@ -26,6 +26,8 @@ TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a 
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
 ROW_MULTIPLE = 4
+POOL = 64  # batches whose photos are sorted by row length together
+
 
 def parse_tasks(text: str) -> tuple[str, ...]:
     """TASKS, such as "captions" or "captions,questions", as a tuple.
@@ -376,13 +378,13 @@ def make_batch(names: Sequence[str], captions: Sequence[Sequence[Sequence[int]]]
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: Sequence[int]) -> list[list[int]]:
     """The batches of an epoch, as indices: random, yet photos of like row length together.
 
-    Photos are shuffled, sorted by row length within pools of 64 batches, cut into batches, and
+    Photos are shuffled, sorted by row length within pools of POOL batches, cut into batches, and
     the batches shuffled. The order depends on the seed's numbers only, so that a run that resumes
     in mid-epoch meets the same batches.
     """
     dice = np.random.default_rng(seed)
     shuffled = dice.permutation(len(lengths))
-    pool = 64 * batch_size
+    pool = POOL * batch_size
     batches = []
     for start in range(0, len(shuffled), pool):
         members = shuffled[start : start + pool]
@@ -433,6 +435,4 @@ class CaptionRows:
 
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""
-        pool = 64 * batch_size
-        full, rest = divmod(len(self), pool)
-        return full * 64 + -(-rest // batch_size)
+        return -(-len(self) // batch_size)  # pools are of whole batches but for the last

@@ -258,8 +258,6 @@ def _claim(
 ) -> tuple[dict[Item, Entry], list[Item]]:
     """Keep the folder until `lock` is released; what it holds, and which items it lacks."""
     lock.enter_context(sole_user(folder, wait=True))
-    for leftover in folder.glob(".*.tmp"):  # of a build that was killed
-        leftover.unlink(missing_ok=True)
     entries, missing = _take_stock(items, folder, image_dir, say)
     done, size = len(items) - len(missing), len(missing) * _bytes_each(encoder)
     say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "

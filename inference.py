@@ -27,6 +27,7 @@ from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import Question, load_questions
 from encoder import FrozenEncoder, ImageError, open_image
+from features import encode
 from generation import (
     GenerationOptions,
     Hypothesis,
@@ -80,11 +81,8 @@ class Captioner:
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
-        inputs = {key: value.to(self.device) for key, value in
-                  self.encoder.preprocess(images).items()}  # fmt: skip
-        with autocast(self.device, self.dtype):
-            # Half precision as in the feature cache: what the decoder was trained on.
-            return self.encoder(inputs).half().float()
+        # As in the feature cache, half precision included: what the decoder was trained on.
+        return encode(self.encoder, self.encoder.preprocess(images), self.dtype).float()
 
     def hypotheses(
         self, images: Sequence[Image.Image], **options: Any

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import TEXT_KEYS, Batch, epoch_order, make_batch
+from dataset import POOL, TEXT_KEYS, Batch, epoch_order, make_batch
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
 from features import check_finite, encode, open_folder, prefetch, read_row
@@ -59,7 +59,6 @@ ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 OPEN_TABLES = 16  # shards whose table is in memory, a few MB each
 TABLE = ("name", "version", "shape", "keys", "captions", "checksums")  # what a table holds
-POOL = 64  # batches that are sorted by length together
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
 
@@ -305,8 +304,6 @@ def _claim(
 ) -> tuple[dict[str, Shard], list[str]]:
     """Keep the folder until `lock` is released; the shards known, and those of `urls` that lack."""
     lock.enter_context(sole_user(folder, wait=True))
-    for leftover in folder.glob(".*.tmp"):  # of a run that was killed
-        leftover.unlink(missing_ok=True)
     known = _read_manifest(folder)
     missing = []
     for url in urls:

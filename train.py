@@ -1292,8 +1292,6 @@ def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None
 
         build_dataset(OUTPUT, **SCENES)
     lock.enter_context(sole_user(output_dir(settings)))
-    for leftover in output_dir(settings).glob(".*.tmp"):  # of a run that was killed in a save
-        leftover.unlink(missing_ok=True)
 
 
 def train_and_report(settings: SimpleNamespace, team: Team) -> int:

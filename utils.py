@@ -366,6 +366,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process; the lock goes with the process, however it ends.
 
+    Files of `atomic_write` that a killed process has left half-written there are removed.
+
     Args:
         wait: until another process has left the folder, instead of raising an error.
 
@@ -388,6 +390,8 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
                 ) from None
             print(f"waiting for another process to leave {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         yield
 
 
