@@ -203,8 +203,16 @@ def _read_pt(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         # A changed byte can make any nonsense of the instructions that the file is read by.
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not isinstance(content, dict) or "captioner" not in content:

@@ -47,7 +47,7 @@ DECODER_FF_DIM = 2048  # hidden width of the feed-forward layers
 DROPOUT = 0.1  # on embeddings, residual branches and the memory
 
 # --- Training -------------------------------------------------------------------------------
-EPOCHS = 20  # passes over the training photos, each with all of its captions
+NUM_EPOCHS = 20  # passes over the training photos, each with all of its captions
 BATCH_SIZE = 32  # photos per step, of all processes together; each brings its captions, about 5
 GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
 LEARNING_RATE = 5e-4  # peak of the schedule
@@ -64,7 +64,7 @@ COMPILE = False  # torch.compile the decoder's training: meant for GPUs, no gain
 PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
 
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
-SCST_EPOCHS = 10  # epochs after EPOCHS; 0: no second stage
+SCST_EPOCHS = 10  # epochs after NUM_EPOCHS; 0: no second stage
 SCST_BEAM_SIZE = 5  # captions searched per photo, each measured against the others' mean
 SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
 
@@ -83,7 +83,7 @@ LENGTH_PENALTY = 1.0  # scores are divided by length ** LENGTH_PENALTY; higher: 
 NO_REPEAT_NGRAM = 3  # no n-gram of this size twice, nor a token twice in a row; 0: allowed
 
 # --- Tracking and sharing -------------------------------------------------------------------
-WANDB_PROJECT = "multimodal_image_transformer"  # Weights & Biases project; empty: no tracking
+WANDB_PROJECT = "multimodal-image-transformer"  # Weights & Biases project; empty: no tracking
 WANDB_ENTITY = None  # user or team; None: your default
 WANDB_RUN_NAME = None  # None: Weights & Biases invents one
 HF_REPO_ID = "wazzuck/multimodal_image_transformer"  # where each new best is pushed; empty: nowhere

@@ -401,9 +401,7 @@ class CaptionRows:
     def __init__(self, captions: dict[str, list[list[int]]]):
         """Args: `captions`, each photo's captions and questions as ids from START to END."""
         # Arrays, as lists of numbers take eight times the memory.
-        self.groups = {
-            name: [array("i", ids) for ids in group] for name, group in captions.items()
-        }
+        self.groups = {name: [array("i", ids) for ids in group] for name, group in captions.items()}
         self.names = list(captions)
         self.captions = list(self.groups.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]

@@ -54,13 +54,13 @@ class Team:
 
     def gather(self, part: Sequence[T]) -> list[T]:
         """All parts of what `share` cut, in the order before; each process gets all of it."""
-        parts = self.collect(part)
+        parts = self.all_gather(part)
         whole: list[Any] = [None] * sum(map(len, parts))
         for rank, items in enumerate(parts):
             whole[rank :: self.size] = items
         return whole
 
-    def collect(self, item: T) -> list[T]:
+    def all_gather(self, item: T) -> list[T]:
         """Each process's item, by rank."""
         if self.size == 1:
             return [item]
@@ -68,7 +68,7 @@ class Team:
         dist.all_gather_object(items, item, group=self.patient)
         return items
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` gives in the leading process alone; the others wait and get a copy.
 
         Raises:
@@ -87,7 +87,7 @@ class Team:
             raise UserError(found[1])
         return found[0]
 
-    def add_up(self, figures: Tensor) -> Tensor:
+    def all_reduce(self, figures: Tensor) -> Tensor:
         """The sum of all processes' figures, in place."""
         if self.size > 1:
             dist.all_reduce(figures)
@@ -135,8 +135,10 @@ def joined(device: str) -> Iterator[Team]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    team = Team(restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-                job=os.environ["TORCHELASTIC_RUN_ID"])  # fmt: skip
+    team = Team(
+        restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
+        job=os.environ["TORCHELASTIC_RUN_ID"],
+    )
     if os.environ["WORLD_SIZE"] == "1":
         yield team
         return

@@ -29,19 +29,22 @@ VISION_CLASSES = {
 
 
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # fmt: skip
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(UserError):
     """A picture that can't be read; the message names the file."""
 
 
-def open_image(
-    path: str | os.PathLike[str] | BinaryIO, least: int | None = None
-) -> Image.Image:
+def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None) -> Image.Image:
     """Open a picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white.
 
     Of an animation the first frame is used.
@@ -66,9 +69,16 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large a picture: {error}") from None
     except (
-        OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, NotImplementedError,
-        LookupError, OverflowError,
-    ) as error:  # fmt: skip
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        TypeError,
+        struct.error,
+        NotImplementedError,
+        LookupError,
+        OverflowError,
+    ) as error:
         # What Pillow raises for broken files, or odd EXIF blocks, differs by format.
         raise ImageError(f"{path} is not a readable picture: {error}") from None
 

@@ -1,7 +1,7 @@
 """Score a checkpoint's captions on a split, as the field does, and write a report to look at.
 
-    python evaluate.py --checkpoint captioner_best_cider.safetensors --split val
-    python evaluate.py --checkpoint captioner_best_cider.safetensors --task questions
+python evaluate.py --checkpoint captioner_best_cider.safetensors --split val
+python evaluate.py --checkpoint captioner_best_cider.safetensors --task questions
 """
 
 from __future__ import annotations
@@ -74,9 +74,16 @@ from utils import (
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 SETTINGS = (
-    "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "QUESTIONS_FILE", "FEATURES_DIR",
-    "FEATURE_BATCH_SIZE", "MAX_BAD_IMAGES", "DEVICE", "PRECISION",
-)  # fmt: skip
+    "DATA_DIR",
+    "IMAGE_DIR",
+    "CAPTIONS_FILE",
+    "QUESTIONS_FILE",
+    "FEATURES_DIR",
+    "FEATURE_BATCH_SIZE",
+    "MAX_BAD_IMAGES",
+    "DEVICE",
+    "PRECISION",
+)
 
 
 def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
@@ -141,8 +148,13 @@ def clip_score(
     for start in range(0, len(files), 32):
         images = [open_image(file) for file in files[start : start + 32]]
         texts = [f"A photo depicts {text}" for text in captions[start : start + 32]]
-        tokens = words(texts, return_tensors="pt", padding=True, truncation=True,
-                       max_length=model.config.text_config.max_position_embeddings)  # fmt: skip
+        tokens = words(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=model.config.text_config.max_position_embeddings,
+        )
         pixels = pictures(images=images, return_tensors="pt")
         output = model(**tokens.to(device), pixel_values=pixels["pixel_values"].to(device))
         cosines = (output.image_embeds * output.text_embeds).sum(-1)
@@ -223,9 +235,13 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
         add_option_flags(parser)
 
     return load_settings(
-        config, argv, __doc__.splitlines()[0], only=SETTINGS, add_arguments=add_arguments,
+        config,
+        argv,
+        __doc__.splitlines()[0],
+        only=SETTINGS,
+        add_arguments=add_arguments,
         epilog="\n".join(__doc__.splitlines()[2:]),
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -251,9 +267,14 @@ class Scored:
     ) -> list[tuple[str, Hypothesis]]:
         """The photos' captions, or answers to what `prefixes` ask about them, in their order."""
         found = caption_cached(
-            self.checkpoint.model.to(self.device), self.cache, names, options, prefixes,
-            dtype=self.dtype, batch_size=self.settings.batch_size,
-        )  # fmt: skip
+            self.checkpoint.model.to(self.device),
+            self.cache,
+            names,
+            options,
+            prefixes,
+            dtype=self.dtype,
+            batch_size=self.settings.batch_size,
+        )
         return list(tqdm(found, total=len(names), desc="writing", unit=unit, disable=None))
 
     def result(self, options: GenerationOptions) -> dict[str, object]:
@@ -272,9 +293,12 @@ def load_scored(settings: SimpleNamespace) -> Scored:
     checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
     checkpoint.require(settings.task)
     paths = data_paths(
-        settings.DATA_DIR, settings.IMAGE_DIR, settings.CAPTIONS_FILE, settings.QUESTIONS_FILE,
+        settings.DATA_DIR,
+        settings.IMAGE_DIR,
+        settings.CAPTIONS_FILE,
+        settings.QUESTIONS_FILE,
         features_dir=settings.FEATURES_DIR,
-    )  # fmt: skip
+    )
     splits = load_splits(paths.splits)
     if settings.task == "captions":
         table = load_captions(paths.captions)
@@ -287,9 +311,14 @@ def load_scored(settings: SimpleNamespace) -> Scored:
     dtype = choose_dtype(settings.PRECISION, device)
     encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, settings.encoder).to(device)
     cache, bad = build_features(
-        encoder, paths.images, [(name, 0) for name in names], paths.features,
-        dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=settings.MAX_BAD_IMAGES,
-    )  # fmt: skip
+        encoder,
+        paths.images,
+        [(name, 0) for name in names],
+        paths.features,
+        dtype=dtype,
+        batch_size=settings.FEATURE_BATCH_SIZE,
+        max_bad=settings.MAX_BAD_IMAGES,
+    )
     names = [name for name in names if name not in bad]
     return Scored(settings, checkpoint, paths, table, splits, names, cache, device, dtype)
 
@@ -316,9 +345,7 @@ def score_captions(settings: SimpleNamespace) -> dict[str, object]:
     more, missing = java_scores(captions, references)
     if settings.clip:
         files = [scored.paths.images / name for name in names]
-        more["CLIPScore"] = clip_score(
-            settings.clip, files, list(captions.values()), scored.device
-        )
+        more["CLIPScore"] = clip_score(settings.clip, files, list(captions.values()), scored.device)
     else:
         missing["CLIPScore"] = "it needs --clip"
     found |= more
@@ -419,8 +446,10 @@ def accuracy_by_kind(
     for kind in ("all", *sorted({question.kind for question in questions} - {""})):
         places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
         for source, given in answers.items():
-            right = [vqa_accuracy(given[i], questions[i].answers or [questions[i].answer])
-                     for i in places]  # fmt: skip
+            right = [
+                vqa_accuracy(given[i], questions[i].answers or [questions[i].answer])
+                for i in places
+            ]
             table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
     return table
 

@@ -98,9 +98,7 @@ class FeatureCache:
         self._files.clear()
 
 
-def read_row(
-    file: int, row: int, into: np.ndarray, checksum: int, shard: Path, photo: str
-) -> None:
+def read_row(file: int, row: int, into: np.ndarray, checksum: int, shard: Path, photo: str) -> None:
     """Read one photo's features from a shard that is open as `file`, and check them.
 
     Raises:
@@ -213,20 +211,27 @@ def build_features(
             disk is full; what is built stays and is used next time.
     """
     # The leader looks for all: on a network's disk another machine sees a new file late.
-    folder = team.first(lambda: open_folder(root, encoder, dtype, say))
-    entries, missing = team.first(lambda: _take_stock(items, folder, image_dir, say))
+    folder = team.on_rank0(lambda: open_folder(root, encoder, dtype, say))
+    entries, missing = team.on_rank0(lambda: _take_stock(items, folder, image_dir, say))
     bad: dict[str, str] = {}
     if missing:
         with contextlib.ExitStack() as lock:
             # What another process made while this one waited is not made again.
-            entries, missing = team.first(
+            entries, missing = team.on_rank0(
                 lambda: _claim(lock, encoder, items, folder, image_dir, say)
             )
             made, failed = _build(
-                encoder, image_dir, team.share(missing), folder, dtype, batch_size, max_bad, say,
+                encoder,
+                image_dir,
+                team.share(missing),
+                folder,
+                dtype,
+                batch_size,
+                max_bad,
+                say,
                 team,
-            )  # fmt: skip
-            for their_entries, their_failed in team.collect((made, failed)):
+            )
+            for their_entries, their_failed in team.all_gather((made, failed)):
                 entries |= their_entries
                 bad |= their_failed
             _check_bad(bad, max_bad)
@@ -236,7 +241,7 @@ def build_features(
     if not entries:
         raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
     some = next(iter(entries.values())).shard.with_suffix(".json")
-    shape = team.first(lambda: json.loads(some.read_text())["shape"])
+    shape = team.on_rank0(lambda: json.loads(some.read_text())["shape"])
     return FeatureCache(folder, tuple(shape), entries), sorted(bad)
 
 
@@ -260,8 +265,10 @@ def _claim(
     lock.enter_context(sole_user(folder, wait=True))
     entries, missing = _take_stock(items, folder, image_dir, say)
     done, size = len(items) - len(missing), len(missing) * _bytes_each(encoder)
-    say(f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
-        f"{size_text(size)} more")  # fmt: skip
+    say(
+        f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
+        f"{size_text(size)} more"
+    )
     require_room([(folder, size)])
     return entries, missing
 
@@ -443,9 +450,7 @@ def write_shard(
     with atomic_write(shard) as path, open(path, "wb") as file:
         for row in rows:
             file.write(row.tobytes())
-    items = [
-        (*label, zlib.crc32(row.tobytes())) for label, row in zip(labels, rows, strict=True)
-    ]
+    items = [(*label, zlib.crc32(row.tobytes())) for label, row in zip(labels, rows, strict=True)]
     # The index comes last: without it the shard's features don't count.
     with atomic_write(shard.with_suffix(".json")) as path:
         table = {"bytes": shard.stat().st_size, "shape": rows[0].shape, "items": items}

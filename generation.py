@@ -405,8 +405,7 @@ class _Rows:
     def _keep(self, rows: list[int]) -> None:
         self.images = [self.images[row] for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
-        for name in ("tokens", "log_probability", "ended", "descent", "history", "greedy",
-                     "start"):  # fmt: skip
+        for name in ("tokens", "log_probability", "ended", "descent", "history", "greedy", "start"):
             setattr(self, name, getattr(self, name)[index])
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keep(index)

@@ -161,8 +161,10 @@ class Captioner:
         return self.tokenizer.question_prefixes(questions, self.model.config.max_length)
 
     def _open(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Image.Image]:
-        return [im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
-                for im in images]  # fmt: skip
+        return [
+            im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
+            for im in images
+        ]
 
 
 def load_captioner(

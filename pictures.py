@@ -46,16 +46,28 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         line(scores, name, label, colour)
         best = max((e for e in history if name in e), key=lambda e: e[name], default=None)
         if best:
-            scores.annotate(f"{best[name]:.1f}", (best["epoch"], best[name]), color=colour,
-                            xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+            scores.annotate(
+                f"{best[name]:.1f}",
+                (best["epoch"], best[name]),
+                color=colour,
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+            )
     scores.set_title("validation, greedy")
     line(rate, "train_learning_rate", "learning rate", GREY)
     rate.set_title("learning rate at the epoch's end")
     critical = [entry["epoch"] for entry in history if "train_beam_cider" in entry]
     for axes in (loss, scores, rate):
         if critical:
-            axes.axvspan(critical[0] - 0.5, critical[-1] + 0.5, color=GREY, alpha=0.12, lw=0,
-                         label="self-critical")  # fmt: skip
+            axes.axvspan(
+                critical[0] - 0.5,
+                critical[-1] + 0.5,
+                color=GREY,
+                alpha=0.12,
+                lw=0,
+                label="self-critical",
+            )
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.12)

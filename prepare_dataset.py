@@ -224,7 +224,10 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
             temporary.write_text(json.dumps(state), encoding="utf-8")
     total = state["total"]
     bar = tqdm(
-        desc=partial.stem, total=total, unit="B", unit_scale=True,
+        desc=partial.stem,
+        total=total,
+        unit="B",
+        unit_scale=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
     )
     with open(partial, "ab") as file, bar:
@@ -567,8 +570,10 @@ def ensure_captions(paths: DataPaths) -> dict[str, list[str]]:
     table = find_table(paths.data_dir)
     if paths.captions.exists():
         if table and table.stat().st_mtime > paths.captions.stat().st_mtime:
-            print(f"{table} is newer than {paths.captions}, which is used: delete the latter to "
-                  "have it made anew")  # fmt: skip
+            print(
+                f"{table} is newer than {paths.captions}, which is used: delete the latter to "
+                "have it made anew"
+            )
     else:
         if table is None:
             raise UserError(
@@ -843,8 +848,10 @@ def describe_captions(
     lengths = sorted(len(text.split()) for text in texts)
     words = {word for text in texts for word in text.split()}
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
-    print(f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
-          f"{len(words):,} different ones")  # fmt: skip
+    print(
+        f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
+        f"{len(words):,} different ones"
+    )
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH
@@ -934,9 +941,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def add_flags(parser: argparse.ArgumentParser) -> None:
         add_arguments(parser)
-        parser.add_argument("--check", action="store_true",
-                            help="look at every photo and caption; code 1 if training would "
-                            "refuse them")  # fmt: skip
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="look at every photo and caption; code 1 if training would refuse them",
+        )
 
     settings, usual = (
         load_settings(

@@ -110,8 +110,9 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    urls = [url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url))
-            for url in expanded]  # fmt: skip
+    urls = [
+        url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url)) for url in expanded
+    ]
     missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
@@ -261,9 +262,9 @@ def take_stock(
         UserError: a shard can't be read, more than `max_bad` photos of one can't, or the disk is
             full. Shards that were done are kept.
     """
-    folder = team.first(lambda: stock_folder(encoder, root, dtype, say))
+    folder = team.on_rank0(lambda: stock_folder(encoder, root, dtype, say))
     with contextlib.ExitStack() as lock:
-        known, missing = team.first(lambda: _claim(lock, folder, urls, keep_features, say))
+        known, missing = team.on_rank0(lambda: _claim(lock, folder, urls, keep_features, say))
         own = team.share(missing)
         made = []
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
@@ -273,17 +274,17 @@ def take_stock(
                 if bar.done == 0:
                     _check_room(folder, made[0][0], len(missing), say)
                 bar.step(1, f"{sum(shard.photos for shard, _ in made):,} photos")
-        for shard, bad in itertools.chain.from_iterable(team.collect(made)):
+        for shard, bad in itertools.chain.from_iterable(team.all_gather(made)):
             known[shard.name] = shard
             if bad:
                 say("\n  ".join([f"skipped {len(bad)} photos that can't be read:", *bad]))
         if missing:
-            team.first(lambda: _write_manifest(folder, known))
+            team.on_rank0(lambda: _write_manifest(folder, known))
     found = [replace(known[shard_name(url)], url=url) for url in urls]
     if not any(shard.photos for shard in found):
         raise UserError(
             f"the shards hold no photo with a caption: a photo is one of {', '.join(PHOTO_KEYS)}, "
-            "its caption a .txt of the same name, or \"caption\" in a .json"
+            'its caption a .txt of the same name, or "caption" in a .json'
         )
     return found
 
@@ -386,8 +387,14 @@ def write_table(
     """
     keys, captions = [key for key, _ in samples], [texts for _, texts in samples]
     name = shard_name(url)
-    table = {"name": name, "version": _version(url), "shape": shape, "keys": keys,
-             "captions": captions, "checksums": list(checksums)}  # fmt: skip
+    table = {
+        "name": name,
+        "version": _version(url),
+        "shape": shape,
+        "keys": keys,
+        "captions": captions,
+        "checksums": list(checksums),
+    }
     with atomic_write(table_path(folder, name)) as path:
         path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     return _shard_of(table)
@@ -420,9 +427,10 @@ def _encode_shard(
         return [(sample, _prepare(encoder, name, sample.key, sample.photo)) for sample in chunk]
 
     threads = os.cpu_count() or 2
-    with atomic_write(table_path(folder, name).with_suffix(".bin")) as path, open(
-        path, "wb"
-    ) as file:
+    with (
+        atomic_write(table_path(folder, name).with_suffix(".bin")) as path,
+        open(path, "wb") as file,
+    ):
         for loaded in prefetch(load, chunks, threads=threads, ahead=threads + 2):
             bad += [photo for _, photo in loaded if isinstance(photo, str)]
             _check_bad(name, bad, max_bad)
@@ -442,15 +450,14 @@ def _encode_shard(
 
 def _chunks(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     """Lists of up to `size` samples, read by a thread of their own."""
+
     def take(_: int) -> list[Sample]:
         return list(itertools.islice(samples, size))
 
     return itertools.takewhile(len, prefetch(take, itertools.count()))
 
 
-def _prepare(
-    encoder: FrozenEncoder, shard: str, key: str, photo: bytes
-) -> dict[str, Tensor] | str:
+def _prepare(encoder: FrozenEncoder, shard: str, key: str, photo: bytes) -> dict[str, Tensor] | str:
     """What `FrozenEncoder.preprocess` gives for a photo, or what is wrong with it."""
     try:
         return encoder.preprocess([encoder.open(PhotoFile(f"{shard}: {key}", photo))])
@@ -475,8 +482,10 @@ def _check_bad(shard: str, bad: Sequence[str], max_bad: int) -> None:
 def _check_room(folder: Path, first: Shard, count: int, say: Callable[[str], None]) -> None:
     """By the first shard's features, say how large those of all will be; is there room for them?"""
     if first.bytes:
-        say(f"shards: about {size_text(first.bytes * count)} of features, if all are like the "
-            "first (--keep_shard_features false keeps none)")  # fmt: skip
+        say(
+            f"shards: about {size_text(first.bytes * count)} of features, if all are like the "
+            "first (--keep_shard_features false keeps none)"
+        )
     require_room([(folder, first.bytes * (count - 1))])
 
 
@@ -595,8 +604,9 @@ class Stream(Stock):
         for shard, first, last in spans:
             name, start = self.shards[shard].name, self.starts[shard]
             keys = self.table(shard)["keys"]
-            wanted = {keys[row]: start + row for row in range(first, last)
-                      if not self.done[start + row]}  # fmt: skip
+            wanted = {
+                keys[row]: start + row for row in range(first, last) if not self.done[start + row]
+            }
             if not wanted:
                 continue
             for sample in read_shard(self.shards[shard].url):
@@ -721,9 +731,7 @@ class StreamedRows:
             self.stock.forget(members)
             return
         groups = [self.stock.texts(number) for number in members]
-        ids = iter(
-            self.tokenizer.encode_captions(list(itertools.chain(*groups)), self.max_length)
-        )
+        ids = iter(self.tokenizer.encode_captions(list(itertools.chain(*groups)), self.max_length))
         rows = [list(itertools.islice(ids, len(group))) for group in groups]
         lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
         order = epoch_order(lengths, batch_size, key)

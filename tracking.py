@@ -55,8 +55,15 @@ class Tracker:
             return
         with self._careful():
             folder.mkdir(parents=True, exist_ok=True)
-            options = {"project": project, "entity": entity, "name": name, "id": run_id or None,
-                       "resume": "allow", "dir": folder, "config": dict(config)}  # fmt: skip
+            options = {
+                "project": project,
+                "entity": entity,
+                "name": name,
+                "id": run_id or None,
+                "resume": "allow",
+                "dir": folder,
+                "config": dict(config),
+            }
             self._run = self._begin(options)
             self.run_id = self._run.id
             where = "offline (`wandb login` to see runs online)" if self.offline else self._run.url
@@ -165,8 +172,15 @@ def _failures() -> tuple[type[Exception], ...]:
     from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return (wandb.Error, OSError, ValueError, UserError, HandleAbandonedError,
-            MailboxClosedError, WandbServiceConnectionError)  # fmt: skip
+    return (
+        wandb.Error,
+        OSError,
+        ValueError,
+        UserError,
+        HandleAbandonedError,
+        MailboxClosedError,
+        WandbServiceConnectionError,
+    )
 
 
 def memory(device: torch.device) -> dict[str, float]:

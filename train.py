@@ -1,9 +1,9 @@
 """Train a captioner: prepare the data, encode each photo once, then fit the decoder.
 
-    python train.py --demo                  # the built-in demo, minutes on a laptop
-    python train.py                         # what config.py says
-    python train.py --batch_size 64         # any setting, for one run
-    torchrun --nproc_per_node=4 train.py    # on four GPUs
+python train.py --demo                  # the built-in demo, minutes on a laptop
+python train.py                         # what config.py says
+python train.py --batch_size 64         # any setting, for one run
+torchrun --nproc_per_node=4 train.py    # on four GPUs
 """
 
 from __future__ import annotations
@@ -85,26 +85,48 @@ EXAMPLES = """examples:
 
 # Settings that a run can't do without their being in a range, both ends included.
 RANGES = {
-    "MAX_BAD_IMAGES": (0, math.inf), "QUESTION_WEIGHT": (0, math.inf),
+    "MAX_BAD_IMAGES": (0, math.inf),
+    "QUESTION_WEIGHT": (0, math.inf),
     "SHUFFLE_BUFFER": (1, math.inf),
-    "FEATURE_VIEWS": (1, math.inf), "FEATURE_BATCH_SIZE": (1, math.inf),
-    "VOCAB_SIZE": (1, math.inf), "MAX_CAPTION_LENGTH": (3, math.inf),
-    "DECODER_EMBED_DIM": (1, math.inf), "DECODER_LAYERS": (1, math.inf),
-    "DECODER_HEADS": (1, math.inf), "DECODER_FF_DIM": (1, math.inf), "DROPOUT": (0, 0.95),
-    "EPOCHS": (0, math.inf), "BATCH_SIZE": (1, math.inf),
-    "GRADIENT_ACCUMULATION_STEPS": (1, math.inf), "LEARNING_RATE": (1e-12, 100),
-    "MIN_LEARNING_RATE": (0, 100), "WARMUP_STEPS": (0, math.inf), "WEIGHT_DECAY": (0, 100),
-    "GRADIENT_CLIP": (1e-12, math.inf), "MAX_BAD_STEPS": (1, math.inf),
-    "LABEL_SMOOTHING": (0, 0.95), "EMA_DECAY": (0, 0.999999), "SEED": (0, 2**63 - 1),
-    "SCST_EPOCHS": (0, math.inf), "SCST_BEAM_SIZE": (2, 100), "SCST_LEARNING_RATE": (0, 100),
-    "KEEP_CHECKPOINTS": (0, math.inf), "SAMPLE_IMAGES": (0, math.inf),
-    "SCORED_IMAGES": (0, math.inf), "BEAM_SIZE": (1, 1000), "LENGTH_PENALTY": (-100, 100),
+    "FEATURE_VIEWS": (1, math.inf),
+    "FEATURE_BATCH_SIZE": (1, math.inf),
+    "VOCAB_SIZE": (1, math.inf),
+    "MAX_CAPTION_LENGTH": (3, math.inf),
+    "DECODER_EMBED_DIM": (1, math.inf),
+    "DECODER_LAYERS": (1, math.inf),
+    "DECODER_HEADS": (1, math.inf),
+    "DECODER_FF_DIM": (1, math.inf),
+    "DROPOUT": (0, 0.95),
+    "NUM_EPOCHS": (0, math.inf),
+    "BATCH_SIZE": (1, math.inf),
+    "GRADIENT_ACCUMULATION_STEPS": (1, math.inf),
+    "LEARNING_RATE": (1e-12, 100),
+    "MIN_LEARNING_RATE": (0, 100),
+    "WARMUP_STEPS": (0, math.inf),
+    "WEIGHT_DECAY": (0, 100),
+    "GRADIENT_CLIP": (1e-12, math.inf),
+    "MAX_BAD_STEPS": (1, math.inf),
+    "LABEL_SMOOTHING": (0, 0.95),
+    "EMA_DECAY": (0, 0.999999),
+    "SEED": (0, 2**63 - 1),
+    "SCST_EPOCHS": (0, math.inf),
+    "SCST_BEAM_SIZE": (2, 100),
+    "SCST_LEARNING_RATE": (0, 100),
+    "KEEP_CHECKPOINTS": (0, math.inf),
+    "SAMPLE_IMAGES": (0, math.inf),
+    "SCORED_IMAGES": (0, math.inf),
+    "BEAM_SIZE": (1, 1000),
+    "LENGTH_PENALTY": (-100, 100),
     "NO_REPEAT_NGRAM": (0, math.inf),
-}  # fmt: skip
+}
 
 # What is measured on the validation photos after each epoch, as people call it.
-MEASURES = {"val_cider": "CIDEr-D", "val_bleu4": "BLEU-4", "val_accuracy": "accuracy of answers",
-            "val_loss": "cross-entropy"}  # fmt: skip
+MEASURES = {
+    "val_cider": "CIDEr-D",
+    "val_bleu4": "BLEU-4",
+    "val_accuracy": "accuracy of answers",
+    "val_loss": "cross-entropy",
+}
 
 
 # --- The data of a run ----------------------------------------------------------------------
@@ -192,9 +214,15 @@ def load_shards(
     dtype = choose_dtype(settings.PRECISION, device)
     keep, max_bad = settings.KEEP_SHARD_FEATURES, settings.MAX_BAD_IMAGES
     shards = take_stock(
-        encoder, expand_shards(settings.TRAIN_SHARDS), paths.features, keep_features=keep,
-        dtype=dtype, batch_size=settings.FEATURE_BATCH_SIZE, max_bad=max_bad, team=team,
-    )  # fmt: skip
+        encoder,
+        expand_shards(settings.TRAIN_SHARDS),
+        paths.features,
+        keep_features=keep,
+        dtype=dtype,
+        batch_size=settings.FEATURE_BATCH_SIZE,
+        max_bad=max_bad,
+        team=team,
+    )
     folder = stock_folder(encoder, paths.features, dtype, lambda text: None)
     return Stock(folder, shards) if keep else Stream(folder, shards, encoder, dtype, max_bad)
 
@@ -284,11 +312,11 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        return self.settings.EPOCHS + critical_epochs(self.settings)
+        return self.settings.NUM_EPOCHS + critical_epochs(self.settings)
 
     @property
     def self_critical(self) -> bool:
-        return self.progress.epoch >= self.settings.EPOCHS
+        return self.progress.epoch >= self.settings.NUM_EPOCHS
 
     def checkpoint(
         self, scores: dict[str, float], training: dict[str, Any] | None = None
@@ -299,13 +327,19 @@ class Run:
             settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
         )
         return Checkpoint(
-            self.average, self.tokenizer, self.data.encoder, options,
-            parse_tasks(settings.TASKS), kept, scores, training,
-        )  # fmt: skip
+            self.average,
+            self.tokenizer,
+            self.data.encoder,
+            options,
+            parse_tasks(settings.TASKS),
+            kept,
+            scores,
+            training,
+        )
 
     def training_state(self) -> dict[str, Any]:
         """What going on needs; all processes of a team ask for it together."""
-        first, *others = self.team.collect(random_state(self.device))
+        first, *others = self.team.all_gather(random_state(self.device))
         return {
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -346,8 +380,10 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
     states = [saved["random"], *saved.get("other_random", [])] if saved else []
     team = run.team
     if states and len(states) != team.size:
-        print(f"trained by {len(states)} processes before, {team.size} now: those that are new "
-              "draw their own random numbers")  # fmt: skip
+        print(
+            f"trained by {len(states)} processes before, {team.size} now: those that are new "
+            "draw their own random numbers"
+        )
     if team.rank < len(states):
         restore_random_state(states[team.rank], run.device)
     elif not team.leads:
@@ -358,14 +394,14 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     """Prepare the data and build the model, new or as the checkpoint to resume from has it."""
     device = team.device(settings.DEVICE)
     decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
-    paths = team.first(lambda: prepare_dataset.prepare(settings))
+    paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
     output = output_dir(settings)
     resumed = find_resumed(settings.RESUME_CHECKPOINT_PATH)
     begun = resumed or find_started(settings.START_CHECKPOINT)
     data = load_data(settings, paths, device, team)
-    tokenizer = begun.tokenizer if begun else team.first(
-        lambda: load_tokenizer(settings, paths, data)
-    )  # fmt: skip
+    tokenizer = (
+        begun.tokenizer if begun else team.on_rank0(lambda: load_tokenizer(settings, paths, data))
+    )
     seed_everything(settings.SEED)
     size = decoder_config(settings, len(tokenizer))
     width = data.cache.shape[1]
@@ -400,9 +436,24 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     critic = Critic(tokenizer, data) if critical_epochs(settings) else None
     features = resident_or_cached(data.cache, device)
     run = Run(
-        settings, team, paths, output, device, dtype, data, tokenizer, rows, features, model,
-        share_gradients(model, team), average, optimizer, schedule, progress, critic,
-    )  # fmt: skip
+        settings,
+        team,
+        paths,
+        output,
+        device,
+        dtype,
+        data,
+        tokenizer,
+        rows,
+        features,
+        model,
+        share_gradients(model, team),
+        average,
+        optimizer,
+        schedule,
+        progress,
+        critic,
+    )
     set_random_state(run, resumed.training if resumed else None)
     return run
 
@@ -475,8 +526,9 @@ def check_begun(checkpoint: Checkpoint, size: DecoderConfig, encoder: dict[str, 
     there, here = asdict(checkpoint.model.config), asdict(size)
     for key in ("weights", "layers", "preprocessing"):
         there[f"encoder {key}"], here[f"encoder {key}"] = checkpoint.encoder[key], encoder[key]
-    differing = [f"{key} {there[key]} there, {here[key]} here" for key in here
-                 if there[key] != here[key]]  # fmt: skip
+    differing = [
+        f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
+    ]
     if differing:
         raise UserError(
             f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
@@ -505,10 +557,10 @@ def make_schedule(
 ) -> LambdaLR:
     """The learning rate of each update.
 
-    Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of EPOCHS, and in
+    Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of NUM_EPOCHS, and in
     the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
     """
-    updates, critical = per_epoch * settings.EPOCHS, per_epoch * critical_epochs(settings)
+    updates, critical = per_epoch * settings.NUM_EPOCHS, per_epoch * critical_epochs(settings)
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
     peak = settings.LEARNING_RATE
     floor = min(peak, settings.MIN_LEARNING_RATE)
@@ -546,6 +598,7 @@ def batches_with_features(
     run: Run, batches: Iterable[Batch], view: Callable[[str], int]
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches and the features of a view of their photos, read ahead, on the run's device."""
+
     def load(batch: Batch) -> tuple[Batch, Tensor]:
         features = run.features.read([(name, view(name)) for name in batch.names])
         return to_device(run.device, batch, features)
@@ -571,9 +624,10 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
         return prefetch(lambda batch: to_device(run.device, *stock.load(batch)), batches)
     # Each epoch shows the next view of a photo, and different photos different ones.
     return batches_with_features(
-        run, batches, lambda name: (progress.epoch + len(name) + ord(name[0]))
-        % settings.FEATURE_VIEWS,
-    )  # fmt: skip
+        run,
+        batches,
+        lambda name: (progress.epoch + len(name) + ord(name[0])) % settings.FEATURE_VIEWS,
+    )
 
 
 def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> bool:
@@ -670,7 +724,7 @@ class Ledger:
         """
         progress, limit = self.run.progress, self.run.settings.MAX_BAD_STEPS
         progress.bad_steps += 1
-        names = [name for part in self.run.team.collect(update.names) for name in part]
+        names = [name for part in self.run.team.all_gather(update.names) for name in part]
         say(f"step {update.step}: the loss or gradient is not finite, no update; photos: {names}")
         if progress.bad_steps >= limit:
             raise UserError(
@@ -779,7 +833,7 @@ def step_loss(run: Run, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor 
         loss, value, parts = self_critical_loss(run, batch, features)
         if run.data.questions:  # or answering would be forgotten
             answered, tokens = answers_loss(run, batch, features)
-            counts = run.team.add_up(torch.tensor([parts, tokens], dtype=torch.float32))
+            counts = run.team.all_reduce(torch.tensor([parts, tokens], dtype=torch.float32))
             weight = settings.QUESTION_WEIGHT * max(1.0, counts[0].item())
             loss = loss + weight / max(1.0, counts[1].item()) * answered
         return loss, value, parts
@@ -825,7 +879,7 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]], stop: bool = False) 
         totals[0] += value
         totals[1] += parts
     totals[2] = stop
-    summed, count, stopping = run.team.add_up(totals)
+    summed, count, stopping = run.team.all_reduce(totals)
     scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
@@ -835,7 +889,7 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]], stop: bool = False) 
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
     run.optimizer.step()
     run.optimizer.zero_grad()
-    follow(run, bad)
+    update_ema(run, bad)
     rate = run.schedule.get_last_lr()[0]
     run.schedule.step()
     progress.step += 1
@@ -844,7 +898,7 @@ def update(run: Run, group: Sequence[tuple[Batch, Tensor]], stop: bool = False) 
 
 
 @torch.no_grad()
-def follow(run: Run, bad: Tensor) -> None:
+def update_ema(run: Run, bad: Tensor) -> None:
     """Move the averaged weights towards the model's; early on faster, as there is little past."""
     if run.average is run.model:
         return
@@ -860,9 +914,12 @@ class Meter(Bar):
 
     def __init__(self, run: Run, total: int):
         super().__init__(
-            total, f"epoch {run.progress.epoch + 1}/{run.epochs}", "batch", run.progress.batch,
+            total,
+            f"epoch {run.progress.epoch + 1}/{run.epochs}",
+            "batch",
+            run.progress.batch,
             quiet=not run.team.leads,
-        )  # fmt: skip
+        )
         self.run, self.captions = run, 0
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
@@ -888,7 +945,7 @@ def validation_loss(run: Run) -> float:
     for batch, features in batches_with_features(run, batches, lambda name: 0):
         totals[0] += batch_loss(run, run.average, batch, features)
         totals[1] += len(batch.targets)
-    summed, tokens = run.team.add_up(totals).tolist()
+    summed, tokens = run.team.all_reduce(totals).tolist()
     return summed / tokens
 
 
@@ -912,9 +969,13 @@ def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
     limit = run.model.config.max_length
     prefixes = run.tokenizer.question_prefixes([q.text for _, q in own], limit)
     found = caption_cached(
-        run.average, run.features, [name for name, _ in own], GenerationOptions(), prefixes,
+        run.average,
+        run.features,
+        [name for name, _ in own],
+        GenerationOptions(),
+        prefixes,
         dtype=run.dtype,
-    )  # fmt: skip
+    )
     texts = run.team.gather([run.tokenizer.decode(hypothesis.tokens) for _, hypothesis in found])
     return [(name, q, text) for (name, q), text in zip(asked, texts, strict=True)]
 
@@ -938,8 +999,10 @@ def validate(run: Run) -> Validation:
         scores |= {"val_cider": found["CIDEr-D"], "val_bleu4": found["BLEU-4"]}
     answers = validation_answers(run)
     if answers and run.settings.SCORED_IMAGES:
-        right = [vqa_accuracy(answer, question.answers or [question.answer])
-                 for _, question, answer in answers]  # fmt: skip
+        right = [
+            vqa_accuracy(answer, question.answers or [question.answer])
+            for _, question, answer in answers
+        ]
         scores["val_accuracy"] = 100 * sum(right) / len(right)
     return Validation(scores, captions, answers)
 
@@ -988,17 +1051,19 @@ def set_aside(run: Run) -> None:
     for path in there:
         path.replace(path.with_name(f"previous_{number}_{path.name}"))
     if there:
-        print("an earlier training's files are kept as "
-              + ", ".join(f"previous_{number}_{path.name}" for path in there))  # fmt: skip
+        print(
+            "an earlier training's files are kept as "
+            + ", ".join(f"previous_{number}_{path.name}" for path in there)
+        )
 
 
 def write_for_use(run: Run, path: Path, scores: dict[str, float]) -> None:
-    run.team.first(lambda: save_for_use(path, run.checkpoint(scores)))
+    run.team.on_rank0(lambda: save_for_use(path, run.checkpoint(scores)))
 
 
 def write_for_training(run: Run, path: Path, scores: dict[str, float]) -> None:
     training = run.training_state()
-    run.team.first(lambda: save_for_training(path, run.checkpoint(scores, training)))
+    run.team.on_rank0(lambda: save_for_training(path, run.checkpoint(scores, training)))
 
 
 def best_path(run: Run, measure: str) -> Path:
@@ -1031,8 +1096,9 @@ class StopSignal:
     def __init__(self, team: Team) -> None:
         self.asked = False
         self.team = team
-        self.before = {number: signal.signal(number, self._ask)
-                       for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+        self.before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked and not self.team.job:
@@ -1120,8 +1186,10 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
             return True
         loss = progress.loss_sum / max(1, progress.loss_count)
         stage = f"CIDEr of beams {loss:.1f}" if run.self_critical else f"train loss {loss:.4f}"
-        values = {"train_beam_cider" if run.self_critical else "train_loss": loss,
-                  "train_learning_rate": run.schedule.get_last_lr()[0]}  # fmt: skip
+        values = {
+            "train_beam_cider" if run.self_critical else "train_loss": loss,
+            "train_learning_rate": run.schedule.get_last_lr()[0],
+        }
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
         found = validate(run)
@@ -1142,8 +1210,9 @@ def fit(run: Run, tracker: Tracker, pusher: HubPusher | None, stop: StopSignal) 
 
 def sample_texts(run: Run, found: Validation) -> dict[str, str]:
     """What was written about the first SAMPLE_IMAGES validation photos: captions, else answers."""
-    texts = found.captions or {name: f"{question.text} {answer}"
-                               for name, question, answer in found.answers}  # fmt: skip
+    texts = found.captions or {
+        name: f"{question.text} {answer}" for name, question, answer in found.answers
+    }
     return dict(itertools.islice(texts.items(), run.settings.SAMPLE_IMAGES))
 
 
@@ -1152,8 +1221,11 @@ def track_epoch(run: Run, tracker: Tracker, values: dict[str, float]) -> None:
     progress = run.progress
     shown = {name.replace("_", "/", 1): value for name, value in values.items()}
     tracker.log(shown | {"epoch": progress.epoch}, progress.step)
-    rows = [(entry["epoch"], name, text) for entry in progress.history
-            for name, text in entry["samples"].items()]  # fmt: skip
+    rows = [
+        (entry["epoch"], name, text)
+        for entry in progress.history
+        for name, text in entry["samples"].items()
+    ]
     if rows:
         tracker.log_captions(rows, run.paths.images, progress.step)
 
@@ -1265,9 +1337,13 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
         return DEMO
 
     settings = load_settings(
-        config, argv, __doc__.splitlines()[0], add_arguments=add_arguments, preset=preset,
+        config,
+        argv,
+        __doc__.splitlines()[0],
+        add_arguments=add_arguments,
+        preset=preset,
         epilog=EXAMPLES,
-    )  # fmt: skip
+    )
     check_ranges(settings, RANGES)
     settings.arguments = list(sys.argv[1:] if argv is None else argv)
     return settings
@@ -1276,10 +1352,10 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
 def main(argv: Sequence[str] | None = None) -> int:
     settings = command_line(argv)
     with joined(settings.DEVICE) as team, contextlib.ExitStack() as lock:
-        team.first(lambda: claim_folders(settings, lock))
+        team.on_rank0(lambda: claim_folders(settings, lock))
         if not team.leads:
             settings.WANDB_PROJECT = settings.HF_REPO_ID = ""
-        saved = team.first(lambda: saved_by_job(settings, team))
+        saved = team.on_rank0(lambda: saved_by_job(settings, team))
         settings.RESUME_CHECKPOINT_PATH = saved or settings.RESUME_CHECKPOINT_PATH
         return train_and_report(settings, team)
 
@@ -1300,7 +1376,7 @@ def train_and_report(settings: SimpleNamespace, team: Team) -> int:
     describe(run)
     stop = StopSignal(team)
     if not run.progress.step and not run.progress.epoch:
-        team.first(lambda: set_aside(run))
+        team.on_rank0(lambda: set_aside(run))
     tracker = start_tracking(run)
     pusher = HubPusher(settings.HF_REPO_ID, report=say) if settings.HF_REPO_ID else None
     try:

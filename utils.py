@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 
 
@@ -119,6 +120,7 @@ def load_settings(
         default = defaults[name]
         group.add_argument(
             f"--{name.lower()}",
+            *(flag for flag, meant in OTHER_FLAGS.items() if meant == name),
             dest=name,
             type=_flag_type(default),
             default=argparse.SUPPRESS,
@@ -140,9 +142,7 @@ def _anchor(root: Path, name: str, value: object) -> object:
     return value
 
 
-def check_ranges(
-    settings: SimpleNamespace, ranges: Mapping[str, tuple[float, float]]
-) -> None:
+def check_ranges(settings: SimpleNamespace, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Refuse settings outside their range, both ends of which are allowed.
 
     Raises:
@@ -164,9 +164,7 @@ def require_extra(module: str, requirements: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"this needs {error.name}: run pip install -r {requirements}"
-        ) from None
+        raise UserError(f"this needs {error.name}: run pip install -r {requirements}") from None
 
 
 def first_line(error: BaseException) -> str:

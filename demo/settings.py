@@ -18,7 +18,7 @@ DEMO = {
     "DECODER_LAYERS": 3,
     "DECODER_HEADS": 4,
     "DECODER_FF_DIM": 512,
-    "EPOCHS": 5,
+    "NUM_EPOCHS": 5,
     "BATCH_SIZE": 8,
     "LEARNING_RATE": 2e-3,
     "WARMUP_STEPS": 100,

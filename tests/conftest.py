@@ -145,12 +145,26 @@ def photos(tmp_path: Path) -> Path:
 def small_flags(data: Path, encoder: Path) -> list[str]:
     """Flags of a run that takes seconds."""
     flags = {
-        "dataset": "custom", "data_dir": data, "split": "ratio", "train_split_ratio": 0.7,
-        "encoder_model_name": encoder, "decoder_embed_dim": 32, "decoder_layers": 2,
-        "decoder_heads": 4, "decoder_ff_dim": 64, "vocab_size": 400, "max_caption_length": 20,
-        "epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32",
-        "device": "cpu", "scst_epochs": 0, "wandb_project": "", "hf_repo_id": "",
-    }  # fmt: skip
+        "dataset": "custom",
+        "data_dir": data,
+        "split": "ratio",
+        "train_split_ratio": 0.7,
+        "encoder_model_name": encoder,
+        "decoder_embed_dim": 32,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "decoder_ff_dim": 64,
+        "vocab_size": 400,
+        "max_caption_length": 20,
+        "epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "precision": "fp32",
+        "device": "cpu",
+        "scst_epochs": 0,
+        "wandb_project": "",
+        "hf_repo_id": "",
+    }
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
@@ -197,9 +211,12 @@ def write_questions(data: Path) -> Path:
         colour, place = list(COLOURS)[i % 3], ("left", "right")[i // 3 % 2]
         table[name] = [
             {"question": "what color is the square?", "answer": colour, "type": "color"},
-            {"question": "is the square on the left?", "type": "side",
-             "answer": "yes" if place == "left" else "no"},
-        ]  # fmt: skip
+            {
+                "question": "is the square on the left?",
+                "type": "side",
+                "answer": "yes" if place == "left" else "no",
+            },
+        ]
     (data / "questions.json").write_text(json.dumps(table))
     return data
 
@@ -208,8 +225,17 @@ def write_questions(data: Path) -> Path:
 def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
     """A data folder in which a short training for both tasks has left its checkpoints."""
     data = write_questions(write_photos(tmp_path_factory.mktemp("joint") / "data", 48))
-    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 30,
-             "--scst_epochs", 2, "--dropout", 0]  # fmt: skip
+    flags = [
+        *small_flags(data, encoder_dir),
+        "--tasks",
+        "captions,questions",
+        "--epochs",
+        30,
+        "--scst_epochs",
+        2,
+        "--dropout",
+        0,
+    ]
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
     data.joinpath("said.txt").write_text(result.stdout)

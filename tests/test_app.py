@@ -1,4 +1,4 @@
-"""The page: real requests to the running app.py, and a real browser that uses it."""
+"""The page: real requests to the running tools/app.py, and a real browser that uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUESTION = "what color is the square?"
 
 
 class Server:
-    """A running app.py."""
+    """A running tools/app.py."""
 
     def __init__(self, process: subprocess.Popen, port: int):
         self.process, self.port = process, port
@@ -52,7 +52,7 @@ class Server:
 @contextmanager
 def running(checkpoint, *flags):
     process = subprocess.Popen(
-        [sys.executable, REPO / "app.py", "--checkpoint", checkpoint, "--port", "0", *flags],
+        [sys.executable, "-m", "tools.app", "--checkpoint", checkpoint, "--port", "0", *flags],
         cwd=REPO,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -135,11 +135,15 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
 @pytest.mark.parametrize(
     "query, expected",
     [
-        ({"beam_size": 11}, "from 1 to 10"), ({"beam_size": 0}, "from 1 to 10"),
-        ({"beam_size": "many"}, "beam_size must be"), ({"temperature": "nan"}, "temperature"),
-        ({"top_p": 2}, "top_p"), ({"seed": -1}, "seed"), ({"question": " "}, "empty"),
+        ({"beam_size": 11}, "from 1 to 10"),
+        ({"beam_size": 0}, "from 1 to 10"),
+        ({"beam_size": "many"}, "beam_size must be"),
+        ({"temperature": "nan"}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"question": " "}, "empty"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_said(server, photo, query, expected):
     status, answer = server.write(photo, **query)
     assert status == 400 and expected in answer["error"]
@@ -200,9 +204,19 @@ def test_many_at_once_are_all_answered_alike(server, photo):
 def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
     with running(joint / "captioner_best_cider.safetensors") as server:
         heard = subprocess.run(
-            [sys.executable, "app.py", "--checkpoint", "absent.pt", "--port", str(server.port)],
-            cwd=REPO, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "tools.app",
+                "--checkpoint",
+                "absent.pt",
+                "--port",
+                str(server.port),
+            ],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+        )
         assert heard.returncode == 1 and "--port" in heard.stderr
         table = open("/proc/net/tcp").read() if os.path.exists("/proc/net/tcp") else ""
         if table:
@@ -215,7 +229,7 @@ def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('no', name='uvicorn')")
-    result = run("app.py", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
+    result = run("-m", "tools.app", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
         "error: the page needs uvicorn: run pip install -r requirements-app.txt"
@@ -223,7 +237,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
 
 
 def test_a_missing_checkpoint_is_said(tmp_path):
-    result = run("app.py", "--checkpoint", tmp_path / "absent.pt", "--port", 0)
+    result = run("-m", "tools.app", "--checkpoint", tmp_path / "absent.pt", "--port", 0)
     assert result.returncode == 1 and "absent.pt" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -257,8 +271,9 @@ class Browser:
         # In one call: the page may replace them at any moment.
         return self.driver.execute_script(
             "return [...document.querySelectorAll(arguments[0])]"
-            ".filter((each) => each.offsetParent).map((each) => each.innerText)", selector
-        )  # fmt: skip
+            ".filter((each) => each.offsetParent).map((each) => each.innerText)",
+            selector,
+        )
 
     def until(self, condition) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
@@ -374,8 +389,10 @@ def test_a_photo_that_lies_on_its_side_is_seen_as_it_is_shown(server):
     exif = Image.Exif()
     exif[0x0112] = 6
     answers = []
-    for picture, more in ((upright, {}), (upright.transpose(Image.Transpose.ROTATE_90),
-                                          {"exif": exif})):  # fmt: skip
+    for picture, more in (
+        (upright, {}),
+        (upright.transpose(Image.Transpose.ROTATE_90), {"exif": exif}),
+    ):
         file = io.BytesIO()
         picture.save(file, "png", **more)
         answers.append(server.write(file.getvalue()))

@@ -240,8 +240,17 @@ def test_the_command_draws_captions_and_answers(joint, tmp_path):
     plain = run("inference.py", "--image_path", photo, "--checkpoint", checkpoint)
     for more in ([], ["--question", "what color is the square?"]):
         out = tmp_path / f"{len(more)}.png"
-        result = run("inference.py", "--image_path", photo, "--checkpoint", checkpoint,
-                     "--attention", out, "--json", *more)  # fmt: skip
+        result = run(
+            "inference.py",
+            "--image_path",
+            photo,
+            "--checkpoint",
+            checkpoint,
+            "--attention",
+            out,
+            "--json",
+            *more,
+        )
         assert result.returncode == 0, result.stderr
         said = result.stdout.splitlines()
         (last,) = json.loads(said[-1]).values()

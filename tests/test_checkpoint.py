@@ -32,10 +32,15 @@ def checkpoint() -> Checkpoint:
     model.memory(torch.randn(1, 4, 8))[0][0].sum().backward()
     optimizer.step()
     return Checkpoint(
-        model, tokenizer, {"name": "tiny"}, GenerationOptions(beam_size=4),
-        ("captions",), {"SEED": 0},
-        {"val_loss": 1.5}, {"optimizer": optimizer.state_dict(), "step": 1},
-    )  # fmt: skip
+        model,
+        tokenizer,
+        {"name": "tiny"},
+        GenerationOptions(beam_size=4),
+        ("captions",),
+        {"SEED": 0},
+        {"val_loss": 1.5},
+        {"optimizer": optimizer.state_dict(), "step": 1},
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -71,8 +71,10 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
     (tmp_path / "secret.jpg").touch()
     (images / "inside.jpg").symlink_to("a.jpg")
     assert find_images(["a.jpg", "sub/b.jpg", "inside.jpg"], images, 0) == [
-        "a.jpg", "sub/b.jpg", "inside.jpg",
-    ]  # fmt: skip
+        "a.jpg",
+        "sub/b.jpg",
+        "inside.jpg",
+    ]
     assert find_images(["a.jpg", "c.jpg"], images, 1) == ["a.jpg"]
     with pytest.raises(UserError, match=r"c\.jpg.*MAX_BAD_IMAGES"):
         find_images(["a.jpg", "c.jpg"], images, 0)
@@ -142,8 +144,10 @@ def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):
     vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
     tokenizer.save(vocab, merges)
     text = "the children's dogs, playing in 3 puddles"
-    for other in (CaptionTokenizer.load(vocab, merges),
-                  CaptionTokenizer.from_json(tokenizer.to_json())):  # fmt: skip
+    for other in (
+        CaptionTokenizer.load(vocab, merges),
+        CaptionTokenizer.from_json(tokenizer.to_json()),
+    ):
         assert other.encode(text) == tokenizer.encode(text)
     merges.write_text("a b c d\n")
     with pytest.raises(UserError, match="no BPE files"):

@@ -69,12 +69,18 @@ def test_one_wrong_word_is_wrong():
     assert matches(right, two)
     assert matches("two large blue stars are to the right of a small red circle.", two)
     for wrong in (
-        right.replace("red", "green"), right.replace("circle", "square"),
-        right.replace("small", "large"), right.replace("two", "three"),
-        right.replace("left", "right"), right.replace("to the left of", "above"),
+        right.replace("red", "green"),
+        right.replace("circle", "square"),
+        right.replace("small", "large"),
+        right.replace("two", "three"),
+        right.replace("left", "right"),
+        right.replace("to the left of", "above"),
         "two large blue stars are to the left of a small red circle",
-        "a small red circle", right + " and more", "", "a circle",
-    ):  # fmt: skip
+        "a small red circle",
+        right + " and more",
+        "",
+        "a circle",
+    ):
         assert not matches(wrong, two), wrong
     table = {"a": two, "b": two}
     assert wholly_right({"a": right, "b": "a small red circle"}, table) == ["a"]

@@ -20,9 +20,24 @@ from tests.test_questions import write_questions
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # 17 photos in batches of 4: the last one is a single photo, so most processes have none of it.
-FLAGS = ["--epochs", 2, "--scst_epochs", 1, "--scst_beam_size", 3, "--scst_learning_rate", 3e-3,
-         "--dropout", 0, "--tasks", "captions,questions", "--gradient_accumulation_steps", 2,
-         "--feature_batch_size", 2]  # fmt: skip
+FLAGS = [
+    "--epochs",
+    2,
+    "--scst_epochs",
+    1,
+    "--scst_beam_size",
+    3,
+    "--scst_learning_rate",
+    3e-3,
+    "--dropout",
+    0,
+    "--tasks",
+    "captions,questions",
+    "--gradient_accumulation_steps",
+    2,
+    "--feature_batch_size",
+    2,
+]
 
 
 def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
@@ -37,8 +52,9 @@ def figures(text: str) -> list[list[float]]:
 def cached(data: Path) -> dict[str, list]:
     """The photos whose features each shard holds."""
     shards = data.glob("features/*/shard_*.json")
-    return {path.stem: [item[0] for item in json.loads(path.read_text())["items"]]
-            for path in shards}  # fmt: skip
+    return {
+        path.stem: [item[0] for item in json.loads(path.read_text())["items"]] for path in shards
+    }
 
 
 @dataclass
@@ -112,10 +128,22 @@ def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path)
 
 def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-u", *TORCHRUN, "--nproc_per_node=2", "train.py", *runs.flags,
-         "--output_dir", str(tmp_path)], cwd=REPO, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-u",
+            *TORCHRUN,
+            "--nproc_per_node=2",
+            "train.py",
+            *runs.flags,
+            "--output_dir",
+            str(tmp_path),
+        ],
+        cwd=REPO,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     for line in process.stdout:
         if line.startswith("epoch 1/3"):
             process.send_signal(signal.SIGTERM)
@@ -126,8 +154,15 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     assert "go on with: torchrun --nproc_per_node=2 train.py" in said
     training = load_checkpoint(tmp_path / "last.pt").training
     assert training["progress"]["epoch"] == 1 or training["progress"]["batch"] > 0
-    resumed = run("train.py", *runs.flags, "--output_dir", tmp_path, "--resume_checkpoint_path",
-                  tmp_path / "last.pt", OMP_NUM_THREADS="1")  # fmt: skip
+    resumed = run(
+        "train.py",
+        *runs.flags,
+        "--output_dir",
+        tmp_path,
+        "--resume_checkpoint_path",
+        tmp_path / "last.pt",
+        OMP_NUM_THREADS="1",
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "trained by 2 processes before, 1 now" in resumed.stdout
     last = figures(resumed.stdout)[-1]
@@ -138,4 +173,4 @@ def test_a_mistake_is_said_once(runs, tmp_path):
     result = torchrun(2, "train.py", *runs.flags, "--decoder_heads", 5, "--output_dir", tmp_path)
     assert result.returncode != 0
     assert result.stderr.count("error: DECODER_EMBED_DIM") == 1
-    assert "train.py\", line" not in result.stderr  # no traceback of ours
+    assert 'train.py", line' not in result.stderr  # no traceback of ours

@@ -36,8 +36,9 @@ def scores_of(result) -> dict:
 
 def test_evaluate_scores_and_reports(trained, clip_dir):
     best = trained / "captioner_best_cider.safetensors"
-    scores = scores_of(run("evaluate.py", "--checkpoint", best, "--data_dir", trained,
-                           "--clip", clip_dir))  # fmt: skip
+    scores = scores_of(
+        run("evaluate.py", "--checkpoint", best, "--data_dir", trained, "--clip", clip_dir)
+    )
     assert scores["split"] == "val" and scores["images"] > 0
     assert all(0 <= scores[f"BLEU-{n}"] <= 100 for n in (1, 2, 3, 4))
     assert math.isfinite(scores["CIDEr-D"])
@@ -51,8 +52,7 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     best = trained / "captioner_best_cider.safetensors"
     flags = ["evaluate.py", "--checkpoint", best, "--data_dir", trained]
     written = tmp_path / "captions.json"
-    scores = scores_of(run(*flags, "--max_length", 2, "--beam_size", 1,
-                           "--save_captions", written))  # fmt: skip
+    scores = scores_of(run(*flags, "--max_length", 2, "--beam_size", 1, "--save_captions", written))
     captions = json.loads(written.read_text())
     assert len(captions) == scores["images"] and all(map(str.strip, captions.values()))
     assert scores["length"] <= 2 and scores["options"]["max_length"] == 2
@@ -72,8 +72,9 @@ def test_clip_score_is_what_its_paper_says(tmp_path, clip_dir):
     processor = transformers.AutoImageProcessor.from_pretrained(clip_dir, backend="pil")
     total = 0.0
     for file, caption in zip(files, captions, strict=True):
-        ids = words(f"A photo depicts {caption}", return_tensors="pt", truncation=True,
-                    max_length=16)  # fmt: skip
+        ids = words(
+            f"A photo depicts {caption}", return_tensors="pt", truncation=True, max_length=16
+        )
         pixels = processor(images=open_image(file), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             output = model(**ids, pixel_values=pixels)
@@ -88,8 +89,9 @@ def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):
     captions, references = {"a": "a dog runs"}, {"a": ["a dog runs", "the dog is running"]}
     monkeypatch.setenv("PATH", "/nowhere")
     assert evaluate.java_scores(captions, references) == (
-        {}, {"METEOR": "they need Java", "SPICE": "they need Java"},
-    )  # fmt: skip
+        {},
+        {"METEOR": "they need Java", "SPICE": "they need Java"},
+    )
 
 
 @pytest.mark.skipif(

@@ -25,7 +25,7 @@ print(json.dumps([captions, tokens.tolist()]))
 def test_without_the_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError(name='onnxruntime')")
     (tmp_path / "onnx.py").touch()
-    result = run("export.py", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
+    result = run("-m", "tools.export", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
         "error: the export needs onnxruntime: run pip install -r requirements-export.txt"
@@ -37,7 +37,7 @@ def export():
     """The module, where its extra is installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)
-    import export
+    from tools import export
 
     return export
 
@@ -47,7 +47,7 @@ def exported(export, trained, tmp_path_factory):
     """The ONNX file of a trained checkpoint, alone in its folder."""
     path = tmp_path_factory.mktemp("exported") / "captioner.onnx"
     checkpoint = trained / "captioner_best_cider.safetensors"
-    result = run("export.py", "--checkpoint", checkpoint, "--out", path)
+    result = run("-m", "tools.export", "--checkpoint", checkpoint, "--out", path)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     (said,) = result.stdout.splitlines()
     assert float(re.search(r"logits within (\S+) of", said)[1]) < 1e-4, said
@@ -74,8 +74,10 @@ def test_onnxruntime_alone_writes_what_we_write(exported, checkpoint, tmp_path, 
     (code,) = re.findall(r"```python\n([^`]*InferenceSession[^`]*)```", readme())
     result = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\n{SAID}"],
-        cwd=tmp_path, text=True, capture_output=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert result.returncode == 0, result.stderr
     captions, tokens = json.loads(result.stdout.splitlines()[-1])
     found = [group[0] for group in generate(checkpoint.model, features, GenerationOptions())]
@@ -102,8 +104,11 @@ def test_many_tokens_at_once_are_as_one_by_one(export, exported, checkpoint):
     features = random_features(checkpoint.model, 3, 9).numpy()
     tokens, logits = export.greedy(session, features, 8)
     places = np.broadcast_to(np.arange(8), tokens.shape)
-    past = {x.name: np.zeros((3, x.shape[1], 0, x.shape[3]), np.float32)
-            for x in session.get_inputs() if x.name.startswith("past.")}  # fmt: skip
+    past = {
+        x.name: np.zeros((3, x.shape[1], 0, x.shape[3]), np.float32)
+        for x in session.get_inputs()
+        if x.name.startswith("past.")
+    }
     for start, stop in ((0, 5), (5, 8)):
         part = slice(start, stop)
         here = {"features": features, "tokens": tokens[:, part], "positions": places[:, part]}
@@ -152,9 +157,12 @@ def test_the_check_sees_any_wrong_weight(export, exported, trained):
     assert export.largest_difference(exported, other) < 1e-4
     decoder = other.decoder
     with torch.no_grad():
-        for weight in (other.project.weight, decoder.blocks[-1].cross_kv.weight[:32],
-                       decoder.blocks[0].self_qkv.weight[:32],
-                       decoder.position_embedding.weight[-2]):  # fmt: skip
+        for weight in (
+            other.project.weight,
+            decoder.blocks[-1].cross_kv.weight[:32],
+            decoder.blocks[0].self_qkv.weight[:32],
+            decoder.position_embedding.weight[-2],
+        ):
             change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
             weight += change
             assert export.largest_difference(exported, other) > 1e-3

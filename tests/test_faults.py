@@ -68,8 +68,15 @@ def test_no_room_for_a_checkpoint(tmp_path, trained, encoder_dir):
     for file in trained.iterdir():
         if file.suffix in (".pt", ".safetensors"):
             shutil.copy(file, output)
-    flags = [*small_flags(trained, encoder_dir), "--epochs", 3, "--output_dir", output,
-             "--resume_checkpoint_path", output / "last.pt"]  # fmt: skip
+    flags = [
+        *small_flags(trained, encoder_dir),
+        "--epochs",
+        3,
+        "--output_dir",
+        output,
+        "--resume_checkpoint_path",
+        output / "last.pt",
+    ]
     before = contents(output)
     full = run("train.py", *flags, limits={resource.RLIMIT_FSIZE: 50_000})
     assert_message(full, "no room left to write", str(output))
@@ -80,9 +87,20 @@ def test_no_room_for_a_checkpoint(tmp_path, trained, encoder_dir):
 
 @pytest.mark.fault
 def test_no_room_for_a_report(tmp_path, trained):
-    full = run("evaluate.py", "--checkpoint", trained / "captioner_best_cider.safetensors",
-               "--data_dir", trained, "--report", tmp_path / "report.html", "--device", "cpu",
-               "--precision", "fp32", limits={resource.RLIMIT_FSIZE: 2000})  # fmt: skip
+    full = run(
+        "evaluate.py",
+        "--checkpoint",
+        trained / "captioner_best_cider.safetensors",
+        "--data_dir",
+        trained,
+        "--report",
+        tmp_path / "report.html",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        limits={resource.RLIMIT_FSIZE: 2000},
+    )
     assert_message(full, "no room left to write", "report.html")
     assert not list(tmp_path.iterdir())
 
@@ -139,9 +157,13 @@ def test_no_process_is_left_of_a_killed_run(tmp_path, encoder_dir):
     flags = [*small_flags(data, encoder_dir), "--wandb_project", "test", "--epochs", "100000"]
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "train.py", *flags], cwd=REPO, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [sys.executable, "train.py", *flags],
+        cwd=REPO,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert any("epoch 2/" in line for line in process.stdout)  # and so the first one is saved
     children = [pid for pid, parent in processes().items() if parent == process.pid]
     assert children, "the tracker has no process of its own any more: nothing could be left"
@@ -226,13 +248,22 @@ def down_runs(tmp_path_factory, encoder_dir) -> Iterator[dict]:
             environment = CANARIES | {
                 "WANDB_BASE_URL": nobody if fault == "refused" else tracker.url,
                 "HF_ENDPOINT": nobody if fault == "refused" else hub.url,
-                "HF_HUB_OFFLINE": "0", "HOME": str(folder / f"home {fault}"),
-            }  # fmt: skip
+                "HF_HUB_OFFLINE": "0",
+                "HOME": str(folder / f"home {fault}"),
+            }
             Path(environment["HOME"]).mkdir()
             started = time.monotonic()
-            result = run("train.py", *flags, "--output_dir", folder / str(fault),
-                         "--wandb_project", "test", "--hf_repo_id", "me/captioner",
-                         **environment)  # fmt: skip
+            result = run(
+                "train.py",
+                *flags,
+                "--output_dir",
+                folder / str(fault),
+                "--wandb_project",
+                "test",
+                "--hf_repo_id",
+                "me/captioner",
+                **environment,
+            )
             return result, time.monotonic() - started
 
     with ThreadPoolExecutor(len(DOWN)) as pool:
@@ -270,10 +301,13 @@ def test_secrets_are_written_nowhere(down_runs, fault):
 def test_secrets_that_errors_quote_are_hidden(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "c0ffee-c0ffee")
     for text in (
-        "no such key: c0ffee-c0ffee", "401: Authorization Basic YXBpOmMwZmZlZS1jMGZmZWU=",
-        "Bearer c0ffee-c0ffee", "https://me:c0ffee-c0ffee@host/path", f"token hf_{'Ab1' * 10}",
+        "no such key: c0ffee-c0ffee",
+        "401: Authorization Basic YXBpOmMwZmZlZS1jMGZmZWU=",
+        "Bearer c0ffee-c0ffee",
+        "https://me:c0ffee-c0ffee@host/path",
+        f"token hf_{'Ab1' * 10}",
         f"https://host/00001.tar?part=1&X-Amz-Signature={'Ab1' * 10}",
-    ):  # fmt: skip
+    ):
         hidden = redact(text)
         assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1", hidden)
     plain = "a plain message of bearers and basics"
@@ -287,8 +321,10 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
 def test_a_model_that_brings_code_is_refused(tmp_path):
     folder, mark = build_encoder("vit", tmp_path / "encoder"), tmp_path / "executed"
     described = json.loads((folder / "config.json").read_text())
-    described |= {"model_type": "evil", "auto_map": {
-        "AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"}}  # fmt: skip
+    described |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"},
+    }
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "evil.py").write_text(f"import os; os.mkdir({str(mark)!r})")
     with pytest.raises(UserError, match="can't be loaded"):
@@ -303,7 +339,7 @@ HEADERS = {
     "overlapping": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32",'
     b'"shape":[2],"data_offsets":[0,8]}}',
     "huge shape": b'{"a":{"dtype":"F32","shape":[99999999999999],"data_offsets":[0,8]}}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.fault
@@ -353,9 +389,14 @@ names = st.text("ab/.\\ é\0:", max_size=6)
 entries = st.dictionaries(names, json_values | st.lists(st.text(max_size=5), max_size=3))
 asked = st.dictionaries(
     names,
-    st.lists(st.dictionaries(st.sampled_from(["question", "answer", "answers", "type"]),
-                             json_values | st.text(max_size=5)), max_size=2),
-)  # fmt: skip
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["question", "answer", "answers", "type"]),
+            json_values | st.text(max_size=5),
+        ),
+        max_size=2,
+    ),
+)
 
 
 @pytest.mark.fault(count=300)
@@ -399,9 +440,14 @@ def test_any_flags_are_understood_or_refused(given_flags):
 
 
 WRONG_NUMBERS = {
-    "--batch_size": "0", "--dropout": "1.5", "--ema_decay": "1", "--learning_rate": "nan",
-    "--epochs": "-1", "--feature_views": "0", "--gradient_accumulation_steps": "0",
-}  # fmt: skip
+    "--batch_size": "0",
+    "--dropout": "1.5",
+    "--ema_decay": "1",
+    "--learning_rate": "nan",
+    "--epochs": "-1",
+    "--feature_views": "0",
+    "--gradient_accumulation_steps": "0",
+}
 
 
 @pytest.mark.parametrize("flag", WRONG_NUMBERS)

@@ -165,8 +165,12 @@ def test_groups_differ_more_than_beams(ending):
 
 
 def test_impossible_options_are_refused(ending):
-    for wrong in ({"beam_size": 4, "groups": 3}, {"temperature": 0}, {"top_p": 0},
-                  {"min_length": 5, "max_length": 4}):  # fmt: skip
+    for wrong in (
+        {"beam_size": 4, "groups": 3},
+        {"temperature": 0},
+        {"top_p": 0},
+        {"min_length": 5, "max_length": 4},
+    ):
         with pytest.raises(ValueError):
             GenerationOptions(**wrong)
     with pytest.raises(UserError, match="can write 15 tokens"):

@@ -341,10 +341,20 @@ def pushed(tmp_path_factory, encoder_dir):
     data = write_photos(folder / "data", 24)
     with HubServer(TOKEN) as server:
         result = run_script(
-            "train.py", *small_flags(data, encoder_dir), "--hf_repo_id", "me/captioner",
-            "--epochs", 3, "--scst_epochs", 1, HF_ENDPOINT=server.url, HF_TOKEN=TOKEN,
-            HF_HUB_OFFLINE="0", HF_HOME=str(folder / "hf"), HF_HUB_DISABLE_XET="1",
-        )  # fmt: skip
+            "train.py",
+            *small_flags(data, encoder_dir),
+            "--hf_repo_id",
+            "me/captioner",
+            "--epochs",
+            3,
+            "--scst_epochs",
+            1,
+            HF_ENDPOINT=server.url,
+            HF_TOKEN=TOKEN,
+            HF_HUB_OFFLINE="0",
+            HF_HOME=str(folder / "hf"),
+            HF_HUB_DISABLE_XET="1",
+        )
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         yield data, server.repos["me/captioner"].commits[-1], server
@@ -361,9 +371,20 @@ result["captions"] = load_captioner("me/captioner", precision="fp32").caption({p
     assert run(tmp_path, server.url, code)["captions"] == best.caption(photos)
     # Something else is pushed; the commit still gives what it gave.
     server.repos["me/captioner"].commit("later", {"model.safetensors": b"nonsense"})
-    command = run_script("inference.py", "--image_path", photos[0], "--checkpoint", "me/captioner",
-                         "--revision", commit.oid, "--precision", "fp32", HF_ENDPOINT=server.url,
-                         HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "other"))  # fmt: skip
+    command = run_script(
+        "inference.py",
+        "--image_path",
+        photos[0],
+        "--checkpoint",
+        "me/captioner",
+        "--revision",
+        commit.oid,
+        "--precision",
+        "fp32",
+        HF_ENDPOINT=server.url,
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path / "other"),
+    )
     assert command.stdout.strip() == best.caption(photos[:1])[0], command.stderr
 
 
@@ -371,9 +392,15 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
     data, commit, _ = pushed
     files = commit.files
     assert files.keys() == {
-        "model.safetensors", "config.json", "README.md", "vocab.json", "merges.txt",
-        "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-    }  # fmt: skip
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     checkpoint = load_checkpoint(tmp_path / "model.safetensors")
@@ -408,9 +435,11 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
 def test_the_last_push_is_of_the_best_captions(tmp_path, monkeypatch):
     pushes = []
     monkeypatch.setattr(train, "push", lambda run, pusher, *what: pushes.append(what))
-    history = [{"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
-               {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
-               {"epoch": 3, "val_loss": 2.2, "val_cider": 40.0}]  # fmt: skip
+    history = [
+        {"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
+        {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
+        {"epoch": 3, "val_loss": 2.2, "val_cider": 40.0},
+    ]
     settings = SimpleNamespace(CHECKPOINT_PREFIX="captioner")
     progress = train.Progress(best_loss=2.0, best_cider=40.0, history=history)
     state = SimpleNamespace(settings=settings, progress=progress, output=tmp_path)

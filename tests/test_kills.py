@@ -14,16 +14,38 @@ from checkpoint import load_checkpoint, save_for_training
 from tests.conftest import run, small_flags, write_photos
 
 # Two epochs of each stage of three updates, with accumulation, two views and dropout.
-FLAGS = ["--epochs", 2, "--scst_epochs", 2, "--gradient_accumulation_steps", 2,
-         "--feature_views", 2, "--dropout", 0.1, "--scst_beam_size", 3,
-         "--feature_batch_size", 8]  # fmt: skip
+FLAGS = [
+    "--epochs",
+    2,
+    "--scst_epochs",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    "--feature_views",
+    2,
+    "--dropout",
+    0.1,
+    "--scst_beam_size",
+    3,
+    "--feature_batch_size",
+    8,
+]
 KILLS = [
-    ("features", 1), ("features", 3),
-    ("update", 1), ("update", 3), ("update", 4), ("update", 7), ("update", 11),
-    ("validation", 2), ("validation", 3),
-    ("save", 1), ("save", 4),
-    ("rename", 1), ("rename", 5), ("rename", 8),
-]  # fmt: skip
+    ("features", 1),
+    ("features", 3),
+    ("update", 1),
+    ("update", 3),
+    ("update", 4),
+    ("update", 7),
+    ("update", 11),
+    ("validation", 2),
+    ("validation", 3),
+    ("save", 1),
+    ("save", 4),
+    ("rename", 1),
+    ("rename", 5),
+    ("rename", 8),
+]
 
 
 @dataclass
@@ -76,9 +98,10 @@ def state(path: Path) -> dict:
     for name in ("seconds", "best_path", "job"):
         progress.pop(name)
     return {
-        "average": checkpoint.model.state_dict(), "scores": checkpoint.scores,
+        "average": checkpoint.model.state_dict(),
+        "scores": checkpoint.scores,
         "training": checkpoint.training | {"progress": progress},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.fault
@@ -116,8 +139,14 @@ def test_without_its_random_state_a_run_would_end_otherwise(runs, tmp_path):
     checkpoint = load_checkpoint(output / "last.pt")
     checkpoint.training["random"]["cpu"] = torch.Generator().manual_seed(99).get_state()
     save_for_training(output / "last.pt", checkpoint)
-    resumed = run("train.py", *runs.flags, "--output_dir", output,
-                  "--resume_checkpoint_path", output / "last.pt")  # fmt: skip
+    resumed = run(
+        "train.py",
+        *runs.flags,
+        "--output_dir",
+        output,
+        "--resume_checkpoint_path",
+        output / "last.pt",
+    )
     assert resumed.returncode == 0, resumed.stderr
     with pytest.raises(AssertionError, match="average"):
         assert_equal(state(output / "last.pt"), state(runs.whole / "last.pt"), "last.pt")

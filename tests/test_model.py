@@ -78,10 +78,15 @@ def test_loss_and_gradients_equal_the_plain_ones(model):
     fast = model.loss(feature, batch, 0.1)
     gradients = torch.autograd.grad(fast, list(model.parameters()))
     plain = sum(
-        F.cross_entropy(plain_logits(model, feature[row], ids[:-1]), torch.tensor(ids[1:]),
-                        label_smoothing=0.1, reduction="sum")
-        for row, group in enumerate(groups) for ids in group
-    )  # fmt: skip
+        F.cross_entropy(
+            plain_logits(model, feature[row], ids[:-1]),
+            torch.tensor(ids[1:]),
+            label_smoothing=0.1,
+            reduction="sum",
+        )
+        for row, group in enumerate(groups)
+        for ids in group
+    )
     torch.testing.assert_close(fast, plain, atol=1e-3, rtol=1e-5)
     expected = torch.autograd.grad(plain, list(model.parameters()))
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -116,8 +121,10 @@ def test_compiled_equals_plain():
         batch, feature = make_batch(["a"], [captions(lengths)]), features(1)
         ours, theirs = (model.loss(feature, batch, 0.1) for model in (plain, compiled))
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-5)
-        pairs = (torch.autograd.grad(loss, list(model.parameters()))
-                 for loss, model in ((ours, plain), (theirs, compiled)))  # fmt: skip
+        pairs = (
+            torch.autograd.grad(loss, list(model.parameters()))
+            for loss, model in ((ours, plain), (theirs, compiled))
+        )
         for one, two in zip(*pairs, strict=True):
             torch.testing.assert_close(one, two, atol=2e-3, rtol=1e-3)
 

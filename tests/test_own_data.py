@@ -57,8 +57,18 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line, says):
 
 
 def check(data: Path, *flags: object) -> int:
-    argv = ["--dataset", "custom", "--data_dir", data, "--split", "ratio",
-            "--train_split_ratio", 0.7, "--check", *flags]  # fmt: skip
+    argv = [
+        "--dataset",
+        "custom",
+        "--data_dir",
+        data,
+        "--split",
+        "ratio",
+        "--train_split_ratio",
+        0.7,
+        "--check",
+        *flags,
+    ]
     return prepare_dataset.main([str(part) for part in argv])
 
 
@@ -100,8 +110,17 @@ def test_check_names_what_is_wrong(photos, capsys):
 
 def test_check_ends_with_code_1_and_a_message(photos):
     (photos / "images" / "000.png").unlink()
-    flags = ["--dataset", "custom", "--data_dir", photos, "--split", "ratio", "--check",
-             "--train_split_ratio", "0.7"]  # fmt: skip
+    flags = [
+        "--dataset",
+        "custom",
+        "--data_dir",
+        photos,
+        "--split",
+        "ratio",
+        "--check",
+        "--train_split_ratio",
+        "0.7",
+    ]
     result = run("prepare_dataset.py", *flags, "--max_bad_images", "0")
     assert result.returncode == 1 and "training would refuse" in result.stderr
     assert "Traceback" not in result.stderr

@@ -15,10 +15,17 @@ from tests.conftest import paint, run, small_flags, write_photos
 
 def entries(count: int, **more: float) -> list[dict]:
     return [
-        {"epoch": epoch, "train_loss": 4 / epoch, "val_loss": 5 / epoch, "val_cider": 9.0 * epoch,
-         "train_learning_rate": 1e-3 / epoch, "samples": {"a.png": f"text {epoch}"}} | more
+        {
+            "epoch": epoch,
+            "train_loss": 4 / epoch,
+            "val_loss": 5 / epoch,
+            "val_cider": 9.0 * epoch,
+            "train_learning_rate": 1e-3 / epoch,
+            "samples": {"a.png": f"text {epoch}"},
+        }
+        | more
         for epoch in range(1, count + 1)
-    ]  # fmt: skip
+    ]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -38,8 +45,18 @@ def test_each_curve_is_there_only_if_it_was_measured(tmp_path):
     assert has_colour(plain, orange) and not has_colour(plain, green)
     draw_curves(entries(3, val_accuracy=50.0), tmp_path / "answers.png")
     assert has_colour(pixels(tmp_path / "answers.png"), green)
-    draw_curves([{"epoch": 1, "val_loss": 2.0, "train_learning_rate": 1e-3,
-                  "train_beam_cider": 3.0, "samples": {}}], tmp_path / "one.png")  # fmt: skip
+    draw_curves(
+        [
+            {
+                "epoch": 1,
+                "val_loss": 2.0,
+                "train_learning_rate": 1e-3,
+                "train_beam_cider": 3.0,
+                "samples": {},
+            }
+        ],
+        tmp_path / "one.png",
+    )
     assert not has_colour(pixels(tmp_path / "one.png"), orange)
 
 
@@ -53,8 +70,16 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
         Axes, "text", lambda self, x, y, s, *a, **k: written.append(s) or text(self, x, y, s, **k)
     )
     draw_samples(entries(9), tmp_path, tmp_path / "s.png", {"a.png": ["costs $5 or $6", "other"]})
-    assert written == ["epoch 1", "text 1", "epoch 5", "text 5", "epoch 9", "text 9",
-                       "a human", "costs $5 or $6"]  # fmt: skip
+    assert written == [
+        "epoch 1",
+        "text 1",
+        "epoch 5",
+        "text 5",
+        "epoch 9",
+        "text 9",
+        "a human",
+        "costs $5 or $6",
+    ]
     assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
 
 
@@ -66,14 +91,20 @@ def test_one_epoch_and_no_samples(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_history_goes_on_through_a_resume(
-    tmp_path, encoder_dir
-):
+def test_the_history_goes_on_through_a_resume(tmp_path, encoder_dir):
     data = write_photos(tmp_path / "data", 24)
     flags = small_flags(data, encoder_dir)
     assert run("train.py", *flags).returncode == 0
-    resumed = run("train.py", *flags, "--epochs", 3, "--scst_epochs", 1,
-                  "--resume_checkpoint_path", data / "last.pt")  # fmt: skip
+    resumed = run(
+        "train.py",
+        *flags,
+        "--epochs",
+        3,
+        "--scst_epochs",
+        1,
+        "--resume_checkpoint_path",
+        data / "last.pt",
+    )
     assert resumed.returncode == 0, resumed.stderr
     history = load_checkpoint(data / "last.pt").training["progress"]["history"]
     assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]

@@ -56,16 +56,28 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
 
 
 def test_vqa_files_become_questions(tmp_path):
-    asked = {"data_subtype": "val2014", "questions": [
-        {"question_id": 7, "image_id": 42, "question": "Is it raining?"},
-        {"question_id": 8, "image_id": 42, "question": "How many dogs?"},
-    ]}  # fmt: skip
-    answered = {"annotations": [
-        {"question_id": q, "image_id": 42, "question_type": kind, "multiple_choice_answer": best,
-         "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers)]}
-        for q, kind, best, answers in ((7, "is it", "no", ["no"] * 8 + ["yes"] * 2),
-                                       (8, "how many", "2", ["2"] * 10))
-    ]}  # fmt: skip
+    asked = {
+        "data_subtype": "val2014",
+        "questions": [
+            {"question_id": 7, "image_id": 42, "question": "Is it raining?"},
+            {"question_id": 8, "image_id": 42, "question": "How many dogs?"},
+        ],
+    }
+    answered = {
+        "annotations": [
+            {
+                "question_id": q,
+                "image_id": 42,
+                "question_type": kind,
+                "multiple_choice_answer": best,
+                "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers)],
+            }
+            for q, kind, best, answers in (
+                (7, "is it", "no", ["no"] * 8 + ["yes"] * 2),
+                (8, "how many", "2", ["2"] * 10),
+            )
+        ]
+    }
     (tmp_path / "q.json").write_text(json.dumps(asked))
     (tmp_path / "a.json").write_text(json.dumps(answered))
     pair = [str(tmp_path / "q.json")], [str(tmp_path / "a.json")]
@@ -99,11 +111,20 @@ def test_vqa_accuracy_by_hand():
     assert vqa_accuracy("the dog", ["a dog!"]) == 1
 
 
-@pytest.mark.parametrize(("answer", "same"), [
-    ("Two", "2"), ("the red car", "red car"), ("black-and-white", "black and white"),
-    ("don't know", "dont know"), ("1,000", "1000"), ("yes.", "yes"), ("3.5", "3.5"),
-    ("none", "0"), ("left, right", "left right"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("Two", "2"),
+        ("the red car", "red car"),
+        ("black-and-white", "black and white"),
+        ("don't know", "dont know"),
+        ("1,000", "1000"),
+        ("yes.", "yes"),
+        ("3.5", "3.5"),
+        ("none", "0"),
+        ("left, right", "left right"),
+    ],
+)
 def test_answers_are_compared_as_vqa_does(answer, same):
     assert normalize_answer(answer) == normalize_answer(same) == same.removeprefix("a ")
 
@@ -135,8 +156,11 @@ def test_prefixes_of_many_lengths_are_answered_as_each_alone():
     with torch.no_grad():
         model.decoder.position_embedding.weight[6:] += 4 * model.decoder.token_embedding.weight[2]
     prefixes = [[START_ID, *range(10, 10 + n), ANSWER_ID] for n in (1, 5, 3)] + [[START_ID]]
-    for options in (GenerationOptions(max_length=7), GenerationOptions(3, max_length=7),
-                    GenerationOptions(2, sample=True, max_length=7)):  # fmt: skip
+    for options in (
+        GenerationOptions(max_length=7),
+        GenerationOptions(3, max_length=7),
+        GenerationOptions(2, sample=True, max_length=7),
+    ):
         together = generate(model, feature, options, prefixes)
         for row, prefix in enumerate(prefixes):
             for hypothesis in together[row]:
@@ -144,8 +168,9 @@ def test_prefixes_of_many_lengths_are_answered_as_each_alone():
                 ids = [*prefix, *hypothesis.tokens][: len(prefix) + len(targets) - 1]
                 tokens = torch.tensor([ids])
                 positions = torch.arange(len(ids))[None]
-                hidden = model.hidden(feature[row : row + 1], tokens, positions,
-                                      torch.zeros_like(tokens))  # fmt: skip
+                hidden = model.hidden(
+                    feature[row : row + 1], tokens, positions, torch.zeros_like(tokens)
+                )
                 logits = model.decoder.logits(hidden)[0, len(prefix) - 1 :].log_softmax(-1)
                 expected = logits[torch.arange(len(targets)), torch.tensor(targets)].sum().item()
                 assert hypothesis.log_probability == pytest.approx(expected, abs=1e-3)
@@ -185,8 +210,15 @@ def test_one_model_captions_and_answers(joint):
 
 
 def test_evaluate_gives_accuracy_beside_its_baselines(joint):
-    result = run("evaluate.py", "--checkpoint", joint / "captioner_best_accuracy.safetensors",
-                 "--data_dir", joint, "--task", "questions")  # fmt: skip
+    result = run(
+        "evaluate.py",
+        "--checkpoint",
+        joint / "captioner_best_accuracy.safetensors",
+        "--data_dir",
+        joint,
+        "--task",
+        "questions",
+    )
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout.splitlines()[-1])
     assert set(scores["accuracies"]) == {"all", "color", "side"}
@@ -198,15 +230,32 @@ def test_inference_answers(joint, tmp_path):
     checkpoint = joint / "captioner_best_accuracy.safetensors"
     paint("red", "left", 5).save(tmp_path / "one.png")
     paint("blue", "right", 6).save(tmp_path / "two.png")
-    one = run("inference.py", "--image_path", tmp_path / "one.png", "--checkpoint", checkpoint,
-              "--question", "what color is the square?")  # fmt: skip
+    one = run(
+        "inference.py",
+        "--image_path",
+        tmp_path / "one.png",
+        "--checkpoint",
+        checkpoint,
+        "--question",
+        "what color is the square?",
+    )
     assert one.returncode == 0, one.stderr
     assert one.stdout.strip() == "red"
-    asked = {"two.png": [{"question": "what color is the square?"}],
-             "one.png": [{"question": "what color is the square?", "answer": "red"}]}  # fmt: skip
+    asked = {
+        "two.png": [{"question": "what color is the square?"}],
+        "one.png": [{"question": "what color is the square?", "answer": "red"}],
+    }
     (tmp_path / "q.json").write_text(json.dumps(asked))
-    many = run("inference.py", "--image_path", tmp_path, "--checkpoint", checkpoint,
-               "--questions_file", tmp_path / "q.json", "--json")  # fmt: skip
+    many = run(
+        "inference.py",
+        "--image_path",
+        tmp_path,
+        "--checkpoint",
+        checkpoint,
+        "--questions_file",
+        tmp_path / "q.json",
+        "--json",
+    )
     assert many.returncode == 0, many.stderr
     found = json.loads(many.stdout.splitlines()[-1])
     assert found == {
@@ -214,16 +263,30 @@ def test_inference_answers(joint, tmp_path):
         "one.png": [{"question": "what color is the square?", "answer": "red"}],
     }
     (tmp_path / "q.json").write_text(json.dumps({"three.png": [{"question": "what?"}]}))
-    absent = run("inference.py", "--image_path", tmp_path, "--checkpoint", checkpoint,
-                 "--questions_file", tmp_path / "q.json")  # fmt: skip
+    absent = run(
+        "inference.py",
+        "--image_path",
+        tmp_path,
+        "--checkpoint",
+        checkpoint,
+        "--questions_file",
+        tmp_path / "q.json",
+    )
     assert absent.returncode == 1 and "three.png" in absent.stderr
 
 
 def test_a_checkpoint_says_what_it_was_not_trained_for(trained, tmp_path):
     paint("red", "left", 5).save(tmp_path / "one.png")
     checkpoint = trained / "captioner_best_cider.safetensors"
-    result = run("inference.py", "--image_path", tmp_path / "one.png", "--checkpoint", checkpoint,
-                 "--question", "what color?")  # fmt: skip
+    result = run(
+        "inference.py",
+        "--image_path",
+        tmp_path / "one.png",
+        "--checkpoint",
+        checkpoint,
+        "--question",
+        "what color?",
+    )
     assert result.returncode == 1 and "not trained for questions" in result.stderr
 
 
@@ -235,8 +298,13 @@ def test_questions_alone(tmp_path, encoder_dir):
     assert result.returncode == 0, result.stderr
     assert "epoch 2/2" in result.stdout  # no self-critical stage: it is about captions
     assert load_checkpoint(data / "captioner_best_accuracy.safetensors").tasks == ("questions",)
-    refused = run("inference.py", "--image_path", data / "images", "--checkpoint",
-                  data / "captioner_best_accuracy.safetensors")  # fmt: skip
+    refused = run(
+        "inference.py",
+        "--image_path",
+        data / "images",
+        "--checkpoint",
+        data / "captioner_best_accuracy.safetensors",
+    )
     assert refused.returncode == 1 and "not trained for captions" in refused.stderr
 
 
@@ -244,15 +312,25 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
     data = write_questions(write_photos(tmp_path / "data", 24))
     norms = []
     for weight in (0.0, 1.0):
-        flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions",
-                 "--dropout", 0, "--question_weight", weight]  # fmt: skip
+        flags = [
+            *small_flags(data, encoder_dir),
+            "--tasks",
+            "captions,questions",
+            "--dropout",
+            0,
+            "--question_weight",
+            weight,
+        ]
         state = train.start_run(train.command_line([str(flag) for flag in flags]))
         state.model.eval()
         batch, feature = next(iter(train.training_batches(state)))
-        only = [[ids for ids in state.rows["train"].groups[name] if ANSWER_ID not in ids]
-                for name in batch.names]  # fmt: skip
-        plain = train.batch_loss(state, state.model, make_batch(batch.names, only), feature,
-                                 label_smoothing=0.1)  # fmt: skip
+        only = [
+            [ids for ids in state.rows["train"].groups[name] if ANSWER_ID not in ids]
+            for name in batch.names
+        ]
+        plain = train.batch_loss(
+            state, state.model, make_batch(batch.names, only), feature, label_smoothing=0.1
+        )
         norms.append((train.update(state, [(batch, feature)]).summed.item(), plain.item()))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)
     assert norms[1][0] > norms[1][1] * 1.05

@@ -87,14 +87,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 MISTAKES = {
     "unknown flag": (["train.py", "--epoch", "5"], 2, "--epoch"),
     "no such picture": (
-        ["inference.py", "--image_path", "no.jpg", "--checkpoint", "no.pt"], 1, "no such picture",
+        ["inference.py", "--image_path", "no.jpg", "--checkpoint", "no.pt"],
+        1,
+        "no such picture",
     ),
     "not a picture": (
         ["inference.py", "--image_path", "config.py", "--checkpoint", "no.pt"],
-        1, "config.py is not a readable picture",
+        1,
+        "config.py is not a readable picture",
     ),
     "unknown data set": (["train.py", "--dataset", "coco"], 1, "coco"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -60,8 +60,11 @@ def shard_of(numbers: Sequence[int]) -> bytes:
     for number in numbers:
         key = f"{number:09d}"
         about = json.dumps({"caption": caption(number), "url": "https://example.com"})
-        files += [(f"{key}.png", photo(number)), (f"{key}.txt", caption(number).encode()),
-                  (f"{key}.json", about.encode())]  # fmt: skip
+        files += [
+            (f"{key}.png", photo(number)),
+            (f"{key}.txt", caption(number).encode()),
+            (f"{key}.json", about.encode()),
+        ]
     return pack(files)
 
 
@@ -92,30 +95,48 @@ def server(monkeypatch) -> Iterator[DownloadServer]:
 
 def test_what_counts_as_a_photo_with_a_caption(tmp_path):
     files = [
-        ("in/a.jpg", b"A"), ("in/a.txt", b" two \n lines "),
-        ("b.jpg", b"B"), ("b.json", json.dumps({"captions": ["one", "another"]}).encode()),
-        ("c.png", b"C"), ("c.json", b'{"text": "written"}'),
-        ("no_photo.txt", b"words"), ("no_words.jpg", b"D"), ("empty.jpg", b"E"),
-        ("empty.txt", b" "), ("binary.jpg", b"F"), ("binary.txt", b"\xff\xfe"),
-        ("odd.jpg", b"G"), ("odd.json", b'{"caption": 7}'), ("broken.jpg", b"H"),
-        ("broken.json", b"{"), ("in/a.webp", b"I"), ("in/a.txt", b"the same name again"),
-        ("z.WEBP", b"Z"), ("z.TXT", b"last"),
-    ]  # fmt: skip
+        ("in/a.jpg", b"A"),
+        ("in/a.txt", b" two \n lines "),
+        ("b.jpg", b"B"),
+        ("b.json", json.dumps({"captions": ["one", "another"]}).encode()),
+        ("c.png", b"C"),
+        ("c.json", b'{"text": "written"}'),
+        ("no_photo.txt", b"words"),
+        ("no_words.jpg", b"D"),
+        ("empty.jpg", b"E"),
+        ("empty.txt", b" "),
+        ("binary.jpg", b"F"),
+        ("binary.txt", b"\xff\xfe"),
+        ("odd.jpg", b"G"),
+        ("odd.json", b'{"caption": 7}'),
+        ("broken.jpg", b"H"),
+        ("broken.json", b"{"),
+        ("in/a.webp", b"I"),
+        ("in/a.txt", b"the same name again"),
+        ("z.WEBP", b"Z"),
+        ("z.TXT", b"last"),
+    ]
     path = tmp_path / "odd.tar"
     path.write_bytes(pack(files))
     found = [(s.key, s.suffix, s.photo, s.captions) for s in read_shard(str(path))]
     assert found == [
-        ("in/a", "jpg", b"A", ["two lines"]), ("b", "jpg", b"B", ["one", "another"]),
-        ("c", "png", b"C", ["written"]), ("z", "webp", b"Z", ["last"]),
-    ]  # fmt: skip
+        ("in/a", "jpg", b"A", ["two lines"]),
+        ("b", "jpg", b"B", ["one", "another"]),
+        ("c", "png", b"C", ["written"]),
+        ("z", "webp", b"Z", ["last"]),
+    ]
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["in a photo", "between files", "no tar", "empty", "away"])
 def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage):
     whole, path = shard_of(range(3)), tmp_path / "00000.tar"
-    cut = {"in a photo": whole[:1000], "between files": whole[: _after_files(whole, 3)],
-           "no tar": b"<html>" * 400, "empty": b""}  # fmt: skip
+    cut = {
+        "in a photo": whole[:1000],
+        "between files": whole[: _after_files(whole, 3)],
+        "no tar": b"<html>" * 400,
+        "empty": b"",
+    }
     if damage != "away":
         path.write_bytes(cut[damage])
     with pytest.raises(UserError, match="00000.tar can't be read"):
@@ -146,8 +167,13 @@ def _after_files(tar: bytes, count: int) -> int:
 def test_a_server_that_breaks_off_costs_nothing(server, length):
     body = shard_of(range(40))
     # After a whole photo, between a photo and its caption, within a header, anywhere, at once.
-    cuts = [_after_files(body, 30), _after_files(body, 31), _after_files(body, 61) + 100,
-            len(body) // 2, 100]  # fmt: skip
+    cuts = [
+        _after_files(body, 30),
+        _after_files(body, 31),
+        _after_files(body, 61) + 100,
+        len(body) // 2,
+        100,
+    ]
     server.files["00000.tar"] = Remote(body, length=length, cuts=list(cuts))
     found = list(read_shard(server.url("00000.tar")))
     assert [s.key for s in found] == [f"{number:09d}" for number in range(40)]
@@ -252,8 +278,9 @@ def both(tmp_path_factory, encoder) -> tuple[StreamedRows, StreamedRows]:
     urls = shards.expand_shards(write_shards(folder / "tars", SIZES))
     root = folder / "f"
     where = stock_folder(encoder, root, torch.float32, print)
-    stream = Stream(where, take_stock(encoder, urls, root, keep_features=False), encoder,
-                    torch.float32, 0)  # fmt: skip
+    stream = Stream(
+        where, take_stock(encoder, urls, root, keep_features=False), encoder, torch.float32, 0
+    )
     stock = Stock(where, take_stock(encoder, urls, root))
     tokenizer = CaptionTokenizer.train(stock.first_texts(), 400)
     return StreamedRows(stock, tokenizer, 40, 20), StreamedRows(stream, tokenizer, 40, 20)
@@ -267,8 +294,9 @@ def names(batches: Sequence[Batch]) -> list[str]:
 def test_a_team_meets_each_photo_once_in_equally_many_batches(both, size, batch_size):
     rows, _ = both
     for epoch in (0, 1):
-        parts = [list(rows.batches(batch_size, 3, epoch, team=Team(rank, size)))
-                 for rank in range(size)]  # fmt: skip
+        parts = [
+            list(rows.batches(batch_size, 3, epoch, team=Team(rank, size))) for rank in range(size)
+        ]
         assert {len(part) for part in parts} == {rows.count(batch_size)}
         met = Counter(name for part in parts for name in names(part))
         assert len(met) == sum(SIZES) and set(met.values()) == {1}
@@ -276,13 +304,18 @@ def test_a_team_meets_each_photo_once_in_equally_many_batches(both, size, batch_
 
 def test_the_order_is_the_seeds_and_drawn_from_a_bounded_pool(both):
     rows, _ = both
-    first, same, other = (names(list(rows.batches(4, seed, epoch)))
-                          for seed, epoch in ((0, 0), (0, 0), (0, 1)))  # fmt: skip
+    first, same, other = (
+        names(list(rows.batches(4, seed, epoch))) for seed, epoch in ((0, 0), (0, 0), (0, 1))
+    )
     assert first == same != other and sorted(first) == sorted(other)
     order = [rows.stock.number(name) for name in first]
     spans = rows._spans(0, 0, 0, len(rows))
-    place = {start + row: at for at, (start, row) in enumerate(
-        (rows.stock.starts[shard], row) for shard, *ends in spans for row in range(*ends))}
+    place = {
+        start + row: at
+        for at, (start, row) in enumerate(
+            (rows.stock.starts[shard], row) for shard, *ends in spans for row in range(*ends)
+        )
+    }
     narrow = StreamedRows(rows.stock, rows.tokenizer, 40, 3)
     assert order != sorted(order)
     for number, _ in zip(narrow._shuffled(spans, (0,)), range(20), strict=False):
@@ -313,8 +346,18 @@ def test_going_on_in_mid_epoch_meets_the_rest(both, skip, monkeypatch):
 
 
 def flags_of(data: Path, encoder_dir: Path, pattern: str, *more: object) -> list[str]:
-    return [*small_flags(data, encoder_dir), "--train_shards", pattern, "--dropout", 0,
-            "--split", "karpathy", "--scored_images", 4, *map(str, more)]  # fmt: skip
+    return [
+        *small_flags(data, encoder_dir),
+        "--train_shards",
+        pattern,
+        "--dropout",
+        0,
+        "--split",
+        "karpathy",
+        "--scored_images",
+        4,
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +371,16 @@ def test_kept_and_streamed_give_the_same_model_killed_or_not(tmp_path, encoder_d
     pattern, val = tars
     said = {}
     for kind, more in {"kept": (), "streamed": ("--keep_shard_features", "false")}.items():
-        flags = flags_of(tmp_path / "data", encoder_dir, pattern, "--val_shards", val, *more,
-                         "--output_dir", tmp_path / kind)  # fmt: skip
+        flags = flags_of(
+            tmp_path / "data",
+            encoder_dir,
+            pattern,
+            "--val_shards",
+            val,
+            *more,
+            "--output_dir",
+            tmp_path / kind,
+        )
         result = run("train.py", *flags)
         assert result.returncode == 0, result.stderr
         said[kind] = result.stdout
@@ -340,8 +391,9 @@ def test_kept_and_streamed_give_the_same_model_killed_or_not(tmp_path, encoder_d
         dead = run("tests/killed_run.py", "update", 13, *flags, "--output_dir", tmp_path / "cut")
         assert dead.returncode == -9, dead.stderr
         last = tmp_path / "cut" / "last.pt"
-        again = run("train.py", *flags, "--output_dir", tmp_path / "cut",
-                    "--resume_checkpoint_path", last)  # fmt: skip
+        again = run(
+            "train.py", *flags, "--output_dir", tmp_path / "cut", "--resume_checkpoint_path", last
+        )
         assert again.returncode == 0, again.stderr
         assert_equal(state(tmp_path / kind / "last.pt"), state(last), kind)
         for path in (tmp_path / "cut").iterdir():
@@ -350,8 +402,15 @@ def test_kept_and_streamed_give_the_same_model_killed_or_not(tmp_path, encoder_d
 
 @pytest.mark.parametrize("keep", ["true", "false"])
 def test_processes_share_the_stock_and_the_epoch(tmp_path, encoder_dir, tars, keep):
-    flags = flags_of(tmp_path / "data", encoder_dir, tars[0], "--val_shards", tars[1],
-                     "--keep_shard_features", keep)  # fmt: skip
+    flags = flags_of(
+        tmp_path / "data",
+        encoder_dir,
+        tars[0],
+        "--val_shards",
+        tars[1],
+        "--keep_shard_features",
+        keep,
+    )
     shared = torchrun(2, "train.py", *flags)
     assert shared.returncode == 0, shared.stderr
     first, last = figures(shared.stdout)

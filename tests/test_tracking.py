@@ -37,8 +37,15 @@ def tracked(tmp_path_factory, encoder_dir):
     first = run("train.py", *flags, **nobody(home))
     assert first.returncode == 0, first.stderr
     halfway = load_checkpoint(data / "last.pt")
-    second = run("train.py", *flags, "--epochs", 10, "--resume_checkpoint_path",
-                 data / "last.pt", **nobody(home))  # fmt: skip
+    second = run(
+        "train.py",
+        *flags,
+        "--epochs",
+        10,
+        "--resume_checkpoint_path",
+        data / "last.pt",
+        **nobody(home),
+    )
     assert second.returncode == 0, second.stderr
     return data, halfway, first.stdout, second.stdout
 
@@ -81,8 +88,12 @@ def test_a_resumed_run_keeps_its_id_and_its_steps_go_on(tracked):
 
 def test_the_table_of_captions_grows_with_each_epoch_and_through_a_resume(tracked):
     data, *_ = tracked
-    tables = [(file.parent / "files" / row["val/captions.path"]) for file in sessions(data)
-              for row in history(file) if "val/captions.path" in row]  # fmt: skip
+    tables = [
+        (file.parent / "files" / row["val/captions.path"])
+        for file in sessions(data)
+        for row in history(file)
+        if "val/captions.path" in row
+    ]
     assert len(tables) == 10
     progress = load_checkpoint(data / "last.pt").training["progress"]
     for epoch, path in enumerate(tables, 1):
@@ -108,9 +119,9 @@ def test_the_best_checkpoint_is_an_artifact(tracked):
         assert entry.path == "captioner_best_cider.safetensors"
     assert entry.size == (data / "captioner_best_cider.safetensors").stat().st_size
     assert json.loads(model.metadata)["CIDEr-D"] == max(
-        entry["val_cider"] for entry in
-        load_checkpoint(data / "last.pt").training["progress"]["history"]
-    )  # fmt: skip
+        entry["val_cider"]
+        for entry in load_checkpoint(data / "last.pt").training["progress"]["history"]
+    )
 
 
 def test_the_command_that_it_names_finds_both_sessions(tracked, tmp_path):
@@ -118,9 +129,14 @@ def test_the_command_that_it_names_finds_both_sessions(tracked, tmp_path):
     command = re.search(r"wandb login && (wandb sync .*)", said[-1])[1]
     arguments = command.removeprefix("wandb ")
     shown = subprocess.run(
-        f"{sys.executable} -m wandb {arguments} --dry-run", shell=True, cwd=REPO,
-        env=os.environ | nobody(tmp_path), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        f"{sys.executable} -m wandb {arguments} --dry-run",
+        shell=True,
+        cwd=REPO,
+        env=os.environ | nobody(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert all(file.name in shown.stderr + shown.stdout for file in sessions(data))
     assert "Would sync 2 run" in shown.stderr + shown.stdout
 

@@ -43,9 +43,15 @@ def assert_same_weights(first: Path, second: Path) -> None:
 def test_a_run_leaves_what_it_promises(trained, encoder_dir):
     for suffix in (".pt", ".safetensors"):
         assert re.fullmatch(r"captioner_epoch_\d+_val_loss_\d+\.\d{4}", best(trained, suffix).stem)
-    assert {"last.pt", "captioner_best_cider.safetensors", "vocab.json", "merges.txt",
-            "splits.json", "training_curves.png",
-            "samples.png"} <= {path.name for path in trained.iterdir()}  # fmt: skip
+    assert {
+        "last.pt",
+        "captioner_best_cider.safetensors",
+        "vocab.json",
+        "merges.txt",
+        "splits.json",
+        "training_curves.png",
+        "samples.png",
+    } <= {path.name for path in trained.iterdir()}
     state = load_checkpoint(trained / "last.pt").training
     assert state["progress"]["epoch"] == 2 and state["optimizer"]["state"]
     assert not list(trained.rglob("*.tmp"))
@@ -144,8 +150,9 @@ def test_the_average_follows_the_weights(tmp_path, encoder_dir):
         train.update(state, [pair])
         decay = min(0.15, (1 + step) / (10 + step))
         weights = [weight.detach() for weight in state.model.parameters()]
-        expected = [decay * old + (1 - decay) * new
-                    for old, new in zip(expected, weights, strict=True)]  # fmt: skip
+        expected = [
+            decay * old + (1 - decay) * new for old, new in zip(expected, weights, strict=True)
+        ]
     for ours, theirs in zip(state.average.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.detach(), theirs)
 
@@ -159,8 +166,9 @@ def test_without_an_average_the_weights_themselves_are_saved(tmp_path, encoder_d
 
 
 def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
-    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1,
-                        "--scst_beam_size", 3)  # fmt: skip
+    state = start_state(
+        tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1, "--scst_beam_size", 3
+    )
     ((batch, features),) = first_batches(state, 1)
     state.model.eval()
     loss, summed, count = train.self_critical_loss(state, batch, features)
@@ -189,8 +197,7 @@ def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
     state = start_state(tmp_path, encoder_dir, "--epochs", 8, "--scst_epochs", 8)
     means = []
     while state.progress.epoch < 16:
-        train.train_epoch(state, SimpleNamespace(log=lambda *_: None),
-                          SimpleNamespace(asked=False))  # fmt: skip
+        train.train_epoch(state, SimpleNamespace(log=lambda *_: None), SimpleNamespace(asked=False))
         means.append(state.progress.loss_sum / state.progress.loss_count)
         state.progress.epoch += 1
         state.progress.batch, state.progress.loss_sum, state.progress.loss_count = 0, 0.0, 0
@@ -201,8 +208,10 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
     name = state.rows["train"].names[0]
     human, other = (state.tokenizer.encode(text) for text in (state.data.captions[name][0], "on"))
-    hypotheses = [Hypothesis(ids, 0.0, 0.0, ended) for ids, ended in
-                  ((human, True), (human, False), (other, True))]  # fmt: skip
+    hypotheses = [
+        Hypothesis(ids, 0.0, 0.0, ended)
+        for ids, ended in ((human, True), (human, False), (other, True))
+    ]
     whole, cut, poor = state.critic.rewards(name, hypotheses)
     assert whole > cut > poor
     assert train.advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
@@ -212,10 +221,13 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
 def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
     """Start a training and send it SIGTERM when a line that holds `when` appears."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "train.py", *flags], cwd=REPO, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-u", "train.py", *flags],
+        cwd=REPO,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     seen = []
     for line in process.stdout:
         seen.append(line)
@@ -305,8 +317,14 @@ def test_inference_needs_no_config(tmp_path, trained):
     assert result.returncode == 0, result.stderr
     caption = result.stdout.strip()
     assert caption and "<" not in caption and "\n" not in caption
-    pt = run(lonely / "inference.py", "--image_path", photo, "--checkpoint",
-             best(trained, ".pt"), cwd=tmp_path)  # fmt: skip
+    pt = run(
+        lonely / "inference.py",
+        "--image_path",
+        photo,
+        "--checkpoint",
+        best(trained, ".pt"),
+        cwd=tmp_path,
+    )
     assert pt.stdout.strip() == caption
 
 
@@ -350,8 +368,9 @@ def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none"])
 def test_no_such_checkpoint(trained, name):
-    result = run("inference.py", "--image_path", trained / "images" / "000.png",
-                 "--checkpoint", name)  # fmt: skip
+    result = run(
+        "inference.py", "--image_path", trained / "images" / "000.png", "--checkpoint", name
+    )
     assert result.returncode == 1 and f"no checkpoint {name}" in result.stderr
 
 
@@ -404,8 +423,14 @@ def test_a_new_training_keeps_the_files_of_the_one_before(tmp_path, trained, enc
 
 
 def test_several_captions_of_each_picture(trained):
-    command = ["inference.py", "--checkpoint", trained / "captioner_best_cider.safetensors",
-               "--json", "--beam_size", 4]  # fmt: skip
+    command = [
+        "inference.py",
+        "--checkpoint",
+        trained / "captioner_best_cider.safetensors",
+        "--json",
+        "--beam_size",
+        4,
+    ]
     single = trained / "images" / "000.png"
     one = run(*command, "--image_path", single, "--n_best", 3)
     assert one.returncode == 0, one.stderr

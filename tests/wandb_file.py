@@ -42,6 +42,8 @@ def history(path: Path) -> list[dict[str, Any]]:
 def run_of(path: Path) -> tuple[str, dict[str, Any]]:
     """The run's id and its configuration."""
     run = next(record.run for record in records(path) if record.HasField("run"))
-    config = {item.key or ".".join(item.nested_key): json.loads(item.value_json)
-              for item in run.config.update}  # fmt: skip
+    config = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for item in run.config.update
+    }
     return run.run_id, config

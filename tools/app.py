@@ -1,7 +1,7 @@
 """A page in the browser: give it a photo, read its captions, see where each word looked.
 
     pip install -r requirements-app.txt
-    python app.py --checkpoint captioner_best_cider.safetensors
+    python -m tools.app --checkpoint captioner_best_cider.safetensors
 
 Only this machine can open it, unless --host says otherwise. Photos are kept nowhere.
 """

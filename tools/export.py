@@ -1,7 +1,7 @@
 """Export a checkpoint's decoder to one ONNX file, checked against PyTorch through onnxruntime.
 
     pip install -r requirements-export.txt
-    python export.py --checkpoint captioner_best_cider.safetensors --out captioner.onnx
+    python -m tools.export --checkpoint captioner_best_cider.safetensors --out captioner.onnx
 
 The file is one step of writing: features and new tokens in, the next token's logits and what is to
 be remembered out. Tokenizer, special ids and the encoder's identity stand in its metadata.
@@ -152,8 +152,15 @@ def quiet() -> Iterator[None]:
 def forget_origin(graph: onnx.ModelProto) -> None:
     """Take out the exporter's notes, which name the source lines and folders of this machine."""
     inner = graph.graph
-    for part in (graph, inner, *inner.node, *inner.value_info, *inner.input, *inner.output,
-                 *inner.initializer):  # fmt: skip
+    for part in (
+        graph,
+        inner,
+        *inner.node,
+        *inner.value_info,
+        *inner.input,
+        *inner.output,
+        *inner.initializer,
+    ):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 
@@ -186,8 +193,11 @@ def greedy(
         The tokens given to it, (photos, length), and its logits after each, with (..., vocab).
     """
     count = len(features)
-    past = {x.name: np.zeros((count, x.shape[1], 0, x.shape[3]), np.float32)
-            for x in session.get_inputs() if x.name.startswith("past.")}  # fmt: skip
+    past = {
+        x.name: np.zeros((count, x.shape[1], 0, x.shape[3]), np.float32)
+        for x in session.get_inputs()
+        if x.name.startswith("past.")
+    }
     tokens, logits = [np.full((count, 1), START_ID)], []
     for place in range(length):
         here = {"features": features, "tokens": tokens[-1], "positions": np.full((count, 1), place)}

@@ -1,8 +1,8 @@
 """Measure this project beside Hugging Face's own captioning model, in one process, in turn.
 
-    python benchmark.py                 # everything, about ten minutes on two cores
-    python benchmark.py --only train    # one part
-    python benchmark.py --scaling       # several processes beside one, under torchrun
+    python -m tools.benchmark                 # everything, about ten minutes on two cores
+    python -m tools.benchmark --only train    # one part
+    python -m tools.benchmark --scaling       # several processes beside one, under torchrun
 
 The rival is `VisionEncoderDecoderModel` (ViT-B/16 and a GPT-2-shaped decoder of our default size)
 in the plain PyTorch loop of its documentation. Weights are random and photos synthetic: neither
@@ -50,6 +50,7 @@ from utils import (
     seed_everything,
 )
 
+REPO = Path(__file__).resolve().parents[1]
 VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
 EPOCHS, CAPTIONS = 20, 5
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
@@ -59,8 +60,10 @@ PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
 
 def median(values: Sequence[float]) -> dict[str, float]:
     return {
-        "median": statistics.median(values), "min": min(values), "max": max(values),
-    }  # fmt: skip
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -112,10 +115,17 @@ def rival_model(device: torch.device) -> transformers.VisionEncoderDecoderModel:
     """ViT-B/16 and a decoder from scratch of our default size."""
     size = DecoderConfig(VOCAB)
     decoder = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
-        n_inner=size.ff_dim, n_positions=size.max_length, add_cross_attention=True,
-        bos_token_id=START_ID, eos_token_id=END_ID, pad_token_id=PAD_ID,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_inner=size.ff_dim,
+        n_positions=size.max_length,
+        add_cross_attention=True,
+        bos_token_id=START_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         transformers.ViTConfig(), decoder
     )
@@ -218,8 +228,11 @@ def measure_training(
         "rival_step_seconds": median(times["rival"]),
         "our_captions_per_second_decoder": 32 * CAPTIONS / statistics.median(times["ours"]),
         "rival_captions_per_second": 8 / statistics.median(times["rival"]),
-        "flickr30k_20_epochs_minutes":
-            statistics.median(times["ours"]) * FLICKR30K / 32 * EPOCHS / 60,
+        "flickr30k_20_epochs_minutes": statistics.median(times["ours"])
+        * FLICKR30K
+        / 32
+        * EPOCHS
+        / 60,
         "matmul_gflops": 2 * limit / 1e9,
         "train_matmul_share": statistics.median(rates) / limit,
         "padding_share": statistics.mean(padding),
@@ -273,9 +286,14 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         def build() -> None:
             with tempfile.TemporaryDirectory(dir=folder) as root:
                 build_features(
-                    encoder, photos, [(name, 0) for name in names], Path(root), dtype=dtype,
-                    batch_size=batch_size, say=lambda text: None,
-                )  # fmt: skip
+                    encoder,
+                    photos,
+                    [(name, 0) for name in names],
+                    Path(root),
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    say=lambda text: None,
+                )
 
         def bare() -> None:
             for _ in range(count // batch_size):
@@ -391,8 +409,14 @@ def measure_startup() -> dict[str, object]:
     count = 30000
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-                "num_attention_heads": 1, "image_size": 32, "patch_size": 16}  # fmt: skip
+        size = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "image_size": 32,
+            "patch_size": 16,
+        }
         tower = transformers.ViTModel(transformers.ViTConfig(**size), add_pooling_layer=False)
         tower.save_pretrained(folder / "encoder")
         side = {"height": 32, "width": 32}
@@ -408,10 +432,25 @@ def measure_startup() -> dict[str, object]:
             captions[f"{i}.png"] = [" ".join(words[rank] for rank in row) for row in ranks]
         (folder / "captions.json").write_text(json.dumps(captions))
         command = [
-            sys.executable, str(Path(__file__).with_name("train.py")), "--dataset", "custom",
-            "--split", "ratio", "--data_dir", name, "--encoder_model_name", f"{name}/encoder",
-            "--epochs", "0", "--scst_epochs", "0", "--wandb_project", "", "--hf_repo_id", "",
-        ]  # fmt: skip
+            sys.executable,
+            str(REPO / "train.py"),
+            "--dataset",
+            "custom",
+            "--split",
+            "ratio",
+            "--data_dir",
+            name,
+            "--encoder_model_name",
+            f"{name}/encoder",
+            "--epochs",
+            "0",
+            "--scst_epochs",
+            "0",
+            "--wandb_project",
+            "",
+            "--hf_repo_id",
+            "",
+        ]
         taken = []
         for _ in range(3):  # the first makes the cache
             started = time.perf_counter()
@@ -454,9 +493,11 @@ def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
             optimizer.zero_grad()
             processor.append(time.process_time() - started)
 
-        works = {"step": step, "all_reduce": lambda: team.add_up(gradients)}
+        works = {"step": step, "all_reduce": lambda: team.all_reduce(gradients)}
         times = interleaved(works, repeats, device)
-        times["processor"] = [sum(each) for each in zip(*team.collect(processor), strict=True)][1:]
+        times["processor"] = [sum(each) for each in zip(*team.all_gather(processor), strict=True)][
+            1:
+        ]
         print(json.dumps({name: median(taken) for name, taken in times.items()}))
 
 
@@ -467,10 +508,21 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
     found: dict[str, object] = {}
     for size in sizes:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={size}", __file__, "--worker", "--repeats", str(repeats),
-            "--device", device.type, "--precision", precision,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={size}",
+            "-m",
+            "tools.benchmark",
+            "--worker",
+            "--repeats",
+            str(repeats),
+            "--device",
+            device.type,
+            "--precision",
+            precision,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, env=environment
@@ -500,8 +552,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
-    parser.add_argument("--scaling", dest="only", action="store_const", const="scaling",
-                        help="the same as --only scaling")  # fmt: skip
+    parser.add_argument(
+        "--scaling",
+        dest="only",
+        action="store_const",
+        const="scaling",
+        help="the same as --only scaling",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     seed_everything(0)
@@ -514,9 +571,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = choose_dtype(args.precision, device)
     result: dict[str, object] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "dtype": str(dtype),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     measured = {
         "train": lambda: measure_training(device, dtype, args.repeats, args.compile),
         "generate": lambda: measure_generation(device, dtype, args.repeats),
