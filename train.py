@@ -557,8 +557,8 @@ def make_schedule(
 ) -> LambdaLR:
     """The learning rate of each update.
 
-    Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of NUM_EPOCHS, and in
-    the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
+    Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of NUM_EPOCHS, and
+    in the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
     """
     updates, critical = per_epoch * settings.NUM_EPOCHS, per_epoch * critical_epochs(settings)
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
