@@ -108,8 +108,8 @@ def digest(content: Any) -> str:
 # --- Saving ---------------------------------------------------------------------------------
 
 
-def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a `.safetensors` that `inference.py` can use, whole or not at all."""
+def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
+    """Write a `.safetensors` that `inference.py` can use, whole or not at all; its digest."""
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     text = json.dumps(checkpoint.description())
     metadata = {"captioner": text, "digest": digest([text, weights])}
@@ -121,23 +121,37 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
             if number:
                 raise write_error(OSError(int(number[1]), str(error)), path) from error
             raise UserError(f"{path} can't be written: {error}") from error
+    return metadata["digest"]
 
 
-def save_for_training(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a `.pt` from which training goes on, whole or not at all."""
+def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
+    """Write a `.pt` from which training goes on, whole or not at all; its digest."""
     content = {
         "captioner": json.dumps(checkpoint.description()),
         "model": checkpoint.model.state_dict(),
         "training": checkpoint.training,
     }
+    content["digest"] = digest(content)
     with atomic_write(path) as temporary:
         try:
-            torch.save(content | {"digest": digest(content)}, temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:
             # What torch makes of a full disk; the file system's own error is its cause or context.
             if isinstance(error.__context__, OSError):
                 raise write_error(error.__context__, path) from error
             raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
+    return content["digest"]
+
+
+def stored_digest(path: Path) -> str | None:
+    """The digest that a checkpoint bears, its content unread; None where it is no checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return (file.metadata() or {}).get("digest")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("digest")
+    except Exception:  # noqa: BLE001 - what is no checkpoint fails in any way, and bears none
+        return None
 
 
 # --- Loading --------------------------------------------------------------------------------
