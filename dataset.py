@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from array import array
 from collections import Counter
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
+from features import FeatureCache, ResidentFeatures
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer
-from utils import UserError
+from utils import UserError, read_json
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
@@ -87,33 +87,6 @@ def data_paths(
 
 
 # --- captions.json --------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, with or without a byte order mark, in which no key stands twice.
-
-    Raises:
-        UserError: the file is missing, not UTF-8, not JSON, or repeats a key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise UserError(f"{path}: the key {twice!r} stands twice: merge the two entries")
-        return result
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run python prepare_dataset.py") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def _read_table(path: Path, form: str) -> dict[str, Any]:
@@ -444,13 +417,19 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: Sequence[int]) ->
 
 
 class CaptionRows:
-    """The encoded captions of some photos, cut into batches."""
+    """The encoded texts of some photos, cut into batches, and the store of their features."""
 
-    def __init__(self, captions: dict[str, list[list[int]]]):
-        """Args: `captions`, each photo's captions and questions as ids from START to END."""
-        # Arrays, as lists of numbers take eight times the memory.
-        self.groups = {name: [array("i", ids) for ids in group] for name, group in captions.items()}
-        self.names = list(captions)
+    def __init__(
+        self,
+        groups: dict[str, list[list[int]]],
+        store: FeatureCache | ResidentFeatures | None = None,
+        views: int = 1,
+    ):
+        """Args: `groups`, each photo's texts as ids from START to END; its views in the `store`."""
+        # Arrays, as lists of numbers take eight times the room.
+        self.groups = {name: [array("i", ids) for ids in group] for name, group in groups.items()}
+        self.store, self.views = store, views
+        self.names = list(groups)
         self.captions = list(self.groups.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
 
@@ -475,9 +454,23 @@ class CaptionRows:
         asked = sum(ANSWER_ID in ids for ids in sequences)
         return len(sequences) - asked, asked
 
-    def captions_of(self, names: Iterable[str]) -> int:
-        """How many captions and questions these photos have together."""
-        return sum(len(self.groups[name]) for name in names)
+    def load(self, batch: Batch, epoch: int | None) -> tuple[Batch, Tensor]:
+        """The batch, and its photos' features (images, patches, width) in half precision.
+
+        Each epoch shows the next view of a photo, and different photos different ones; None shows
+        the plain one.
+        """
+        if not batch.names:
+            return batch, torch.empty(0)
+        views = [
+            0 if epoch is None else (epoch + len(n) + ord(n[0])) % self.views for n in batch.names
+        ]
+        return batch, self.store.read(list(zip(batch.names, views, strict=True)))
+
+    def order(self, batch_size: int, seed: int, team: Team = ALONE) -> str:
+        """A name for the order in which the photos stand in each epoch."""
+        content = repr((self.names, self.lengths, batch_size, seed))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""

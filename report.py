@@ -25,7 +25,7 @@ from tracking import Tracker, memory
 from utils import Bar, UserError, atomic_write, redact, size_text
 
 GREY = "#718096"
-COLOURS = {"val_loss": "#2b6cb0", "val_cider": "#2b6cb0", "val_bleu4": "#dd6b20"}
+COLOURS = {"training": "#dd6b20", "validation": "#2b6cb0"}
 
 
 class Report:
@@ -57,9 +57,13 @@ class Report:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self.tracker.close()
         if self.pusher:
             self.pusher.close()
+            self.pusher = None
 
     def _describe(self) -> None:
         """The summary at the start: what is trained on what, and where the output goes."""
@@ -154,6 +158,7 @@ class Report:
 
     def stopped(self) -> int:
         """Say how to go on; returns the exit code."""
+        self._close()
         self._draw()
         arguments = list(self.run.settings.arguments)
         for i, argument in enumerate(arguments):
@@ -167,7 +172,7 @@ class Report:
 
     def finished(self) -> int:
         """Say where the result is and how to use it; returns the exit code."""
-        run, progress, best = self.run, self.run.progress, self.run.best()
+        run, best = self.run, self.run.best()
         if best is None:
             return 0  # no epoch was asked for, and the summary said so
         path, entry = best
@@ -175,6 +180,7 @@ class Report:
         losses = run.bests("val_loss")
         if self.pusher and losses and entry is not losses[-1]:
             self._push(path, entry)  # the newest on the Hub shall be the best
+        self._close()
         self._draw()
         if run.settings.demo and run.team.leads:
             from demo.report import report
@@ -182,7 +188,7 @@ class Report:
             report(path, self.data.paths)
         loss = run.file_of("val_loss", losses[-1])
         print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
-        if path != loss:
+        if path != loss and "val_cider" in entry:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         splits = self.data.splits
         photo = self.data.paths.images / (splits["test"] or splits["val"])[0]
@@ -305,61 +311,43 @@ class Ledger:
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw losses, scores and learning rate by epoch as a PNG.
+    """Draw losses, each score and the learning rate by epoch as a PNG.
 
     Args:
         history: an entry an epoch, in order: "epoch", "val_loss", "train_learning_rate", and
-            where measured "train_loss", "val_cider", "val_bleu4" and "val_accuracy".
-
-    Raises:
-        UserError: the file can't be written.
+            where measured "train_loss" and the others of `MEASURES`.
     """
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, scores, rate = figure.subplots(1, 3)
-
-    def line(axes: Any, name: str, label: str, colour: str) -> None:
-        points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", ms=3)
-
-    line(loss, "train_loss", "training", ORANGE)
-    line(loss, "val_loss", "validation", BLUE)
-    loss.set_title("loss, nats a token")
-    for name, (label, colour) in SCORES.items():
-        line(scores, name, label, colour)
-        best = max((e for e in history if name in e), key=lambda e: e[name], default=None)
-        if best:
-            scores.annotate(
-                f"{best[name]:.1f}",
-                (best["epoch"], best[name]),
-                color=colour,
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-            )
-    scores.set_title("validation, greedy")
-    line(rate, "train_learning_rate", "learning rate", GREY)
-    rate.set_title("learning rate at the epoch's end")
+    scores = [m for m in MEASURES if m != "val_loss" and any(m in entry for entry in history)]
+    panels = {
+        "loss, nats a token": {"train_loss": "training", "val_loss": "validation"},
+        **{f"{MEASURES[name].label}, greedy": {name: "validation"} for name in scores},
+        "learning rate at the epoch's end": {"train_learning_rate": ""},
+    }
+    figure = Figure(figsize=(4.3 * len(panels), 4), layout="constrained")
     critical = [entry["epoch"] for entry in history if "train_beam_cider" in entry]
-    for axes in (loss, scores, rate):
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.set_title(title)
+        for name, label in lines.items():
+            points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
+            if points:
+                colour = COLOURS["training" if name.startswith("train") else "validation"]
+                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", ms=3)
+            if name in scores:
+                best = max(points, key=lambda point: point[1])
+                place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(f"{best[1]:.1f}", best, color=colour, **place)
         if critical:
-            axes.axvspan(
-                critical[0] - 0.5,
-                critical[-1] + 0.5,
-                color=GREY,
-                alpha=0.12,
-                lw=0,
-                label="self-critical",
-            )
+            span = (critical[0] - 0.5, critical[-1] + 0.5)
+            axes.axvspan(*span, color=GREY, alpha=0.12, lw=0, label="self-critical")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes is not rate and axes.get_legend_handles_labels()[1]:
+        if title.startswith("loss") or critical:
             axes.legend(frameon=False)
     _save(figure, path)
 

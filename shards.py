@@ -670,9 +670,15 @@ class StreamedRows:
         """Batches in an epoch, in each process."""
         return -(-len(self) // batch_size)
 
-    def captions_of(self, names: Iterable[str]) -> int:
-        """How many captions these photos have together."""
-        return sum(len(self.stock.texts(self.stock.number(name))) for name in names)
+    def load(self, batch: Batch, epoch: int | None) -> tuple[Batch, Tensor]:
+        """As `CaptionRows.load`, in the one view there is."""
+        return self.stock.load(batch)
+
+    def order(self, batch_size: int, seed: int, team: Team = ALONE) -> str:
+        """As `CaptionRows.order`."""
+        shards = [(shard.name, shard.photos) for shard in self.stock.shards]
+        content = repr((shards, batch_size, seed, team.size, self.buffer))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
@@ -731,7 +737,8 @@ class StreamedRows:
             self.stock.forget(members)
             return
         groups = [self.stock.texts(number) for number in members]
-        ids = iter(self.tokenizer.encode_captions(list(itertools.chain(*groups)), self.max_length))
+        pairs = [("", text) for text in itertools.chain(*groups)]
+        ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
         rows = [list(itertools.islice(ids, len(group))) for group in groups]
         lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
         order = epoch_order(lengths, batch_size, key)

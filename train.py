@@ -26,6 +26,7 @@ from torch import Tensor
 import config
 import prepare_dataset
 from checkpoint import Checkpoint, load_checkpoint
+from corpus import Data, load_data
 from dataset import (
     Batch,
     CaptionRows,
@@ -34,22 +35,24 @@ from dataset import (
     prompts_about,
     references_of,
 )
-from distributed import Team, joined
+from distributed import StopSignal, Team, joined
 from features import prefetch
 from generation import GenerationOptions, generate_cached
 from hub import locate_checkpoint
 from metrics import score, vqa_accuracy
+from model import CaptionModel
 from report import Ledger, Report, Update
 from run import (
     Run,
+    Written,
     check_finite_weights,
-    critical_epochs,
     decoder_config,
     output_dir,
     set_aside,
     standing_files,
     start_run,
 )
+from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
 from utils import (
