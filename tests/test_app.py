@@ -104,7 +104,8 @@ def test_captions_are_those_of_the_captioner_with_a_map_for_each_word(server, jo
     assert status == 200
     captioner = load_captioner(joint / "captioner_best_cider.safetensors")
     picture = captioner.encoder.open(joint / "images" / "000.png")
-    ((*expected,),) = captioner.hypotheses([picture], beam_size=3)
+    (each,) = captioner.stream([picture], beam_size=3)
+    expected = list(zip(each.texts, each.hypotheses, strict=True))
     assert [found["text"] for found in answer["found"]] == [text for text, _ in expected]
     scores = [found["score"] for found in answer["found"]]
     assert scores == pytest.approx([h.score for _, h in expected], abs=1e-4)

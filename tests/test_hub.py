@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import hub
-import train
 from checkpoint import load_checkpoint
 from inference import load_captioner
 from tests.conftest import run as run_script
@@ -430,24 +428,6 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
     for name, caption in best["samples"].items():
         assert f"- `{name}`: {caption}" in read.text
     assert 'load_captioner("me/captioner")' in read.text and "## Licence" in read.text
-
-
-def test_the_last_push_is_of_the_best_captions(tmp_path, monkeypatch):
-    pushes = []
-    monkeypatch.setattr(train, "push", lambda run, pusher, *what: pushes.append(what))
-    history = [
-        {"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
-        {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
-        {"epoch": 3, "val_loss": 2.2, "val_cider": 40.0},
-    ]
-    settings = SimpleNamespace(CHECKPOINT_PREFIX="captioner")
-    progress = train.Progress(best_loss=2.0, best_cider=40.0, history=history)
-    state = SimpleNamespace(settings=settings, progress=progress, output=tmp_path)
-    train.push_best(state, None)
-    assert pushes == [(tmp_path / "captioner_best_cider.safetensors", history[1])]
-    history[0]["val_cider"] = 50.0  # the best loss has the best captions, and was pushed
-    train.push_best(state, None)
-    assert len(pushes) == 1
 
 
 # --- Card -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 import train
 from checkpoint import load_checkpoint
-from dataset import CaptionRows, Question, load_questions, make_batch, parse_tasks
+from dataset import CaptionRows, Text, load_questions, make_batch, parse_tasks
 from evaluate import accuracy_by_kind, common_answers
 from generation import GenerationOptions, generate
 from inference import load_captioner
@@ -50,9 +50,9 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     answers = ["red"] * 4 + ["dark red"] * 6
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answers": answers}]}))
     (question,) = load_questions(path)["a.jpg"]
-    assert question == Question("what color?", "dark red", tuple(answers))
+    assert question == Text("dark red", "what color?", tuple(answers))
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
-    assert load_questions(path, answered=False)["a.jpg"] == [Question("what color?")]
+    assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
 
 
 def test_vqa_files_become_questions(tmp_path):
@@ -131,9 +131,9 @@ def test_answers_are_compared_as_vqa_does(answer, same):
 
 def test_baselines_by_hand():
     pairs = (("color", "red"), ("color", "red"), ("color", "blue"), ("count", "two"))
-    training = [Question("", answer, kind=kind) for kind, answer in pairs]
-    assert common_answers(training) == {"color": "red", "count": "two"}
-    asked = [Question("", "red", kind="color"), Question("", "two", kind="count")]
+    training = [("a.jpg", Text(answer, "?", kind=kind)) for kind, answer in pairs]
+    assert common_answers(training) == {"color": "red", "count": "two", "": "red"}
+    asked = [Text("red", "?", kind="color"), Text("two", "?", kind="count")]
     table = accuracy_by_kind(asked, {"model": ["red", "three"]})
     assert table == {"all": {"model": 50}, "color": {"model": 100}, "count": {"model": 0}}
 
@@ -148,7 +148,7 @@ def test_a_question_carries_no_loss():
     assert batch.asked.tolist() == [False] * 3 + [True] * 4
     read = batch.tokens.flatten()[batch.places]
     assert read.tolist() == [START_ID, 10, 11, ANSWER_ID, 22, ANSWER_ID, 22]
-    assert CaptionRows({"a": [caption, asked]}).captions_of(["a"]) == 2
+    assert CaptionRows({"a": [caption, asked]}).texts == (1, 1)
 
 
 def test_prefixes_of_many_lengths_are_answered_as_each_alone():
