@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from decoder import DecoderConfig
 from generation import GenerationOptions
@@ -186,9 +187,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of this project ({error!r})") from None
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out drawing first weights: without storage torch would load its compiler for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
     # Without storage of its own, the model takes no memory before the shapes are known to fit.
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         config = DecoderConfig(**description["decoder"])
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import load_questions
-from encoder import FrozenEncoder, ImageError, open_image
+from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, open_image
 from features import encode, prefetch
 from generation import (
     GenerationOptions,
@@ -52,7 +52,6 @@ from utils import (
     script_parser,
 )
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 ROWS = 64  # captions or answers searched for at a time
 
 Picture = str | os.PathLike | Image.Image
@@ -296,8 +295,8 @@ def captioner_of(args: argparse.Namespace) -> Captioner:
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     """The photos named, and those in the folders named, by folder and name.
 
-    Names are relative to the folder, or to where you are where several things are named. What
-    is no photo is counted aloud, hidden files are passed over.
+    Names are relative to the folder; of several paths, as these were given. What is no photo is
+    counted aloud, hidden files are passed over.
     """
     found: list[Photo] = []
     others: Counter[str] = Counter()
@@ -306,15 +305,15 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             raise UserError(f"{text} is an address: download the photo, and give the file")
         path = Path(text).expanduser()
         if not path.is_dir():
-            found.append(Photo(path, path.name if len(paths) == 1 else str(path)))
+            found.append(Photo(path, path.name if len(paths) == 1 else text))
             continue
-        base = path if len(paths) == 1 else Path()
+        shown = "" if len(paths) == 1 else text
         for folder, folders, files in os.walk(path):
             folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
             for name in sorted(file for file in files if not file.startswith(".")):
                 file = Path(folder, name)
-                if file.suffix.lower() in SUFFIXES:
-                    found.append(Photo(file, os.path.relpath(file, base)))
+                if file.suffix.lower() in PHOTO_SUFFIXES:
+                    found.append(Photo(file, os.path.join(shown, os.path.relpath(file, path))))
                 else:
                     others[file.suffix.lower() or "no suffix"] += 1
     if others:

@@ -25,7 +25,8 @@ from tracking import Tracker, memory
 from utils import Bar, UserError, atomic_write, redact, size_text
 
 GREY = "#718096"
-COLOURS = {"training": "#dd6b20", "validation": "#2b6cb0"}
+BLUE = "#2b6cb0"
+COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
 
 
 class Report:
@@ -333,7 +334,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         for name, label in lines.items():
             points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
             if points:
-                colour = COLOURS["training" if name.startswith("train") else "validation"]
+                colour = COLOURS.get(label, BLUE)
                 axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", ms=3)
             if name in scores:
                 best = max(points, key=lambda point: point[1])

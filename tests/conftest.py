@@ -16,6 +16,8 @@ import torch
 import transformers
 from PIL import Image
 
+from tests.forked import can_fork, run_forked
+
 REPO = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
 
@@ -179,12 +181,16 @@ def run(
     `limits` are of `resource.setrlimit`: {resource.RLIMIT_FSIZE: 4096} is a disk without room.
     """
 
+    words = [*map(str, command)]
+    if can_fork(words, env):
+        return run_forked(words, cwd, limits or {}, timeout=600)
+
     def limit() -> None:
         for kind, most in limits.items():
             resource.setrlimit(kind, (most, most))
 
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *words],
         cwd=cwd,
         preexec_fn=limit if limits else None,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
