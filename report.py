@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corpus import Data
-from dataset import references_of
+from dataset import DataPaths, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
@@ -35,8 +35,11 @@ class Report:
     Nothing of what fails here stops the training.
     """
 
-    def __init__(self, run: Run, data: Data):
-        self.run, self.data = run, data
+    def __init__(
+        self, run: Run, data: Data, at_the_end: Callable[[Path, DataPaths], None] | None = None
+    ):
+        """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
+        self.run, self.data, self.at_the_end = run, data, at_the_end
         self.pusher: HubPusher | None = None
 
     def __enter__(self) -> Report:
@@ -183,10 +186,8 @@ class Report:
             self._push(path, entry)  # the newest on the Hub shall be the best
         self._close()
         self._draw()
-        if run.settings.demo and run.team.leads:
-            from demo.report import report
-
-            report(path, self.data.paths)
+        if self.at_the_end and run.team.leads:
+            self.at_the_end(path, self.data.paths)
         loss = run.file_of("val_loss", losses[-1])
         print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
         if path != loss and "val_cider" in entry:

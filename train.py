@@ -30,6 +30,7 @@ from corpus import Data, load_data
 from dataset import (
     Batch,
     CaptionRows,
+    DataPaths,
     Text,
     make_batch,
     prompts_about,
@@ -124,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = data.cache.shape[1]
         run = start_run(settings, team, device, data.tokenizer, data.encoder, width, begun)
         take_place(run, data)
-        with Report(run, data) as report, StopSignal(team) as stop:
+        with (
+            Report(run, data, show_demo if settings.demo else None) as report,
+            StopSignal(team) as stop,
+        ):
             while run.progress.epoch < run.epochs:
                 started = time.monotonic()
                 ended = train_epoch(run, data, report.ledger(), stop)
@@ -441,6 +445,13 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
     check_ranges(settings, RANGES)
     settings.arguments = list(sys.argv[1:] if argv is None else argv)
     return settings
+
+
+def show_demo(checkpoint: Path, paths: DataPaths) -> None:
+    """What the demo's captioner got right."""
+    from demo.report import report
+
+    report(checkpoint, paths)
 
 
 def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None:

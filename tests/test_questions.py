@@ -87,7 +87,7 @@ def test_vqa_files_become_questions(tmp_path):
     assert list(found) == ["COCO_val2014_000000000042.jpg"]
     first, second = found["COCO_val2014_000000000042.jpg"]
     assert (first.question, first.target, first.kind) == ("Is it raining?", "no", "is it")
-    assert len(first.answers) == 10 and second.answer == "2"
+    assert len(first.answers) == 10 and second.target == "2"
     with pytest.raises(UserError, match="pairs"):
         convert_vqa(pair[0], [], tmp_path / "questions.json")
     with pytest.raises(UserError, match="no VQA pair"):

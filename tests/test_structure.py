@@ -105,7 +105,7 @@ def test_the_readme_names_what_exists():
     for script in set(re.findall(r"python3? (\w+(?:/\w+)*\.py)", text)):
         assert (REPO / script).exists(), script
     for module in MODULES:
-        assert f"`{module}.py`" in text, f"{module}.py has no line in the README"
+        assert f"`{module.replace('.', '/')}.py`" in text, f"{module}.py has no line in the README"
     blocks = "\n".join(re.findall(r"```.*?```", text, re.S))
     blocks = re.sub(r"\btorchrun .*?(?=\w+\.py)", "", blocks, flags=re.S)  # its own flags
     blocks = re.sub(r"^img2dataset (?:.*\\\n)*.*$", "", blocks, flags=re.M)  # another program
