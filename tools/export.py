@@ -94,11 +94,7 @@ class Step(nn.Module):
 
 
 def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """The decoder as an ONNX graph, with what its user needs to know in its metadata.
-
-    Raises:
-        UserError: the weights don't fit into one ONNX file.
-    """
+    """The decoder as an ONNX graph, with what its user needs to know in its metadata."""
     size = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
     if size > LARGEST:
         raise UserError(f"the decoder takes {size_text(size)}, an ONNX file holds at most 2 GB")
@@ -229,11 +225,7 @@ def largest_difference(path: Path, model: CaptionModel) -> float:
 
 
 def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
-    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference.
-
-    Raises:
-        UserError: it doesn't, or the file can't be written; there is no file then.
-    """
+    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference."""
     graph = to_onnx(checkpoint)
     with atomic_write(path) as temporary:
         temporary.write_bytes(graph.SerializeToString())
