@@ -257,11 +257,14 @@ class Bar:
         taken = time.monotonic() - self.started
         return taken / (self.done - self.before) * (self.total - self.done) / 60
 
+    def close(self) -> None:
+        self.bar.close()
+
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.close()
 
 
 def resident_kilobytes() -> int | None:
