@@ -536,8 +536,8 @@ class StreamedRows:
                     yield members[start : start + batch_size], []
                 continue
             groups = [self.stock.texts(place) for place in members]
-            texts = list(itertools.chain(*groups))
-            ids = iter(self.tokenizer.encode_captions(texts, self.max_length))
+            pairs = [("", text) for text in itertools.chain(*groups)]
+            ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
             rows = [list(itertools.islice(ids, len(group))) for group in groups]
             lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
             for batch in epoch_order(lengths, batch_size, (*key, pool)):
