@@ -426,4 +426,4 @@ class CaptionRows:
 
 def order_name(*what: object) -> str:
     """A short name of all that an order of photos depends on."""
-    return hashlib.sha256(json.dumps([POOL, *what]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((POOL, *what)).encode()).hexdigest()[:16]
