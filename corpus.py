@@ -24,7 +24,7 @@ from distributed import ALONE, Team
 from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
 from self_critical import Critic, critical_epochs
-from shards import Stock, Stream, StreamedRows, expand_shards, stock_folder, take_stock
+from shards import Stock, StreamedRows, expand_shards, take_stock
 from tokenizer import CaptionTokenizer
 from utils import UserError, choose_dtype
 
@@ -135,20 +135,16 @@ def load_shards(
             "TRAIN_SHARDS are learned from in one view and for captions only: use "
             "--feature_views 1 --tasks captions"
         )
-    dtype = choose_dtype(settings.PRECISION, next(encoder.parameters()).device)
-    keep, max_bad = settings.KEEP_SHARD_FEATURES, settings.MAX_BAD_IMAGES
-    shards = take_stock(
+    return take_stock(
         encoder,
         expand_shards(settings.TRAIN_SHARDS),
         paths.features,
-        keep_features=keep,
-        dtype=dtype,
+        keep_features=settings.KEEP_SHARD_FEATURES,
+        dtype=choose_dtype(settings.PRECISION, next(encoder.parameters()).device),
         batch_size=settings.FEATURE_BATCH_SIZE,
-        max_bad=max_bad,
+        max_bad=settings.MAX_BAD_IMAGES,
         team=team,
     )
-    folder = stock_folder(encoder, paths.features, dtype, lambda text: None)
-    return Stock(folder, shards) if keep else Stream(folder, shards, encoder, dtype, max_bad)
 
 
 def texts_to_learn(

@@ -167,7 +167,7 @@ class Captioner:
         problems: list[str],
         options: GenerationOptions,
     ) -> Iterator[Written]:
-        features = encode(self.encoder, inputs, self.dtype).float() if inputs else None
+        features = encode(self.encoder, [inputs], self.dtype).float() if inputs else None
         good = iter(range(len(chunk)))
         places = [None if problem else next(good) for problem in problems]
         rows = [
@@ -207,7 +207,7 @@ class Captioner:
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
         # As in the feature cache, half precision included: what the decoder was trained on.
-        return encode(self.encoder, self.encoder.preprocess(images), self.dtype).float()
+        return encode(self.encoder, [self.encoder.preprocess(images)], self.dtype).float()
 
     def explain(
         self, image: Image.Image, question: str | None = None, **options: Any

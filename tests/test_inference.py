@@ -206,7 +206,7 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
         inference,
         "encode",
         lambda tower, inputs, dtype: (
-            encoded.append(len(inputs["pixel_values"])) or encode(tower, inputs, dtype)
+            encoded.append(len(inputs[0]["pixel_values"])) or encode(tower, inputs, dtype)
         ),
     )
     pictures = [photo for photo in photos for _ in questions]
