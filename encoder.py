@@ -28,6 +28,10 @@ VISION_CLASSES = {
 }
 
 
+# By their names; hidden files and what only a program could draw (EPS, PDF) are none.
+PHOTO_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .mpo".split()
+)
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -23,6 +23,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from dataset import POOL, TEXT_KEYS, Batch, epoch_order, make_batch, order_name
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, ImageError
+from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError
 from features import (
     Entry,
     FeatureCache,
@@ -53,10 +54,11 @@ from tokenizer import CaptionTokenizer
 from utils import Bar, UserError, first_line, redact, require_extra, require_room, size_text
 
 T = TypeVar("T")
-PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
+MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
+MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 OPEN_TABLES = 16  # shards whose table is in RAM, a few MB each
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
@@ -106,26 +108,39 @@ def _elsewhere(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def read_shard(
+    url: str, passed: Counter[str] | None = None, bad: dict[str, str] | None = None
+) -> Iterator[Sample]:
     """The photos of a shard that have a caption, in order; of two of one name, the first.
 
     A shard that is elsewhere and breaks off is read again, up to where it broke off unheard.
+
+    Args:
+        passed: here the other samples are counted, by what is wrong with them;
+        bad: but of those that can't be read, here stands by name why not.
     """
-    passed, failures = 0, 0
+    passed, bad = Counter() if passed is None else passed, {} if bad is None else bad
+    heard, failures = 0, 0
     keys: set[str] = set()
     while True:
-        before = passed
+        before = heard
         try:
-            for raw in _whole(itertools.islice(_read_once(url), passed, None)):
-                passed += 1
-                sample = _sample(raw)
-                if sample and sample.key not in keys:
-                    keys.add(sample.key)
+            for key, files in _whole(itertools.islice(_read_once(url), heard, None)):
+                heard += 1
+                try:
+                    sample = _sample(key, files)
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                    bad[key] = f"{shard_name(url)}: {key} can't be read: {first_line(error)}"
+                    continue
+                if isinstance(sample, Sample) and key not in keys:
+                    keys.add(key)
                     yield sample
+                else:
+                    passed[sample if isinstance(sample, str) else "with another's name"] += 1
             return
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             # What the library and tarfile raise for what is cut off, swapped or not there.
-            failures = failures + 1 if passed == before else 1
+            failures = failures + 1 if heard == before else 1
             if not _elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
                     f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
@@ -143,13 +158,22 @@ def _whole(samples: Iterator[T]) -> Iterator[T]:
     yield from held
 
 
-def _read_once(url: str) -> Iterator[dict[str, Any]]:
-    """The files of each photo by suffix, as bytes; an error if the shard isn't whole."""
-    tars = require_extra("webdataset.tariterators", "requirements-shards.txt")
-    stream = _Tail(tars.gopen.gopen(url))
-    with contextlib.closing(stream):
-        files = tars.tar_file_expander([{"url": url, "stream": stream}])
-        yield from tars.group_by_keys(files)
+def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | None]]]]:
+    """Each name's files by kind: suffix and content; an error if the shard isn't whole.
+
+    Of each kind the first counts, and None is what is too large.
+    """
+    gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
+    with contextlib.closing(_Tail(gopen.gopen(url))) as stream:
+        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+        for key, members in itertools.groupby(_members(tar, stream), lambda member: member[0]):
+            files: dict[str, tuple[str, bytes | None]] = {}
+            for _, suffix, info in members:
+                kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix
+                if kind in MOST_BYTES and kind not in files:
+                    small = info.size <= MOST_BYTES[kind]
+                    files[kind] = suffix, tar.extractfile(info).read() if small else None
+            yield key, files
         while stream.read(2**20):
             pass
         # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
@@ -157,14 +181,41 @@ def _read_once(url: str) -> Iterator[dict[str, Any]]:
             raise EOFError("it has no end mark: it is cut off")
 
 
+def _members(tar: tarfile.TarFile, stream: _Tail) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """The files of a tar, each with its name, up to the first dot after folders, and suffix."""
+    unpacked = 0
+    for info in tar:
+        tar.members = []  # or all stay in RAM
+        unpacked += info.size
+        if unpacked > MOST_UNPACKED * stream.size + MOST_BYTES["photo"]:
+            raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
+        # Names may be of any bytes.
+        name = _text(info.name.encode("utf-8", "surrogateescape"))
+        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name)
+        if info.isreg() and found:
+            yield found[1], found[2].lower(), info
+
+
+class _Header(tarfile.TarInfo):
+    """A file's header, which may not be large itself: tarfile would take it into RAM."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if not header.isreg() and header.size > MOST_BYTES["json"]:
+            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
+        return header
+
+
 class _Tail:
-    """A stream that remembers its ends; closing it raises what a server's end hid."""
+    """A stream that remembers its size and ends; closing it raises what a server's end hid."""
 
     def __init__(self, stream: Any):
-        self.stream, self.first, self.last = stream, b"", b"?"
+        self.stream, self.size, self.first, self.last = stream, 0, b"", b"?"
 
     def read(self, size: int) -> bytes:
         piece = self.stream.read(size)
+        self.size += len(piece)
         self.first = self.first or piece[:8]
         self.last = piece[-1024:] or self.last
         return piece
@@ -173,24 +224,46 @@ class _Tail:
         self.stream.close()
 
 
-def _sample(raw: dict[str, Any]) -> Sample | None:
-    suffix = next((key for key in PHOTO_KEYS if key in raw), None)
-    captions = _captions(raw)
-    return Sample(raw["__key__"], suffix, raw[suffix], captions) if suffix and captions else None
+def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
+    """A photo with its captions, or what it lacks.
+
+    A `.txt` is one caption; where there is none, a `.json` has it under a name of TEXT_KEYS.
+    """
+    for kind, (suffix, content) in files.items():
+        if content is None:
+            raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
+    texts = [_text(files["txt"][1])] if "txt" in files else [""]
+    if "json" in files and not texts[0]:
+        # Numbers don't matter, and Python refuses long ones.
+        table = json.loads(_text(files["json"][1]), parse_int=float)
+        texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
+        texts = [texts] if isinstance(texts, str) else texts
+    # JSON can spell half a character, which no file can hold.
+    captions = [_text(text.encode("utf-8", "replace")) for text in texts]
+    captions = [caption for caption in captions if caption]
+    if "photo" not in files or not captions:
+        return "without a caption" if "photo" in files else "without a photo"
+    return Sample(key, *files["photo"], captions)
 
 
-def _captions(raw: dict[str, Any]) -> list[str]:
-    """A `.txt` is one caption; a `.json` has it under a name of TEXT_KEYS."""
+def _text(content: bytes) -> str:
+    """Text of any encoding, in one line and without control characters."""
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        if "txt" in raw:
-            texts = [raw["txt"].decode("utf-8-sig")]
-        else:
-            table = json.loads(raw.get("json", b"{}"))
-            texts = next((table[key] for key in TEXT_KEYS if key in table), [])
-            texts = [texts] if isinstance(texts, str) else texts
-        return [text for text in (" ".join(text.split()) for text in texts) if text]
-    except (ValueError, TypeError, AttributeError):  # not UTF-8, not JSON, or not texts
-        return []
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", text).split())
+
+
+def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
+    """Say how many samples shards hold, and what became of them."""
+    passed = passed + Counter({"that can't be read": bad})
+    listing = ", ".join(f"{count:,} {what}" for what, count in passed.items())
+    print(
+        f"shards: {photos + passed.total():,} samples, {photos:,} of use, {passed.total():,} "
+        f"passed over{listing and f' ({listing})'}"
+    )
 
 
 def _version(url: str) -> list[int] | None:
@@ -213,6 +286,8 @@ class Shard:
     photos: int
     captions: int
     bytes: int  # of its features on disk; 0: they weren't kept
+    passed: dict[str, int]  # samples without what they need
+    bad: dict[str, str]  # what is wrong with those that can't be read
 
     @classmethod
     def of(cls, path: Path, url: str) -> Shard:
@@ -221,7 +296,8 @@ class Shard:
         items, shape = table["items"], table["shape"]
         captions = sum(len(captions) for _, captions, _ in items)
         size = len(items) * math.prod(shape) * 2 if shape else 0
-        return cls(url, path, table["version"], len(items), captions, size)
+        more = table["passed"], table["bad"]
+        return cls(url, path, table["version"], len(items), captions, size, *more)
 
     @property
     def name(self) -> str:
@@ -245,7 +321,7 @@ def take_stock(
         encoder: on the device where it shall run.
         keep_features: whether photos are encoded now, and their features kept.
         dtype: the precision of the encoder's matrix products.
-        max_bad: how many photos of a shard may be unreadable.
+        max_bad: how many photos, or their captions, may be unreadable.
     """
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype)) / "shards"
 
@@ -253,45 +329,56 @@ def take_stock(
         known = {url: _known(folder, url, keep_features) for url in urls}
         return known, [url for url, shard in known.items() if shard is None]
 
-    def read(url: str) -> tuple[Shard, dict[str, str]]:
-        table, bad = table_path(folder, url), {}
-        about = {"name": shard_name(url), "version": _version(url)}
+    def read(url: str) -> Shard:
+        table, passed, bad = table_path(folder, url), Counter(), {}
+        about = {"name": shard_name(url), "version": _version(url), "passed": passed, "bad": bad}
+        samples = read_shard(url, passed, bad)
         if keep_features:
             load = functools.partial(_load, encoder, shard_name(url))
-            samples = _read_ahead(read_shard(url), batch_size)
+            samples = _read_ahead(samples, batch_size)
             parts = encode_photos(encoder, samples, batch_size, load, dtype, bad, max_bad)
             write_pack(table.with_suffix(".bin"), parts, about)
         else:
-            items = [(sample.key, sample.captions, 0) for sample in read_shard(url)]
+            items = [(sample.key, sample.captions, 0) for sample in samples]
             write_table(table, about | {"shape": None, "items": items})
-        return Shard.of(table, url), bad
+        return Shard.of(table, url)
 
     with claimed(folder, team, look) as (known, missing):
         if missing:
-            known_count = len(urls) - len(missing)
-            print(f"shards: {len(missing):,} to read, {known_count:,} known, in {folder}")
-        made: list[tuple[Shard, dict[str, str]]] = []
+            there = len(urls) - len(missing)
+            print(f"shards: {len(missing):,} to read, {there:,} known, in {folder}")
+        made: list[Shard] = []
         own = team.share(missing)
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
             for url in own:
                 made.append(read(url))
-                if bar.done == 0 and (size := made[0][0].bytes):
+                if bar.done == 0 and (size := made[0].bytes):
                     print(
                         f"shards: about {size_text(size * len(missing))} of features, if all are "
                         "like the first (--keep_shard_features false keeps none)"
                     )
                     require_room([(folder, size * (len(missing) - 1))])
-                bar.step(1, f"{sum(shard.photos for shard, _ in made):,} photos")
-        for shard, bad in itertools.chain.from_iterable(team.all_gather(made)):
-            known[shard.url] = shard
-            say_bad(bad)
-    if not any(shard.photos for shard in known.values()):
+                bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
+                check_bad(_bad_of(made), max_bad)
+        made = list(itertools.chain.from_iterable(team.all_gather(made)))
+    say_bad(_bad_of(made))
+    shards = list((known | {shard.url: shard for shard in made}).values())
+    check_bad(_bad_of(shards), max_bad)
+    photos, passed = sum(shard.photos for shard in shards), Counter()
+    for shard in shards:
+        passed.update(shard.passed)
+    say_samples(photos, passed, len(_bad_of(shards)))
+    if not photos:
         raise UserError(
-            f"the shards hold no photo with a caption: a photo is one of {', '.join(PHOTO_KEYS)}, "
-            'its caption a .txt of the same name, or "caption" in a .json'
+            "the shards hold no photo with a caption: a photo is one of "
+            f"{', '.join(sorted(PHOTO_SUFFIXES))}, its caption a .txt of the same name, or "
+            '"caption" in a .json'
         )
-    shards = [known[url] for url in urls]
     return Stock(shards) if keep_features else Stream(shards, encoder, dtype, max_bad)
+
+
+def _bad_of(shards: Iterable[Shard]) -> list[str]:
+    return [problem for shard in shards for problem in shard.bad.values()]
 
 
 def _load(encoder: FrozenEncoder, shard: str, sample: Sample) -> tuple[tuple, Image.Image]:
@@ -333,12 +420,12 @@ def table_path(folder: Path, url: str) -> Path:
 
 def _read_table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
         if "items" not in table:  # as earlier versions wrote it
             sums = table["checksums"] or itertools.repeat(0)
             table["items"] = list(zip(table["keys"], table["captions"], sums, strict=False))
-        return {key: table[key] for key in ("version", "shape", "items")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {key: table[key] for key in ("version", "shape", "items", "passed", "bad")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is gone or damaged: run the same command again, which makes it anew"
         ) from None
@@ -406,7 +493,7 @@ class Stream(Stock):
     def begin(self, places: Iterable[Place]) -> None:
         """These photos will be asked for, and are read in this order; a shard of none is not."""
         self.waiting: dict[Place, Sample] = {}  # photos that were read, and not yet asked for
-        self.bad: dict[str, dict[str, str]] = {}  # of each shard
+        self.bad: list[str] = []  # what is wrong with those that couldn't be read
         self.arrivals = _read_ahead(self._read(places), 32)
 
     def _read(self, places: Iterable[Place]) -> Iterator[tuple[Place, Sample]]:
@@ -436,8 +523,8 @@ class Stream(Stock):
             except ImageError as error:
                 print(f"left out: {error}", file=sys.stderr)  # where all of a team are heard
                 lost.append(row)
-                self.bad.setdefault(shard, {})[name] = str(error)
-                check_bad(self.bad[shard], self.max_bad)
+                self.bad.append(str(error))
+                check_bad(self.bad, self.max_bad)
                 return (), Image.new("RGB", (self.encoder.side,) * 2)
 
         for name in names:

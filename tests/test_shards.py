@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import shards
 import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
-from shards import Stock, StreamedRows, read_shard, take_stock
+from shards import Sample, Stock, StreamedRows, read_shard, take_stock
 from tests.conftest import COLOURS, paint, run, small_flags
 from tests.download_server import DownloadServer, Remote, serving
 from tests.test_distributed import figures, torchrun
@@ -93,7 +95,16 @@ def server(monkeypatch) -> Iterator[DownloadServer]:
 # --- One shard ------------------------------------------------------------------------------
 
 
+def read(path: Path) -> tuple[list[Sample], Counter[str], dict[str, str]]:
+    """A shard's samples, how many were passed over for what, and which can't be read."""
+    passed, bad = Counter(), {}
+    return list(read_shard(str(path), passed, bad)), passed, bad
+
+
+@pytest.mark.fault(count=9)
 def test_what_counts_as_a_photo_with_a_caption(tmp_path):
+    """Every name in a tar is a photo with captions, or counted with the reason why it is none."""
+    half, deep = '"half \\ud83d of an emoji"', "[" * 100_000
     files = [
         ("in/a.jpg", b"A"),
         ("in/a.txt", b" two \n lines "),
@@ -107,24 +118,145 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("empty.txt", b" "),
         ("binary.jpg", b"F"),
         ("binary.txt", b"\xff\xfe"),
+        ("null.jpg", b"F"),
+        ("null.json", b'{"caption": null}'),
         ("odd.jpg", b"G"),
         ("odd.json", b'{"caption": 7}'),
+        ("list.jpg", b"G"),
+        ("list.json", b"[]"),
         ("broken.jpg", b"H"),
         ("broken.json", b"{"),
+        ("deep.jpg", b"H"),
+        ("deep.json", deep.encode()),
+        ("large.jpg", bytes(2**26 + 1)),
+        ("large.txt", b"of what it is"),
         ("in/a.webp", b"I"),
         ("in/a.txt", b"the same name again"),
+        ("twice.jpg", b"J"),
+        ("twice.jpg", b"not this one"),
+        ("twice.txt", b"the first"),
+        ("latin.TIF", b"K"),
+        ("latin.txt", "un café".encode("latin-1")),
+        ("wide.avif", b"L"),
+        ("wide.txt", "ein Käfer".encode("utf-16")),
+        ("json.jfif", b"M"),
+        ("json.txt", b"\n"),
+        ("json.json", f'{{"id": 1{"0" * 5000}, "caption": {half}}}'.encode()),
+        ("\udce9t\udce9.JPEG", b"N"),  # as tarfile gives bytes that aren't UTF-8
+        ("\udce9t\udce9.txt", b"with\0 a zero"),
+        ("._in.jpg", b"of a Mac"),
         ("z.WEBP", b"Z"),
         ("z.TXT", b"last"),
     ]
     path = tmp_path / "odd.tar"
     path.write_bytes(pack(files))
-    found = [(s.key, s.suffix, s.photo, s.captions) for s in read_shard(str(path))]
-    assert found == [
+    found, passed, bad = read(path)
+    assert [tuple(sample) for sample in found] == [
         ("in/a", "jpg", b"A", ["two lines"]),
         ("b", "jpg", b"B", ["one", "another"]),
         ("c", "png", b"C", ["written"]),
+        ("twice", "jpg", b"J", ["the first"]),
+        ("latin", "tif", b"K", ["un café"]),
+        ("wide", "avif", b"L", ["ein Käfer"]),
+        ("json", "jfif", b"M", ["half ? of an emoji"]),
+        ("été", "jpeg", b"N", ["with a zero"]),
         ("z", "webp", b"Z", ["last"]),
     ]
+    assert passed == {"without a photo": 1, "without a caption": 4, "with another's name": 1}
+    assert list(bad) == ["odd", "list", "broken", "deep", "large"]
+    assert "odd.tar: large can't be read: its .jpg is larger than 67.1 MB" in bad["large"]
+
+
+texts = st.text(st.characters(codec=None), max_size=20)  # half characters and zeros among them
+captions_in_json = st.recursive(
+    texts | st.none() | st.integers(-(10**400), 10**400) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="./\0"), min_size=1)
+            | st.just("\udcff\udc80"),
+            st.binary(max_size=40) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")),
+            captions_in_json | st.fixed_dictionaries({"caption": captions_in_json}),
+        ),
+        max_size=6,
+    )
+)
+def test_no_text_costs_a_shard(tmp_path, samples):
+    files = [
+        file
+        for number, (name, text, table) in enumerate(samples)
+        for file in (
+            (f"{number}{name}.jpg", b"photo"),
+            (f"{number}{name}.txt", text),
+            (f"{number}{name}.json", json.dumps(table).encode()),
+        )
+    ]
+    (tmp_path / "0.tar").write_bytes(pack(files))
+    found, passed, bad = read(tmp_path / "0.tar")
+    assert len(found) + passed.total() + len(bad) == len(samples)
+    for sample in found:
+        json.dumps(sample.captions, ensure_ascii=False).encode()
+        assert all(text == " ".join(text.split()) and "\0" not in text for text in sample.captions)
+
+
+@pytest.mark.fault(count=4)
+@pytest.mark.parametrize("kind", ["sparse", "gzipped", "many", "header"])
+def test_a_bomb_is_refused_before_it_is_in_memory(tmp_path, kind):
+    path = tmp_path / "0.tar"
+    if kind == "sparse":
+        path.write_bytes(sparse_tar(3_300_000_000))
+    else:
+        with tarfile.open(path, "w:gz", compresslevel=9) as tar:
+            for number in range(10 if kind == "many" else 1):
+                info = tarfile.TarInfo(f"{number}.jpg")
+                info.size = 60_000_000 if kind == "many" else 1_200_000_000
+                info.type = b"x" if kind == "header" else b"0"
+                tar.addfile(info, Zeros(info.size))
+    code = (
+        "import resource, sys, shards\nfrom utils import run_script\n"
+        "def main():\n"
+        "    try:\n"
+        "        print(len(list(shards.read_shard(sys.argv[1]))))\n"
+        "    finally:\n"
+        "        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "run_script(main)"
+    )
+    result = run("-c", code, path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    said = "header of 1.2 GB" if kind == "header" else "unpacks to more than 100 times its size"
+    assert (
+        f"0.tar can't be read to its end (it {'has a ' * (kind == 'header')}{said}" in result.stderr
+    )
+    assert int(result.stdout.split()[-1]) < 1_000_000  # units of 1,024 bytes
+
+
+class Zeros(io.RawIOBase):
+    """So many zeros."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def read(self, size: int) -> bytes:
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+def sparse_tar(size: int) -> bytes:
+    """A tar of one photo of so many bytes, of which GNU's format stores none."""
+    info = tarfile.TarInfo("0.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % size + b"%011o\0" % 0  # one block of no bytes, at the end
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(10240 - 512)
 
 
 @pytest.mark.fault
@@ -220,14 +352,15 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 to read" in said
     again, said = taken()
-    assert again.shards == first.shards and not said
+    assert again.shards == first.shards
+    assert said == "shards: 12 samples, 12 of use, 0 passed over\n"
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 to read, 2 known" in said
     tables = [shard.table for shard in first.shards]
     write_as_before(tables[0])
     again, said = taken()
-    assert again.shards == first.shards and not said
+    assert again.shards == first.shards and "to read" not in said
     rows = [first.features.read([(first.name((0, row)), 0)]) for row in range(5)]
     assert all(torch.equal(again.load([again.name((0, i))])[0], rows[i]) for i in range(5))
     tables[0].with_suffix(".bin").unlink()  # as a message may have said
@@ -253,7 +386,11 @@ def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, 
     with pytest.raises(UserError, match=r"MAX_BAD_IMAGES = 1:\n.*00000.tar: 1 is not a readable"):
         take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)
     stock = take_stock(encoder, [str(path)], tmp_path / "f", max_bad=2)
-    assert len(stock) == 4 and "00000.tar: 4 is not" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(stock) == 4 and "00000.tar: 4 is not" in said
+    assert "6 samples, 4 of use, 2 passed over (2 that can't be read)" in said
+    with pytest.raises(UserError, match="2 photos can't be read, more than MAX_BAD_IMAGES = 1"):
+        take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)  # also of those known
     assert [item[0] for item in stock.table(0)["items"]] == ["0", "2", "3", "5"]
     stream = take_stock(encoder, [str(path)], tmp_path / "g", keep_features=False, max_bad=2)
     tokenizer = CaptionTokenizer.train(stream.first_texts(), 300)
