@@ -587,6 +587,32 @@ def test_a_run_that_is_killed_keeps_the_shards_it_was_done_with(tmp_path, encode
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.fault(count=4)
+def test_a_run_says_what_it_passed_over_or_that_it_is_too_much(tmp_path, encoder_dir):
+    for name in ("train", "val"):
+        files = []
+        for number in range(12):
+            text = f"un carré {number} à gauche".encode("latin-1" if number % 2 else "utf-8")
+            about = b"{" if number == 4 else b'{"caption": "half \\ud83d"}'
+            files.append((f"{number}.jpg", b"no photo" if number == 5 else photo(number)))
+            files += [(f"{number}.json", about)] if number in (4, 6) else []
+            files += [(f"{number}.txt", text)] if number not in (4, 6, 7) else []
+        (tmp_path / f"{name}.tar").write_bytes(pack(files))
+    flags = flags_of(
+        tmp_path / "data", encoder_dir, tmp_path / "train.tar", "--val_shards", tmp_path / "val.tar"
+    )
+    result = run("train.py", *flags, "--epochs", 1, "--max_bad_images", 2)
+    assert result.returncode == 0, result.stderr
+    said = "passed over (1 without a caption, 2 that can't be read)"
+    assert f"shards: 12 samples, 9 of use, 3 {said}" in result.stdout
+    assert (
+        "10 photos with" in result.stdout or "9 photos with 9 captions to train on" in result.stdout
+    )
+    few = run("train.py", *flags, "--epochs", 1, "--max_bad_images", 1)
+    assert few.returncode == 1 and "more than MAX_BAD_IMAGES = 1" in few.stderr
+    assert "train.tar: 5 is not a readable picture" in few.stderr
+
+
 @pytest.mark.fault
 def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path, encoder_dir, tars):
     pattern = write_shards(tmp_path / "train", [4, 6])
