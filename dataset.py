@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections import Counter
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from tokenizer import ANSWER_ID, PAD_ID
-from utils import UserError
+from utils import UserError, read_json
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
@@ -86,33 +85,6 @@ def data_paths(
 
 
 # --- captions.json --------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, with or without a byte order mark, in which no key stands twice.
-
-    Raises:
-        UserError: the file is missing, not UTF-8, not JSON, or repeats a key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise UserError(f"{path}: the key {twice!r} stands twice: merge the two entries")
-        return result
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run python prepare_dataset.py") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def _read_table(path: Path, form: str) -> dict[str, Any]:

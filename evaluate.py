@@ -402,7 +402,7 @@ def score_answers(settings: SimpleNamespace) -> dict[str, object]:
     table, tokenizer = scored.table, scored.checkpoint.tokenizer
     asked = [(name, question) for name in scored.names for question in table[name]]
     limit = scored.checkpoint.model.config.max_length
-    prefixes = tokenizer.question_prefixes([q.text for _, q in asked], limit)
+    prefixes = tokenizer.prefixes([q.text for _, q in asked], limit)
     options = change_options(GenerationOptions(), **given_options(settings))
     # The next photo: none stands in for itself, unless it is alone.
     other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))

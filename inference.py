@@ -158,7 +158,7 @@ class Captioner:
             ]
 
     def _prefixes(self, questions: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer.question_prefixes(questions, self.model.config.max_length)
+        return self.tokenizer.prefixes(questions, self.model.config.max_length)
 
     def _open(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Image.Image]:
         return [

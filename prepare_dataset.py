@@ -44,7 +44,6 @@ from dataset import (
     load_questions,
     load_splits,
     parse_tasks,
-    read_json,
     split_by_karpathy,
     split_by_ratio,
 )
@@ -57,6 +56,7 @@ from utils import (
     UserError,
     atomic_write,
     load_settings,
+    read_json,
     redact,
     require_room,
     run_script,
@@ -855,7 +855,8 @@ def describe_captions(
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH
-    rows = CaptionTokenizer.train(learned, settings.VOCAB_SIZE).encode_captions(texts, longest + 1)
+    tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
+    rows = tokenizer.encode_texts([("", text) for text in texts], longest + 1)
     cut = sum(len(row) > longest for row in rows)
     print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
 

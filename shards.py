@@ -731,7 +731,8 @@ class StreamedRows:
             self.stock.forget(members)
             return
         groups = [self.stock.texts(number) for number in members]
-        ids = iter(self.tokenizer.encode_captions(list(itertools.chain(*groups)), self.max_length))
+        pairs = [("", text) for text in itertools.chain(*groups)]
+        ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
         rows = [list(itertools.islice(ids, len(group))) for group in groups]
         lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
         order = epoch_order(lengths, batch_size, key)

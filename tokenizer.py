@@ -6,6 +6,7 @@ The special tokens have ids but no merge rule leads to them: a caption that hold
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -33,11 +34,7 @@ class CaptionTokenizer:
     """Text to token ids and back. Special tokens have the ids 0 to 3, words the ids after."""
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
-        """Use a vocabulary and its merge rules, as `train` or `load` give them.
-
-        Raises:
-            UserError: the special tokens don't stand first in the vocabulary.
-        """
+        """Use a vocabulary, in which the special tokens stand first, and its merge rules."""
         if any(vocab.get(token) != i for i, token in enumerate(SPECIAL_TOKENS)):
             raise UserError(f"the vocabulary doesn't begin with {', '.join(SPECIAL_TOKENS)}")
         self.vocab, self.merges = vocab, merges
@@ -69,11 +66,7 @@ class CaptionTokenizer:
 
     @classmethod
     def load(cls, vocab_file: Path, merges_file: Path) -> CaptionTokenizer:
-        """Read vocab.json and merges.txt.
-
-        Raises:
-            UserError: a file is missing or not of that kind.
-        """
+        """Read vocab.json and merges.txt."""
         try:
             vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
@@ -103,65 +96,53 @@ class CaptionTokenizer:
                 normalizers.Replace(Regex("[ .]+$"), ""),
             ]
         )
-        names = {"pad_token": PAD, "bos_token": START, "eos_token": END}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"pad_token": PAD, "bos_token": START, "eos_token": END}
         return {
             "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges)]) + "\n",
             "tokenizer.json": alone.to_str(),
-            "tokenizer_config.json": json.dumps(
-                {"tokenizer_class": "PreTrainedTokenizerFast"} | names
-            ),
+            "tokenizer_config.json": json.dumps(config),
         }
 
     def __len__(self) -> int:
         return len(self.vocab)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, normalised, without special tokens."""
-        return self._tokenizer.encode(normalize(text), add_special_tokens=False).ids
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once."""
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, normalised, without special tokens."""
         rows = []
-        for start in range(0, len(texts), 1000):  # the library's results take much memory
+        for start in range(0, len(texts), 1000):  # the library's results take much room
             part = [normalize(text) for text in texts[start : start + 1000]]
             encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
             rows += [encoding.ids for encoding in encodings]
         return rows
 
-    def encode_captions(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
-        """`[START, ..., END]` for each caption, at most `max_length` ids long.
+    def prefixes(self, questions: Sequence[str], max_length: int) -> list[list[int]]:
+        """What a text follows: `[START]`, where there is a question `[START, question, ANSWER]`.
 
-        A caption that is cut has no END: the decoder must not learn to stop there.
+        A question is cut so that its prefix is at most half of `max_length` ids long.
         """
-        return [[START_ID, *ids, END_ID][:max_length] for ids in self.encode_all(captions)]
-
-    def question_prefixes(self, questions: Sequence[str], max_length: int) -> list[list[int]]:
-        """`[START, question, ANSWER]` for each, which an answer follows; at most half as long."""
         most = max_length // 2 - 2
-        return [[START_ID, *ids[:most], ANSWER_ID] for ids in self.encode_all(questions)]
+        return [
+            [START_ID, *ids[:most], ANSWER_ID] if question else [START_ID]
+            for question, ids in zip(questions, self.encode(questions), strict=True)
+        ]
 
-    def encode_questions(
-        self, pairs: Sequence[tuple[str, str]], max_length: int
-    ) -> list[list[int]]:
-        """`[START, question, ANSWER, answer, END]` of each question and its answer.
+    def encode_texts(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[list[int]]:
+        """`[prefix, target, END]` for each question and target; a caption answers no question.
 
-        At most `max_length` ids long; an answer that is cut has no END.
+        At most `max_length` ids long. A target that is cut has no END: the decoder must not learn
+        to stop there.
         """
-        prefixes = self.question_prefixes([question for question, _ in pairs], max_length)
-        answers = self.encode_all([answer for _, answer in pairs])
-        joined = zip(prefixes, answers, strict=True)
-        return [[*prefix, *ids, END_ID][:max_length] for prefix, ids in joined]
+        prefixes = self.prefixes([question for question, _ in pairs], max_length)
+        targets = self.encode([target for _, target in pairs])
+        rows = zip(prefixes, targets, strict=True)
+        return [[*prefix, *ids, END_ID][:max_length] for prefix, ids in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first END; special tokens are left out."""
-        words = []
-        for i in ids:
-            if i == END_ID:
-                break
-            if i >= len(SPECIAL_TOKENS):
-                words.append(int(i))
-        return self._tokenizer.decode(words).strip()
+        written = itertools.takewhile(lambda i: i != END_ID, map(int, ids))
+        return self._tokenizer.decode([i for i in written if i >= len(SPECIAL_TOKENS)]).strip()
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
         """The words of a text's ids, without special tokens, and at which places each stands.

@@ -253,13 +253,10 @@ def encode_rows(
     """The captions and then the questions of each photo of a split."""
     names = data.splits[split]
     groups: dict[str, list[list[int]]] = {name: [] for name in names}
-    texts = [(name, text) for name in names for text in data.captions.get(name, [])]
-    encoded = tokenizer.encode_captions([text for _, text in texts], max_length)
-    for (name, _), ids in zip(texts, encoded, strict=True):
-        groups[name].append(ids)
-    asked = data.asked(names)
-    pairs = [(question.text, question.answer) for _, question in asked]
-    for (name, _), ids in zip(asked, tokenizer.encode_questions(pairs, max_length), strict=True):
+    texts = [(name, "", text) for name in names for text in data.captions.get(name, [])]
+    texts += [(name, question.text, question.answer) for name, question in data.asked(names)]
+    encoded = tokenizer.encode_texts([pair for _, *pair in texts], max_length)
+    for (name, *_), ids in zip(texts, encoded, strict=True):
         groups[name].append(ids)
     return CaptionRows(groups)
 
@@ -967,7 +964,7 @@ def validation_answers(run: Run) -> list[tuple[str, Question, str]]:
     asked = run.data.asked(names)
     own = run.team.share(asked)
     limit = run.model.config.max_length
-    prefixes = run.tokenizer.question_prefixes([q.text for _, q in own], limit)
+    prefixes = run.tokenizer.prefixes([q.text for _, q in own], limit)
     found = caption_cached(
         run.average,
         run.features,

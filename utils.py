@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import importlib
+import json
 import math
 import os
 import random
@@ -400,6 +401,29 @@ def write_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
     return error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, with or without a byte order mark, in which no key stands twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise UserError(f"{path}: the key {twice!r} stands twice: merge the two entries")
+        return result
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run python prepare_dataset.py") from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def _umask() -> int:

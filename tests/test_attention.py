@@ -102,11 +102,11 @@ def test_pieces_of_one_word_share_a_map():
 def test_words_of_a_text_and_their_pieces():
     tokenizer = CaptionTokenizer.train(["a red dog", "a red dog runs"] * 3, 300)
     for text in ("a red dog", "a zebra's red, wet nose", "größer 犬", ""):
-        ids = tokenizer.encode(text)
+        [ids] = tokenizer.encode([text])
         words = tokenizer.words(ids)
         assert [word for word, _ in words] == text.split()
         assert [place for _, group in words for place in group] == list(range(len(ids)))
-    assert len(tokenizer.words(tokenizer.encode("a zebra"))[1][1]) > 1
+    assert len(tokenizer.words(tokenizer.encode(["a zebra"])[0])[1][1]) > 1
 
 
 # --- From patches to places -----------------------------------------------------------------

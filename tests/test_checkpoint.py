@@ -51,7 +51,9 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
     assert loaded.description() == checkpoint.description()
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
-    assert loaded.tokenizer.encode("a red square") == checkpoint.tokenizer.encode("a red square")
+    assert loaded.tokenizer.encode(["a red square"]) == checkpoint.tokenizer.encode(
+        ["a red square"]
+    )
     assert not any("encoder" in name for name in loaded.model.state_dict())
     if suffix == ".pt":
         exp = loaded.training["optimizer"]["state"][0]["exp_avg"]

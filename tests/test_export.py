@@ -124,7 +124,7 @@ def test_the_metadata_is_enough_and_says_nothing_of_the_machine(exported, checkp
     about = session_of(exported).get_modelmeta().custom_metadata_map
     text = "a red square"
     ids = Tokenizer.from_str(about["tokenizer"]).encode(text, add_special_tokens=False).ids
-    assert ids == checkpoint.tokenizer.encode(text)
+    assert [ids] == checkpoint.tokenizer.encode([text])
     assert json.loads(about["encoder"]) == checkpoint.encoder
     assert json.loads(about["special_ids"]) == {"pad": 0, "start": 1, "end": 2, "answer": 3}
     assert json.loads(about["max_length"]) == checkpoint.model.config.max_length

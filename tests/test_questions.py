@@ -184,13 +184,13 @@ def test_prefixes_of_many_lengths_are_answered_as_each_alone():
 
 def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     tokenizer = CaptionTokenizer.train(["what color is it?", "red and blue"] * 3, 300)
-    (ids,) = tokenizer.encode_questions([("What color is it?", "Red")], 40)
-    [prefix] = tokenizer.question_prefixes(["what color is it?"], 40)
+    (ids,) = tokenizer.encode_texts([("What color is it?", "Red")], 40)
+    [prefix] = tokenizer.prefixes(["what color is it?"], 40)
     assert ids[: len(prefix)] == prefix and prefix[-1] == ANSWER_ID
     assert tokenizer.decode(ids[len(prefix) :]) == "red"
-    [long] = tokenizer.question_prefixes(["what color is it? " * 30], 40)
+    [long] = tokenizer.prefixes(["what color is it? " * 30], 40)
     assert len(long) == 20 and long[-1] == ANSWER_ID
-    [text] = tokenizer.question_prefixes(["is <answer> a token?"], 40)
+    [text] = tokenizer.prefixes(["is <answer> a token?"], 40)
     assert text.count(ANSWER_ID) == 1
 
 

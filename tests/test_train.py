@@ -207,7 +207,7 @@ def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
 def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
     name = state.rows["train"].names[0]
-    human, other = (state.tokenizer.encode(text) for text in (state.data.captions[name][0], "on"))
+    human, other = state.tokenizer.encode([state.data.captions[name][0], "on"])
     hypotheses = [
         Hypothesis(ids, 0.0, 0.0, ended)
         for ids, ended in ((human, True), (human, False), (other, True))
