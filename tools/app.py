@@ -102,21 +102,20 @@ class Service:
     @contextlib.asynccontextmanager
     async def received(self, request: Request) -> AsyncIterator[io.BytesIO]:
         """The body of a request, which takes up room until the block ends."""
-        body, refusal = io.BytesIO(), None
+        body, size, refusal = io.BytesIO(), 0, None
         busy = HTTPException(503, "Too many are waiting: try again later.", {"Retry-After": "5"})
         try:
             async for part in request.stream():
-                # What is refused is read but not kept: a browser listens only after it has sent
-                # all.
-                if body.tell() + len(part) > self.max_megabytes * 1e6:
+                if size + len(part) > self.max_megabytes * 1e6:
                     refusal = HTTPException(413, f"It is larger than {self.max_megabytes:g} MB.")
                 elif len(part) > self.room:
                     refusal = refusal or busy
-                if refusal:
-                    self.room += body.tell()
-                    body = io.BytesIO()
-                else:
-                    self.room -= body.write(part)
+                if refusal is None:
+                    self.room -= len(part)
+                    size += body.write(part)
+                else:  # read but not kept: a browser listens only after it has sent all
+                    self.room += size
+                    body, size = io.BytesIO(), 0
             if refusal or self.waiting == WAITING:
                 raise refusal or busy
             self.waiting += 1
@@ -125,7 +124,7 @@ class Service:
             finally:
                 self.waiting -= 1
         finally:
-            self.room += body.tell()
+            self.room += size
 
 
 def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
@@ -216,11 +215,7 @@ def _is_address(name: str) -> bool:
 
 
 def read_options(query: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `GenerationOptions` from a query.
-
-    Raises:
-        UserError: no number, or outside of `LIMITS`.
-    """
+    """Fields of `GenerationOptions` from a query."""
     options: dict[str, Any] = {"sample": query.get("sample") == "true", "groups": 1}
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
@@ -236,14 +231,11 @@ def read_options(query: Mapping[str, str]) -> dict[str, Any]:
 def explain(
     captioner: Captioner, picture: BinaryIO, question: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is written about a picture, best first, as the page wants it.
-
-    Raises:
-        UserError: the picture can't be read, or the checkpoint can't do that.
-    """
+    """What is written about a picture, best first, as the page wants it."""
     if question is not None and not question.strip():
         raise UserError("The question is empty.")
     try:
+        picture.seek(0)
         image = captioner.encoder.open(picture)
     except ImageError:
         raise UserError(
@@ -334,11 +326,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
-
-    Raises:
-        UserError: the address is not this machine's, or the port is taken.
-    """
+    """A socket that listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
