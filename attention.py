@@ -57,9 +57,6 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
 
     The processor itself is asked what it does to a photo (crop, resize, pad): it is given one
     whose red grows from left to right and whose green from top to bottom.
-
-    Raises:
-        UserError: the encoder's vectors don't lie on a grid of patches.
     """
     width, height = size
     ruler = np.zeros((height, width, 3), dtype=np.uint8)

@@ -26,7 +26,7 @@ from decoder import DecoderConfig
 from generation import GenerationOptions
 from model import CaptionModel
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, write_error
+from utils import UserError, atomic_write, first_line, write_error
 
 FORMAT = 1
 
@@ -54,11 +54,7 @@ class Checkpoint:
     training: dict[str, Any] | None = None
 
     def require(self, task: str) -> None:
-        """Refuse a task of `dataset.TASKS` that it never learned.
-
-        Raises:
-            UserError: it wasn't trained for the task.
-        """
+        """Refuse a task of `dataset.TASKS` that it never learned."""
         if task not in self.tasks:
             raise UserError(
                 f"this checkpoint was not trained for {task}, only for {' and '.join(self.tasks)}: "
@@ -144,11 +140,7 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed.
-
-    Raises:
-        UserError: missing, not a checkpoint of ours, damaged, or of a newer format.
-    """
+    """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
@@ -201,19 +193,9 @@ def _read_pt(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
-        # A changed byte can make any nonsense of the instructions that the file is read by.
+    except Exception as error:  # noqa: BLE001 - a changed byte can make any nonsense of a pickle
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not isinstance(content, dict) or "captioner" not in content:
         raise UserError(f"{path} is not a checkpoint of this project")

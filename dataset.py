@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
+from features import FeatureCache, ResidentFeatures
 from tokenizer import ANSWER_ID, PAD_ID
 from utils import UserError, read_json
 
@@ -368,15 +369,20 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: Sequence[int]) ->
 
 
 class CaptionRows:
-    """The encoded captions of some photos, cut into batches."""
+    """The encoded texts of some photos and their features, cut into batches."""
 
-    def __init__(self, captions: dict[str, list[list[int]]]):
-        """Args: `captions`, each photo's captions and questions as ids from START to END."""
+    def __init__(
+        self,
+        groups: dict[str, list[list[int]]],
+        features: FeatureCache | ResidentFeatures | None,
+        views: int = 1,
+    ):
+        """Args: each photo's texts as ids from START to END; what `load` loads from; its views."""
         # Arrays, as lists of numbers take eight times the memory.
-        self.groups = {name: [array("i", ids) for ids in group] for name, group in captions.items()}
-        self.names = list(captions)
-        self.captions = list(self.groups.values())
+        self.groups = {name: [array("i", ids) for ids in group] for name, group in groups.items()}
+        self.names, self.captions = list(self.groups), list(self.groups.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
+        self.features, self.views = features, views
 
     def __len__(self) -> int:
         return len(self.names)
@@ -392,6 +398,20 @@ class CaptionRows:
             own = team.share(members)
             yield make_batch([self.names[i] for i in own], [self.captions[i] for i in own])
 
+    def load(self, batch: Batch, epoch: int | None) -> tuple[Batch, Tensor]:
+        """The batch, and its photos' features (images, patches, width) in half precision.
+
+        Each epoch shows the next view of a photo, and different photos different ones; None is
+        the photo as it is.
+        """
+        turns = [0 if epoch is None else epoch + len(n) + ord(n[0]) for n in batch.names]
+        items = [(name, turn % self.views) for name, turn in zip(batch.names, turns, strict=True)]
+        return batch, self.features.read(items) if items else torch.empty(0)
+
+    def order(self, batch_size: int, seed: int, team: Team) -> str:
+        """Names the order of photos, which a run resumed in mid-epoch compares."""
+        return order_name(self.names, self.lengths, batch_size, seed)
+
     @property
     def texts(self) -> tuple[int, int]:
         """How many captions there are, and how many questions."""
@@ -399,10 +419,11 @@ class CaptionRows:
         asked = sum(ANSWER_ID in ids for ids in sequences)
         return len(sequences) - asked, asked
 
-    def captions_of(self, names: Iterable[str]) -> int:
-        """How many captions and questions these photos have together."""
-        return sum(len(self.groups[name]) for name in names)
-
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""
         return -(-len(self) // batch_size)  # pools are of whole batches but for the last
+
+
+def order_name(*what: object) -> str:
+    """A short name of all that an order of photos depends on."""
+    return hashlib.sha256(repr((POOL, *what)).encode()).hexdigest()[:16]

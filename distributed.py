@@ -41,7 +41,6 @@ class Team:
     size: int = 1
     restarts: int = 0
     job: str = ""
-    store: dist.Store | None = None
     patient: dist.ProcessGroup | None = None  # for Python objects, between CPUs
 
     @property
@@ -69,22 +68,18 @@ class Team:
         return items
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the leading process alone; the others wait and get a copy.
-
-        Raises:
-            UserError: `work` raised it; all processes do.
-        """
+        """What `work` gives in the leading process, or its UserError; the others wait for it."""
         if self.size == 1:
             return work()
-        found: list[Any] = [None, None]
+        found: list[Any] = [None]
         if self.leads:
             try:
-                found[0] = work()
+                found = [work()]
             except UserError as error:
-                found[1] = str(error)
+                found = [error]
         dist.broadcast_object_list(found, src=0, group=self.patient)
-        if found[1] is not None:
-            raise UserError(found[1])
+        if isinstance(found[0], UserError):
+            raise found[0]
         return found[0]
 
     def all_reduce(self, figures: Tensor) -> Tensor:
@@ -102,11 +97,7 @@ class Team:
         return ["torchrun", *nodes, f"--nproc_per_node={local}"]
 
     def device(self, name: str) -> torch.device:
-        """The device named, or the best one here; of GPUs each process has its own.
-
-        Raises:
-            UserError: there is no such device, or not one for each process.
-        """
+        """The device named, or the best one here; of GPUs each process has its own."""
         device = choose_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
@@ -128,9 +119,6 @@ def joined(device: str) -> Iterator[Team]:
 
     Only the leader's `print` is heard. What several processes have to complain of, one does, and
     the others leave with code 1.
-
-    Raises:
-        UserError: as `Team.device`, or another process was lost.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
@@ -147,43 +135,34 @@ def joined(device: str) -> Iterator[Team]:
         # torchrun's store outlives its processes, and would lead to ones that are gone (PyTorch
         # issue 135712). Machines don't count restarts alike: README says what helps there.
         store = dist.PrefixStore(f"start {team.restarts}", store)
-    team = replace(team, rank=rank, size=size, store=store)
-    with contextlib.nullcontext() if team.leads else _muted():
+    team = replace(team, rank=rank, size=size)
+    with contextlib.ExitStack() as stack:
+        if not team.leads:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
-            yield replace(team, patient=_connect(team, team.device(device)))
+            yield replace(team, patient=_connect(store, team, team.device(device)))
             dist.destroy_process_group()
-        except UserError as error:
-            _leave_unless_first(team, str(error))
-            raise
-        except RuntimeError as error:  # torch's own for NCCL and the store, a plain one for gloo
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            _leave_unless_first(team, LOST)
-            raise UserError(LOST) from error
+        except (UserError, RuntimeError) as error:
+            message = str(error)
+            if isinstance(error, RuntimeError):
+                # torch's own for NCCL and the store, a plain one for gloo
+                if not isinstance(error, dist.DistError) and "gloo" not in message:
+                    raise
+                message = LOST
+            with contextlib.suppress(dist.DistError):  # the store goes with the process it is in
+                if store.add(f"said/{message}", 1) > 1:
+                    raise SystemExit(1) from None
+            raise UserError(message) from error
 
 
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-def _connect(team: Team, device: torch.device) -> dist.ProcessGroup:
+def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.ProcessGroup:
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=team.store, rank=team.rank, world_size=team.size)
+    dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size)
     return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def _leave_unless_first(team: Team, message: str) -> None:
-    try:
-        first = team.store.add(f"said/{message}", 1) == 1
-    except dist.DistError:  # the store went with the process that held it
-        first = True
-    if not first:
-        raise SystemExit(1) from None
 
 
 class SharedGradients(nn.Module):

@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import json
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -28,6 +27,10 @@ VISION_CLASSES = {
 }
 
 
+# By their names; hidden files and what only a program could draw (EPS, PDF) are none.
+PHOTO_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .mpo".split()
+)
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,9 +55,6 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
     Args:
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
             of its size where both sides stay at least that long, which is several times as fast.
-
-    Raises:
-        ImageError: the file is missing, no picture, truncated, or beyond Pillow's size limit.
     """
     try:
         with Image.open(path) as image:
@@ -68,18 +68,7 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
         raise ImageError(f"{path} is a folder, not a picture") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large a picture: {error}") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        TypeError,
-        struct.error,
-        NotImplementedError,
-        LookupError,
-        OverflowError,
-    ) as error:
-        # What Pillow raises for broken files, or odd EXIF blocks, differs by format.
+    except Exception as error:  # noqa: BLE001 - what Pillow raises for broken files is without end
         raise ImageError(f"{path} is not a readable picture: {error}") from None
 
 
@@ -124,28 +113,22 @@ class FrozenEncoder(nn.Module):
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
                 after the tower's closing norm.
-
-        Raises:
-            UserError: not found, not a vision tower, or with weights missing.
         """
         try:
             with _quiet_library():
                 config = transformers.AutoConfig.from_pretrained(name, revision=revision)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(name, config)
+                options |= {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(
-                    name,
-                    config=config,
-                    revision=revision,
-                    output_loading_info=True,
-                    dtype=torch.float32,
-                    **options,
+                    name, config=config, revision=revision, **options
                 )
                 processor = transformers.AutoImageProcessor.from_pretrained(
                     name, revision=revision, backend="pil"
                 )
-        except (OSError, ValueError) as error:
-            # What transformers raises when a name, a file or the network isn't there.
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
             where = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
             raise UserError(
                 f"the encoder {name!r} can't be loaded from that {where}: {first_line(error)}\n"
@@ -177,9 +160,6 @@ class FrozenEncoder(nn.Module):
 
         Args:
             moved_to: where it is now, if no longer where it was.
-
-        Raises:
-            UserError: it can't be loaded, or its weights or preprocessing are others by now.
         """
         name = moved_to or identity["name"]
         revision = None if moved_to else identity["revision"]
@@ -206,9 +186,6 @@ class FrozenEncoder(nn.Module):
         """Open a picture at twice the size that `preprocess` brings it to, or larger.
 
         Twice, so that a crop of 60 % has enough pixels, and the resizing more than it keeps.
-
-        Raises:
-            ImageError: as `open_image`.
         """
         return open_image(path, 2 * self.side)
 
@@ -247,15 +224,8 @@ class FrozenEncoder(nn.Module):
         """Preprocessed pictures -> features (images, patches, width), the whole sequence."""
         deep = self.layers != (-1,)
         output = self.tower(**inputs, output_hidden_states=deep)
-        if not deep:
-            return output.last_hidden_state
-        return torch.cat(
-            [
-                output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-                for layer in self.layers
-            ],
-            dim=-1,
-        )
+        last, hidden = output.last_hidden_state, output.hidden_states
+        return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
 
 
 @contextlib.contextmanager
@@ -273,11 +243,7 @@ def _quiet_library() -> Iterator[None]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers.
-
-    Raises:
-        UserError: not a list of negative whole numbers.
-    """
+    """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

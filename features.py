@@ -1,26 +1,32 @@
-"""The feature cache: every photo passes the encoder once, and training reads the result.
+"""The store of features: every photo passes the encoder once, and training reads the result.
 
-The cache is a folder of shards. A shard is two files: the features of some photos in half
-precision, one after the other, and a JSON list saying which photos, with each one's size, time
-and hash, and a checksum of its features. Shards are only ever added, each whole or absent, so a
-build that was interrupted goes on where it stopped, and a photo that changed is encoded again
-into a new shard, whose entry then counts. Several processes build it together, a share each.
+The features of some photos in half precision, one after the other, are a pack; a table beside it
+says which photos, with a checksum of each one's features. Packs are only ever added, each whole
+or absent, so a build that was interrupted goes on where it stopped. Several processes build a
+store together, a share each.
+
+Photos come from tars (`shards.py`), a pack each, or from a folder. Of a folder's photos the table
+knows size, time and hash: one that changed is encoded again into a new pack, whose entry then
+counts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,88 +35,66 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    autocast,
-    require_room,
-    size_text,
-    sole_user,
-)
+from utils import Bar, UserError, atomic_write, autocast, require_room, size_text, sole_user
 
 FORMAT = 1
-SHARD_BYTES = 64 * 2**20
-OPEN_FILES = 256  # shards open at a time; systems allow a process about 1,000 files
+PACK_BYTES = 64 * 2**20  # of the photos of a folder
+OPEN_FILES = 256  # packs open at a time; systems allow a process about 1,000 files
 
 In, Out = TypeVar("In"), TypeVar("Out")
 Item = tuple[str, int]  # a photo's name, and which view of it
+Part = tuple[list[tuple], Tensor]  # labels of photos, and features (photos, patches, width)
+
+
+# --- Reading --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where an item's features stand, and of which file they were made."""
+    """Where a photo's features stand, (patches, width), and of which file they were made."""
 
-    shard: Path
+    pack: Path
     row: int
-    size: int
-    mtime: int
-    digest: str
+    shape: tuple[int, int]
     checksum: int
+    size: int = 0
+    mtime: int = 0
+    digest: str = ""
 
 
 class FeatureCache:
-    """Read access to features by photo and view. Use `build_features` to get one."""
+    """Read access to features by photo and view. Use `build_features` to get one.
 
-    def __init__(self, folder: Path, shape: tuple[int, int], entries: dict[Item, Entry]):
-        """Args: `shape`, (patches, width) of each photo's features."""
-        self.folder = folder
-        self.shape = shape
-        self.entries = entries
-        self._files: dict[Path, int] = {}
+    Plain reads instead of a memory map: mapped pages count as this process's memory, which then
+    seems to grow with the data set.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[Item, Entry]):
+        self.folder, self.entries = folder, entries
+        opener = functools.partial(open, mode="rb", buffering=0)
+        self._open = functools.lru_cache(OPEN_FILES)(opener)  # the latest stay open
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """(patches, width) of each photo's features."""
+        return next(iter(self.entries.values())).shape
 
     def __contains__(self, item: Item) -> bool:
         return item in self.entries
 
     def read(self, items: Sequence[Item]) -> Tensor:
-        """Features (items, patches, width) in half precision, checked against their checksums.
-
-        Plain reads instead of a memory map: mapped pages count as this process's memory, which
-        then seems to grow with the data set.
-
-        Raises:
-            UserError: a shard is damaged; the message says which one to delete.
-        """
-        features = np.empty((len(items), *self.shape), dtype=np.float16)
-        for row, item in zip(features, items, strict=True):
-            entry = self.entries[item]
-            if entry.shard not in self._files:
-                if len(self._files) == OPEN_FILES:
-                    os.close(self._files.pop(next(iter(self._files))))
-                self._files[entry.shard] = os.open(entry.shard, os.O_RDONLY)
-            file = self._files[entry.shard]
-            read_row(file, entry.row, row, entry.checksum, entry.shard, item[0])
+        """Features (items, patches, width) in half precision, checked against their checksums."""
+        entries = [self.entries[item] for item in items]
+        features = np.empty((len(items), *entries[0].shape), dtype=np.float16)
+        for row, entry, item in zip(features, entries, items, strict=True):
+            buffer = memoryview(row).cast("B")
+            got = os.preadv(self._open(entry.pack).fileno(), [buffer], entry.row * row.nbytes)
+            if got != row.nbytes or zlib.crc32(buffer) != entry.checksum:
+                raise UserError(
+                    f"the features in {entry.pack} are damaged (at {item[0]}): delete it and run "
+                    "the same command again, which makes what it held anew"
+                )
         return torch.from_numpy(features)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-
-def read_row(file: int, row: int, into: np.ndarray, checksum: int, shard: Path, photo: str) -> None:
-    """Read one photo's features from a shard that is open as `file`, and check them.
-
-    Raises:
-        UserError: they are damaged; the message says which shard to delete.
-    """
-    buffer = memoryview(into).cast("B")
-    got = os.preadv(file, [buffer], row * into.nbytes)
-    if got != into.nbytes or zlib.crc32(buffer) != checksum:
-        raise UserError(
-            f"the feature shard {shard} is damaged (at {photo}): delete it and run the same "
-            "command again, which makes what it held anew"
-        )
 
 
 class ResidentFeatures:
@@ -123,11 +107,10 @@ class ResidentFeatures:
         items = list(cache.entries)
         self.rows = {item: row for row, item in enumerate(items)}
         self.features = torch.empty(len(items), *cache.shape, dtype=torch.float16, device=device)
-        parts = [items[i : i + self.LOAD] for i in range(0, len(items), self.LOAD)]
-        done = 0
-        for part in prefetch(cache.read, parts):
-            self.features[done : done + len(part)] = part.to(device)
-            done += len(part)
+        starts = range(0, len(items), self.LOAD)
+        parts = prefetch(lambda start: cache.read(items[start : start + self.LOAD]), starts)
+        for start, part in zip(starts, parts, strict=True):
+            self.features[start : start + len(part)] = part.to(device)
 
     def read(self, items: Sequence[Item]) -> Tensor:
         """Features (items, patches, width) in half precision, on the device."""
@@ -144,8 +127,7 @@ def resident_or_cached(
     if device.type != "cuda":
         return cache
     free, _ = torch.cuda.mem_get_info(device)
-    patches, width = cache.shape
-    small = len(cache.entries) * patches * width * 2 <= free / 2
+    small = len(cache.entries) * math.prod(cache.shape) * 2 <= free / 2
     return ResidentFeatures(cache, device) if small else cache
 
 
@@ -164,6 +146,9 @@ def prefetch(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+# --- The photos of a folder -----------------------------------------------------------------
 
 
 def view_of(image: Image.Image, name: str, view: int) -> Image.Image:
@@ -191,10 +176,9 @@ def build_features(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 32,
     max_bad: int = 0,
-    say: Callable[[str], None] = print,
     team: Team = ALONE,
 ) -> tuple[FeatureCache, list[str]]:
-    """Encode what the cache under `root` lacks, and open it.
+    """Encode what the store under `root` lacks of a folder's photos, and open it.
 
     Args:
         encoder: on the device where it shall run.
@@ -205,81 +189,120 @@ def build_features(
 
     Returns:
         The cache, and the names of the photos that can't be read and so aren't in it.
-
-    Raises:
-        UserError: more than `max_bad` photos can't be read (the message names some), or the
-            disk is full; what is built stays and is used next time.
     """
-    # The leader looks for all: on a network's disk another machine sees a new file late.
-    folder = team.on_rank0(lambda: open_folder(root, encoder, dtype, say))
-    entries, missing = team.on_rank0(lambda: _take_stock(items, folder, image_dir, say))
+    folder = team.on_rank0(lambda: open_folder(root, encoder, dtype))
+
+    def look() -> tuple[dict[Item, Entry], list[Item]]:
+        entries = _read_index(folder)
+        return entries, _missing(items, entries, image_dir)
+
+    def load(item: Item) -> tuple[tuple, Image.Image]:
+        file = image_dir / item[0]
+        stat = os.stat(file)
+        image = view_of(encoder.open(file), *item)
+        return (*item, stat.st_size, stat.st_mtime_ns, file_digest(file)), image
+
+    made: dict[Item, Entry] = {}
     bad: dict[str, str] = {}
-    if missing:
-        with contextlib.ExitStack() as lock:
-            # What another process made while this one waited is not made again.
-            entries, missing = team.on_rank0(
-                lambda: _claim(lock, encoder, items, folder, image_dir, say)
-            )
-            made, failed = _build(
-                encoder,
-                image_dir,
-                team.share(missing),
-                folder,
-                dtype,
-                batch_size,
-                max_bad,
-                say,
-                team,
-            )
-            for their_entries, their_failed in team.all_gather((made, failed)):
-                entries |= their_entries
-                bad |= their_failed
-            _check_bad(bad, max_bad)
-    if bad:
-        listing = "\n  ".join(bad.values())
-        say(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
+    with claimed(folder, team, look) as (entries, missing):
+        if missing:
+            team.on_rank0(lambda: _announce(encoder, folder, len(items), len(missing)))
+            own = team.share(missing)
+            parts: list[Part] = []
+            encoded = encode_photos(encoder, own, batch_size, load, dtype, bad, max_bad)
+            with Bar(len(own), "features", "photo", quiet=not team.leads) as bar:
+                for labels, features in encoded:
+                    parts += [(labels, features.cpu())] if labels else []
+                    first = bar.done == 0
+                    bar.step(min(batch_size, len(own) - bar.done))
+                    if first and bar.minutes_left > 1:
+                        print(
+                            f"features: about {bar.minutes_left:.0f} minutes, once; they are kept"
+                        )
+                    if sum(features.nbytes for _, features in parts) >= PACK_BYTES:
+                        made |= add_pack(folder, parts, team.rank)
+                        parts = []
+            if parts:
+                made |= add_pack(folder, parts, team.rank)
+            for their_made, their_bad in team.all_gather((made, bad)):
+                entries |= their_made
+                bad |= their_bad
+            check_bad(bad, max_bad)
+            say_bad(bad)
     if not entries:
         raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
-    some = next(iter(entries.values())).shard.with_suffix(".json")
-    shape = team.on_rank0(lambda: json.loads(some.read_text())["shape"])
-    return FeatureCache(folder, tuple(shape), entries), sorted(bad)
+    return FeatureCache(folder, entries), sorted(bad)
 
 
-def _take_stock(
-    items: Sequence[Item], folder: Path, image_dir: Path, say: Callable[[str], None]
-) -> tuple[dict[Item, Entry], list[Item]]:
-    """What the cache holds, and which items it lacks."""
-    entries = _read_index(folder, say)
-    return entries, _missing(items, entries, image_dir)
-
-
-def _claim(
-    lock: contextlib.ExitStack,
-    encoder: FrozenEncoder,
-    items: Sequence[Item],
-    folder: Path,
-    image_dir: Path,
-    say: Callable[[str], None],
-) -> tuple[dict[Item, Entry], list[Item]]:
-    """Keep the folder until `lock` is released; what it holds, and which items it lacks."""
-    lock.enter_context(sole_user(folder, wait=True))
-    entries, missing = _take_stock(items, folder, image_dir, say)
-    done, size = len(items) - len(missing), len(missing) * _bytes_each(encoder)
-    say(
-        f"features: {len(missing):,} to make, {done:,} there already, in {folder}, "
+def _announce(encoder: FrozenEncoder, folder: Path, wanted: int, missing: int) -> None:
+    """Say how much there is to make, for which the disk must have room."""
+    inputs = encoder.preprocess([Image.new("RGB", (64, 64))])
+    size = missing * encode(encoder, [inputs], torch.float32).nbytes
+    print(
+        f"features: {missing:,} to make, {wanted - missing:,} there already, in {folder}, "
         f"{size_text(size)} more"
     )
     require_room([(folder, size)])
-    return entries, missing
 
 
-# --- The folder -----------------------------------------------------------------------------
+def add_pack(folder: Path, parts: Iterable[Part], rank: int = 0) -> dict[Item, Entry]:
+    """Write features as a new pack; returns its entries.
+
+    The parts' labels are each photo's name and view, and the file's size, time and hash. `rank`
+    is which of the processes that write to the folder at once this is: their packs may have like
+    numbers.
+    """
+    numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
+    writer = f"_{rank}" if rank else ""
+    pack = folder / f"shard_{max(numbers, default=-1) + 1:05d}{writer}.bin"
+    return _entries(pack, write_pack(pack, parts, {}))
 
 
-def open_folder(
-    root: Path, encoder: FrozenEncoder, dtype: torch.dtype, say: Callable[[str], None]
-) -> Path:
-    """The folder for features of this encoder; say what changed if there are others."""
+def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
+    shape, rows = tuple(table["shape"]), enumerate(table["items"])
+    return {
+        (name, view): Entry(pack, row, shape, checksum, *file)
+        for row, (name, view, *file, checksum) in rows
+    }
+
+
+def _read_index(folder: Path) -> dict[Item, Entry]:
+    entries: dict[Item, Entry] = {}
+    for index in sorted(folder.glob("shard_*.json")):
+        pack = index.with_suffix(".bin")
+        table = json.loads(index.read_text())
+        if pack.exists() and pack.stat().st_size == table["bytes"]:
+            entries |= _entries(pack, table)
+        else:
+            print(f"the features in {pack} are not whole: what it held is made anew")
+            index.unlink()
+    return entries
+
+
+def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
+    """The items without features of the file as it is now."""
+    stat = functools.cache(os.stat)
+
+    def made(item: Item) -> bool:
+        entry, file = entries.get(item), image_dir / item[0]
+        if entry is None:
+            return False
+        same = (stat(file).st_size, stat(file).st_mtime_ns) == (entry.size, entry.mtime)
+        return same or file_digest(file) == entry.digest
+
+    return [item for item in items if not made(item)]
+
+
+def file_digest(file: Path) -> str:
+    """What tells a file's content from another's."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
+
+# --- The store, wherever photos come from ---------------------------------------------------
+
+
+def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
+    """The folder for features of this encoder; says what changed if there are others."""
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     # A folder that moved or a branch that was renamed holds the same weights all the same.
     decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
@@ -289,104 +312,80 @@ def open_folder(
         for other in sorted(root.glob("*/identity.json")):
             there = json.loads(other.read_text())
             changed = [name for name in decisive if there.get(name) != decisive[name]]
-            say(
+            print(
                 f"features in {other.parent} are of another kind ({', '.join(changed)} differ): "
                 "not used; delete that folder if you no longer need it"
             )
-        with atomic_write(folder / "identity.json") as path:
-            path.write_text(json.dumps(identity))
+        write_table(folder / "identity.json", identity)
     return folder
 
 
-def _read_index(folder: Path, say: Callable[[str], None]) -> dict[Item, Entry]:
-    entries: dict[Item, Entry] = {}
-    for index in sorted(folder.glob("shard_*.json")):
-        shard = index.with_suffix(".bin")
-        table = json.loads(index.read_text())
-        if not shard.exists() or shard.stat().st_size != table["bytes"]:
-            say(f"the feature shard {shard} is not whole: what it held is made anew")
-            index.unlink()
-            continue
-        for row, (name, view, size, mtime, digest, checksum) in enumerate(table["items"]):
-            entries[name, view] = Entry(shard, row, size, mtime, digest, checksum)
-    return entries
+@contextlib.contextmanager
+def claimed(
+    folder: Path, team: Team, look: Callable[[], tuple[Out, list[In]]]
+) -> Iterator[tuple[Out, list[In]]]:
+    """What is there and what is missing, as `look` finds; if some is, the folder is kept to us.
+
+    The leader looks for all: on a network's disk another machine sees a new file late.
+    """
+    with contextlib.ExitStack() as lock:
+
+        def claim() -> tuple[Out, list[In]]:
+            lock.enter_context(sole_user(folder, wait=True))
+            return look()  # what another process made while this one waited is not made again
+
+        found, missing = team.on_rank0(look)
+        yield team.on_rank0(claim) if missing else (found, missing)
 
 
-def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
-    """The items without features of the file as it is now."""
-    states: dict[str, tuple[int, int]] = {}
-    missing = []
-    for item in items:
-        entry = entries.get(item)
-        if entry is None:
-            missing.append(item)
-            continue
-        file = image_dir / item[0]
-        if item[0] not in states:
-            stat = os.stat(file)
-            states[item[0]] = stat.st_size, stat.st_mtime_ns
-        if states[item[0]] != (entry.size, entry.mtime) and file_digest(file) != entry.digest:
-            missing.append(item)
-    return missing
-
-
-def file_digest(file: Path) -> str:
-    """What tells a file's content from another's."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-
-
-# --- Building -------------------------------------------------------------------------------
-
-
-@dataclass
-class _Batch:
-    inputs: dict[str, Tensor]
-    items: list[tuple[str, int, int, int, str]]  # name, view, size, mtime, digest
-    bad: dict[str, str]
-
-
-def _load_batch(encoder: FrozenEncoder, image_dir: Path, items: Sequence[Item]) -> _Batch:
-    images, loaded, bad = [], [], {}
-    for name, view in items:
-        file = image_dir / name
-        try:
-            stat = os.stat(file)
-            image = encoder.open(file)
-        except (ImageError, FileNotFoundError) as error:
-            bad[name] = str(error)
-            continue
-        images.append(view_of(image, name, view))
-        loaded.append((name, view, stat.st_size, stat.st_mtime_ns, file_digest(file)))
-    return _Batch(encoder.preprocess(images) if images else {}, loaded, bad)
-
-
-def encode(encoder: FrozenEncoder, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def encode(
+    encoder: FrozenEncoder, inputs: Sequence[dict[str, Tensor]], dtype: torch.dtype
+) -> Tensor:
     """Preprocessed pictures -> features (images, patches, width) in half precision.
 
     `dtype` is the precision of matrix products; the result is on the encoder's device.
     """
     device = next(encoder.parameters()).device
+    batch = {name: torch.cat([part[name] for part in inputs]).to(device) for name in inputs[0]}
     with autocast(device, dtype):
-        return encoder({key: value.to(device) for key, value in inputs.items()}).half()
+        return encoder(batch).half()
 
 
-def check_finite(features: np.ndarray | Sequence[np.ndarray]) -> None:
-    """Refuse features that can't be used.
+def encode_photos(
+    encoder: FrozenEncoder,
+    photos: Iterable[In],
+    batch_size: int,
+    load: Callable[[In], tuple[tuple, Image.Image]],
+    dtype: torch.dtype,
+    bad: dict[str, str],
+    max_bad: int,
+) -> Iterator[Part]:
+    """A batch after the other: the labels of its photos, and their features.
 
-    Raises:
-        UserError: some are infinite or not a number.
+    `load` gives a label and a picture for a photo, a tuple that begins with its name. Those that
+    can't be read are left out, and what is wrong with them goes to `bad`.
     """
-    if not np.isfinite(features).all():
-        raise UserError("the encoder gave features that are not finite: run with --precision fp32")
+
+    def prepare(photo: In) -> tuple[tuple, dict[str, Tensor]] | tuple[str, str]:
+        try:
+            label, image = load(photo)
+            return label, encoder.preprocess([image])
+        except (ImageError, OSError) as error:
+            return photo[0], str(error)
+
+    # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
+    prepared = prefetch(prepare, photos, max(2, os.cpu_count() or 2), 4 * batch_size)
+    while batch := list(itertools.islice(prepared, batch_size)):
+        bad |= {name: wrong for name, wrong in batch if isinstance(wrong, str)}
+        check_bad(bad, max_bad)
+        good = [pair for pair in batch if not isinstance(pair[1], str)]
+        inputs = [photo for _, photo in good]
+        features = encode(encoder, inputs, dtype) if good else torch.empty(0)
+        yield [label for label, _ in good], features
 
 
-def _bytes_each(encoder: FrozenEncoder) -> int:
-    """The size of a photo's features."""
-    inputs = encoder.preprocess([Image.new("RGB", (64, 64))])
-    return encode(encoder, inputs, torch.float32).nbytes
-
-
-def _check_bad(bad: dict[str, str], max_bad: int) -> None:
+def check_bad(bad: Mapping[str, str], max_bad: int) -> None:
+    """Refuse more photos that can't be read than may be; `bad` says what is wrong with each."""
     if len(bad) > max_bad:
         listing = "\n  ".join(list(bad.values())[:10])
         raise UserError(
@@ -395,65 +394,31 @@ def _check_bad(bad: dict[str, str], max_bad: int) -> None:
         )
 
 
-def _build(
-    encoder, image_dir, items, folder, dtype, batch_size, max_bad, say, team
-) -> tuple[dict[Item, Entry], dict[str, str]]:
-    """Encode `items` into new shards; returns their entries, and what is wrong with bad photos."""
-    entries: dict[Item, Entry] = {}
-    bad: dict[str, str] = {}
-    rows: list[np.ndarray] = []
-    labels: list[tuple] = []
-    # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
-    chunks = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-
-    def load(chunk: Sequence[Item]) -> _Batch:
-        return _load_batch(encoder, image_dir, chunk)
-
-    with Bar(len(items), "features", "photo", quiet=not team.leads) as bar:
-        for batch in prefetch(load, chunks, threads=max(2, os.cpu_count() or 2)):
-            bad |= batch.bad
-            _check_bad(bad, max_bad)
-            if batch.items:
-                rows.extend(encode(encoder, batch.inputs, dtype).cpu().numpy())
-                labels.extend(batch.items)
-            first = bar.done == 0
-            bar.step(len(batch.items) + len(batch.bad))
-            if first and bar.minutes_left > 1:
-                say(f"features: about {bar.minutes_left:.0f} minutes, once; they are kept")
-            if rows and len(rows) * rows[0].nbytes >= SHARD_BYTES:
-                write_shard(folder, rows, labels, entries, team.rank)
-                rows, labels = [], []
-        if rows:
-            write_shard(folder, rows, labels, entries, team.rank)
-    return entries, bad
+def say_bad(bad: Mapping[str, str]) -> None:
+    if bad:
+        listing = "\n  ".join(bad.values())
+        print(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
 
 
-def write_shard(
-    folder: Path,
-    rows: Sequence[np.ndarray],
-    labels: Sequence[tuple[str, int, int, int, str]],
-    entries: dict[Item, Entry],
-    rank: int = 0,
-) -> None:
-    """Write features (patches, width) in half precision as a new shard; add it to `entries`.
+def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict[str, Any]:
+    """Write features as they come; then the table: `about`, and each photo's label and checksum."""
+    items, shape = [], None
+    with atomic_write(pack) as path, open(path, "wb") as file:
+        for labels, features in parts:
+            if not features.isfinite().all():
+                raise UserError(
+                    "the encoder gave features that are not finite: run with --precision fp32"
+                )
+            for label, row in zip(labels, features.cpu().numpy(), strict=True):
+                content = row.tobytes()
+                file.write(content)
+                items.append((*label, zlib.crc32(content)))
+                shape = row.shape
+    table = about | {"bytes": pack.stat().st_size, "shape": shape, "items": items}
+    write_table(pack.with_suffix(".json"), table)  # without it the features don't count
+    return table
 
-    `labels` are each row's photo, view, and the file's size, time and hash. `rank` is which of
-    the processes that write to the folder at once this is: their shards may have like numbers.
 
-    Raises:
-        UserError: features are not finite, or the disk is full.
-    """
-    numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
-    writer = f"_{rank}" if rank else ""
-    shard = folder / f"shard_{max(numbers, default=-1) + 1:05d}{writer}.bin"
-    check_finite(rows)
-    with atomic_write(shard) as path, open(path, "wb") as file:
-        for row in rows:
-            file.write(row.tobytes())
-    items = [(*label, zlib.crc32(row.tobytes())) for label, row in zip(labels, rows, strict=True)]
-    # The index comes last: without it the shard's features don't count.
-    with atomic_write(shard.with_suffix(".json")) as path:
-        table = {"bytes": shard.stat().st_size, "shape": rows[0].shape, "items": items}
-        path.write_text(json.dumps(table))
-    for row, (name, view, size, mtime, digest, checksum) in enumerate(items):
-        entries[name, view] = Entry(shard, row, size, mtime, digest, checksum)
+def write_table(path: Path, table: dict[str, Any]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(table), encoding="utf-8")

@@ -82,7 +82,7 @@ class Captioner:
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
         # As in the feature cache, half precision included: what the decoder was trained on.
-        return encode(self.encoder, self.encoder.preprocess(images), self.dtype).float()
+        return encode(self.encoder, [self.encoder.preprocess(images)], self.dtype).float()
 
     def hypotheses(
         self, images: Sequence[Image.Image], **options: Any

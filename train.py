@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ from hub import HubPusher, locate_checkpoint, model_card
 from metrics import CiderD, score, tokenize, vqa_accuracy
 from model import CaptionModel
 from pictures import draw_curves, draw_samples
-from shards import Stock, Stream, StreamedRows, expand_shards, stock_folder, take_stock
+from shards import Stock, StreamedRows, expand_shards, take_stock
 from tokenizer import ANSWER_ID, END, END_ID, START_ID, CaptionTokenizer
 from tracking import Tracker, memory
 from utils import (
@@ -212,19 +212,16 @@ def load_shards(
         )
     device = next(encoder.parameters()).device
     dtype = choose_dtype(settings.PRECISION, device)
-    keep, max_bad = settings.KEEP_SHARD_FEATURES, settings.MAX_BAD_IMAGES
-    shards = take_stock(
+    return take_stock(
         encoder,
         expand_shards(settings.TRAIN_SHARDS),
         paths.features,
-        keep_features=keep,
+        keep_features=settings.KEEP_SHARD_FEATURES,
         dtype=dtype,
         batch_size=settings.FEATURE_BATCH_SIZE,
-        max_bad=max_bad,
+        max_bad=settings.MAX_BAD_IMAGES,
         team=team,
     )
-    folder = stock_folder(encoder, paths.features, dtype, lambda text: None)
-    return Stock(folder, shards) if keep else Stream(folder, shards, encoder, dtype, max_bad)
 
 
 def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> CaptionTokenizer:
@@ -248,7 +245,12 @@ def load_tokenizer(settings: SimpleNamespace, paths: DataPaths, data: Data) -> C
 
 
 def encode_rows(
-    tokenizer: CaptionTokenizer, data: Data, split: str, max_length: int
+    tokenizer: CaptionTokenizer,
+    data: Data,
+    split: str,
+    max_length: int,
+    features: FeatureCache | ResidentFeatures,
+    views: int,
 ) -> CaptionRows:
     """The captions and then the questions of each photo of a split."""
     names = data.splits[split]
@@ -258,7 +260,7 @@ def encode_rows(
     encoded = tokenizer.encode_texts([pair for _, *pair in texts], max_length)
     for (name, *_), ids in zip(texts, encoded, strict=True):
         groups[name].append(ids)
-    return CaptionRows(groups)
+    return CaptionRows(groups, features, views)
 
 
 # --- The state of a run ---------------------------------------------------------------------
@@ -410,13 +412,16 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
         model.load_state_dict(resumed.training["weights"])
     if settings.COMPILE:
         model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
-    rows = {"val": encode_rows(tokenizer, data, "val", size.max_length)}
+    features = resident_or_cached(data.cache, device)
+    rows = {"val": encode_rows(tokenizer, data, "val", size.max_length, features, 1)}
     if data.stock:
         rows["train"] = StreamedRows(
             data.stock, tokenizer, size.max_length, settings.SHUFFLE_BUFFER
         )
     else:
-        rows["train"] = encode_rows(tokenizer, data, "train", size.max_length)
+        rows["train"] = encode_rows(
+            tokenizer, data, "train", size.max_length, features, settings.FEATURE_VIEWS
+        )
     optimizer = make_optimizer(model, settings)
     groups = math.ceil(
         rows["train"].count(settings.BATCH_SIZE) / settings.GRADIENT_ACCUMULATION_STEPS
@@ -431,7 +436,6 @@ def start_run(settings: SimpleNamespace, team: Team = ALONE) -> Run:
     progress.job = team.job
     dtype = choose_dtype(settings.PRECISION, device)
     critic = Critic(tokenizer, data) if critical_epochs(settings) else None
-    features = resident_or_cached(data.cache, device)
     run = Run(
         settings,
         team,
@@ -591,14 +595,13 @@ def renew_settings(
 # --- One epoch ------------------------------------------------------------------------------
 
 
-def batches_with_features(
-    run: Run, batches: Iterable[Batch], view: Callable[[str], int]
+def with_features(
+    run: Run, split: str, batches: Iterable[Batch], epoch: int | None
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches and the features of a view of their photos, read ahead, on the run's device."""
+    """Batches and the features of their photos, read ahead, on the run's device."""
 
     def load(batch: Batch) -> tuple[Batch, Tensor]:
-        features = run.features.read([(name, view(name)) for name in batch.names])
-        return to_device(run.device, batch, features)
+        return to_device(run.device, *run.rows[split].load(batch, epoch))
 
     return prefetch(load, batches)
 
@@ -617,14 +620,7 @@ def training_batches(run: Run) -> Iterator[tuple[Batch, Tensor]]:
     batches = run.rows["train"].batches(
         settings.BATCH_SIZE, settings.SEED, progress.epoch, progress.batch, run.team
     )
-    if stock := run.data.stock:
-        return prefetch(lambda batch: to_device(run.device, *stock.load(batch)), batches)
-    # Each epoch shows the next view of a photo, and different photos different ones.
-    return batches_with_features(
-        run,
-        batches,
-        lambda name: (progress.epoch + len(name) + ord(name[0])) % settings.FEATURE_VIEWS,
-    )
+    return with_features(run, "train", batches, progress.epoch)
 
 
 def train_epoch(run: Run, tracker: Tracker, stop: StopSignal) -> bool:
@@ -917,11 +913,12 @@ class Meter(Bar):
             run.progress.batch,
             quiet=not run.team.leads,
         )
-        self.run, self.captions = run, 0
+        rows = run.rows["train"]
+        self.run, self.captions, self.each = run, 0.0, sum(rows.texts) / len(rows)
 
     def show(self, group: Sequence[tuple[Batch, Tensor]]) -> None:
         progress, taken = self.run.progress, time.monotonic() - self.started
-        own = sum(self.run.rows["train"].captions_of(batch.names) for batch, _ in group)
+        own = sum(len(batch.names) for batch, _ in group) * self.each
         self.captions += own * self.run.team.size  # the others' shares are about as large
         self.step(
             len(group),
@@ -939,7 +936,7 @@ def validation_loss(run: Run) -> float:
     batches = run.rows["val"].batches(run.settings.BATCH_SIZE, seed=0, epoch=0, team=run.team)
     batches = (batch for batch in batches if batch.names)
     totals = torch.zeros(2, device=run.device)
-    for batch, features in batches_with_features(run, batches, lambda name: 0):
+    for batch, features in with_features(run, "val", batches, None):
         totals[0] += batch_loss(run, run.average, batch, features)
         totals[1] += len(batch.targets)
     summed, tokens = run.team.all_reduce(totals).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import errno
 import fcntl
@@ -17,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-import tokenize
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -45,44 +44,29 @@ def constants(config: ModuleType) -> dict[str, Any]:
 
 def constant_comments(config: ModuleType) -> dict[str, str]:
     """The comment at the end of each constant's line: it is the flag's help text."""
-    with tokenize.open(config.__file__) as file:
-        comments = {
-            token.start[0]: token.string.lstrip("# ")
-            for token in tokenize.generate_tokens(file.readline)
-            if token.type == tokenize.COMMENT
-        }
-    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
-    return {
-        node.targets[0].id: comments.get(node.end_lineno, "")
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    source = Path(config.__file__).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([A-Z\d_]+) = .*?  # (.+)$", source, re.M))
 
 
 def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def _optional_string(text: str) -> str | None:
-    return None if text.lower() in ("", "none") else text
+    if text.lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes", "on")
 
 
 def _flag_type(default: object) -> Callable[[str], Any]:
-    if isinstance(default, bool):
-        return _boolean
-    return _optional_string if default is None else type(default)
+    if default is None:
+        return lambda text: None if text.lower() in ("", "none") else text
+    return _boolean if isinstance(default, bool) else type(default)
 
 
-def script_parser(description: str) -> argparse.ArgumentParser:
+def script_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """A parser for a script's own flags; its `__doc__` begins and ends what `--help` says."""
-    first, *rest = description.splitlines()
+    if epilog is None:
+        description, _, epilog = description.partition("\n\n")
     return argparse.ArgumentParser(
-        description=first,
-        epilog="\n".join(rest[1:]),
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -108,12 +92,7 @@ def load_settings(
     """
     defaults = constants(config)
     comments = constant_comments(config)
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(description, epilog)
     if add_arguments:
         add_arguments(parser)
     group = parser.add_argument_group("settings (defaults stand in config.py)")
@@ -144,11 +123,7 @@ def _anchor(root: Path, name: str, value: object) -> object:
 
 
 def check_ranges(settings: SimpleNamespace, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse settings outside their range, both ends of which are allowed.
-
-    Raises:
-        UserError: one is; the message names it.
-    """
+    """Refuse settings outside their range, both ends of which are allowed."""
     for name, (least, most) in ranges.items():
         value = getattr(settings, name)
         if not (math.isfinite(value) and least <= value <= most):
@@ -157,11 +132,7 @@ def check_ranges(settings: SimpleNamespace, ranges: Mapping[str, tuple[float, fl
 
 
 def require_extra(module: str, requirements: str) -> ModuleType:
-    """Import what only some of the project's uses need.
-
-    Raises:
-        UserError: it isn't installed; the message names the file with its requirements.
-    """
+    """Import what only some of the project's uses need."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -191,35 +162,27 @@ def redact(text: str) -> str:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     try:
-        code = main()
+        sys.exit(main())
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        code = 1
+        message = redact(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        # On a CPU torch raises a plain RuntimeError that only its text tells from others.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
             raise
-        sys.stdout.flush()
-        print(
-            f"error: out of memory ({first_line(error)}): halve --batch_size and double "
-            "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before",
-            file=sys.stderr,
+        message = (
+            f"out of memory ({first_line(error)}): halve --batch_size and double "
+            "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before"
         )
-        code = 1
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        sys.exit(0)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch raises a plain RuntimeError that only its text tells from others.
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
+        sys.exit(130)
+    sys.stdout.flush()
+    sys.exit(f"error: {message}")
 
 
 # --- Seeds, devices, precision --------------------------------------------------------------
@@ -233,43 +196,28 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device named, or the best one here: CUDA, else MPS, else the CPU.
-
-    Raises:
-        UserError: the device is unknown or not available on this machine.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """The device named, or the best one here: CUDA, else MPS, else the CPU."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["cpu"] = True
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, there in here.items() if there)
     kind = name.split(":")[0]
-    if kind not in available:
+    if kind not in here:
         raise UserError(f"DEVICE is {name!r}: use auto, cuda, mps or cpu")
-    if not available[kind]:
+    if not here[kind]:
         raise UserError(f"DEVICE is {name!r}, but torch sees no such device: use --device auto")
     return torch.device(name)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: bf16 where the hardware multiplies it fast, else fp32.
-
-    Raises:
-        UserError: the precision is unknown.
-    """
+    """The dtype of matrix products: bf16 where the hardware multiplies it fast, else fp32."""
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"PRECISION is {precision!r}: use auto, bf16 or fp32")
-    if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(device) else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
+    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    chosen = precision == "bf16" or (precision == "auto" and fast)
+    return torch.bfloat16 if chosen else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -277,7 +225,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-# --- Progress and memory --------------------------------------------------------------------
+# --- Progress -------------------------------------------------------------------------------
 
 
 class Bar:
@@ -320,14 +268,9 @@ class Bar:
 
 
 def resident_kilobytes() -> int | None:
-    """The memory this process holds now, in units of 1,024 bytes; None where it isn't Linux.
-
-    `getrusage` would tell of the peak, and of the parent's as well.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
+    """The RAM this process holds now, in units of 1,024 bytes; None where it isn't Linux."""
+    status = Path("/proc/self/status")  # `getrusage` tells of the peak, and of the parent's too
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else None
 
 
 # --- Files ----------------------------------------------------------------------------------
@@ -337,10 +280,8 @@ def resident_kilobytes() -> int | None:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; once the block has ended well, it becomes `path`.
 
-    A reader sees the old file or the whole new one, never a part, even if the machine stops.
-
-    Raises:
-        UserError: the disk is full, or the folder can't be written; the old file is intact.
+    A reader sees the old file or the whole new one, never a part, even if the machine stops, the
+    disk is full, or the folder can't be written.
     """
     path = Path(path)
     temporary = None
@@ -352,7 +293,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
         raise write_error(error, path) from error
@@ -365,13 +307,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process; the lock goes with the process, however it ends.
 
-    Files of `atomic_write` that a killed process has left half-written there are removed.
-
-    Args:
-        wait: until another process has left the folder, instead of raising an error.
-
-    Raises:
-        UserError: another process uses the folder, or it can't be written.
+    Another process that uses it is an error, or waited for. Files of `atomic_write` that a killed
+    process has left half-written there are removed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -407,12 +344,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file, with or without a byte order mark, in which no key stands twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise UserError(f"{path}: the key {twice!r} stands twice: merge the two entries")
-        return result
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise UserError(f"{path}: the key {key!r} stands twice: merge the two entries")
+        return dict(pairs)
 
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
@@ -426,12 +361,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def size_text(size: int) -> str:
     """A number of bytes for people: `4.4 GB`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -441,21 +370,17 @@ def size_text(size: int) -> str:
 
 
 def require_room(needs: Iterable[tuple[Path, int]]) -> None:
-    """Check that the disk of each folder, which need not exist yet, has room for so many bytes.
-
-    Raises:
-        UserError: a disk is too full.
-    """
-    disks: dict[int, tuple[Path, int]] = {}
+    """Check that the disk of each folder, which need not exist yet, has room for so many bytes."""
+    places, needed = {}, Counter()
     for folder, size in needs:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        disk = there.stat().st_dev
-        place, needed = disks.get(disk, (there, 0))
-        disks[disk] = (place, needed + size)
-    for place, needed in disks.values():
+        needed[there.stat().st_dev] += size
+        places.setdefault(there.stat().st_dev, there)
+    for disk, place in places.items():
         free = shutil.disk_usage(place).free
-        if free < needed:
+        if free < needed[disk]:
             raise UserError(
-                f"the disk of {place} has {size_text(free)} free, but {size_text(needed)} are "
-                "needed: free some space, or choose another place with --data_dir"
+                f"the disk of {place} has {size_text(free)} free, but "
+                f"{size_text(needed[disk])} are needed: free some space, or choose another place "
+                "with --data_dir"
             )

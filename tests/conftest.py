@@ -6,15 +6,18 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from PIL import Image
+
+from utils import sole_user
 
 REPO = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
@@ -107,9 +110,26 @@ def build_encoder(family: str, folder: Path) -> Path:
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name`, made by whichever process of this test session needs it first.
+
+    Tests only read it.
+    """
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each process has its own folder in that of the session
+    folder, made = shared / name, shared / f"{name}.made"
+    with sole_user(made, wait=True):
+        if not (made / "whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            (made / "whole").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_encoder("vit", tmp_path_factory.mktemp("encoder"))
+    return made_once(tmp_path_factory, "encoder", lambda folder: build_encoder("vit", folder))
 
 
 def paint(colour: str, place: str, seed: int) -> Image.Image:
@@ -194,13 +214,19 @@ def run(
     )
 
 
+def train_small(data: Path, encoder: Path, *more: object) -> None:
+    """A short training that leaves its checkpoints in the data folder."""
+    result = run("train.py", *small_flags(data, encoder), *more)
+    assert result.returncode == 0, result.stderr
+    (data / "said.txt").write_text(result.stdout)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
     """A data folder in which a short training has left its checkpoints."""
-    data = write_photos(tmp_path_factory.mktemp("trained") / "data")
-    result = run(REPO / "train.py", *small_flags(data, encoder_dir))
-    assert result.returncode == 0, result.stderr
-    return data
+    return made_once(
+        tmp_path_factory, "trained", lambda data: train_small(write_photos(data), encoder_dir)
+    )
 
 
 def write_questions(data: Path) -> Path:
@@ -224,19 +250,9 @@ def write_questions(data: Path) -> Path:
 @pytest.fixture(scope="session")
 def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
     """A data folder in which a short training for both tasks has left its checkpoints."""
-    data = write_questions(write_photos(tmp_path_factory.mktemp("joint") / "data", 48))
-    flags = [
-        *small_flags(data, encoder_dir),
-        "--tasks",
-        "captions,questions",
-        "--epochs",
-        30,
-        "--scst_epochs",
-        2,
-        "--dropout",
-        0,
-    ]
-    result = run("train.py", *flags)
-    assert result.returncode == 0, result.stderr
-    data.joinpath("said.txt").write_text(result.stdout)
-    return data
+    more = "--tasks captions,questions --epochs 30 --scst_epochs 2 --dropout 0".split()
+
+    def make(folder: Path) -> None:
+        train_small(write_questions(write_photos(folder, 48)), encoder_dir, *more)
+
+    return made_once(tmp_path_factory, "joint", make)

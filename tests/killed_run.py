@@ -2,8 +2,8 @@
 
     python tests/killed_run.py WHERE COUNT flags of train.py ...
 
-WHERE: "features" (after so many shards of one batch each), "shards" (before the table of the
-so-manieth WebDataset shard, whose features are written), "update" (after so many),
+WHERE: "features" (after so many packs of one batch each), "shards" (before the table of the
+so-manieth shard, whose features are written), "update" (after so many),
 "validation" (at the start of so many), "save" (in the middle of writing the so-manieth .pt) or
 "rename" (whole, but not yet under its name). Under torchrun only the process of rank 1 does so, and
 only where the job was not started again.
@@ -62,10 +62,16 @@ def main() -> int:
     if place != ("1", "0"):
         return train.main(flags)
     if where == "features":
-        features.SHARD_BYTES = 1
-        features.write_shard = counted(features.write_shard, count, features.write_shard)
+        features.PACK_BYTES = 1
+        features.add_pack = counted(features.add_pack, count, features.add_pack)
     elif where == "shards":
-        shards.write_table = counted(shards.write_table, count, lambda *_: None)
+        write_pack = shards.write_pack
+
+        def without_table(*arguments: Any) -> None:
+            features.write_table = lambda *_: None
+            write_pack(*arguments)
+
+        shards.write_pack = counted(write_pack, count, without_table)
     elif where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":

@@ -107,11 +107,12 @@ def test_no_room_for_a_report(tmp_path, trained):
 
 @pytest.mark.fault
 def test_memory_too_short(tmp_path, trained, encoder_dir):
-    flags = [*small_flags(trained, encoder_dir), "--decoder_ff_dim", 2 * 10**9]
-    before = contents(trained)
+    data = Path(shutil.copytree(trained, tmp_path / "data"))
+    flags = [*small_flags(data, encoder_dir), "--decoder_ff_dim", 2 * 10**9]
+    before = contents(data)
     short = run("train.py", *flags, limits={resource.RLIMIT_AS: 20 * 2**30})
     assert_message(short, "out of memory", "smaller decoder")
-    assert contents(trained) == before
+    assert contents(data) == before
 
 
 # --- Kills ----------------------------------------------------------------------------------

@@ -19,17 +19,17 @@ from utils import Bar, UserError
 
 
 @pytest.fixture
-def setting(tmp_path, encoder_dir):
+def setting(tmp_path, encoder_dir, monkeypatch):
     data = write_photos(tmp_path / "data", 10)
     encoder = FrozenEncoder.load(str(encoder_dir))
     items = [(f"{i:03d}.png", view) for view in (0, 1, 2) for i in range(10)]
     said: list[str] = []
+    monkeypatch.setattr(features, "print", said.append, raising=False)
 
     def build(wanted=items, encoder=encoder, **options):
         said.clear()
-        options = {"batch_size": 4, "say": said.append} | options
-        cache, bad = build_features(encoder, data / "images", wanted, data / "f", **options)
-        return cache, bad
+        options = {"batch_size": 4} | options
+        return build_features(encoder, data / "images", wanted, data / "f", **options)
 
     return data / "images", encoder, items, build, said
 
@@ -101,7 +101,7 @@ def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_pa
 @pytest.mark.fault
 def test_an_interrupted_build_goes_on(setting, monkeypatch):
     image_dir, encoder, items, build, said = setting
-    monkeypatch.setattr(features, "SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr(features, "PACK_BYTES", 1)  # a pack a batch
     passes = []
     forward = type(encoder).forward
 
@@ -120,21 +120,20 @@ def test_an_interrupted_build_goes_on(setting, monkeypatch):
 
 
 @pytest.mark.fault(count=3)
-def test_a_damaged_shard_is_never_read_as_features(setting):
+def test_a_damaged_pack_is_never_read_as_features(setting):
     image_dir, encoder, items, build, said = setting
     cache, _ = build()
-    cache.close()
-    shard = next(cache.folder.glob("*.bin"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    pack = next(cache.folder.glob("*.bin"))
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     cache, _ = build()
-    with pytest.raises(UserError, match="shard_00000.bin is damaged"):
+    with pytest.raises(UserError, match="shard_00000.bin are damaged"):
         cache.read(items)
-    shard.unlink()  # what the message tells to do
+    pack.unlink()  # what the message tells to do
     cache, _ = build()
     assert_fresh(cache, encoder, image_dir, items)
-    shard = next(cache.folder.glob("*.bin"))
-    shard.write_bytes(whole[:-10])
+    pack = next(cache.folder.glob("*.bin"))
+    pack.write_bytes(whole[:-10])
     cache, _ = build()
     assert "not whole" in said[0]
     assert_fresh(cache, encoder, image_dir, items)

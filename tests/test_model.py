@@ -196,7 +196,7 @@ def test_four_captions_are_learned_to_the_letter():
 def test_batches_hold_each_photo_once_with_little_padding():
     dice = torch.Generator().manual_seed(5)
     lengths = torch.randint(6, 20, (700, 5), generator=dice).tolist()
-    rows = CaptionRows({f"{i}": captions(group) for i, group in enumerate(lengths)})
+    rows = CaptionRows({f"{i}": captions(group) for i, group in enumerate(lengths)}, None)
     batches = list(rows.batches(32, seed=1, epoch=2))
     assert len(batches) == rows.count(32)
     names = [name for batch in batches for name in batch.names]

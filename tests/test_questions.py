@@ -148,7 +148,7 @@ def test_a_question_carries_no_loss():
     assert batch.asked.tolist() == [False] * 3 + [True] * 4
     read = batch.tokens.flatten()[batch.places]
     assert read.tolist() == [START_ID, 10, 11, ANSWER_ID, 22, ANSWER_ID, 22]
-    assert CaptionRows({"a": [caption, asked]}).captions_of(["a"]) == 2
+    assert CaptionRows({"a": [caption, asked]}, None).texts == (1, 1)
 
 
 def test_prefixes_of_many_lengths_are_answered_as_each_alone():

@@ -21,7 +21,7 @@ import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
-from shards import Stock, Stream, StreamedRows, read_shard, stock_folder, take_stock
+from shards import Stock, StreamedRows, read_shard, take_stock
 from tests.conftest import COLOURS, paint, run, small_flags
 from tests.download_server import DownloadServer, Remote, serving
 from tests.test_distributed import figures, torchrun
@@ -193,36 +193,53 @@ def test_a_server_that_never_gives_it_is_named(server):
 # --- Taking stock ---------------------------------------------------------------------------
 
 
-@pytest.mark.fault(count=8)
-def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder):
-    pattern = write_shards(tmp_path / "tars", [5, 3, 4])
-    urls, said = shards.expand_shards(pattern), []
-    first = take_stock(encoder, urls, tmp_path / "f", batch_size=2, say=said.append)
+def layout(stock: Stock) -> list[tuple[int, int, int]]:
+    """Photos, captions and bytes of features of each shard with photos."""
+    return [(shard.photos, shard.captions, shard.bytes) for shard in stock.shards]
+
+
+def write_as_before(table: Path) -> None:
+    """Bring a table into the form that earlier versions gave it, and leave a manifest beside it."""
+    content = json.loads(table.read_text())
+    keys, captions, checksums = zip(*content.pop("items"), strict=True)
+    del content["bytes"]
+    content |= {"keys": keys, "captions": captions, "checksums": checksums}
+    table.write_text(json.dumps(content))
+    (table.parent / "manifest.json").write_text('{"shards": []}')
+
+
+@pytest.mark.fault(count=7)
+def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys):
+    urls = shards.expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
+
+    def taken() -> tuple[Stock, str]:
+        stock = take_stock(encoder, urls, tmp_path / "f", batch_size=2)
+        return stock, capsys.readouterr().out
+
     each = 17 * 32 * 2  # vectors, width, bytes of a number
-    assert [(s.photos, s.captions, s.bytes / each) for s in first] == [(n, n, n) for n in (5, 3, 4)]
-    said.clear()
-    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == first and not said
+    first, said = taken()
+    assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 to read" in said
+    again, said = taken()
+    assert again.shards == first.shards and not said
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
-    again = take_stock(encoder, urls, tmp_path / "f", say=said.append)
-    assert [s.photos for s in again] == [5, 6, 4] and "1 to read, 2 known" in said[0]
-    folder = stock_folder(encoder, tmp_path / "f", torch.float32, said.append)
-    next(folder.glob("00000*.bin")).unlink()  # as a message may have said
-    next(folder.glob("00002*.json")).unlink()
-    said.clear()
-    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again
-    assert "2 to read, 1 known" in said[0]
-    (folder / "manifest.json").unlink()  # as if the run had been killed before it was written
-    said.clear()
-    assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again and not said
-    (table,) = folder.glob("00000*.json")
+    first, said = taken()
+    assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 to read, 2 known" in said
+    tables = [shard.table for shard in first.shards]
+    write_as_before(tables[0])
+    again, said = taken()
+    assert again.shards == first.shards and not said
+    rows = [first.features.read([(first.name((0, row)), 0)]) for row in range(5)]
+    assert all(torch.equal(again.load([again.name((0, i))])[0], rows[i]) for i in range(5))
+    tables[0].with_suffix(".bin").unlink()  # as a message may have said
+    tables[2].unlink()  # as if the run had been killed before it was written
+    again, said = taken()
+    assert again.shards == first.shards and "2 to read, 1 known" in said
     for damage in ("{", "[]", '{"name": 1}'):
-        table.write_text(damage)
-        (folder / "manifest.json").write_text(damage)
+        tables[0].write_text(damage)
         with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
-            list(Stock(folder, again).first_texts())
-        said.clear()
-        assert take_stock(encoder, urls, tmp_path / "f", say=said.append) == again
-        assert "1 to read, 2 known" in said[0]
+            list(Stock(first.shards).first_texts())
+        again, said = taken()
+        assert again.shards == first.shards and "1 to read, 2 known" in said
 
 
 @pytest.mark.fault
@@ -233,37 +250,37 @@ def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, 
         files += [(f"{number}.png", content), (f"{number}.txt", caption(number).encode())]
     path = tmp_path / "00000.tar"
     path.write_bytes(pack(files))
-    with pytest.raises(UserError, match=r"MAX_BAD_IMAGES = 1 .*\n.*00000.tar: 1 is not a readable"):
+    with pytest.raises(UserError, match=r"MAX_BAD_IMAGES = 1:\n.*00000.tar: 1 is not a readable"):
         take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)
-    (shard,) = take_stock(encoder, [str(path)], tmp_path / "f", max_bad=2)
-    assert shard.photos == 4 and "00000.tar: 4 is not" in capsys.readouterr().out
-    stock = Stock(stock_folder(encoder, tmp_path / "f", torch.float32, print), [shard])
-    assert stock.table(0)["keys"] == ["0", "2", "3", "5"]
-    listed = take_stock(encoder, [str(path)], tmp_path / "g", keep_features=False)
-    folder = stock_folder(encoder, tmp_path / "g", torch.float32, print)
-    stream = Stream(folder, listed, encoder, torch.float32, 2)
+    stock = take_stock(encoder, [str(path)], tmp_path / "f", max_bad=2)
+    assert len(stock) == 4 and "00000.tar: 4 is not" in capsys.readouterr().out
+    assert [item[0] for item in stock.table(0)["items"]] == ["0", "2", "3", "5"]
+    stream = take_stock(encoder, [str(path)], tmp_path / "g", keep_features=False, max_bad=2)
     tokenizer = CaptionTokenizer.train(stream.first_texts(), 300)
-    (batch,) = StreamedRows(stream, tokenizer, 30, 10).batches(8, 0, 0)
-    lost, features = stream.load(batch)
+    rows = StreamedRows(stream, tokenizer, 30, 10)
+    (batch,) = rows.batches(8, 0, 0)
+    lost, features = rows.load(batch)
     carrying = {int(row) for row in lost.places // lost.tokens.shape[1]}
     bad = {row for row, name in enumerate(batch.names) if name[-1] in "14"}
     assert carrying == set(range(6)) - bad and len(bad) == 2 and len(features) == 6
+    stream.max_bad = 1
+    (batch,) = rows.batches(8, 0, 1)
+    with pytest.raises(UserError, match="MAX_BAD_IMAGES = 1"):
+        rows.load(batch)
 
 
 @pytest.mark.fault
 def test_damaged_features_are_named(tmp_path, encoder):
     urls = shards.expand_shards(write_shards(tmp_path / "tars", [3]))
-    found = take_stock(encoder, urls, tmp_path / "f")
-    folder = stock_folder(encoder, tmp_path / "f", torch.float32, print)
-    (binary,) = folder.glob("*.bin")
+    stock = take_stock(encoder, urls, tmp_path / "f")
+    binary = stock.shards[0].table.with_suffix(".bin")
     content = bytearray(binary.read_bytes())
     content[-1] ^= 1
     binary.write_bytes(content)
-    stock = Stock(folder, found)
     rows = StreamedRows(stock, CaptionTokenizer.train(stock.first_texts(), 300), 30, 10)
-    with pytest.raises(UserError, match=rf"{binary.name} is damaged"):
+    with pytest.raises(UserError, match=rf"{binary.name} are damaged"):
         for batch in rows.batches(2, 0, 0):
-            stock.load(batch)
+            rows.load(batch)
 
 
 # --- Batches --------------------------------------------------------------------------------
@@ -277,11 +294,8 @@ def both(tmp_path_factory, encoder) -> tuple[StreamedRows, StreamedRows]:
     folder = tmp_path_factory.mktemp("stock")
     urls = shards.expand_shards(write_shards(folder / "tars", SIZES))
     root = folder / "f"
-    where = stock_folder(encoder, root, torch.float32, print)
-    stream = Stream(
-        where, take_stock(encoder, urls, root, keep_features=False), encoder, torch.float32, 0
-    )
-    stock = Stock(where, take_stock(encoder, urls, root))
+    stream = take_stock(encoder, urls, root, keep_features=False)
+    stock = take_stock(encoder, urls, root)
     tokenizer = CaptionTokenizer.train(stock.first_texts(), 400)
     return StreamedRows(stock, tokenizer, 40, 20), StreamedRows(stream, tokenizer, 40, 20)
 
@@ -308,18 +322,22 @@ def test_the_order_is_the_seeds_and_drawn_from_a_bounded_pool(both):
         names(list(rows.batches(4, seed, epoch))) for seed, epoch in ((0, 0), (0, 0), (0, 1))
     )
     assert first == same != other and sorted(first) == sorted(other)
-    order = [rows.stock.number(name) for name in first]
-    spans = rows._spans(0, 0, 0, len(rows))
-    place = {
-        start + row: at
-        for at, (start, row) in enumerate(
-            (rows.stock.starts[shard], row) for shard, *ends in spans for row in range(*ends)
-        )
-    }
+    order = list(rows._in_order(0, 0, 0, len(rows)))
+    assert sorted(order) != order != [rows.stock.place(name) for name in first]
     narrow = StreamedRows(rows.stock, rows.tokenizer, 40, 3)
-    assert order != sorted(order)
-    for number, _ in zip(narrow._shuffled(spans, (0,)), range(20), strict=False):
-        assert place[number] < 20 + 3 + 1
+    drawn = narrow._shuffled(iter(order), (0,))
+    assert all(order.index(place) < n + 3 + 1 for n, place in zip(range(20), drawn, strict=False))
+
+
+def test_an_order_has_a_name_that_changes_with_it(both):
+    rows, streamed = both
+    name = rows.order(4, 0, Team())
+    assert name == rows.order(4, 0, Team()) == streamed.order(4, 0, Team())
+    other = StreamedRows(rows.stock, rows.tokenizer, 40, 21)
+    others = [rows.order(5, 0, Team()), rows.order(4, 1, Team()), rows.order(4, 0, Team(0, 2))]
+    fewer = StreamedRows(Stock(rows.stock.shards[1:]), rows.tokenizer, 40, 20)
+    others += [other.order(4, 0, Team()), fewer.order(4, 0, Team())]
+    assert len({name, *others}) == 6
 
 
 @pytest.mark.parametrize("skip", [0, 1, 5, 13, 26])
@@ -331,8 +349,8 @@ def test_going_on_in_mid_epoch_meets_the_rest(both, skip, monkeypatch):
     kept, streamed = both
     whole = list(kept.batches(4, 0, 2))
     for rows in both:
-        loaded = [rows.stock.load(batch) for batch in rows.batches(4, 0, 2, skip)]
-        expected = [kept.stock.load(batch) for batch in whole[skip:]]
+        loaded = [rows.load(batch) for batch in rows.batches(4, 0, 2, skip)]
+        expected = [kept.load(batch) for batch in whole[skip:]]
         assert names([batch for batch, _ in loaded]) == names(whole[skip:])
         for (batch, features), (twin, wanted) in zip(loaded, expected, strict=True):
             assert torch.equal(batch.tokens, twin.tokens)
@@ -415,10 +433,9 @@ def test_processes_share_the_stock_and_the_epoch(tmp_path, encoder_dir, tars, ke
     assert shared.returncode == 0, shared.stderr
     first, last = figures(shared.stdout)
     assert last[0] < first[0] - 0.1  # it learns
-    (manifest,) = tmp_path.rglob("manifest.json")
-    found = json.loads(manifest.read_text())["shards"]
-    assert sorted(shard["photos"] for shard in found) == [6, 8, 9, 11]
-    assert len(list(manifest.parent.glob("0*.bin"))) == (4 if keep == "true" else 0)
+    tables = list(tmp_path.rglob("shards/*.json"))
+    assert sorted(len(json.loads(path.read_text())["items"]) for path in tables) == [6, 8, 9, 11]
+    assert len(list(tmp_path.rglob("shards/*.bin"))) == (4 if keep == "true" else 0)
 
 
 @pytest.mark.fault
@@ -502,7 +519,7 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
         assert "c0ffee" in url and "c0ffee" not in shards.shard_name(url)
         (url,) = shards.expand_shards(server.url(f"0.tar?token={key}"))
         server.files[url.split("/")[-1]] = Remote(shard_of(range(3)))
-        found.append(take_stock(encoder, [url], tmp_path / "f")[0].name)
+        found.append(take_stock(encoder, [url], tmp_path / "f").shards[0].name)
     assert found[0] == found[1] and len(server.seen) == 2  # the third one's address is another
     written = b"".join(path.read_bytes() for path in (tmp_path / "f").rglob("*.json"))
     assert written and b"c0ffee" not in written

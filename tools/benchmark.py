@@ -13,6 +13,7 @@ smallest and the largest. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,10 +35,10 @@ from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
 from distributed import joined, share_gradients
 from encoder import FrozenEncoder
-from features import FeatureCache, build_features, write_shard
+from features import FeatureCache, add_pack, build_features, write_pack
 from generation import GenerationOptions, generate
 from model import CaptionModel
-from shards import Stock, StreamedRows, table_path, write_table
+from shards import Shard, Stock, StreamedRows, table_path
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, CaptionTokenizer
 from utils import (
     autocast,
@@ -179,7 +179,7 @@ def measure_training(
     device: torch.device, dtype: torch.dtype, repeats: int, compiled: bool
 ) -> dict[str, object]:
     """Captions a second over 20 epochs, ours beside the rival's, and how near the limit."""
-    rows = CaptionRows(flickr_like_captions(2048))
+    rows = CaptionRows(flickr_like_captions(2048), None)
     batches = list(rows.batches(32, 0, 0))
     ours, rival = our_model(device).train(), rival_model(device).train()
     if compiled:
@@ -284,7 +284,10 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         inputs = encoder.preprocess([image] * batch_size)
 
         def build() -> None:
-            with tempfile.TemporaryDirectory(dir=folder) as root:
+            with (
+                tempfile.TemporaryDirectory(dir=folder) as root,
+                contextlib.redirect_stdout(None),
+            ):
                 build_features(
                     encoder,
                     photos,
@@ -292,7 +295,6 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
                     Path(root),
                     dtype=dtype,
                     batch_size=batch_size,
-                    say=lambda text: None,
                 )
 
         def bare() -> None:
@@ -318,14 +320,14 @@ def resident_after_steps(photos: int, result) -> None:
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         cache = synthetic_cache(Path(folder), photos)
-        rows = CaptionRows(flickr_like_captions(photos))
+        rows = CaptionRows(flickr_like_captions(photos), cache)
         model = CaptionModel(64, DecoderConfig(VOCAB, width=64, layers=1, heads=1, ff_dim=64))
         epochs = itertools.count()
         batches = itertools.chain.from_iterable(rows.batches(32, 0, epoch) for epoch in epochs)
         started, most = time.perf_counter(), 0.0
         for batch in itertools.islice(batches, STEPS):
-            features = cache.read([(name, 0) for name in batch.names]).float()
-            model.loss(features, batch).backward()
+            batch, features = rows.load(batch, None)
+            model.loss(features.float(), batch).backward()
             model.zero_grad()
             most = max(most, resident_kilobytes() / 1024)
         taken = (time.perf_counter() - started) / STEPS
@@ -337,9 +339,10 @@ def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
     entries: dict = {}
     for start in range(0, photos, 256):
         part = [f"{i}" for i in range(start, min(photos, start + 256))]
-        block = list(np.random.default_rng(start).random((len(part), 196, 64)).astype(np.float16))
-        write_shard(folder, block, [(name, 0, 0, 0, "") for name in part], entries)
-    return FeatureCache(folder, (196, 64), entries)
+        block = np.random.default_rng(start).random((len(part), 196, 64)).astype(np.float16)
+        labels = [(name, 0, 0, 0, "") for name in part]
+        entries |= add_pack(folder, [(labels, torch.from_numpy(block))])
+    return FeatureCache(folder, entries)
 
 
 def resident_after_streaming(photos: int, result) -> None:
@@ -353,7 +356,7 @@ def resident_after_streaming(photos: int, result) -> None:
         model = CaptionModel(32, size)
         started, most = time.perf_counter(), 0.0
         for step, batch in enumerate(rows.batches(32, 0, 0)):
-            batch, features = stock.load(batch)
+            batch, features = rows.load(batch)
             if step % 50 == 0:
                 model.loss(features.float(), batch).backward()
                 model.zero_grad()
@@ -368,13 +371,14 @@ def synthetic_stock(folder: Path, photos: int, each: int = 10000) -> Stock:
     shards = []
     for start in range(0, photos, each):
         ranks = dice.zipf(1.2, (each, 11)) % 8000
-        samples = [(f"{start + i:09d}", [" ".join(row)]) for i, row in enumerate(words[ranks])]
+        labels = [(f"{start + i:09d}", [" ".join(row)]) for i, row in enumerate(words[ranks])]
         block = dice.random((each, 2, 32)).astype(np.float16)
-        checksums = [zlib.crc32(row.tobytes()) for row in block]
         url = f"pipe:{start // each:05d}"
-        table_path(folder, url).with_suffix(".bin").write_bytes(block.tobytes())
-        shards.append(write_table(folder, url, samples, block.shape[1:], checksums))
-    return Stock(folder, shards)
+        table = table_path(folder, url)
+        parts = [(labels, torch.from_numpy(block))]
+        write_pack(table.with_suffix(".bin"), parts, {"name": url, "version": None})
+        shards.append(Shard.of(table, url))
+    return Stock(shards)
 
 
 def measure_memory() -> dict[str, object]:
@@ -471,7 +475,7 @@ def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
     with joined(device_name) as team:
         device = team.device(device_name)
         dtype = choose_dtype(precision, device)
-        rows = CaptionRows(flickr_like_captions(32 * (repeats + 1)))
+        rows = CaptionRows(flickr_like_captions(32 * (repeats + 1)), None)
         model = our_model(device).train()
         shared = share_gradients(model, team)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -9,12 +9,11 @@ be remembered out. Tokenizer, special ids and the encoder's identity stand in it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,11 +93,7 @@ class Step(nn.Module):
 
 
 def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
-    """The decoder as an ONNX graph, with what its user needs to know in its metadata.
-
-    Raises:
-        UserError: the weights don't fit into one ONNX file.
-    """
+    """The decoder as an ONNX graph, with what its user needs to know in its metadata."""
     size = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
     if size > LARGEST:
         raise UserError(f"the decoder takes {size_text(size)}, an ONNX file holds at most 2 GB")
@@ -106,7 +101,10 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     inputs = [torch.zeros([EXAMPLE.get(x, x) for x in shape]) for shape in shapes.values()]
     inputs[1:3] = (x.long() for x in inputs[1:3])
     axes = [{i: x for i, x in enumerate(shape) if x in EXAMPLE} for shape in shapes.values()]
-    with torch.no_grad(), quiet():
+    # The exporter speaks of its own inner matters, such as a missing torchvision.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             Step(checkpoint.model).eval(),
             (*inputs[:3], inputs[3:]),
@@ -135,32 +133,11 @@ def input_shapes(model: CaptionModel) -> dict[str, tuple[int | str, ...]]:
     return shapes
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter from speaking of its own inner matters, such as a missing torchvision."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
-
-
 def forget_origin(graph: onnx.ModelProto) -> None:
     """Take out the exporter's notes, which name the source lines and folders of this machine."""
     inner = graph.graph
-    for part in (
-        graph,
-        inner,
-        *inner.node,
-        *inner.value_info,
-        *inner.input,
-        *inner.output,
-        *inner.initializer,
-    ):
+    values = (*inner.value_info, *inner.input, *inner.output, *inner.initializer)
+    for part in (graph, inner, *inner.node, *values):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 
@@ -229,11 +206,7 @@ def largest_difference(path: Path, model: CaptionModel) -> float:
 
 
 def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
-    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference.
-
-    Raises:
-        UserError: it doesn't, or the file can't be written; there is no file then.
-    """
+    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference."""
     graph = to_onnx(checkpoint)
     with atomic_write(path) as temporary:
         temporary.write_bytes(graph.SerializeToString())
