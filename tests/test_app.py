@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -9,10 +10,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -49,10 +53,27 @@ class Server:
         return status, json.loads(content)
 
 
+# The page with shorter limits and slower captions, each of which is announced.
+SLOWLY = """
+import time
+from tools import app
+app.HEAD_SECONDS, app.BODY_SECONDS, app.CONNECTIONS = 1, 2, 100
+quickly = app.explain
+def slowly(captioner, picture, question, options):
+    print("captioning", flush=True)
+    time.sleep(0.4)
+    if options.get("seed") == 500:
+        raise RuntimeError("a fault of ours")
+    return quickly(captioner, picture, question, options)
+app.explain = slowly
+app.main()
+"""
+
+
 @contextmanager
-def running(checkpoint, *flags):
+def running(checkpoint, *flags, script=("-m", "tools.app")):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.app", "--checkpoint", checkpoint, "--port", "0", *flags],
+        [sys.executable, *script, "--checkpoint", checkpoint, "--port", "0", *flags],
         cwd=REPO,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -66,7 +87,7 @@ def running(checkpoint, *flags):
         yield Server(process, int(address.group(1)))
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -180,22 +201,134 @@ def test_foreign_names_and_foreign_pages_are_refused(server, photo):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://[{server.host}"):
         assert status("POST", "/write", Origin=origin) == 403, origin
     assert status("POST", "/write", Origin=f"http://{server.host}") == 200
+    for site, expected in {"cross-site": 403, "same-site": 403, "same-origin": 200}.items():
+        assert status("POST", "/write", **{"Sec-Fetch-Site": site}) == expected
+        assert status("GET", "/about", **{"Sec-Fetch-Site": site}) == expected
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert status("GET", "/", **link) == 200 and status("POST", "/write", **link) == 403
     assert status("GET", "/write") == 405
     assert status("GET", "/../config.py") == status("GET", "/app.py") == 404
 
 
 def test_many_at_once_are_all_answered_alike(server, photo):
-    answers = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(server.write(photo, beam_size=2)))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = at_once([lambda: server.write(photo, beam_size=2)] * 8)
     assert len(answers) == 8 and all(answer == answers[0] for answer in answers)
     assert answers[0][0] == 200
+
+
+# --- Load -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(joint):
+    with running(joint / "captioner_best_cider.safetensors", script=("-c", SLOWLY)) as server:
+        yield server
+
+
+def said(server, *, errors=0) -> str:
+    """End the page as Ctrl-C does; returns what it printed, where its errors are so many."""
+    server.process.send_signal(signal.SIGINT)
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and err.count("Traceback") == errors, err
+    return out
+
+
+def head(size: int, path="/write") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
+
+
+def started(server, content: bytes) -> socket.socket:
+    """A connection on which so much was sent, and that waits."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(content)
+    return connection
+
+
+def test_half_open_connections_end_and_don_t_keep_others_out(slow, photo):
+    begun = [b"", b"GET / HT", head(9), head(9) + b"half", head(9, "/nowhere") + b"half"]
+    half = [started(slow, begun[i % len(begun)]) for i in range(250)]
+    assert slow.write(photo)[0] == 200
+    for connection in half:
+        with connection, contextlib.suppress(ConnectionResetError):
+            while connection.recv(10_000):  # until the end, or the time-out's error
+                pass
+    assert said(slow)
+
+
+def test_who_left_is_not_captioned(slow, photo):
+    whole = head(len(photo)) + photo
+    for connection in [started(slow, whole) for _ in range(12)]:
+        connection.close()
+    started(slow, head(len(photo)) + photo[:20]).close()  # in the middle of its upload
+    assert slow.write(photo)[0] == 200
+    assert said(slow).count("captioning") <= 3  # the first had its turn at once
+
+
+def test_what_waits_is_bounded(joint):
+    large = os.urandom(5_000_000)
+    patient = SLOWLY.replace("= 1, 2,", "= 60, 60,")
+    flags = joint / "captioner_best_cider.safetensors", "--max_megabytes", "5"
+    with running(*flags, script=("-c", patient)) as slow:
+        before = peak_megabytes(slow)
+        answers = at_once([lambda: slow.ask("POST", "/write", large)] * 40)
+        assert {status for status, _, _ in answers} == {400, 503}
+        assert all(h["Retry-After"] for status, h, _ in answers if status == 503)
+        assert peak_megabytes(slow) - before < 150  # of 200 that were sent
+        assert slow.write(large)[0] == 400  # there is room again
+        small = at_once([lambda: slow.ask("POST", "/write", b"x")] * 40)
+        assert 16 <= sum(status == 400 for status, _, _ in small) < 40
+        said(slow)
+
+
+def peak_megabytes(server) -> float:
+    return int(re.search(r"VmHWM:\s+(\d+)", read_proc(f"{server.process.pid}/status"))[1]) / 1024
+
+
+def read_proc(name: str) -> str:
+    path = Path("/proc", name)
+    return path.read_text() if path.exists() else pytest.skip("only Linux tells this")
+
+
+def at_once(calls):
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+def test_every_answer_has_the_headers(slow, photo):
+    asked = {
+        200: ("GET", "/", None),
+        403: ("POST", "/write", photo, "evil.example"),
+        404: ("GET", "/nowhere", None),
+        405: ("GET", "/write", None),
+        413: ("POST", "/write", bytes(20_000_001)),
+        500: ("POST", "/write?seed=500", photo),
+    }
+    answers = {}
+    for status, (method, path, body, *host) in asked.items():
+        answers[status] = slow.ask(method, path, body, Host=(host or ["localhost"])[0])
+    busy = at_once([lambda: slow.ask("POST", "/write", photo)] * 30)
+    answers[503] = next(answer for answer in busy if answer[0] == 503)
+    with started(slow, b"no HTTP at all\r\n\r\n") as connection:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        answers[400] = answer.status, answer.headers, b"{}"
+    for status, (got, headers, content) in answers.items():
+        assert got == status
+        assert "default-src 'none'" in headers["Content-Security-Policy"], status
+        assert headers["X-Content-Type-Options"] == "nosniff" and "Server" not in headers
+        assert status == 200 or "Traceback" not in content.decode()
+    said(slow, errors=1)
+
+
+def test_it_ends_at_once_whatever_waits(slow, photo):
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(slow.write, photo) for _ in range(12)]
+        slow.process.stdout.readline()  # the first is being captioned
+        time.sleep(0.3)
+        begun = time.monotonic()
+        said(slow)
+        assert time.monotonic() - begun < 1.5
+        assert {answer.result()[0] for answer in answers} <= {200, 503}
 
 
 # --- The command ----------------------------------------------------------------------------
@@ -218,10 +351,9 @@ def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
             text=True,
         )
         assert heard.returncode == 1 and "--port" in heard.stderr
-        table = open("/proc/net/tcp").read() if os.path.exists("/proc/net/tcp") else ""
-        if table:
-            (line,) = [x for x in table.splitlines() if f":{server.port:04X} 00000000:0000" in x]
-            assert "0100007F:" in line  # 127.0.0.1
+        table = read_proc("net/tcp").splitlines()
+        (line,) = [x for x in table if f":{server.port:04X} 00000000:0000" in x]
+        assert "0100007F:" in line  # 127.0.0.1
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(20) == 0
         assert server.process.stderr.read() == ""
@@ -236,9 +368,14 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     ]
 
 
-def test_a_missing_checkpoint_is_said(tmp_path):
-    result = run("-m", "tools.app", "--checkpoint", tmp_path / "absent.pt", "--port", 0)
-    assert result.returncode == 1 and "absent.pt" in result.stderr
+@pytest.mark.parametrize(
+    "flags, expected",
+    [([], "absent.pt"), *((["--max_megabytes", x], "max_megabytes") for x in ("nan", "0", "inf"))],
+)
+def test_a_missing_checkpoint_and_bad_flags_are_said(tmp_path, flags, expected):
+    checkpoint = tmp_path / "absent.pt"
+    result = run("-m", "tools.app", "--checkpoint", checkpoint, "--port", 0, *flags)
+    assert result.returncode == 1 and expected in result.stderr
     assert "Traceback" not in result.stderr
 
 
