@@ -1,7 +1,16 @@
-"""A page in the browser: give it a photo, read its captions, see where each word looked.
+"""A page in the browser: give it photos, read their captions, see where each word looked.
 
     pip install -r requirements-app.txt
     python -m tools.app --checkpoint captioner_best_cider.safetensors
+    curl --data-binary @photo.jpg "http://127.0.0.1:8000/caption?others=3"
+
+`POST /caption` takes a photo as its body. In its query may stand `question`, `beam_size`,
+`sample=true` with `temperature`, `top_p` and `seed`, `others` (so many other ways to say it, by
+diverse beam search) and `maps=true` (where each word looked). It answers in JSON with `captions`,
+or `answers` to a question, best first, and `others`; each has a `text`, a `score` (log-probability
+a token, by which it was searched for) and a `confidence` (the chance that the model gave its
+tokens, as a geometric mean). What goes wrong is an `error` in words, with a status of 400 and more.
+`GET /health` says that it runs, and what the checkpoint can do.
 
 Only this machine can open it, unless --host says otherwise. Photos are kept nowhere.
 """
@@ -13,7 +22,9 @@ import asyncio
 import contextlib
 import io
 import ipaddress
+import math
 import os
+import random
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -37,20 +48,23 @@ except ModuleNotFoundError as error:
         f"error: the page needs {error.name}: run pip install -r requirements-app.txt"
     ) from None
 
+from demo import scenes
 from encoder import ImageError
 from inference import Captioner, Explained, add_captioner_flags, captioner_of
 from utils import UserError, check_ranges, run_script, script_parser
 
 PAGE = Path(__file__).with_name("app.html")
-# What the page may ask for: the kind of number, the least and the most.
+# What may be asked for: the kind of number, the least and the most.
 LIMITS: dict[str, tuple[type, float, float]] = {
     "beam_size": (int, 1, 10),
+    "others": (int, 0, 9),
     "temperature": (float, 0.1, 5),
     "top_p": (float, 0.05, 1),
     "seed": (int, 0, 2**32 - 1),
 }
-WAITING = 16  # pictures at once, the one that is being captioned included
-ROOM = 8  # all that wait have together at most so many times the largest picture's bytes
+SAMPLES = 4  # drawings to try
+WAITING = 16  # photos at once, the one that is being captioned included
+ROOM = 8  # all that wait have together at most so many times the largest photo's bytes
 CONNECTIONS = 200  # more, and idle ones are closed
 # Within which a request's head and its body must come, and its answer must have been taken.
 HEAD_SECONDS, BODY_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 600.0
@@ -74,26 +88,36 @@ class Service:
 
     def __init__(self, captioner: Captioner, max_megabytes: float):
         self.captioner, self.max_megabytes = captioner, max_megabytes
-        self.turn = asyncio.Lock()  # one picture at a time: each has the whole machine
-        self.waiting = 0  # pictures, the one that is being captioned included
-        self.room = int(ROOM * max_megabytes * 1e6)  # bytes of pictures that may still come
+        self.turn = asyncio.Lock()  # one photo at a time: each has the whole machine
+        self.waiting = 0  # photos, the one that is being captioned included
+        self.room = int(ROOM * max_megabytes * 1e6)  # bytes of photos that may still come
 
     async def page(self, _: Request) -> Response:
         return FileResponse(PAGE)
 
-    async def about(self, _: Request) -> Response:
+    async def health(self, _: Request) -> Response:
         return JSONResponse(
             {
+                "status": "ok",
                 "tasks": self.captioner.tasks,
-                "beam_size": min(self.captioner.options.beam_size, LIMITS["beam_size"][2]),
+                "beam_size": self.captioner.options.beam_size,
                 "max_megabytes": self.max_megabytes,
+                "samples": SAMPLES,
             }
         )
 
-    async def write(self, request: Request) -> Response:
-        async with self.received(request) as picture:
-            question = request.query_params.get("question")
-            task = explain, self.captioner, picture, question, read_options(request.query_params)
+    async def sample(self, request: Request) -> Response:
+        number = request.path_params["number"]
+        if number >= SAMPLES:
+            raise HTTPException(404, f"There are only {SAMPLES} samples.")
+        dice, file = random.Random(number), io.BytesIO()
+        scene = scenes.invent(dice, scenes.distinct)
+        scenes.paint(scene, scenes.arrange(scene, dice), dice, shrink=1).save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    async def caption(self, request: Request) -> Response:
+        async with self.received(request) as photo:
+            task = write, self.captioner, photo, request.query_params
             async with self.turn:
                 if await request.is_disconnected():
                     raise ClientDisconnect
@@ -128,37 +152,22 @@ class Service:
 
 
 def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
-    """The page's server; `host` is the name that it is opened by, beside localhost and addresses.
-
-    Routes: `/` is the page, `/about` what the checkpoint can do, and `/write` takes a picture as
-    its body and, as its query, a question and the fields of `LIMITS`.
-    """
+    """The server; `host` is the name that it is opened by, beside localhost and addresses."""
     service = Service(captioner, max_megabytes)
-
-    async def refused(_: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, error.detail, error.headers)
-
-    async def mistaken(_: Request, error: UserError) -> Response:
-        return problem(400, str(error))
-
-    async def left(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # to nobody
-
-    async def failed(_: Request, __: Exception) -> Response:
-        return problem(500, "Something went wrong here; the terminal says more.")
 
     return Starlette(
         routes=[
             Route("/", service.page),
-            Route("/about", service.about),
-            Route("/write", service.write, methods=["POST"]),
+            Route("/health", service.health),
+            Route("/samples/{number:int}", service.sample),
+            Route("/caption", service.caption, methods=["POST"]),
         ],
         middleware=[Middleware(Guarded, host=host)],
         exception_handlers={
-            HTTPException: refused,
-            UserError: mistaken,
-            ClientDisconnect: left,
-            Exception: failed,
+            HTTPException: lambda _, error: problem(error.status_code, error.detail, error.headers),
+            UserError: lambda _, error: problem(400, str(error)),
+            ClientDisconnect: lambda *_: Response(status_code=400),  # to nobody
+            Exception: lambda *_: problem(500, "Something went wrong; the terminal says more."),
         },
     )
 
@@ -214,53 +223,68 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def read_options(query: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `GenerationOptions` from a query."""
-    options: dict[str, Any] = {"sample": query.get("sample") == "true", "groups": 1}
+def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
         try:
-            options[name] = kind(query[name])
+            numbers[name] = kind(query[name])
         except ValueError:
-            options[name] = float("nan")  # within no limits
-        if not least <= options[name] <= most:
+            numbers[name] = math.nan  # within no limits
+        if not least <= numbers[name] <= most:
             raise UserError(f"{name} must be a number from {least:g} to {most:g}.")
-    return options
+    return numbers
 
 
-def explain(
-    captioner: Captioner, picture: BinaryIO, question: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """What is written about a picture, best first, as the page wants it."""
+def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> dict[str, Any]:
+    """What is written about a photo, as JSON can hold it."""
+    numbers, question = read_numbers(query), query.get("question")
+    wanted = numbers.pop("others", 0)
+    options = numbers | {"sample": query.get("sample") == "true", "groups": 1}
     if question is not None and not question.strip():
         raise UserError("The question is empty.")
     try:
-        picture.seek(0)
-        image = captioner.encoder.open(picture)
+        photo.seek(0)
+        image = captioner.encoder.open(photo)
     except ImageError:
         raise UserError(
             "That file can't be read as a picture: it may be damaged, too large, or of another "
             "kind. Try a JPEG or a PNG."
         ) from None
     grid, found = captioner.explain(image, question, **options)
-    return {
-        "rows": grid.rows,
-        "columns": grid.columns,
-        "area": grid.area,
-        "found": [as_plain(each) for each in found],
+    others: dict[str, Explained] = {}
+    if wanted:
+        # One beam a group, so that none is a variant of another; one more, as one may be the best.
+        diverse = {"beam_size": wanted + 1, "groups": wanted + 1, "sample": False}
+        _, more = captioner.explain(image, question, **options | diverse)
+        others = {each.text: each for each in more if each.text != found[0].text}
+    maps = query.get("maps") == "true"
+    where = {"rows": grid.rows, "columns": grid.columns, "area": grid.area} if maps else {}
+    return where | {
+        "answers" if question else "captions": [as_plain(each, maps) for each in found],
+        "others": [as_plain(each, maps) for each in others.values()][:wanted],
     }
 
 
-def as_plain(each: Explained) -> dict[str, Any]:
-    """A caption with its words' maps, each from 0 to 255, in reading order."""
+def as_plain(found: Explained, maps: bool) -> dict[str, Any]:
+    """A caption; with its words' maps, each from 0 to 255, in reading order."""
+    written = found.hypothesis
+    length = len(written.tokens) + written.ended
+    plain = {
+        "text": found.text,
+        "score": round(written.score, 4),
+        "confidence": round(math.exp(written.log_probability / length), 4),
+    }
+    if not maps:
+        return plain
     words = [
         {
             "word": shown.word,
             "map": (255 * shown.weights / shown.weights.max()).round().int().flatten().tolist(),
         }
-        for shown in each.words
+        for shown in found.words
     ]
-    return {"text": each.text, "score": each.hypothesis.score, "words": words}
+    return plain | {"words": words}
 
 
 # --- Connections ----------------------------------------------------------------------------
@@ -319,7 +343,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add_captioner_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
     add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
-    add("--max_megabytes", type=float, default=20.0, help="largest picture [%(default)s]")
+    add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
     args = parser.parse_args(argv)
     check_ranges(args, {"max_megabytes": (0.01, 1000)})
     return args
