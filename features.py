@@ -35,7 +35,16 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
-from utils import Bar, UserError, atomic_write, autocast, require_room, size_text, sole_user
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    autocast,
+    read_json,
+    require_room,
+    size_text,
+    sole_user,
+)
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
@@ -78,9 +87,6 @@ class FeatureCache:
     def shape(self) -> tuple[int, int]:
         """(patches, width) of each photo's features."""
         return next(iter(self.entries.values())).shape
-
-    def __contains__(self, item: Item) -> bool:
-        return item in self.entries
 
     def read(self, items: Sequence[Item]) -> Tensor:
         """Features (items, patches, width) in half precision, checked against their checksums."""
@@ -227,9 +233,8 @@ def build_features(
             for their_made, their_bad in team.all_gather((made, bad)):
                 entries |= their_made
                 bad |= their_bad
-            check_bad(bad.values(), max_bad)
-            say_bad(bad.values())
-    if not any(item in entries for item in items):
+            check_bad(bad.values(), max_bad, say=True)
+    if all(name in bad for name, _ in items):
         raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
     return FeatureCache(folder, entries), sorted(bad)
 
@@ -269,14 +274,11 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
 def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
-        pack = index.with_suffix(".bin")
-        try:
-            found = _entries(pack, json.loads(index.read_text(encoding="utf-8")))
-            size = sum(math.prod(entry.shape) * 2 for entry in found.values())
-            whole = pack.exists() and pack.stat().st_size == size
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if whole:
+        pack, found = index.with_suffix(".bin"), {}
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+            found = _entries(pack, read_json(index))
+        size = sum(math.prod(entry.shape) * 2 for entry in found.values())
+        if found and pack.exists() and pack.stat().st_size == size:
             entries |= found
         else:
             print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
@@ -285,25 +287,24 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
 
 
 def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
-    """The items without features of the file as it is now; what there was of them is no entry."""
+    """The items without features of the file as it is now."""
 
     @functools.cache
     def state(name: str) -> tuple[int, int] | None:
-        file = image_dir / name
-        return (os.stat(file).st_size, os.stat(file).st_mtime_ns) if file.exists() else None
+        with contextlib.suppress(OSError):
+            stat = os.stat(image_dir / name)
+            return stat.st_size, stat.st_mtime_ns
+        return None
 
     def made(item: Item) -> bool:
         entry, there = entries.get(item), state(item[0])
-        if entry is None or there is None:
+        if not entry or not there:
             return False
         return (
             there == (entry.size, entry.mtime) or file_digest(image_dir / item[0]) == entry.digest
         )
 
-    missing = [item for item in items if not made(item)]
-    for item in missing:
-        entries.pop(item, None)
-    return missing
+    return [item for item in items if not made(item)]
 
 
 def file_digest(file: Path) -> str:
@@ -321,28 +322,24 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{Path(identity['name']).name}-{key}"
-    if _identity(folder) is None:
-        if (folder / "identity.json").exists():
+    found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
+    if not decisive.keys() <= found.get(folder, {}).keys():
+        if folder in found:
             print(f"{folder}/identity.json is damaged: it is made anew")
-        for other in sorted(path.parent for path in root.glob("*/identity.json")):
-            there = _identity(other) or {}
-            changed = [name for name in decisive if there.get(name) != decisive[name]]
-            if changed and other != folder:
-                print(
-                    f"features in {other} are of another kind ({', '.join(changed)} differ): "
-                    "not used; delete that folder if you no longer need it"
-                )
+        for other in sorted(found.keys() - {folder}):
+            changed = [name for name in decisive if found[other].get(name) != decisive[name]]
+            print(
+                f"features in {other} are of another kind ({', '.join(changed)} differ): "
+                "not used; delete that folder if you no longer need it"
+            )
         write_table(folder / "identity.json", identity)
     return folder
 
 
-def _identity(folder: Path) -> dict[str, Any] | None:
-    """What the features in a folder depend on, if that can be read."""
-    try:
-        found = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+def _read_identity(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(UserError, TypeError, ValueError):
+        return dict(read_json(path))
+    return {}
 
 
 @contextlib.contextmanager
@@ -411,7 +408,7 @@ def encode_photos(
         yield [label for label, _ in good], features
 
 
-def check_bad(bad: Collection[str], max_bad: int) -> None:
+def check_bad(bad: Collection[str], max_bad: int, say: bool = False) -> None:
     """Refuse more photos that can't be read than may be; `bad` says what is wrong with each."""
     if len(bad) > max_bad:
         listing = "\n  ".join(list(bad)[:10])
@@ -419,10 +416,7 @@ def check_bad(bad: Collection[str], max_bad: int) -> None:
             f"{len(bad)} photos can't be read, more than MAX_BAD_IMAGES = {max_bad}:\n  "
             f"{listing}\nMend them, take them out, or raise --max_bad_images."
         )
-
-
-def say_bad(bad: Collection[str]) -> None:
-    if bad:
+    if bad and say:
         listing = "\n  ".join(bad)
         print(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
 

@@ -712,7 +712,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
         unreadable: dict[str, str] = {}
         for sample in read_shard(url, passed, unreadable):
             # A key may hold a path; photos of several shards may share one.
-            name = f"{len(captions):06d}_{PurePosixPath(sample.key).name[:80]}.{sample.suffix}"
+            key = re.sub(r"[^\w.-]", "_", PurePosixPath(sample.key).name)[:40]
+            name = f"{len(captions):06d}_{key}.{sample.suffix}"
             with atomic_write(paths.images / name) as temporary:
                 temporary.write_bytes(sample.photo)
             captions[name] = sample.captions

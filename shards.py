@@ -1,7 +1,7 @@
 """Photos from WebDataset shards: more of them than RAM holds, or a disk.
 
 A shard is a tar of photos, each with its caption beside it under the same name, here or on a
-server; `webdataset` opens and groups it. It is read once, in order: what it holds goes into a
+server; `webdataset` opens it. It is read once, in order: what it holds goes into a
 table of its own, and the features of its photos into a pack, unless the disk is to be spared; then
 they are encoded anew in each epoch. The tables of the shards that are being read and a bounded
 pool of photos are all that is in RAM.
@@ -46,7 +46,6 @@ from features import (
     encode_photos,
     open_folder,
     prefetch,
-    say_bad,
     write_pack,
     write_table,
 )
@@ -83,9 +82,8 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    urls = [
-        url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url)) for url in expanded
-    ]
+    paths = [url if _elsewhere(url) else Path(url).expanduser() for url in expanded]
+    urls = [os.path.abspath(path) if isinstance(path, Path) else path for path in paths]
     missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
@@ -108,9 +106,7 @@ def _elsewhere(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def read_shard(
-    url: str, passed: Counter[str] | None = None, bad: dict[str, str] | None = None
-) -> Iterator[Sample]:
+def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[Sample]:
     """The photos of a shard that have a caption, in order; of two of one name, the first.
 
     A shard that is elsewhere and breaks off is read again, up to where it broke off unheard.
@@ -119,13 +115,14 @@ def read_shard(
         passed: here the other samples are counted, by what is wrong with them;
         bad: but of those that can't be read, here stands by name why not.
     """
-    passed, bad = Counter() if passed is None else passed, {} if bad is None else bad
     heard, failures = 0, 0
     keys: set[str] = set()
     while True:
         before = heard
         try:
-            for key, files in _whole(itertools.islice(_read_once(url), heard, None)):
+            unheard = itertools.chain(itertools.islice(_read_once(url), heard, None), [None])
+            # Each once the next one is there: the last before a cut may lack a file.
+            for (key, files), _ in itertools.pairwise(unheard):
                 heard += 1
                 try:
                     sample = _sample(key, files)
@@ -149,30 +146,14 @@ def read_shard(
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
 
 
-def _whole(samples: Iterator[T]) -> Iterator[T]:
-    """The samples, each once the next one is there: the last before a cut may lack a file."""
-    held = list(itertools.islice(samples, 1))
-    for sample in samples:
-        yield held.pop()
-        held.append(sample)
-    yield from held
-
-
 def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | None]]]]:
-    """Each name's files by kind: suffix and content; an error if the shard isn't whole.
-
-    Of each kind the first counts, and None is what is too large.
-    """
+    """Each name's files: by kind the first one's suffix and content; an error if it isn't whole."""
     gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
     with contextlib.closing(_Tail(gopen.gopen(url))) as stream:
-        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
-        for key, members in itertools.groupby(_members(tar, stream), lambda member: member[0]):
+        for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
             files: dict[str, tuple[str, bytes | None]] = {}
-            for _, suffix, info in members:
-                kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix
-                if kind in MOST_BYTES and kind not in files:
-                    small = info.size <= MOST_BYTES[kind]
-                    files[kind] = suffix, tar.extractfile(info).read() if small else None
+            for _, kind, suffix, content in group:
+                files.setdefault(kind, (suffix, content))
             yield key, files
         while stream.read(2**20):
             pass
@@ -181,19 +162,29 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
             raise EOFError("it has no end mark: it is cut off")
 
 
-def _members(tar: tarfile.TarFile, stream: _Tail) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """The files of a tar, each with its name, up to the first dot after folders, and suffix."""
+def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
+    """The files of a tar: name up to the first dot after folders, kind, suffix, and content.
+
+    The content is None where it is larger than MOST_BYTES of its kind.
+    """
     unpacked = 0
+    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
     for info in tar:
         tar.members = []  # or all stay in RAM
-        unpacked += info.size
-        if unpacked > MOST_UNPACKED * stream.size + MOST_BYTES["photo"]:
-            raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
-        # Names may be of any bytes.
-        name = _text(info.name.encode("utf-8", "surrogateescape"))
-        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name)
-        if info.isreg() and found:
-            yield found[1], found[2].lower(), info
+        # Names may be of any bytes, and in some headers hold a zero, which no file's may.
+        name = _decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
+        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
+        if not info.isreg() or not found:
+            continue
+        suffix = found[2].lower()
+        kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix
+        file, pieces, small = tar.extractfile(info), [], info.size <= MOST_BYTES.get(kind, 0)
+        while piece := file.read(2**20):
+            unpacked += len(piece)
+            if unpacked > MOST_UNPACKED * stream.size + MOST_BYTES["photo"]:
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
+            pieces += [piece] if small else []
+        yield found[1], kind, suffix, b"".join(pieces) if small else None
 
 
 class _Header(tarfile.TarInfo):
@@ -230,30 +221,32 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
     A `.txt` is one caption; where there is none, a `.json` has it under a name of TEXT_KEYS.
     """
     for kind, (suffix, content) in files.items():
-        if content is None:
+        if content is None and kind in MOST_BYTES:
             raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
-    texts = [_text(files["txt"][1])] if "txt" in files else [""]
+    texts = [_line(_decoded(files["txt"][1]))] if "txt" in files else [""]
     if "json" in files and not texts[0]:
         # Numbers don't matter, and Python refuses long ones.
-        table = json.loads(_text(files["json"][1]), parse_int=float)
+        table = json.loads(_decoded(files["json"][1]), parse_int=float)
         texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
         texts = [texts] if isinstance(texts, str) else texts
-    # JSON can spell half a character, which no file can hold.
-    captions = [_text(text.encode("utf-8", "replace")) for text in texts]
-    captions = [caption for caption in captions if caption]
+    captions = [caption for caption in map(_line, texts) if caption]
     if "photo" not in files or not captions:
         return "without a caption" if "photo" in files else "without a photo"
     return Sample(key, *files["photo"], captions)
 
 
-def _text(content: bytes) -> str:
-    """Text of any encoding, in one line and without control characters."""
+def _decoded(content: bytes) -> str:
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError:
-        text = content.decode("cp1252", "replace")
-    return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", text).split())
+        return content.decode("cp1252", "replace")
+
+
+def _line(text: str) -> str:
+    """A text in one line, less control characters, and halves of them, which no file can hold."""
+    whole = text.encode("utf-8", "replace").decode()
+    return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())
 
 
 def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
@@ -278,30 +271,33 @@ def _version(url: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard without opening it again."""
+    """What is known of a shard without opening it again; its table says more, see `_read_table`."""
 
     url: str
-    table: Path  # its photos; their features stand beside it in a `.bin`
+    name: str
+    table: Path
     version: list[int] | None  # a local file's size and time; None where it is elsewhere
     photos: int
     captions: int
     bytes: int  # of its features on disk; 0: they weren't kept
     passed: dict[str, int]  # samples without what they need
-    bad: dict[str, str]  # what is wrong with those that can't be read
-
-    @classmethod
-    def of(cls, path: Path, url: str) -> Shard:
-        """What its table says."""
-        table = _read_table(path)
-        items, shape = table["items"], table["shape"]
-        captions = sum(len(captions) for _, captions, _ in items)
-        size = len(items) * math.prod(shape) * 2 if shape else 0
-        more = table["passed"], table["bad"]
-        return cls(url, path, table["version"], len(items), captions, size, *more)
+    bad: list[str]  # what is wrong with those that can't be read
 
     @property
-    def name(self) -> str:
-        return shard_name(self.url)
+    def pack(self) -> Path:
+        return self.table.with_suffix(".bin")
+
+
+def known_shard(path: Path, url: str) -> Shard:
+    """The shard whose table is at `path`."""
+    table = _read_table(path)
+    items, shape = table["items"], table["shape"]
+    captions = sum(len(captions) for _, captions, _ in items)
+    size = len(items) * math.prod(shape) * 2 if shape else 0
+    passed, bad = table["passed"], list(table["bad"].values())
+    return Shard(
+        url, shard_name(url), path, table["version"], len(items), captions, size, passed, bad
+    )
 
 
 def take_stock(
@@ -341,12 +337,12 @@ def take_stock(
         else:
             items = [(sample.key, sample.captions, 0) for sample in samples]
             write_table(table, about | {"shape": None, "items": items})
-        return Shard.of(table, url)
+        return known_shard(table, url)
 
     with claimed(folder, team, look) as (known, missing):
         if missing:
-            there = len(urls) - len(missing)
-            print(f"shards: {len(missing):,} to read, {there:,} known, in {folder}")
+            known_of = f"{len(missing):,} to read, {len(urls) - len(missing):,} known"
+            print(f"shards: {known_of}, in {folder}")
         made: list[Shard] = []
         own = team.share(missing)
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
@@ -359,26 +355,19 @@ def take_stock(
                     )
                     require_room([(folder, size * (len(missing) - 1))])
                 bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
-                check_bad(_bad_of(made), max_bad)
         made = list(itertools.chain.from_iterable(team.all_gather(made)))
-    say_bad(_bad_of(made))
     shards = list((known | {shard.url: shard for shard in made}).values())
-    check_bad(_bad_of(shards), max_bad)
-    photos, passed = sum(shard.photos for shard in shards), Counter()
-    for shard in shards:
-        passed.update(shard.passed)
-    say_samples(photos, passed, len(_bad_of(shards)))
+    bad = [problem for shard in shards for problem in shard.bad]
+    check_bad(bad, max_bad, say=bool(made))
+    photos = sum(shard.photos for shard in shards)
+    passed = sum((Counter(shard.passed) for shard in shards), Counter())
+    say_samples(photos, passed, len(bad))
     if not photos:
         raise UserError(
-            "the shards hold no photo with a caption: a photo is one of "
-            f"{', '.join(sorted(PHOTO_SUFFIXES))}, its caption a .txt of the same name, or "
-            '"caption" in a .json'
+            f"the shards hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
+            'is a .txt of the same name, or "caption" in a .json'
         )
     return Stock(shards) if keep_features else Stream(shards, encoder, dtype, max_bad)
-
-
-def _bad_of(shards: Iterable[Shard]) -> list[str]:
-    return [problem for shard in shards for problem in shard.bad.values()]
 
 
 def _load(encoder: FrozenEncoder, shard: str, sample: Sample) -> tuple[tuple, Image.Image]:
@@ -391,39 +380,36 @@ def _load(encoder: FrozenEncoder, shard: str, sample: Sample) -> tuple[tuple, Im
 
 def _read_ahead(samples: Iterator[T], size: int) -> Iterator[T]:
     """The samples, read by a thread of their own, so many at a time."""
-
-    def take(_: int) -> list[T]:
-        return list(itertools.islice(samples, size))
-
-    chunks = itertools.takewhile(len, prefetch(take, itertools.count()))
-    return itertools.chain.from_iterable(chunks)
+    chunks = prefetch(lambda _: list(itertools.islice(samples, size)), itertools.count())
+    return itertools.chain.from_iterable(itertools.takewhile(len, chunks))
 
 
 def _known(folder: Path, url: str, keep_features: bool) -> Shard | None:
     """A shard that is as it was, if all that is wanted of it is on disk."""
     try:
-        shard = Shard.of(table_path(folder, url), url)
+        shard = known_shard(table_path(folder, url), url)
     except UserError:  # it isn't there, or damaged: it is made anew
         return None
-    pack = shard.table.with_suffix(".bin")
-    whole = shard.bytes and pack.exists() and pack.stat().st_size == shard.bytes
+    whole = shard.bytes and shard.pack.exists() and shard.pack.stat().st_size == shard.bytes
     kept = whole or not (keep_features and shard.photos)
     return shard if kept and shard.version == _version(url) else None
 
 
 def table_path(folder: Path, url: str) -> Path:
-    """The table of a shard: of each photo its key, captions, and the checksum of its features."""
+    """The table of a shard; its features stand beside it in a `.bin`."""
     name = shard_name(url)
     stem = re.sub(r"[^\w.-]", "_", os.path.basename(name.split("?")[0]).removesuffix(".tar"))
     return folder / f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
 
 def _read_table(path: Path) -> dict[str, Any]:
+    """A shard's table: `items` are each photo's key, captions and checksum of features."""
     try:
         table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
         if "items" not in table:  # as earlier versions wrote it
             sums = table["checksums"] or itertools.repeat(0)
-            table["items"] = list(zip(table["keys"], table["captions"], sums, strict=False))
+            table["items"] = zip(table["keys"], table["captions"], sums, strict=False)
+        table["items"] = [(key, list(texts), number) for key, texts, number in table["items"]]
         return {key: table[key] for key in ("version", "shape", "items", "passed", "bad")}
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
@@ -458,10 +444,6 @@ class Stock:
         shard, row = name.rsplit("#", 1)
         return self.numbers[shard], int(row)
 
-    def texts(self, place: Place) -> list[str]:
-        """A photo's captions."""
-        return self.table(place[0])["items"][place[1]][1]
-
     def first_texts(self, count: int = TEXTS) -> Iterator[str]:
         """Captions to learn a tokenizer from: all, or `count` of the first shards."""
         items = (item for shard in range(len(self.shards)) for item in self.table(shard)["items"])
@@ -470,15 +452,15 @@ class Stock:
     def __getitem__(self, item: Item) -> Entry:
         """Where the features of a photo stand, for `FeatureCache`."""
         shard, row = self.place(item[0])
-        table, pack = self.table(shard), self.shards[shard].table.with_suffix(".bin")
-        return Entry(pack, row, table["shape"], table["items"][row][2])
+        table = self.table(shard)
+        return Entry(self.shards[shard].pack, row, table["shape"], table["items"][row][2])
 
     def begin(self, places: Iterable[Place]) -> None:
         """An epoch will ask for these photos: features on disk may be read in any order."""
 
-    def load(self, names: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Photos' features (images, patches, width), and which rows are not what was asked for."""
-        return self.features.read([(name, 0) for name in names]), []
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch, of at least one photo, and features (images, patches, width)."""
+        return batch, self.features.read([(name, 0) for name in batch.names])
 
 
 class Stream(Stock):
@@ -500,7 +482,7 @@ class Stream(Stock):
         for number, group in itertools.groupby(places, lambda place: place[0]):
             shard, items = self.shards[number], self.table(number)["items"]
             wanted = {items[place[1]][0]: place for place in group}
-            for sample in read_shard(shard.url):
+            for sample in read_shard(shard.url, Counter(), {}):
                 if sample.key in wanted:
                     yield wanted.pop(sample.key), sample
                 if not wanted:
@@ -511,8 +493,8 @@ class Stream(Stock):
                     f"photos are gone: delete {shard.table} and run again"
                 )
 
-    def load(self, names: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """As `Stock.load`; a photo that can't be read is said, and its row a blank one's."""
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """As `Stock.load`; photos that can't be read are said, and carry no loss."""
         lost: list[int] = []
 
         def load(photo: tuple[int, str]) -> tuple[tuple, Image.Image]:
@@ -527,14 +509,13 @@ class Stream(Stock):
                 check_bad(self.bad, self.max_bad)
                 return (), Image.new("RGB", (self.encoder.side,) * 2)
 
-        for name in names:
+        for name in batch.names:
             while self.place(name) not in self.waiting:
                 place, sample = next(self.arrivals)
                 self.waiting[place] = sample
-        [(_, features)] = encode_photos(
-            self.encoder, enumerate(names), len(names), load, self.dtype, {}, 0
-        )
-        return features, lost
+        photos, count = enumerate(batch.names), len(batch.names)
+        [(_, features)] = encode_photos(self.encoder, photos, count, load, self.dtype, {}, 0)
+        return batch.without(lost), features
 
 
 class StreamedRows:
@@ -567,11 +548,8 @@ class StreamedRows:
         return order_name(shards, self.max_length, self.buffer, batch_size, seed, team.size)
 
     def load(self, batch: Batch, epoch: int | None = None) -> tuple[Batch, Tensor]:
-        """As `CaptionRows.load`, in one view; photos that can't be read carry no loss."""
-        if not batch.names:
-            return batch, torch.empty(0)
-        features, lost = self.stock.load(batch.names)
-        return batch.without(lost), features
+        """As `CaptionRows.load`, in one view."""
+        return self.stock.load(batch) if batch.names else (batch, torch.empty(0))
 
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
@@ -622,7 +600,7 @@ class StreamedRows:
                 for start in range(0, len(members), batch_size):
                     yield members[start : start + batch_size], []
                 continue
-            groups = [self.stock.texts(place) for place in members]
+            groups = [self.stock.table(shard)["items"][row][1] for shard, row in members]
             pairs = [("", text) for text in itertools.chain(*groups)]
             ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
             rows = [list(itertools.islice(ids, len(group))) for group in groups]
