@@ -22,7 +22,7 @@ import os
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,16 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
-from utils import Bar, UserError, atomic_write, autocast, require_room, size_text, sole_user
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    autocast,
+    read_json,
+    require_room,
+    size_text,
+    sole_user,
+)
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
@@ -78,9 +87,6 @@ class FeatureCache:
     def shape(self) -> tuple[int, int]:
         """(patches, width) of each photo's features."""
         return next(iter(self.entries.values())).shape
-
-    def __contains__(self, item: Item) -> bool:
-        return item in self.entries
 
     def read(self, items: Sequence[Item]) -> Tensor:
         """Features (items, patches, width) in half precision, checked against their checksums."""
@@ -227,9 +233,8 @@ def build_features(
             for their_made, their_bad in team.all_gather((made, bad)):
                 entries |= their_made
                 bad |= their_bad
-            check_bad(bad, max_bad)
-            say_bad(bad)
-    if not entries:
+            check_bad(bad.values(), max_bad, say=True)
+    if all(name in bad for name, _ in items):
         raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
     return FeatureCache(folder, entries), sorted(bad)
 
@@ -269,26 +274,35 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
 def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
-        pack = index.with_suffix(".bin")
-        table = json.loads(index.read_text())
-        if pack.exists() and pack.stat().st_size == table["bytes"]:
-            entries |= _entries(pack, table)
+        pack, found = index.with_suffix(".bin"), {}
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+            found = _entries(pack, read_json(index))
+        size = sum(math.prod(entry.shape) * 2 for entry in found.values())
+        if found and pack.exists() and pack.stat().st_size == size:
+            entries |= found
         else:
-            print(f"the features in {pack} are not whole: what it held is made anew")
+            print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
             index.unlink()
     return entries
 
 
 def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
     """The items without features of the file as it is now."""
-    stat = functools.cache(os.stat)
+
+    @functools.cache
+    def state(name: str) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            stat = os.stat(image_dir / name)
+            return stat.st_size, stat.st_mtime_ns
+        return None
 
     def made(item: Item) -> bool:
-        entry, file = entries.get(item), image_dir / item[0]
-        if entry is None:
+        entry, there = entries.get(item), state(item[0])
+        if not entry or not there:
             return False
-        same = (stat(file).st_size, stat(file).st_mtime_ns) == (entry.size, entry.mtime)
-        return same or file_digest(file) == entry.digest
+        return (
+            there == (entry.size, entry.mtime) or file_digest(image_dir / item[0]) == entry.digest
+        )
 
     return [item for item in items if not made(item)]
 
@@ -308,16 +322,24 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{Path(identity['name']).name}-{key}"
-    if not (folder / "identity.json").exists():
-        for other in sorted(root.glob("*/identity.json")):
-            there = json.loads(other.read_text())
-            changed = [name for name in decisive if there.get(name) != decisive[name]]
+    found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
+    if not decisive.keys() <= found.get(folder, {}).keys():
+        if folder in found:
+            print(f"{folder}/identity.json is damaged: it is made anew")
+        for other in sorted(found.keys() - {folder}):
+            changed = [name for name in decisive if found[other].get(name) != decisive[name]]
             print(
-                f"features in {other.parent} are of another kind ({', '.join(changed)} differ): "
+                f"features in {other} are of another kind ({', '.join(changed)} differ): "
                 "not used; delete that folder if you no longer need it"
             )
         write_table(folder / "identity.json", identity)
     return folder
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(UserError, TypeError, ValueError):
+        return dict(read_json(path))
+    return {}
 
 
 @contextlib.contextmanager
@@ -370,33 +392,32 @@ def encode_photos(
         try:
             label, image = load(photo)
             return label, encoder.preprocess([image])
-        except (ImageError, OSError) as error:
+        except ImageError as error:
             return photo[0], str(error)
+        except OSError as error:
+            return photo[0], f"{error.filename}: {error.strerror}"
 
     # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
     prepared = prefetch(prepare, photos, max(2, os.cpu_count() or 2), 4 * batch_size)
     while batch := list(itertools.islice(prepared, batch_size)):
         bad |= {name: wrong for name, wrong in batch if isinstance(wrong, str)}
-        check_bad(bad, max_bad)
+        check_bad(bad.values(), max_bad)
         good = [pair for pair in batch if not isinstance(pair[1], str)]
         inputs = [photo for _, photo in good]
         features = encode(encoder, inputs, dtype) if good else torch.empty(0)
         yield [label for label, _ in good], features
 
 
-def check_bad(bad: Mapping[str, str], max_bad: int) -> None:
+def check_bad(bad: Collection[str], max_bad: int, say: bool = False) -> None:
     """Refuse more photos that can't be read than may be; `bad` says what is wrong with each."""
     if len(bad) > max_bad:
-        listing = "\n  ".join(list(bad.values())[:10])
+        listing = "\n  ".join(list(bad)[:10])
         raise UserError(
             f"{len(bad)} photos can't be read, more than MAX_BAD_IMAGES = {max_bad}:\n  "
             f"{listing}\nMend them, take them out, or raise --max_bad_images."
         )
-
-
-def say_bad(bad: Mapping[str, str]) -> None:
-    if bad:
-        listing = "\n  ".join(bad.values())
+    if bad and say:
+        listing = "\n  ".join(bad)
         print(f"skipped {len(bad)} photos that can't be read:\n  {listing}")
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -48,8 +49,8 @@ from dataset import (
     split_by_ratio,
 )
 from encoder import ImageError, open_image
-from features import file_digest, prefetch
-from shards import expand_shards, read_shard
+from features import check_bad, file_digest, prefetch
+from shards import expand_shards, read_shard, say_samples
 from tokenizer import CaptionTokenizer, normalize
 from utils import (
     Bar,
@@ -684,7 +685,7 @@ def ensure_photos(
         raise UserError(f"{error}: removed, run the same command again to download it") from None
 
 
-def unpack_shards(pattern: str, paths: DataPaths) -> None:
+def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     """Make a data set of which all photos validate, of the photos in WebDataset shards.
 
     Raises:
@@ -706,13 +707,19 @@ def unpack_shards(pattern: str, paths: DataPaths) -> None:
         return
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
+    passed, bad = Counter(), []
     for url in expand_shards(pattern):
-        for sample in read_shard(url):
+        unreadable: dict[str, str] = {}
+        for sample in read_shard(url, passed, unreadable):
             # A key may hold a path; photos of several shards may share one.
-            name = f"{len(captions):06d}_{PurePosixPath(sample.key).name[:80]}.{sample.suffix}"
+            key = re.sub(r"[^\w.-]", "_", PurePosixPath(sample.key).name)[:40]
+            name = f"{len(captions):06d}_{key}.{sample.suffix}"
             with atomic_write(paths.images / name) as temporary:
                 temporary.write_bytes(sample.photo)
             captions[name] = sample.captions
+        bad += unreadable.values()
+    say_samples(len(captions), passed, len(bad))
+    check_bad(bad, max_bad)
     if not captions:
         raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
     splits = {"train": [], "val": list(captions), "test": []}
@@ -894,7 +901,7 @@ def prepare(
         settings.FEATURES_DIR,
     )
     if settings.VAL_SHARDS:
-        unpack_shards(settings.VAL_SHARDS, paths)
+        unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
         return paths
     if settings.DATASET != "custom" or settings.archive:
         ensure_photos(paths, settings.DATASET, sources.get(settings.DATASET, ()), settings.archive)

@@ -1,7 +1,7 @@
 """Photos from WebDataset shards: more of them than RAM holds, or a disk.
 
 A shard is a tar of photos, each with its caption beside it under the same name, here or on a
-server; `webdataset` opens and groups it. It is read once, in order: what it holds goes into a
+server; `webdataset` opens it. It is read once, in order: what it holds goes into a
 table of its own, and the features of its photos into a pack, unless the disk is to be spared; then
 they are encoded anew in each epoch. The tables of the shards that are being read and a bounded
 pool of photos are all that is in RAM.
@@ -23,6 +23,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from dataset import POOL, TEXT_KEYS, Batch, epoch_order, make_batch, order_name
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, ImageError
+from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError
 from features import (
     Entry,
     FeatureCache,
@@ -45,7 +46,6 @@ from features import (
     encode_photos,
     open_folder,
     prefetch,
-    say_bad,
     write_pack,
     write_table,
 )
@@ -53,10 +53,11 @@ from tokenizer import CaptionTokenizer
 from utils import Bar, UserError, first_line, redact, require_extra, require_room, size_text
 
 T = TypeVar("T")
-PHOTO_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")  # of a photo in a shard
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
+MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
+MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 OPEN_TABLES = 16  # shards whose table is in RAM, a few MB each
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
@@ -81,9 +82,8 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    urls = [
-        url if _elsewhere(url) else os.path.abspath(os.path.expanduser(url)) for url in expanded
-    ]
+    paths = [url if _elsewhere(url) else Path(url).expanduser() for url in expanded]
+    urls = [os.path.abspath(path) if isinstance(path, Path) else path for path in paths]
     missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
@@ -106,26 +106,38 @@ def _elsewhere(url: str) -> bool:
     return "://" in url or url.startswith("pipe:")
 
 
-def read_shard(url: str) -> Iterator[Sample]:
+def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[Sample]:
     """The photos of a shard that have a caption, in order; of two of one name, the first.
 
     A shard that is elsewhere and breaks off is read again, up to where it broke off unheard.
+
+    Args:
+        passed: here the other samples are counted, by what is wrong with them;
+        bad: but of those that can't be read, here stands by name why not.
     """
-    passed, failures = 0, 0
+    heard, failures = 0, 0
     keys: set[str] = set()
     while True:
-        before = passed
+        before = heard
         try:
-            for raw in _whole(itertools.islice(_read_once(url), passed, None)):
-                passed += 1
-                sample = _sample(raw)
-                if sample and sample.key not in keys:
-                    keys.add(sample.key)
+            unheard = itertools.chain(itertools.islice(_read_once(url), heard, None), [None])
+            # Each once the next one is there: the last before a cut may lack a file.
+            for (key, files), _ in itertools.pairwise(unheard):
+                heard += 1
+                try:
+                    sample = _sample(key, files)
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                    bad[key] = f"{shard_name(url)}: {key} can't be read: {first_line(error)}"
+                    continue
+                if isinstance(sample, Sample) and key not in keys:
+                    keys.add(key)
                     yield sample
+                else:
+                    passed[sample if isinstance(sample, str) else "with another's name"] += 1
             return
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             # What the library and tarfile raise for what is cut off, swapped or not there.
-            failures = failures + 1 if passed == before else 1
+            failures = failures + 1 if heard == before else 1
             if not _elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
                     f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
@@ -134,22 +146,15 @@ def read_shard(url: str) -> Iterator[Sample]:
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
 
 
-def _whole(samples: Iterator[T]) -> Iterator[T]:
-    """The samples, each once the next one is there: the last before a cut may lack a file."""
-    held = list(itertools.islice(samples, 1))
-    for sample in samples:
-        yield held.pop()
-        held.append(sample)
-    yield from held
-
-
-def _read_once(url: str) -> Iterator[dict[str, Any]]:
-    """The files of each photo by suffix, as bytes; an error if the shard isn't whole."""
-    tars = require_extra("webdataset.tariterators", "requirements-shards.txt")
-    stream = _Tail(tars.gopen.gopen(url))
-    with contextlib.closing(stream):
-        files = tars.tar_file_expander([{"url": url, "stream": stream}])
-        yield from tars.group_by_keys(files)
+def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | None]]]]:
+    """Each name's files: by kind the first one's suffix and content; an error if it isn't whole."""
+    gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
+    with contextlib.closing(_Tail(gopen.gopen(url))) as stream:
+        for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
+            files: dict[str, tuple[str, bytes | None]] = {}
+            for _, kind, suffix, content in group:
+                files.setdefault(kind, (suffix, content))
+            yield key, files
         while stream.read(2**20):
             pass
         # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
@@ -157,14 +162,51 @@ def _read_once(url: str) -> Iterator[dict[str, Any]]:
             raise EOFError("it has no end mark: it is cut off")
 
 
+def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
+    """The files of a tar: name up to the first dot after folders, kind, suffix, and content.
+
+    The content is None where it is larger than MOST_BYTES of its kind.
+    """
+    unpacked = 0
+    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+    for info in tar:
+        tar.members = []  # or all stay in RAM
+        # Names may be of any bytes, and in some headers hold a zero, which no file's may.
+        name = _decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
+        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
+        if not info.isreg() or not found:
+            continue
+        suffix = found[2].lower()
+        kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix
+        file, pieces, small = tar.extractfile(info), [], info.size <= MOST_BYTES.get(kind, 0)
+        while piece := file.read(2**20):
+            unpacked += len(piece)
+            if unpacked > MOST_UNPACKED * stream.size + MOST_BYTES["photo"]:
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
+            pieces += [piece] if small else []
+        yield found[1], kind, suffix, b"".join(pieces) if small else None
+
+
+class _Header(tarfile.TarInfo):
+    """A file's header, which may not be large itself: tarfile would take it into RAM."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if not header.isreg() and header.size > MOST_BYTES["json"]:
+            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
+        return header
+
+
 class _Tail:
-    """A stream that remembers its ends; closing it raises what a server's end hid."""
+    """A stream that remembers its size and ends; closing it raises what a server's end hid."""
 
     def __init__(self, stream: Any):
-        self.stream, self.first, self.last = stream, b"", b"?"
+        self.stream, self.size, self.first, self.last = stream, 0, b"", b"?"
 
     def read(self, size: int) -> bytes:
         piece = self.stream.read(size)
+        self.size += len(piece)
         self.first = self.first or piece[:8]
         self.last = piece[-1024:] or self.last
         return piece
@@ -173,24 +215,48 @@ class _Tail:
         self.stream.close()
 
 
-def _sample(raw: dict[str, Any]) -> Sample | None:
-    suffix = next((key for key in PHOTO_KEYS if key in raw), None)
-    captions = _captions(raw)
-    return Sample(raw["__key__"], suffix, raw[suffix], captions) if suffix and captions else None
+def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
+    """A photo with its captions, or what it lacks.
+
+    A `.txt` is one caption; where there is none, a `.json` has it under a name of TEXT_KEYS.
+    """
+    for kind, (suffix, content) in files.items():
+        if content is None and kind in MOST_BYTES:
+            raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
+    texts = [_line(_decoded(files["txt"][1]))] if "txt" in files else [""]
+    if "json" in files and not texts[0]:
+        # Numbers don't matter, and Python refuses long ones.
+        table = json.loads(_decoded(files["json"][1]), parse_int=float)
+        texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
+        texts = [texts] if isinstance(texts, str) else texts
+    captions = [caption for caption in map(_line, texts) if caption]
+    if "photo" not in files or not captions:
+        return "without a caption" if "photo" in files else "without a photo"
+    return Sample(key, *files["photo"], captions)
 
 
-def _captions(raw: dict[str, Any]) -> list[str]:
-    """A `.txt` is one caption; a `.json` has it under a name of TEXT_KEYS."""
+def _decoded(content: bytes) -> str:
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        if "txt" in raw:
-            texts = [raw["txt"].decode("utf-8-sig")]
-        else:
-            table = json.loads(raw.get("json", b"{}"))
-            texts = next((table[key] for key in TEXT_KEYS if key in table), [])
-            texts = [texts] if isinstance(texts, str) else texts
-        return [text for text in (" ".join(text.split()) for text in texts) if text]
-    except (ValueError, TypeError, AttributeError):  # not UTF-8, not JSON, or not texts
-        return []
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
+
+
+def _line(text: str) -> str:
+    """A text in one line, less control characters, and halves of them, which no file can hold."""
+    whole = text.encode("utf-8", "replace").decode()
+    return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())
+
+
+def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
+    """Say how many samples shards hold, and what became of them."""
+    passed = passed + Counter({"that can't be read": bad})
+    listing = ", ".join(f"{count:,} {what}" for what, count in passed.items())
+    print(
+        f"shards: {photos + passed.total():,} samples, {photos:,} of use, {passed.total():,} "
+        f"passed over{listing and f' ({listing})'}"
+    )
 
 
 def _version(url: str) -> list[int] | None:
@@ -205,27 +271,33 @@ def _version(url: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard without opening it again."""
+    """What is known of a shard without opening it again; its table says more, see `_read_table`."""
 
     url: str
-    table: Path  # its photos; their features stand beside it in a `.bin`
+    name: str
+    table: Path
     version: list[int] | None  # a local file's size and time; None where it is elsewhere
     photos: int
     captions: int
     bytes: int  # of its features on disk; 0: they weren't kept
-
-    @classmethod
-    def of(cls, path: Path, url: str) -> Shard:
-        """What its table says."""
-        table = _read_table(path)
-        items, shape = table["items"], table["shape"]
-        captions = sum(len(captions) for _, captions, _ in items)
-        size = len(items) * math.prod(shape) * 2 if shape else 0
-        return cls(url, path, table["version"], len(items), captions, size)
+    passed: dict[str, int]  # samples without what they need
+    bad: list[str]  # what is wrong with those that can't be read
 
     @property
-    def name(self) -> str:
-        return shard_name(self.url)
+    def pack(self) -> Path:
+        return self.table.with_suffix(".bin")
+
+
+def known_shard(path: Path, url: str) -> Shard:
+    """The shard whose table is at `path`."""
+    table = _read_table(path)
+    items, shape = table["items"], table["shape"]
+    captions = sum(len(captions) for _, captions, _ in items)
+    size = len(items) * math.prod(shape) * 2 if shape else 0
+    passed, bad = table["passed"], list(table["bad"].values())
+    return Shard(
+        url, shard_name(url), path, table["version"], len(items), captions, size, passed, bad
+    )
 
 
 def take_stock(
@@ -245,7 +317,7 @@ def take_stock(
         encoder: on the device where it shall run.
         keep_features: whether photos are encoded now, and their features kept.
         dtype: the precision of the encoder's matrix products.
-        max_bad: how many photos of a shard may be unreadable.
+        max_bad: how many photos, or their captions, may be unreadable.
     """
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype)) / "shards"
 
@@ -253,44 +325,48 @@ def take_stock(
         known = {url: _known(folder, url, keep_features) for url in urls}
         return known, [url for url, shard in known.items() if shard is None]
 
-    def read(url: str) -> tuple[Shard, dict[str, str]]:
-        table, bad = table_path(folder, url), {}
-        about = {"name": shard_name(url), "version": _version(url)}
+    def read(url: str) -> Shard:
+        table, passed, bad = table_path(folder, url), Counter(), {}
+        about = {"name": shard_name(url), "version": _version(url), "passed": passed, "bad": bad}
+        samples = read_shard(url, passed, bad)
         if keep_features:
             load = functools.partial(_load, encoder, shard_name(url))
-            samples = _read_ahead(read_shard(url), batch_size)
+            samples = _read_ahead(samples, batch_size)
             parts = encode_photos(encoder, samples, batch_size, load, dtype, bad, max_bad)
             write_pack(table.with_suffix(".bin"), parts, about)
         else:
-            items = [(sample.key, sample.captions, 0) for sample in read_shard(url)]
+            items = [(sample.key, sample.captions, 0) for sample in samples]
             write_table(table, about | {"shape": None, "items": items})
-        return Shard.of(table, url), bad
+        return known_shard(table, url)
 
     with claimed(folder, team, look) as (known, missing):
         if missing:
-            known_count = len(urls) - len(missing)
-            print(f"shards: {len(missing):,} to read, {known_count:,} known, in {folder}")
-        made: list[tuple[Shard, dict[str, str]]] = []
+            known_of = f"{len(missing):,} to read, {len(urls) - len(missing):,} known"
+            print(f"shards: {known_of}, in {folder}")
+        made: list[Shard] = []
         own = team.share(missing)
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
             for url in own:
                 made.append(read(url))
-                if bar.done == 0 and (size := made[0][0].bytes):
+                if bar.done == 0 and (size := made[0].bytes):
                     print(
                         f"shards: about {size_text(size * len(missing))} of features, if all are "
                         "like the first (--keep_shard_features false keeps none)"
                     )
                     require_room([(folder, size * (len(missing) - 1))])
-                bar.step(1, f"{sum(shard.photos for shard, _ in made):,} photos")
-        for shard, bad in itertools.chain.from_iterable(team.all_gather(made)):
-            known[shard.url] = shard
-            say_bad(bad)
-    if not any(shard.photos for shard in known.values()):
+                bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
+        made = list(itertools.chain.from_iterable(team.all_gather(made)))
+    shards = list((known | {shard.url: shard for shard in made}).values())
+    bad = [problem for shard in shards for problem in shard.bad]
+    check_bad(bad, max_bad, say=bool(made))
+    photos = sum(shard.photos for shard in shards)
+    passed = sum((Counter(shard.passed) for shard in shards), Counter())
+    say_samples(photos, passed, len(bad))
+    if not photos:
         raise UserError(
-            f"the shards hold no photo with a caption: a photo is one of {', '.join(PHOTO_KEYS)}, "
-            'its caption a .txt of the same name, or "caption" in a .json'
+            f"the shards hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
+            'is a .txt of the same name, or "caption" in a .json'
         )
-    shards = [known[url] for url in urls]
     return Stock(shards) if keep_features else Stream(shards, encoder, dtype, max_bad)
 
 
@@ -304,41 +380,38 @@ def _load(encoder: FrozenEncoder, shard: str, sample: Sample) -> tuple[tuple, Im
 
 def _read_ahead(samples: Iterator[T], size: int) -> Iterator[T]:
     """The samples, read by a thread of their own, so many at a time."""
-
-    def take(_: int) -> list[T]:
-        return list(itertools.islice(samples, size))
-
-    chunks = itertools.takewhile(len, prefetch(take, itertools.count()))
-    return itertools.chain.from_iterable(chunks)
+    chunks = prefetch(lambda _: list(itertools.islice(samples, size)), itertools.count())
+    return itertools.chain.from_iterable(itertools.takewhile(len, chunks))
 
 
 def _known(folder: Path, url: str, keep_features: bool) -> Shard | None:
     """A shard that is as it was, if all that is wanted of it is on disk."""
     try:
-        shard = Shard.of(table_path(folder, url), url)
+        shard = known_shard(table_path(folder, url), url)
     except UserError:  # it isn't there, or damaged: it is made anew
         return None
-    pack = shard.table.with_suffix(".bin")
-    whole = shard.bytes and pack.exists() and pack.stat().st_size == shard.bytes
+    whole = shard.bytes and shard.pack.exists() and shard.pack.stat().st_size == shard.bytes
     kept = whole or not (keep_features and shard.photos)
     return shard if kept and shard.version == _version(url) else None
 
 
 def table_path(folder: Path, url: str) -> Path:
-    """The table of a shard: of each photo its key, captions, and the checksum of its features."""
+    """The table of a shard; its features stand beside it in a `.bin`."""
     name = shard_name(url)
     stem = re.sub(r"[^\w.-]", "_", os.path.basename(name.split("?")[0]).removesuffix(".tar"))
     return folder / f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
 
 def _read_table(path: Path) -> dict[str, Any]:
+    """A shard's table: `items` are each photo's key, captions and checksum of features."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
         if "items" not in table:  # as earlier versions wrote it
             sums = table["checksums"] or itertools.repeat(0)
-            table["items"] = list(zip(table["keys"], table["captions"], sums, strict=False))
-        return {key: table[key] for key in ("version", "shape", "items")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+            table["items"] = zip(table["keys"], table["captions"], sums, strict=False)
+        table["items"] = [(key, list(texts), number) for key, texts, number in table["items"]]
+        return {key: table[key] for key in ("version", "shape", "items", "passed", "bad")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is gone or damaged: run the same command again, which makes it anew"
         ) from None
@@ -371,10 +444,6 @@ class Stock:
         shard, row = name.rsplit("#", 1)
         return self.numbers[shard], int(row)
 
-    def texts(self, place: Place) -> list[str]:
-        """A photo's captions."""
-        return self.table(place[0])["items"][place[1]][1]
-
     def first_texts(self, count: int = TEXTS) -> Iterator[str]:
         """Captions to learn a tokenizer from: all, or `count` of the first shards."""
         items = (item for shard in range(len(self.shards)) for item in self.table(shard)["items"])
@@ -383,15 +452,15 @@ class Stock:
     def __getitem__(self, item: Item) -> Entry:
         """Where the features of a photo stand, for `FeatureCache`."""
         shard, row = self.place(item[0])
-        table, pack = self.table(shard), self.shards[shard].table.with_suffix(".bin")
-        return Entry(pack, row, table["shape"], table["items"][row][2])
+        table = self.table(shard)
+        return Entry(self.shards[shard].pack, row, table["shape"], table["items"][row][2])
 
     def begin(self, places: Iterable[Place]) -> None:
         """An epoch will ask for these photos: features on disk may be read in any order."""
 
-    def load(self, names: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """Photos' features (images, patches, width), and which rows are not what was asked for."""
-        return self.features.read([(name, 0) for name in names]), []
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch, of at least one photo, and features (images, patches, width)."""
+        return batch, self.features.read([(name, 0) for name in batch.names])
 
 
 class Stream(Stock):
@@ -406,14 +475,14 @@ class Stream(Stock):
     def begin(self, places: Iterable[Place]) -> None:
         """These photos will be asked for, and are read in this order; a shard of none is not."""
         self.waiting: dict[Place, Sample] = {}  # photos that were read, and not yet asked for
-        self.bad: dict[str, dict[str, str]] = {}  # of each shard
+        self.bad: list[str] = []  # what is wrong with those that couldn't be read
         self.arrivals = _read_ahead(self._read(places), 32)
 
     def _read(self, places: Iterable[Place]) -> Iterator[tuple[Place, Sample]]:
         for number, group in itertools.groupby(places, lambda place: place[0]):
             shard, items = self.shards[number], self.table(number)["items"]
             wanted = {items[place[1]][0]: place for place in group}
-            for sample in read_shard(shard.url):
+            for sample in read_shard(shard.url, Counter(), {}):
                 if sample.key in wanted:
                     yield wanted.pop(sample.key), sample
                 if not wanted:
@@ -424,8 +493,8 @@ class Stream(Stock):
                     f"photos are gone: delete {shard.table} and run again"
                 )
 
-    def load(self, names: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """As `Stock.load`; a photo that can't be read is said, and its row a blank one's."""
+    def load(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """As `Stock.load`; photos that can't be read are said, and carry no loss."""
         lost: list[int] = []
 
         def load(photo: tuple[int, str]) -> tuple[tuple, Image.Image]:
@@ -436,18 +505,17 @@ class Stream(Stock):
             except ImageError as error:
                 print(f"left out: {error}", file=sys.stderr)  # where all of a team are heard
                 lost.append(row)
-                self.bad.setdefault(shard, {})[name] = str(error)
-                check_bad(self.bad[shard], self.max_bad)
+                self.bad.append(str(error))
+                check_bad(self.bad, self.max_bad)
                 return (), Image.new("RGB", (self.encoder.side,) * 2)
 
-        for name in names:
+        for name in batch.names:
             while self.place(name) not in self.waiting:
                 place, sample = next(self.arrivals)
                 self.waiting[place] = sample
-        [(_, features)] = encode_photos(
-            self.encoder, enumerate(names), len(names), load, self.dtype, {}, 0
-        )
-        return features, lost
+        photos, count = enumerate(batch.names), len(batch.names)
+        [(_, features)] = encode_photos(self.encoder, photos, count, load, self.dtype, {}, 0)
+        return batch.without(lost), features
 
 
 class StreamedRows:
@@ -480,11 +548,8 @@ class StreamedRows:
         return order_name(shards, self.max_length, self.buffer, batch_size, seed, team.size)
 
     def load(self, batch: Batch, epoch: int | None = None) -> tuple[Batch, Tensor]:
-        """As `CaptionRows.load`, in one view; photos that can't be read carry no loss."""
-        if not batch.names:
-            return batch, torch.empty(0)
-        features, lost = self.stock.load(batch.names)
-        return batch.without(lost), features
+        """As `CaptionRows.load`, in one view."""
+        return self.stock.load(batch) if batch.names else (batch, torch.empty(0))
 
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
@@ -535,7 +600,7 @@ class StreamedRows:
                 for start in range(0, len(members), batch_size):
                     yield members[start : start + batch_size], []
                 continue
-            groups = [self.stock.texts(place) for place in members]
+            groups = [self.stock.table(shard)["items"][row][1] for shard, row in members]
             pairs = [("", text) for text in itertools.chain(*groups)]
             ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
             rows = [list(itertools.islice(ids, len(group))) for group in groups]

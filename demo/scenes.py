@@ -189,8 +189,12 @@ def paint(
     marks: list[Mark],
     rng: random.Random,
     colours: Sequence[tuple[int, int, int]] | None = None,
+    shrink: int = SUPERSAMPLING,
 ) -> Image.Image:
-    """Paint marks on a light background of varying tint; `colours` replace those of the things."""
+    """Paint marks on a light background of varying tint.
+
+    `colours` replace those of the things; with a smaller `shrink` the picture is larger.
+    """
     scale = SUPERSAMPLING
     tint = [rng.randint(228, 250) for _ in range(3)]
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), tuple(tint))
@@ -201,7 +205,7 @@ def paint(
     ]
     for mark in marks:
         outline(pen, scene.things[mark.thing].shape, mark, scale, tones[mark.thing])
-    return image.reduce(scale)
+    return image.reduce(shrink)
 
 
 def outline(

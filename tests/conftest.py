@@ -17,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 
+from checkpoint import load_checkpoint
 from tests.forked import can_fork, run_forked
 from utils import sole_user
 
@@ -261,3 +262,16 @@ def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
         train_small(write_questions(write_photos(folder, 48)), encoder_dir, *more)
 
     return made_once(tmp_path_factory, "joint", make)
+
+
+def best_entry(history: list[dict]) -> dict:
+    """The epoch that a training names in the end: the best captions, if any scored, else loss."""
+    best = max(history, key=lambda entry: entry["val_cider"])
+    return best if best["val_cider"] > 0 else min(history, key=lambda entry: entry["val_loss"])
+
+
+def best_file(data: Path) -> Path:
+    """The checkpoint that a training names in the end."""
+    best = best_entry(load_checkpoint(data / "last.pt").training["progress"]["history"])
+    loss = f"captioner_epoch_{best['epoch']}_val_loss_{best['val_loss']:.4f}.safetensors"
+    return data / ("captioner_best_cider.safetensors" if best["val_cider"] > 0 else loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import http.client
 import io
 import json
@@ -9,10 +11,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -43,16 +48,33 @@ class Server:
         connection.close()
         return response.status, response.headers, content
 
-    def write(self, picture, **query):
+    def caption(self, photo, **query):
         """Status and answer of a request for captions."""
-        status, _, content = self.ask("POST", "/write?" + urlencode(query), picture)
+        status, _, content = self.ask("POST", "/caption?" + urlencode(query), photo)
         return status, json.loads(content)
 
 
+# The page with shorter limits and slower captions, each of which is announced.
+SLOWLY = """
+import time
+from tools import app
+app.HEAD_SECONDS, app.BODY_SECONDS, app.CONNECTIONS = 1, 2, 100
+quickly = app.write
+def slowly(captioner, photo, query):
+    print("captioning", flush=True)
+    time.sleep(0.4)
+    if query.get("seed") == "500":
+        raise RuntimeError("a fault of ours")
+    return quickly(captioner, photo, query)
+app.write = slowly
+app.main()
+"""
+
+
 @contextmanager
-def running(checkpoint, *flags):
+def running(checkpoint, *flags, script=("-m", "tools.app")):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.app", "--checkpoint", checkpoint, "--port", "0", *flags],
+        [sys.executable, *script, "--checkpoint", checkpoint, "--port", "0", *flags],
         cwd=REPO,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -66,7 +88,7 @@ def running(checkpoint, *flags):
         yield Server(process, int(address.group(1)))
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -100,37 +122,57 @@ def test_the_page_needs_nothing_from_elsewhere(server):
 
 
 def test_captions_are_those_of_the_captioner_with_a_map_for_each_word(server, joint, photo):
-    status, answer = server.write(photo, beam_size=3)
+    status, answer = server.caption(photo, beam_size=3, maps="true")
     assert status == 200
     captioner = load_captioner(joint / "captioner_best_cider.safetensors")
     picture = captioner.encoder.open(joint / "images" / "000.png")
-    (each,) = captioner.stream([picture], beam_size=3)
-    expected = list(zip(each.texts, each.hypotheses, strict=True))
-    assert [found["text"] for found in answer["found"]] == [text for text, _ in expected]
-    scores = [found["score"] for found in answer["found"]]
-    assert scores == pytest.approx([h.score for _, h in expected], abs=1e-4)
+    _, expected = captioner.explain(picture, beam_size=3)
+    assert [found["text"] for found in answer["captions"]] == [each.text for each in expected]
+    scores = [found["score"] for found in answer["captions"]]
+    assert scores == pytest.approx([each.hypothesis.score for each in expected], abs=1e-3)
     assert scores == sorted(scores, reverse=True)
     assert (answer["rows"], answer["columns"]) == (4, 4)
     assert answer["area"] == pytest.approx([0, 0, 1, 1], abs=0.01)
-    for found in answer["found"]:
+    for found in answer["captions"]:
+        assert 0 < found["confidence"] <= 1
         assert [each["word"] for each in found["words"]] == found["text"].split()
         assert all(len(w["map"]) == 16 and max(w["map"]) == 255 for w in found["words"])
+    plain = server.caption(photo, beam_size=3)[1]  # maps only when asked
+    assert plain.keys() == {"captions", "others"} and plain["others"] == []
+    for with_maps, without in zip(answer["captions"], plain["captions"], strict=True):
+        assert without == {key: with_maps[key] for key in ("text", "score", "confidence")}
+
+
+def test_other_ways_to_say_it_differ(server, photo):
+    answer = server.caption(photo, others=4)[1]
+    texts = [answer["captions"][0]["text"], *(found["text"] for found in answer["others"])]
+    assert 2 <= len(texts) <= 5 and len(set(texts)) == len(texts)
+
+
+def test_it_says_that_it_runs_and_has_samples(server):
+    health = json.loads(server.ask("GET", "/health")[2])
+    assert health["status"] == "ok" and health["max_megabytes"] == 0.5
+    drawn = {server.ask("GET", f"/samples/{i}")[2] for i in range(health["samples"])}
+    assert len(drawn) == health["samples"] > 2
+    assert all(server.caption(drawing)[0] == 200 for drawing in drawn)
+    status, _, content = server.ask("GET", f"/samples/{health['samples']}")
+    assert status == 404 and "samples" in json.loads(content)["error"]
 
 
 def test_draws_follow_the_seed(server, photo):
     options = {"sample": "true", "temperature": 3, "top_p": 1, "beam_size": 4}
-    one, again, other = (server.write(photo, seed=seed, **options)[1] for seed in (1, 1, 2))
-    assert len(one["found"]) == 4
+    one, again, other = (server.caption(photo, seed=seed, **options)[1] for seed in (1, 1, 2))
+    assert len(one["captions"]) == 4
     assert one == again != other
 
 
 def test_questions_are_answered_where_they_were_learned(server, captions_only, photo):
-    status, answer = server.write(photo, question=QUESTION)
-    assert status == 200 and answer["found"][0]["text"] == "red"
-    assert json.loads(server.ask("GET", "/about")[2])["tasks"] == ["captions", "questions"]
-    status, answer = captions_only.write(photo, question=QUESTION)
+    status, answer = server.caption(photo, question=QUESTION)
+    assert status == 200 and answer["answers"][0]["text"] == "red"
+    assert json.loads(server.ask("GET", "/health")[2])["tasks"] == ["captions", "questions"]
+    status, answer = captions_only.caption(photo, question=QUESTION)
     assert status == 400 and "not trained for questions" in answer["error"]
-    assert json.loads(captions_only.ask("GET", "/about")[2])["tasks"] == ["captions"]
+    assert json.loads(captions_only.ask("GET", "/health")[2])["tasks"] == ["captions"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +181,7 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
         ({"beam_size": 11}, "from 1 to 10"),
         ({"beam_size": 0}, "from 1 to 10"),
         ({"beam_size": "many"}, "beam_size must be"),
+        ({"others": 10}, "others must be"),
         ({"temperature": "nan"}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"seed": -1}, "seed"),
@@ -146,26 +189,26 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
     ],
 )
 def test_wrong_options_are_said(server, photo, query, expected):
-    status, answer = server.write(photo, **query)
+    status, answer = server.caption(photo, **query)
     assert status == 400 and expected in answer["error"]
 
 
 def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
     for body in (b"", b"<html>", b"%PDF-1.7", photo[: len(photo) // 2]):
-        status, answer = server.write(body)
+        status, answer = server.caption(body)
         assert status == 400 and "Try a JPEG or a PNG" in answer["error"]
         assert not re.search(r"BytesIO|0x|/|Traceback", answer["error"])
-    assert server.write(photo)[0] == 200
+    assert server.caption(photo)[0] == 200
 
 
 def test_large_bodies_are_refused_however_they_come(server, photo):
     large = bytes(600_000)
     parts = (large[i : i + 10_000] for i in range(0, len(large), 10_000))
     for body in (large, parts):  # with their length said before, and in chunks
-        status, answer = server.write(body)
+        status, answer = server.caption(body)
         assert status == 413 and "larger than 0.5 MB" in answer["error"]
     padded = photo + bytes(499_000 - len(photo))
-    assert server.write(padded)[0] == 200
+    assert server.caption(padded)[0] == 200
 
 
 def test_foreign_names_and_foreign_pages_are_refused(server, photo):
@@ -175,28 +218,140 @@ def test_foreign_names_and_foreign_pages_are_refused(server, photo):
 
     for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", "[", ""):
         assert status("GET", "/", Host=host) == 403, host
-        assert status("POST", "/write", Host=host, Origin=f"http://{host}") == 403, host
+        assert status("POST", "/caption", Host=host, Origin=f"http://{host}") == 403, host
     for host in (server.host, f"localhost:{server.port}", "[::1]"):
         assert status("GET", "/", Host=host) == 200, host
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://[{server.host}"):
-        assert status("POST", "/write", Origin=origin) == 403, origin
-    assert status("POST", "/write", Origin=f"http://{server.host}") == 200
-    assert status("GET", "/write") == 405
+        assert status("POST", "/caption", Origin=origin) == 403, origin
+    assert status("POST", "/caption", Origin=f"http://{server.host}") == 200
+    for site, expected in {"cross-site": 403, "same-site": 403, "same-origin": 200}.items():
+        assert status("POST", "/caption", **{"Sec-Fetch-Site": site}) == expected
+        assert status("GET", "/health", **{"Sec-Fetch-Site": site}) == expected
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert status("GET", "/", **link) == 200 and status("POST", "/caption", **link) == 403
+    assert status("GET", "/caption") == 405
     assert status("GET", "/../config.py") == status("GET", "/app.py") == 404
 
 
 def test_many_at_once_are_all_answered_alike(server, photo):
-    answers = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(server.write(photo, beam_size=2)))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = at_once([lambda: server.caption(photo, beam_size=2)] * 8)
     assert len(answers) == 8 and all(answer == answers[0] for answer in answers)
     assert answers[0][0] == 200
+
+
+# --- Load -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(joint):
+    with running(joint / "captioner_best_cider.safetensors", script=("-c", SLOWLY)) as server:
+        yield server
+
+
+def said(server, *, errors=0) -> str:
+    """End the page as Ctrl-C does; returns what it printed, where its errors are so many."""
+    server.process.send_signal(signal.SIGINT)
+    out, err = server.process.communicate(timeout=20)
+    assert server.process.returncode == 0 and err.count("Traceback") == errors, err
+    return out
+
+
+def head(size: int, path="/caption") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
+
+
+def started(server, content: bytes) -> socket.socket:
+    """A connection on which so much was sent, and that waits."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(content)
+    return connection
+
+
+def test_half_open_connections_end_and_don_t_keep_others_out(slow, photo):
+    begun = [b"", b"GET / HT", head(9), head(9) + b"half", head(9, "/nowhere") + b"half"]
+    half = [started(slow, begun[i % len(begun)]) for i in range(250)]
+    assert slow.caption(photo)[0] == 200
+    for connection in half:
+        with connection, contextlib.suppress(ConnectionResetError):
+            while connection.recv(10_000):  # until the end, or the time-out's error
+                pass
+    assert said(slow)
+
+
+def test_who_left_is_not_captioned(slow, photo):
+    whole = head(len(photo)) + photo
+    for connection in [started(slow, whole) for _ in range(12)]:
+        connection.close()
+    started(slow, head(len(photo)) + photo[:20]).close()  # in the middle of its upload
+    assert slow.caption(photo)[0] == 200
+    assert said(slow).count("captioning") <= 3  # the first had its turn at once
+
+
+def test_what_waits_is_bounded(joint):
+    large = os.urandom(5_000_000)
+    patient = SLOWLY.replace("= 1, 2,", "= 60, 60,")
+    flags = joint / "captioner_best_cider.safetensors", "--max_megabytes", "5"
+    with running(*flags, script=("-c", patient)) as slow:
+        before = peak_megabytes(slow)
+        answers = at_once([lambda: slow.ask("POST", "/caption", large)] * 40)
+        assert {status for status, _, _ in answers} == {400, 503}
+        assert all(h["Retry-After"] for status, h, _ in answers if status == 503)
+        assert peak_megabytes(slow) - before < 150  # of 200 that were sent
+        assert slow.caption(large)[0] == 400  # there is room again
+        small = at_once([lambda: slow.ask("POST", "/caption", b"x")] * 40)
+        assert 16 <= sum(status == 400 for status, _, _ in small) < 40
+        said(slow)
+
+
+def peak_megabytes(server) -> float:
+    return int(re.search(r"VmHWM:\s+(\d+)", read_proc(f"{server.process.pid}/status"))[1]) / 1024
+
+
+def read_proc(name: str) -> str:
+    path = Path("/proc", name)
+    return path.read_text() if path.exists() else pytest.skip("only Linux tells this")
+
+
+def at_once(calls):
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+def test_every_answer_has_the_headers(slow, photo):
+    asked = {
+        200: ("GET", "/", None),
+        403: ("POST", "/caption", photo, "evil.example"),
+        404: ("GET", "/nowhere", None),
+        405: ("GET", "/caption", None),
+        413: ("POST", "/caption", bytes(20_000_001)),
+        500: ("POST", "/caption?seed=500", photo),
+    }
+    answers = {}
+    for status, (method, path, body, *host) in asked.items():
+        answers[status] = slow.ask(method, path, body, Host=(host or ["localhost"])[0])
+    busy = at_once([lambda: slow.ask("POST", "/caption", photo)] * 30)
+    answers[503] = next(answer for answer in busy if answer[0] == 503)
+    with started(slow, b"no HTTP at all\r\n\r\n") as connection:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        answers[400] = answer.status, answer.headers, b"{}"
+    for status, (got, headers, content) in answers.items():
+        assert got == status
+        assert "default-src 'none'" in headers["Content-Security-Policy"], status
+        assert headers["X-Content-Type-Options"] == "nosniff" and "Server" not in headers
+        assert status == 200 or "Traceback" not in content.decode()
+    said(slow, errors=1)
+
+
+def test_it_ends_at_once_whatever_waits(slow, photo):
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(slow.caption, photo) for _ in range(12)]
+        slow.process.stdout.readline()  # the first is being captioned
+        time.sleep(0.3)
+        begun = time.monotonic()
+        said(slow)
+        assert time.monotonic() - begun < 1.5
+        assert {answer.result()[0] for answer in answers} <= {200, 503}
 
 
 # --- The command ----------------------------------------------------------------------------
@@ -219,10 +374,9 @@ def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
             text=True,
         )
         assert heard.returncode == 1 and "--port" in heard.stderr
-        table = open("/proc/net/tcp").read() if os.path.exists("/proc/net/tcp") else ""
-        if table:
-            (line,) = [x for x in table.splitlines() if f":{server.port:04X} 00000000:0000" in x]
-            assert "0100007F:" in line  # 127.0.0.1
+        table = read_proc("net/tcp").splitlines()
+        (line,) = [x for x in table if f":{server.port:04X} 00000000:0000" in x]
+        assert "0100007F:" in line  # 127.0.0.1
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(20) == 0
         assert server.process.stderr.read() == ""
@@ -237,9 +391,14 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     ]
 
 
-def test_a_missing_checkpoint_is_said(tmp_path):
-    result = run("-m", "tools.app", "--checkpoint", tmp_path / "absent.pt", "--port", 0)
-    assert result.returncode == 1 and "absent.pt" in result.stderr
+@pytest.mark.parametrize(
+    "flags, expected",
+    [([], "absent.pt"), *((["--max_megabytes", x], "max_megabytes") for x in ("nan", "0", "inf"))],
+)
+def test_a_missing_checkpoint_and_bad_flags_are_said(tmp_path, flags, expected):
+    checkpoint = tmp_path / "absent.pt"
+    result = run("-m", "tools.app", "--checkpoint", checkpoint, "--port", 0, *flags)
+    assert result.returncode == 1 and expected in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -288,6 +447,11 @@ class Browser:
         ActionChains(self.driver).send_keys(*keys).perform()
         return self.driver.switch_to.active_element
 
+    def fits(self) -> None:
+        wide = "return [document.documentElement.scrollWidth, innerWidth]"
+        content, window = self.driver.execute_script(wide)
+        assert content <= window
+
     def veil(self) -> list[int]:
         """How dark the veil over the photo is, 0 to 255, in the middle of each of 4 x 4 places."""
         return self.driver.execute_script(
@@ -317,61 +481,110 @@ def browser(request, tmp_path):
         chrome.quit()
 
 
-def test_a_browser_uses_the_page_with_the_keyboard_alone(browser, server, joint, tmp_path):
+def test_a_browser_uses_the_page_with_the_keyboard_alone(browser, server, joint):
     from selenium.webdriver.common.keys import Keys
 
     browser.open(server)
     assert browser.press(Keys.TAB).get_attribute("id") == "file"
     browser.find("#file").send_keys(str(joint / "images" / "001.png"))
-    browser.until(lambda: browser.texts("#captions li"))
-    assert "green" in browser.texts("#captions li")[0]
-    browser.until(lambda: "The first:" in browser.find("#status").text)
+    browser.until(lambda: browser.texts("#written .word"))
+    answer = server.caption((joint / "images" / "001.png").read_bytes(), maps="true")[1]
+    best = answer["captions"][0]
+    assert browser.texts("#written > .caption")[0].lower() == best["text"]
+    assert "%" in browser.texts("#written .row .soft")[0]
+    assert len(set(browser.texts(".others .caption"))) == len(browser.texts(".others .caption")) > 0
     assert browser.veil() == [0] * 16
 
     # On to the first word, which shows its attention, and from it to the next.
     focus = browser.driver.switch_to.active_element
-    for _ in range(6):
-        if "words" in (focus.find_element("xpath", "..").get_attribute("class") or ""):
+    for _ in range(8):
+        if focus.get_attribute("class") == "word":
             break
         focus = browser.press(Keys.TAB)
-    first = focus.text
-    browser.press(Keys.ENTER)
-    assert focus.get_attribute("aria-pressed") == "true"
-    assert f"“{first}”" in browser.find("#status").text
-    answer = server.write((joint / "images" / "001.png").read_bytes())[1]
-    for i, word in enumerate(answer["found"][0]["words"][:3]):
+    for i, word in enumerate(best["words"][:3]):
         if i:
             focus = browser.press(Keys.ARROW_RIGHT)
-        assert focus.text == word["word"] and focus.get_attribute("aria-pressed") == "true"
+        assert focus.get_attribute("textContent") == word["word"]
+        assert focus.get_attribute("aria-pressed") == "true"
+        assert f"“{word['word']}”" in browser.find("#status").text
         # The more the decoder looked at a place, the thinner the veil over it.
         expected = [255 * 0.74 - 0.5 * weight for weight in word["map"]]
         assert browser.veil() == pytest.approx(expected, abs=20)  # of 61 to 189; it is smoothed
+    browser.press(Keys.ESCAPE)
+    assert browser.veil() == [0] * 16
+    browser.press(Keys.ENTER)
+    assert focus.get_attribute("aria-pressed") == "true"
 
     browser.find("#question").send_keys(QUESTION, Keys.ENTER)
-    browser.until(lambda: browser.texts("#ask li"))
-    assert browser.texts("#ask li .words")[0] == "green"
+    browser.until(lambda: browser.texts("#asked li"))
+    assert browser.texts("#asked .caption") == ["Green"]
 
     browser.find("summary").send_keys(Keys.ENTER)
     assert not browser.find("[name=temperature]").is_displayed()
     browser.find("[name=sample][value=true]").send_keys(Keys.SPACE)
     assert browser.find("[name=temperature]").is_displayed()
-    browser.find("[name=beam_size]").send_keys(Keys.BACKSPACE * 2, "4", Keys.ENTER)
-    browser.until(lambda: len(browser.texts("#captions li")) == 4)
+    everything = Keys.CONTROL + "a" + Keys.NULL
+    browser.find("[name=temperature]").send_keys(everything, "1.5")
+    browser.find("[name=others]").send_keys(everything, "2", Keys.ENTER)
+    browser.until(lambda: len(browser.texts(".others .caption")) == 2)
 
-    width = browser.driver.execute_script("return document.documentElement.scrollWidth")
-    assert width <= browser.driver.execute_script("return innerWidth")
+    # What goes wrong is said where it was asked for, and what was answered stays.
+    browser.find("[name=temperature]").send_keys(everything, "9")
+    browser.find("#question").send_keys(QUESTION, Keys.ENTER)
+    browser.until(lambda: "temperature" in browser.find("#ask-error").text)
+    assert browser.texts("#asked .caption") == ["Green"]
+    assert not browser.find("#captions-error").is_displayed()
+    browser.fits()
 
 
-def test_a_browser_hears_of_bad_and_large_files(browser, server, tmp_path):
-    browser.open(server)
+def test_a_browser_captions_several_photos_copies_and_downloads(browser, server, joint, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
     bad, large = tmp_path / "bad.jpg", tmp_path / "large.jpg"
     bad.write_bytes(b"no picture")
-    browser.find("#file").send_keys(str(bad))
-    browser.until(lambda: "Try a JPEG" in browser.find("#alert").text)
-    assert not browser.find("#stage").is_displayed()
     large.write_bytes(bytes(600_000))
-    browser.find("#file").send_keys(str(large))
-    browser.until(lambda: "0.6 MB" in browser.find("#alert").text)
+    files = [joint / "images" / "000.png", bad, large, joint / "images" / "002.png"]
+    browser.open(server)
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 4 photos")
+    rows = browser.texts("#list li")
+    assert "red" in rows[0].lower() and "blue" in rows[3].lower()
+    assert "Try a JPEG" in rows[1] and "0.6 MB" in rows[2]
+    browser.find("#list li:nth-child(2) button").send_keys(Keys.ENTER)
+    assert "Try a JPEG" in browser.find("#captions-error").text
+    browser.until(lambda: not browser.find("#stage").is_displayed())
+    browser.find("#list li:nth-child(4) button").send_keys(Keys.ENTER)
+    caption = browser.texts("#written > .caption")[0].lower()
+    assert "blue" in caption and browser.find("#stage").is_displayed()
+
+    browser.find("#written button").send_keys(Keys.ENTER)
+    browser.find("#question").send_keys(Keys.CONTROL, "v")
+    assert browser.find("#question").get_attribute("value") == caption
+
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.driver.execute_cdp_cmd("Page.setDownloadBehavior", folder)
+    browser.find("#csv").send_keys(Keys.ENTER)
+    table = tmp_path / "captions.csv"
+    browser.until(table.exists)
+    written = list(csv.DictReader(table.open(newline="")))
+    assert [row["file_name"] for row in written] == [file.name for file in files]
+    assert written[3]["text"] == caption and 0 < float(written[3]["confidence"]) <= 1
+    assert "Try a JPEG" in written[1]["error"] and not written[1]["text"]
+    browser.fits()
+
+
+def test_a_browser_tries_a_drawing_with_the_mouse(browser, captions_only):
+    browser.open(captions_only)
+    browser.until(lambda: len(browser.driver.find_elements("css selector", "#samples img")) > 2)
+    browser.fits()
+    browser.find("#samples button").click()
+    browser.until(lambda: browser.texts("#written .word"))
+    word = browser.find("#written .word:nth-child(2)")
+    word.click()
+    assert word.get_attribute("aria-pressed") == "true" and max(browser.veil()) > 60
+    word.click()
+    assert word.get_attribute("aria-pressed") == "false"
+    browser.fits()
 
 
 def test_a_browser_takes_a_photo_with_the_camera(browser, captions_only):
@@ -381,7 +594,7 @@ def test_a_browser_takes_a_photo_with_the_camera(browser, captions_only):
     ready = "return document.querySelector('video').videoWidth"
     browser.until(lambda: browser.driver.execute_script(ready))
     browser.find("#shoot").click()
-    browser.until(lambda: browser.texts("#captions li"))
+    browser.until(lambda: browser.texts("#written .word"))
     assert browser.find("#no-questions").is_displayed() and not browser.find("#ask").is_displayed()
 
 
@@ -396,5 +609,5 @@ def test_a_photo_that_lies_on_its_side_is_seen_as_it_is_shown(server):
     ):
         file = io.BytesIO()
         picture.save(file, "png", **more)
-        answers.append(server.write(file.getvalue()))
+        answers.append(server.caption(file.getvalue()))
     assert answers[0] == answers[1] and answers[0][0] == 200

@@ -139,6 +139,41 @@ def test_a_damaged_pack_is_never_read_as_features(setting):
     assert_fresh(cache, encoder, image_dir, items)
 
 
+@pytest.mark.fault(count=8)
+def test_damaged_tables_are_made_anew(setting):
+    image_dir, encoder, items, build, said = setting
+    cache, _ = build()
+    index, identity = (next(cache.folder.glob(name)) for name in ("shard_*.json", "identity.json"))
+    whole, twin = index.read_bytes(), cache.folder.with_name("other")
+    for damage in (b"", b"{", b"[]", b"[" * 100_000, b"\xff", whole.replace(b"17", b'"x"')):
+        index.write_bytes(damage)
+        cache, _ = build()
+        assert "not whole, or damaged" in said[0] and "30 to make" in said[1] and len(said) == 2
+        index = next(cache.folder.glob("shard_*.json"))
+    shutil.copytree(cache.folder, twin)
+    for damage in ("{", "[]"):
+        identity.write_text(damage)
+        (twin / "identity.json").write_text(damage)
+        cache, _ = build()
+        assert "identity.json is damaged" in said[0] and "of another kind" in said[1]
+        assert len(said) == 2 and "weights" in identity.read_text()
+    assert_fresh(cache, encoder, image_dir, items)
+
+
+@pytest.mark.fault(count=2)
+def test_a_photo_that_is_gone_is_left_out_or_too_many(setting):
+    image_dir, encoder, items, build, said = setting
+    build()
+    (image_dir / "002.png").unlink()
+    (image_dir / "005.png").unlink()
+    with pytest.raises(UserError, match="(?s)2 photos can't be read.*002.png: No such file"):
+        build(max_bad=1)
+    cache, bad = build(max_bad=2)
+    assert bad == ["002.png", "005.png"]
+    with pytest.raises(UserError, match="none of the 1 photos"):
+        build([("005.png", 0)], max_bad=2)
+
+
 @pytest.mark.fault
 def test_unreadable_photos_are_named_and_counted(setting):
     image_dir, encoder, items, build, said = setting
@@ -148,7 +183,7 @@ def test_unreadable_photos_are_named_and_counted(setting):
     cache, bad = build(max_bad=1)
     assert bad == ["002.png"] and "002.png" in said[-1]
     assert_fresh(cache, encoder, image_dir, [item for item in items if item[0] != "002.png"])
-    assert ("002.png", 0) not in cache
+    assert ("002.png", 0) not in cache.entries
 
 
 def test_views_are_what_they_say():

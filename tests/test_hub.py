@@ -19,8 +19,8 @@ from PIL import Image
 import hub
 from checkpoint import load_checkpoint
 from inference import load_captioner
+from tests.conftest import best_entry, best_file, small_flags, write_photos
 from tests.conftest import run as run_script
-from tests.conftest import small_flags, write_photos
 from tests.hub_server import HANG, HubServer, Repo
 from tokenizer import CaptionTokenizer
 
@@ -361,7 +361,7 @@ def pushed(tmp_path_factory, encoder_dir):
 def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, tmp_path):
     data, commit, server = pushed
     photos = [str(path) for path in sorted((data / "images").iterdir())[:4]]
-    best = load_captioner(data / "captioner_best_cider.safetensors", precision="fp32")
+    best = load_captioner(best_file(data), precision="fp32")
     code = f"""
 from inference import load_captioner
 result["captions"] = load_captioner("me/captioner", precision="fp32").caption({photos!r})
@@ -419,7 +419,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
 
     read = ModelCard(files["README.md"].decode())
     entries = load_checkpoint(data / "last.pt").training["progress"]["history"]
-    best = max(entries, key=lambda entry: entry["val_cider"])
+    best = best_entry(entries)
     measured = {result.metric_name: result.metric_value for result in read.data.eval_results}
     assert measured["CIDEr-D"] == pytest.approx(best["val_cider"])
     assert measured["cross-entropy"] == pytest.approx(best["val_loss"])

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import shards
 import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
-from shards import Stock, StreamedRows, read_shard, take_stock
+from run import on_record
+from shards import Sample, Stock, StreamedRows, take_stock
 from tests.conftest import COLOURS, paint, run, small_flags
 from tests.download_server import DownloadServer, Remote, serving
 from tests.test_distributed import figures, torchrun
@@ -93,7 +96,20 @@ def server(monkeypatch) -> Iterator[DownloadServer]:
 # --- One shard ------------------------------------------------------------------------------
 
 
+def read(path: Path) -> tuple[list[Sample], Counter[str], dict[str, str]]:
+    """A shard's samples, how many were passed over for what, and which can't be read."""
+    passed, bad = Counter(), {}
+    return list(shards.read_shard(str(path), passed, bad)), passed, bad
+
+
+def read_shard(url: str) -> Iterator[Sample]:
+    return shards.read_shard(url, Counter(), {})
+
+
+@pytest.mark.fault(count=9)
 def test_what_counts_as_a_photo_with_a_caption(tmp_path):
+    """Every name in a tar is a photo with captions, or counted with the reason why it is none."""
+    half, deep = '"half \\ud83d of an emoji"', "[" * 100_000
     files = [
         ("in/a.jpg", b"A"),
         ("in/a.txt", b" two \n lines "),
@@ -107,24 +123,160 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("empty.txt", b" "),
         ("binary.jpg", b"F"),
         ("binary.txt", b"\xff\xfe"),
+        ("null.jpg", b"F"),
+        ("null.json", b'{"caption": null}'),
         ("odd.jpg", b"G"),
         ("odd.json", b'{"caption": 7}'),
+        ("list.jpg", b"G"),
+        ("list.json", b"[]"),
         ("broken.jpg", b"H"),
         ("broken.json", b"{"),
+        ("deep.jpg", b"H"),
+        ("deep.json", deep.encode()),
+        ("large.jpg", bytes(2**26 + 1)),
+        ("large.txt", b"of what it is"),
         ("in/a.webp", b"I"),
         ("in/a.txt", b"the same name again"),
+        ("twice.jpg", b"J"),
+        ("twice.jpg", b"not this one"),
+        ("twice.txt", b"the first"),
+        ("latin.TIF", b"K"),
+        ("latin.txt", "un café".encode("latin-1")),
+        ("wide.avif", b"L"),
+        ("wide.txt", "ein Käfer".encode("utf-16")),
+        ("json.jfif", b"M"),
+        ("json.txt", b"\n"),
+        ("json.json", f'{{"id": 1{"0" * 5000}, "caption": {half}}}'.encode()),
+        ("\udce9t\udce9.JPEG", b"N"),  # as tarfile gives bytes that aren't UTF-8
+        ("\udce9t\udce9.txt", b"with\0 a zero"),
+        ("._in.jpg", b"of a Mac"),
         ("z.WEBP", b"Z"),
         ("z.TXT", b"last"),
     ]
     path = tmp_path / "odd.tar"
     path.write_bytes(pack(files))
-    found = [(s.key, s.suffix, s.photo, s.captions) for s in read_shard(str(path))]
-    assert found == [
+    found, passed, bad = read(path)
+    assert [tuple(sample) for sample in found] == [
         ("in/a", "jpg", b"A", ["two lines"]),
         ("b", "jpg", b"B", ["one", "another"]),
         ("c", "png", b"C", ["written"]),
+        ("twice", "jpg", b"J", ["the first"]),
+        ("latin", "tif", b"K", ["un café"]),
+        ("wide", "avif", b"L", ["ein Käfer"]),
+        ("json", "jfif", b"M", ["half ? of an emoji"]),
+        ("été", "jpeg", b"N", ["with a zero"]),
         ("z", "webp", b"Z", ["last"]),
     ]
+    assert passed == {"without a photo": 1, "without a caption": 4, "with another's name": 1}
+    assert list(bad) == ["odd", "list", "broken", "deep", "large"]
+    assert "odd.tar: large can't be read: its .jpg is larger than 67.1 MB" in bad["large"]
+
+
+texts = st.text(st.characters(codec=None), max_size=20)  # half characters and zeros among them
+captions_in_json = st.recursive(
+    texts | st.none() | st.integers(-(10**400), 10**400) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="./\0"), min_size=1)
+            | st.just("\udcff\udc80"),
+            st.binary(max_size=40) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")),
+            captions_in_json | st.fixed_dictionaries({"caption": captions_in_json}),
+        ),
+        max_size=6,
+    )
+)
+def test_no_text_costs_a_shard(tmp_path, samples):
+    files = [
+        file
+        for number, (name, text, table) in enumerate(samples)
+        for file in (
+            (f"{number}{name}.jpg", b"photo"),
+            (f"{number}{name}.txt", text),
+            (f"{number}{name}.json", json.dumps(table).encode()),
+        )
+    ]
+    (tmp_path / "0.tar").write_bytes(pack(files))
+    found, passed, bad = read(tmp_path / "0.tar")
+    assert len(found) + passed.total() + len(bad) == len(samples)
+    for sample in found:
+        json.dumps(sample.captions, ensure_ascii=False).encode()
+        assert all(text == " ".join(text.split()) and "\0" not in text for text in sample.captions)
+
+
+UNPACKS = "can't be read to its end (it unpacks to more than 100 times its size)"
+
+
+@pytest.mark.fault(count=5)
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("sparse", UNPACKS),
+        ("sparse, many", UNPACKS),
+        ("gzipped", UNPACKS),
+        ("gzipped, many", UNPACKS),
+        ("header", "can't be read to its end (it has a header of 1.2 GB)"),
+    ],
+)
+def test_a_bomb_is_refused_before_it_is_in_memory(tmp_path, kind, said):
+    path, many = tmp_path / "0.tar", "many" in kind
+    size, count = (60_000_000, 10) if many else (1_200_000_000, 1)
+    if "sparse" in kind:
+        path.write_bytes(b"".join(sparse_file(size) for _ in range(count)) + bytes(10240))
+    else:
+        with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+            for number in range(count):
+                info = tarfile.TarInfo(f"{number}.jpg")
+                info.size, info.type = size, b"x" if kind == "header" else b"0"
+                tar.addfile(info, Zeros(size))
+    code = (
+        "import resource, sys, shards\n"
+        "from collections import Counter\nfrom utils import UserError\n"
+        "bad = {}\n"
+        "try:\n"
+        "    print(len(list(shards.read_shard(sys.argv[1], Counter(), bad))), bad)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    result = run("-c", code, path)
+    assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
+    assert int(result.stdout.split()[-1]) < 1_000_000  # units of 1,024 bytes
+
+
+def test_large_files_of_other_kinds_cost_nothing(tmp_path):
+    files = [("0.mp4", bytes(2**27)), ("0.jpg", b"A"), ("0.txt", b"a film")]
+    (tmp_path / "0.tar").write_bytes(pack(files))
+    assert len(read(tmp_path / "0.tar")[0]) == 1
+
+
+class Zeros(io.RawIOBase):
+    """So many zeros."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def read(self, size: int) -> bytes:
+        size = min(size, self.left)
+        self.left -= size
+        return bytes(size)
+
+
+def sparse_file(size: int) -> bytes:
+    """A photo of so many bytes in a tar, of which GNU's format stores none."""
+    info = tarfile.TarInfo("0.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % size + b"%011o\0" % 0  # one block of no bytes, at the end
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 @pytest.mark.fault
@@ -220,16 +372,19 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 to read" in said
     again, said = taken()
-    assert again.shards == first.shards and not said
+    assert again.shards == first.shards
+    assert said == "shards: 12 samples, 12 of use, 0 passed over\n"
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 to read, 2 known" in said
     tables = [shard.table for shard in first.shards]
     write_as_before(tables[0])
     again, said = taken()
-    assert again.shards == first.shards and not said
+    assert again.shards == first.shards and "to read" not in said
     rows = [first.features.read([(first.name((0, row)), 0)]) for row in range(5)]
-    assert all(torch.equal(again.load([again.name((0, i))])[0], rows[i]) for i in range(5))
+    assert all(
+        torch.equal(again.features.read([(again.name((0, i)), 0)]), rows[i]) for i in range(5)
+    )
     tables[0].with_suffix(".bin").unlink()  # as a message may have said
     tables[2].unlink()  # as if the run had been killed before it was written
     again, said = taken()
@@ -253,7 +408,11 @@ def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, 
     with pytest.raises(UserError, match=r"MAX_BAD_IMAGES = 1:\n.*00000.tar: 1 is not a readable"):
         take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)
     stock = take_stock(encoder, [str(path)], tmp_path / "f", max_bad=2)
-    assert len(stock) == 4 and "00000.tar: 4 is not" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(stock) == 4 and "00000.tar: 4 is not" in said
+    assert "6 samples, 4 of use, 2 passed over (2 that can't be read)" in said
+    with pytest.raises(UserError, match="2 photos can't be read, more than MAX_BAD_IMAGES = 1"):
+        take_stock(encoder, [str(path)], tmp_path / "f", max_bad=1)  # also of those known
     assert [item[0] for item in stock.table(0)["items"]] == ["0", "2", "3", "5"]
     stream = take_stock(encoder, [str(path)], tmp_path / "g", keep_features=False, max_bad=2)
     tokenizer = CaptionTokenizer.train(stream.first_texts(), 300)
@@ -344,7 +503,9 @@ def test_an_order_has_a_name_that_changes_with_it(both):
 def test_going_on_in_mid_epoch_meets_the_rest(both, skip, monkeypatch):
     opened: list[str] = []
     real = shards.read_shard
-    monkeypatch.setattr(shards, "read_shard", lambda url: (opened.append(url), real(url))[1])
+    monkeypatch.setattr(
+        shards, "read_shard", lambda url, *more: (opened.append(url), real(url, *more))[1]
+    )
     monkeypatch.setattr(shards, "POOL", 2)
     kept, streamed = both
     whole = list(kept.batches(4, 0, 2))
@@ -450,6 +611,32 @@ def test_a_run_that_is_killed_keeps_the_shards_it_was_done_with(tmp_path, encode
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.fault(count=4)
+def test_a_run_says_what_it_passed_over_or_that_it_is_too_much(tmp_path, encoder_dir):
+    for name in ("train", "val"):
+        files = []
+        for number in range(12):
+            text = f"un carré {number} à gauche".encode("latin-1" if number % 2 else "utf-8")
+            about = b"{" if number == 4 else b'{"caption": "half \\ud83d"}'
+            files.append((f"{number}.jpg", b"no photo" if number == 5 else photo(number)))
+            files += [(f"{number}.json", about)] if number in (4, 6) else []
+            files += [(f"{number}.txt", text)] if number not in (4, 6, 7) else []
+        (tmp_path / f"{name}.tar").write_bytes(pack(files))
+    flags = flags_of(
+        tmp_path / "data", encoder_dir, tmp_path / "train.tar", "--val_shards", tmp_path / "val.tar"
+    )
+    result = run("train.py", *flags, "--epochs", 1, "--max_bad_images", 2)
+    assert result.returncode == 0, result.stderr
+    said = "passed over (1 without a caption, 2 that can't be read)"
+    assert f"shards: 12 samples, 9 of use, 3 {said}" in result.stdout
+    assert (
+        "10 photos with" in result.stdout or "9 photos with 9 captions to train on" in result.stdout
+    )
+    few = run("train.py", *flags, "--epochs", 1, "--max_bad_images", 1)
+    assert few.returncode == 1 and "more than MAX_BAD_IMAGES = 1" in few.stderr
+    assert "train.tar: 5 is not a readable picture" in few.stderr
+
+
 @pytest.mark.fault
 def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path, encoder_dir, tars):
     pattern = write_shards(tmp_path / "train", [4, 6])
@@ -514,7 +701,7 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
     for key in ("${TOKEN}", "c0ffee", "c0ffee&sig=c0ffee"):
         flags = ["--train_shards", f"https://me:c0ffee@host/0.tar?token={key}", "--data_dir", "d"]
         settings = train.command_line(flags)
-        assert "c0ffee" not in str(train.on_record(settings))
+        assert "c0ffee" not in str(on_record(settings))
         (url,) = shards.expand_shards(settings.TRAIN_SHARDS)
         assert "c0ffee" in url and "c0ffee" not in shards.shard_name(url)
         (url,) = shards.expand_shards(server.url(f"0.tar?token={key}"))

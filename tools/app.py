@@ -1,7 +1,16 @@
-"""A page in the browser: give it a photo, read its captions, see where each word looked.
+"""A page in the browser: give it photos, read their captions, see where each word looked.
 
     pip install -r requirements-app.txt
     python -m tools.app --checkpoint captioner_best_cider.safetensors
+    curl --data-binary @photo.jpg "http://127.0.0.1:8000/caption?others=3"
+
+`POST /caption` takes a photo as its body. In its query may stand `question`, `beam_size`,
+`sample=true` with `temperature`, `top_p` and `seed`, `others` (so many other ways to say it, by
+diverse beam search) and `maps=true` (where each word looked). It answers in JSON with `captions`,
+or `answers` to a question, best first, and `others`; each has a `text`, a `score` (log-probability
+a token, by which it was searched for) and a `confidence` (the chance that the model gave its
+tokens, as a geometric mean). What goes wrong is an `error` in words, with a status of 400 and more.
+`GET /health` says that it runs, and what the checkpoint can do.
 
 Only this machine can open it, unless --host says otherwise. Photos are kept nowhere.
 """
@@ -10,40 +19,55 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import ipaddress
+import math
+import os
+import random
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 try:
+    import h11
     import uvicorn
+    from anyio import to_thread
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route
+    from starlette.types import ASGIApp, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: the page needs {error.name}: run pip install -r requirements-app.txt"
     ) from None
 
+from demo import scenes
 from encoder import ImageError
 from inference import Captioner, Explained, add_captioner_flags, captioner_of
-from utils import UserError, run_script, script_parser
+from utils import UserError, check_ranges, run_script, script_parser
 
 PAGE = Path(__file__).with_name("app.html")
-# What the page may ask for: the kind of number, the least and the most.
+# What may be asked for: the kind of number, the least and the most.
 LIMITS: dict[str, tuple[type, float, float]] = {
     "beam_size": (int, 1, 10),
+    "others": (int, 0, 9),
     "temperature": (float, 0.1, 5),
     "top_p": (float, 0.05, 1),
     "seed": (int, 0, 2**32 - 1),
 }
+SAMPLES = 4  # drawings to try
+WAITING = 16  # photos at once, the one that is being captioned included
+ROOM = 8  # all that wait have together at most so many times the largest photo's bytes
+CONNECTIONS = 200  # more, and idle ones are closed
+# Within which a request's head and its body must come, and its answer must have been taken.
+HEAD_SECONDS, BODY_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 600.0
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -56,70 +80,124 @@ HEADERS = {
 }
 
 
-def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
-    """The page's server; `host` is the name that it is opened by, beside localhost and addresses.
+# --- Requests -------------------------------------------------------------------------------
 
-    Routes: `/` is the page, `/about` what the checkpoint can do, and `/write` takes a picture as
-    its body and, as its query, a question and the fields of `LIMITS`.
-    """
-    one_at_a_time = asyncio.Lock()
 
-    async def page(_: Request) -> Response:
+class Service:
+    """What the routes share: the captioner, whose turn it is, and the room for those that wait."""
+
+    def __init__(self, captioner: Captioner, max_megabytes: float):
+        self.captioner, self.max_megabytes = captioner, max_megabytes
+        self.turn = asyncio.Lock()  # one photo at a time: each has the whole machine
+        self.waiting = 0  # photos, the one that is being captioned included
+        self.room = int(ROOM * max_megabytes * 1e6)  # bytes of photos that may still come
+
+    async def page(self, _: Request) -> Response:
         return FileResponse(PAGE)
 
-    async def about(_: Request) -> Response:
+    async def health(self, _: Request) -> Response:
         return JSONResponse(
             {
-                "tasks": captioner.tasks,
-                "beam_size": min(captioner.options.beam_size, LIMITS["beam_size"][2]),
-                "max_megabytes": max_megabytes,
+                "status": "ok",
+                "tasks": self.captioner.tasks,
+                "beam_size": self.captioner.options.beam_size,
+                "max_megabytes": self.max_megabytes,
+                "samples": SAMPLES,
             }
         )
 
-    async def write(request: Request) -> Response:
-        body = await read_body(request, int(max_megabytes * 1e6))
-        if body is None:
-            return problem(413, f"The file is larger than {max_megabytes:g} MB.")
-        question = request.query_params.get("question")
+    async def sample(self, request: Request) -> Response:
+        number = request.path_params["number"]
+        if number >= SAMPLES:
+            raise HTTPException(404, f"There are only {SAMPLES} samples.")
+        dice, file = random.Random(number), io.BytesIO()
+        scene = scenes.invent(dice, scenes.distinct)
+        scenes.paint(scene, scenes.arrange(scene, dice), dice, shrink=1).save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    async def caption(self, request: Request) -> Response:
+        async with self.received(request) as photo:
+            task = write, self.captioner, photo, request.query_params
+            async with self.turn:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                return JSONResponse(await to_thread.run_sync(*task, abandon_on_cancel=True))
+
+    @contextlib.asynccontextmanager
+    async def received(self, request: Request) -> AsyncIterator[io.BytesIO]:
+        """The body of a request, which takes up room until the block ends."""
+        body, size, refusal = io.BytesIO(), 0, None
+        busy = HTTPException(503, "Too many are waiting: try again later.", {"Retry-After": "5"})
         try:
-            options = read_options(request.query_params)
-            async with one_at_a_time:
-                found = await run_in_threadpool(explain, captioner, body, question, options)
-        except UserError as error:
-            return problem(400, str(error))
-        return JSONResponse(found)
+            async for part in request.stream():
+                if size + len(part) > self.max_megabytes * 1e6:
+                    refusal = HTTPException(413, f"It is larger than {self.max_megabytes:g} MB.")
+                elif len(part) > self.room:
+                    refusal = refusal or busy
+                if refusal is None:
+                    self.room -= len(part)
+                    size += body.write(part)
+                else:  # read but not kept: a browser listens only after it has sent all
+                    self.room += size
+                    body, size = io.BytesIO(), 0
+            if refusal or self.waiting == WAITING:
+                raise refusal or busy
+            self.waiting += 1
+            try:
+                yield body
+            finally:
+                self.waiting -= 1
+        finally:
+            self.room += size
 
-    async def guarded(
-        request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        refusal = refuse(request.method, request.headers, host)
-        response = problem(403, refusal) if refusal else await call_next(request)
-        response.headers.update(HEADERS)
-        return response
 
-    async def failed(_: Request, __: Exception) -> Response:
-        return problem(500, "Something went wrong here; the terminal says more.")
+def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
+    """The server; `host` is the name that it is opened by, beside localhost and addresses."""
+    service = Service(captioner, max_megabytes)
 
     return Starlette(
         routes=[
-            Route("/", page),
-            Route("/about", about),
-            Route("/write", write, methods=["POST"]),
+            Route("/", service.page),
+            Route("/health", service.health),
+            Route("/samples/{number:int}", service.sample),
+            Route("/caption", service.caption, methods=["POST"]),
         ],
-        middleware=[Middleware(BaseHTTPMiddleware, dispatch=guarded)],
-        exception_handlers={Exception: failed},
+        middleware=[Middleware(Guarded, host=host)],
+        exception_handlers={
+            HTTPException: lambda _, error: problem(error.status_code, error.detail, error.headers),
+            UserError: lambda _, error: problem(400, str(error)),
+            ClientDisconnect: lambda *_: Response(status_code=400),  # to nobody
+            Exception: lambda *_: problem(500, "Something went wrong; the terminal says more."),
+        },
     )
 
 
-def problem(status: int, text: str) -> JSONResponse:
-    return JSONResponse({"error": text}, status)
+def problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": text}, status, headers)
+
+
+class Guarded:
+    """Serves what `refuse` has nothing against."""
+
+    def __init__(self, app: ASGIApp, host: str):
+        self.app, self.host = app, host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        refusal = refuse(request.method, request.headers, self.host)
+        app = problem(403, refusal) if refusal else self.app
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends
+            await problem(503, "The server is ending.")(scope, receive, send)
 
 
 def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     """Why a request is not served, or None.
 
     A foreign site whose name has been pointed at this machine is known by that name (an address
-    can't be pointed elsewhere), and a form on a foreign page by its origin.
+    can't be pointed elsewhere), and what a foreign page sends by its origin or by what the
+    browser says of it. A link to the page may stand anywhere.
     """
     asked = headers.get("host", "")
     try:
@@ -130,7 +208,9 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
         return "The address is not valid."
     if name not in ("localhost", host) and not _is_address(name):
         return "This page is not served under that name."
-    if method != "GET" and foreign:
+    elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    if (method != "GET" and foreign) or (elsewhere and not link):
         return "Requests from other pages are not served."
     return None
 
@@ -143,70 +223,118 @@ def _is_address(name: str) -> bool:
     return True
 
 
-async def read_body(request: Request, most: int) -> bytes | None:
-    """The body, or None where it has more bytes than that."""
-    body = bytearray()
-    async for part in request.stream():
-        # What is too much is read but not kept: a browser listens only after it has sent all.
-        if len(body) <= most:
-            body += part
-    return bytes(body) if len(body) <= most else None
-
-
-def read_options(query: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `GenerationOptions` from a query.
-
-    Raises:
-        UserError: no number, or outside of `LIMITS`.
-    """
-    options: dict[str, Any] = {"sample": query.get("sample") == "true", "groups": 1}
+def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
         try:
-            options[name] = kind(query[name])
+            numbers[name] = kind(query[name])
         except ValueError:
-            options[name] = float("nan")  # within no limits
-        if not least <= options[name] <= most:
+            numbers[name] = math.nan  # within no limits
+        if not least <= numbers[name] <= most:
             raise UserError(f"{name} must be a number from {least:g} to {most:g}.")
-    return options
+    return numbers
 
 
-def explain(
-    captioner: Captioner, picture: bytes, question: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """What is written about a picture, best first, as the page wants it.
-
-    Raises:
-        UserError: the picture can't be read, or the checkpoint can't do that.
-    """
+def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> dict[str, Any]:
+    """What is written about a photo, as JSON can hold it."""
+    numbers, question = read_numbers(query), query.get("question")
+    wanted = numbers.pop("others", 0)
+    options = numbers | {"sample": query.get("sample") == "true", "groups": 1}
     if question is not None and not question.strip():
         raise UserError("The question is empty.")
     try:
-        image = captioner.encoder.open(io.BytesIO(picture))
+        photo.seek(0)
+        image = captioner.encoder.open(photo)
     except ImageError:
         raise UserError(
             "That file can't be read as a picture: it may be damaged, too large, or of another "
             "kind. Try a JPEG or a PNG."
         ) from None
     grid, found = captioner.explain(image, question, **options)
-    return {
-        "rows": grid.rows,
-        "columns": grid.columns,
-        "area": grid.area,
-        "found": [as_plain(each) for each in found],
+    others: dict[str, Explained] = {}
+    if wanted:
+        # One beam a group, so that none is a variant of another; one more, as one may be the best.
+        diverse = {"beam_size": wanted + 1, "groups": wanted + 1, "sample": False}
+        _, more = captioner.explain(image, question, **options | diverse)
+        others = {each.text: each for each in more if each.text != found[0].text}
+    maps = query.get("maps") == "true"
+    where = {"rows": grid.rows, "columns": grid.columns, "area": grid.area} if maps else {}
+    return where | {
+        "answers" if question else "captions": [as_plain(each, maps) for each in found],
+        "others": [as_plain(each, maps) for each in others.values()][:wanted],
     }
 
 
-def as_plain(each: Explained) -> dict[str, Any]:
-    """A caption with its words' maps, each from 0 to 255, in reading order."""
+def as_plain(found: Explained, maps: bool) -> dict[str, Any]:
+    """A caption; with its words' maps, each from 0 to 255, in reading order."""
+    written = found.hypothesis
+    length = len(written.tokens) + written.ended
+    plain = {
+        "text": found.text,
+        "score": round(written.score, 4),
+        "confidence": round(math.exp(written.log_probability / length), 4),
+    }
+    if not maps:
+        return plain
     words = [
         {
             "word": shown.word,
             "map": (255 * shown.weights / shown.weights.max()).round().int().flatten().tolist(),
         }
-        for shown in each.words
+        for shown in found.words
     ]
-    return {"text": each.text, "score": each.hypothesis.score, "words": words}
+    return plain | {"words": words}
+
+
+# --- Connections ----------------------------------------------------------------------------
+
+
+class Connection(H11Protocol):
+    """A connection that ends where a client doesn't send or read in time."""
+
+    stage: object = None  # what the client does now, as h11 calls it
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._enter(h11.IDLE)
+        if len(self.connections) > CONNECTIONS:
+            idle = (c for c in self.connections if c.cycle is None or c.cycle.response_complete)
+            next(idle).transport.abort()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not self.stage:
+            self._enter(self.conn.their_state)
+
+    def _enter(self, stage: object) -> None:
+        if self.late:
+            self.late.cancel()
+        self.stage = stage
+        seconds = {h11.IDLE: HEAD_SECONDS, h11.SEND_BODY: BODY_SECONDS}.get(stage, ANSWER_SECONDS)
+        self.late = self.loop.call_later(seconds, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.late.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, unless an answer is on its way already."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = [*HEADERS.items(), ("Connection", "close"), ("Content-Length", "0")]
+            for event in (h11.Response(status_code=400, headers=headers), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that ends without waiting for what is asked of it."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
+        await super().shutdown(sockets)
 
 
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -215,16 +343,14 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add_captioner_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
     add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
-    add("--max_megabytes", type=float, default=20.0, help="largest picture [%(default)s]")
-    return parser.parse_args(argv)
+    add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
+    args = parser.parse_args(argv)
+    check_ranges(args, {"max_megabytes": (0.01, 1000)})
+    return args
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
-
-    Raises:
-        UserError: the address is not this machine's, or the port is taken.
-    """
+    """A socket that listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -237,17 +363,26 @@ def listen(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> int:
     args = command_line(argv)
     with listen(args.host, args.port) as door:
-        captioner = captioner_of(args)
-        app = build_app(captioner, args.host, args.max_megabytes)
+        app = build_app(captioner_of(args), args.host, args.max_megabytes)
         options = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            headers=list(HEADERS.items()),
+            timeout_graceful_shutdown=1,
         )
         name = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{name}:{door.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
         try:
-            uvicorn.Server(options).run(sockets=[door])
+            Server(options).run(sockets=[door])
         except KeyboardInterrupt:
-            print("\nended")
+            print("\nended", flush=True)
+            # What is being computed can't be interrupted, and Python would wait for its thread.
+            os._exit(0)
     return 0
 
 

@@ -38,7 +38,7 @@ from encoder import FrozenEncoder
 from features import FeatureCache, add_pack, build_features, write_pack
 from generation import GenerationOptions, generate
 from model import CaptionModel
-from shards import Shard, Stock, StreamedRows, table_path
+from shards import Stock, StreamedRows, known_shard, table_path
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, CaptionTokenizer
 from utils import (
     autocast,
@@ -377,7 +377,7 @@ def synthetic_stock(folder: Path, photos: int, each: int = 10000) -> Stock:
         table = table_path(folder, url)
         parts = [(labels, torch.from_numpy(block))]
         write_pack(table.with_suffix(".bin"), parts, {"name": url, "version": None})
-        shards.append(Shard.of(table, url))
+        shards.append(known_shard(table, url))
     return Stock(shards)
 
 
