@@ -169,6 +169,31 @@ def file_hash(path: Path) -> str:
 
 # --- The report -----------------------------------------------------------------------------
 
+EXPLAINED = {
+    "BLEU-1 to BLEU-4": "how many words, and runs of two to four, people's captions share",
+    "ROUGE-L": "the longest sequence of words that a person's caption shares",
+    "CIDEr-D": "like BLEU, but what is rarely said of photos counts most; it can exceed 100",
+    "METEOR, SPICE": "shared words, stems and synonyms; shared things, attributes and relations",
+    "CLIPScore": "how well photo and caption fit, as a CLIP model sees it, without references",
+    "human": "what one person's caption scores against the others' of the same photo",
+    "distinct-1, distinct-2": "different words, and pairs of words, among all written, in %",
+    "length": "words a caption",
+    "repetitive": "captions that say a word twice in a row, or three words twice, in %",
+    "most_frequent": "captions that are the most frequent one, in %",
+    "novel": "captions that no training caption equals, in %",
+    "unfinished": "captions that were cut at the greatest length, in %",
+}
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+pre { background: light-dark(#eee, #333); padding: 1em; white-space: pre-wrap }
+article { display: flex; flex-wrap: wrap; gap: 0 1.5em; margin: 1.5em 0; overflow-wrap: anywhere }
+article > div { flex: 1 1 16em }
+img { width: 224px; height: auto; align-self: start }
+p, ul { margin: .3em 0 }
+p, li, dd { color: light-dark(#555, #bbb) }
+"""
+
 
 def report_rows(values: dict[str, float], count: int = 12) -> dict[str, list[str]]:
     """Which photos to show: the worst, the best and some at random, by CIDEr-D."""
@@ -190,12 +215,13 @@ def write_report(
     summary: str,
 ) -> None:
     """A page without outside parts: photos with caption, references and CIDEr-D."""
+    terms = "".join(f"<dt>{name}<dd>{text}" for name, text in EXPLAINED.items())
     parts = [
-        "<!doctype html><meta charset=utf-8><title>Captions</title>",
-        "<style>body{font:15px sans-serif;margin:2em auto;max-width:70em}pre{background:#eee;"
-        "padding:1em}article{display:flex;gap:1em;margin:1em 0}img{width:224px;height:auto;"
-        "align-self:start}li{color:#555}</style>",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>",
+        "<meta name=viewport content='width=device-width, initial-scale=1'>",
+        f"<style>{STYLE}</style>",
         f"<h1>Captions</h1><pre>{html.escape(summary)}</pre>",
+        f"<details><summary>What the numbers mean</summary><dl>{terms}</dl></details>",
     ]
     for title, names in report_rows(values).items():
         parts.append(f"<h2>{title}</h2>")

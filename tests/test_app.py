@@ -126,10 +126,10 @@ def test_captions_are_those_of_the_captioner_with_a_map_for_each_word(server, jo
     assert status == 200
     captioner = load_captioner(joint / "captioner_best_cider.safetensors")
     picture = captioner.encoder.open(joint / "images" / "000.png")
-    ((*expected,),) = captioner.hypotheses([picture], beam_size=3)
-    assert [found["text"] for found in answer["captions"]] == [text for text, _ in expected]
+    _, expected = captioner.explain(picture, beam_size=3)
+    assert [found["text"] for found in answer["captions"]] == [each.text for each in expected]
     scores = [found["score"] for found in answer["captions"]]
-    assert scores == pytest.approx([h.score for _, h in expected], abs=1e-3)
+    assert scores == pytest.approx([each.hypothesis.score for each in expected], abs=1e-3)
     assert scores == sorted(scores, reverse=True)
     assert (answer["rows"], answer["columns"]) == (4, 4)
     assert answer["area"] == pytest.approx([0, 0, 1, 1], abs=0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -46,6 +47,11 @@ def test_evaluate_scores_and_reports(trained, clip_dir):
     assert set(scores["not computed"]) | set(scores) >= {"METEOR", "SPICE"}
     report = (trained / "captioner_best_cider_val.html").read_text()
     assert report.count("data:image/jpeg;base64") >= scores["images"]
+    assert "name=viewport" in report
+    (terms,) = re.findall("<dl>.*</dl>", report)
+    for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[1:]:
+        name = re.match("[^:, ]+", line)[0]
+        assert name.rstrip("1234") in terms, f"{name} is not explained"
 
 
 def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
