@@ -335,8 +335,7 @@ def take_stock(
 
     with claimed(folder, team, look) as (known, missing):
         if missing:
-            there = len(urls) - len(missing)
-            print(f"shards: {len(missing):,} to read, {there:,} known, in {folder}")
+            print(f"shards: {len(missing):,} of {len(urls):,} to read, in {folder}")
         made: list[Shard] = []
         own = team.share(missing)
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
@@ -490,10 +489,9 @@ class Stream(Stock):
         lost: list[int] = []
 
         def load(photo: tuple[int, str]) -> tuple[tuple, Image.Image]:
-            row, name = photo
-            shard = name.rsplit("#", 1)[0]
+            row, place = photo[0], self.place(photo[1])
             try:
-                return _load(self.encoder, shard, self.waiting.pop(self.place(name)))
+                return _load(self.encoder, self.shards[place[0]].name, self.waiting.pop(place))
             except ImageError as error:
                 print(f"left out: {error}", file=sys.stderr)  # where all of a team are heard
                 lost.append(row)
@@ -577,8 +575,8 @@ class StreamedRows:
     def _shuffled(self, places: Iterator[Place], key: tuple[int, ...]) -> Iterator[Place]:
         """The photos, each drawn from the next `buffer`."""
         filters = require_extra("webdataset.filters", "requirements-shards.txt")
-        shuffle = filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(str(key)))
-        return shuffle(places)
+        dice = random.Random(str(key))
+        return filters.shuffle(self.buffer, initial=self.buffer, rng=dice)(places)
 
     def _cut(
         self, places: Iterator[Place], batch_size: int, key: Sequence[int], skip: int
