@@ -42,7 +42,7 @@ from dataset import (
     load_questions,
     load_splits,
 )
-from encoder import FrozenEncoder, open_image
+from encoder import FrozenEncoder, loading_options, open_image
 from features import FeatureCache, build_features
 from generation import (
     GenerationOptions,
@@ -139,9 +139,10 @@ def clip_score(
         UserError: `name` is no CLIP model that can be loaded.
     """
     try:
-        model = transformers.CLIPModel.from_pretrained(name).to(device).eval()
-        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
-        words = transformers.AutoTokenizer.from_pretrained(name)
+        options = loading_options(name)
+        model = transformers.CLIPModel.from_pretrained(name, **options).to(device).eval()
+        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+        words = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     total = 0.0
