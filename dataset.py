@@ -348,11 +348,11 @@ class Batch:
     asked: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory, without waiting for it to arrive."""
+        """The batch on a device; from pinned RAM, without waiting for it to arrive."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The batch in memory that a GPU can fetch from by itself."""
+        """The batch in RAM that a GPU can fetch from by itself."""
         return self._each(Tensor.pin_memory)
 
     def without(self, rows: Sequence[int]) -> Batch:
@@ -426,7 +426,7 @@ class CaptionRows:
         views: int = 1,
     ):
         """Args: each photo's texts as ids from START to END; what `load` loads from; its views."""
-        # Arrays, as lists of numbers take eight times the memory.
+        # Arrays, as lists of numbers take eight times the room.
         self.groups = {name: [array("i", ids) for ids in group] for name, group in groups.items()}
         self.names, self.captions = list(self.groups), list(self.groups.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]

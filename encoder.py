@@ -7,10 +7,13 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+import huggingface_hub
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -31,6 +34,14 @@ VISION_CLASSES = {
 PHOTO_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .mpo".split()
 )
+# The formats of those (an MPO is opened as a JPEG). Of Pillow's others some start a program, as
+# EPS does Ghostscript.
+PHOTO_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
+# Pixels that are decoded, in some 12 bytes each of RAM; these formats take more while they do.
+# A JPEG is decoded small, so it may be as large as Pillow allows, if it doesn't come in passes.
+LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "WEBP": 24_000_000}
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
+STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,45 +59,80 @@ class ImageError(UserError):
 
 
 def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None) -> Image.Image:
-    """Open a picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white.
-
-    Of an animation the first frame is used.
+    """Open a picture as `as_rgb` gives it; of an animation its first frame.
 
     Args:
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
             of its size where both sides stay at least that long, which is several times as fast.
     """
+    with _named(path), Image.open(path, formats=PHOTO_FORMATS) as image:
+        return as_rgb(image, path, least)
+
+
+def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):
+    """A picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white."""
+    with _named(name):
+        pixels = image.width * image.height
+        if least and not image.info.get("progressive"):
+            image.draft(None, (least, least))
+            pixels = image.width * image.height
+        most = LARGEST_OF.get(image.format, LARGEST)
+        if pixels > most:
+            raise ImageError(
+                f"{name} is too large a picture: it has {pixels / 1e6:.0f} megapixels, at most "
+                f"{most / 1e6:.0f} are read; make it smaller, or a JPEG"
+            )
+        image.load()
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        # Pillow's own way to turn it also writes EXIF anew, and fails where another tag is odd.
+        image = image.transpose(turn) if turn is not None else image
+        if image.mode.startswith(("I", "F")):
+            return _eight_bits(image).convert("RGB")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGB", image.size, "white")
+            white.paste(image, mask=image)
+            return white
+        return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey in more than 8 bits, or in floats, by its bit depth or else its own range: Pillow's
+    conversion would clip it to white, or round it to black."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(high - low):
+        raise ValueError("it holds values that are no numbers")
+    whole = values.dtype.kind != "f"
+    if whole and low >= 0 and high < 2 ** DEPTHS[-1]:
+        bits = next(bits for bits in DEPTHS if high < 2**bits)
+        grey = values >> (bits - 8)
+    elif not whole and low >= 0 and (high <= 1 or 127 < high <= 255):
+        grey = values * (255 if high <= 1 else 1)
+    else:
+        low = min(low, 0)
+        grey = (values - np.float32(low)) * (255 / (high - low))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey = np.where(values == clear, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+@contextlib.contextmanager
+def _named(name: object) -> Iterator[None]:
+    """Say in one line which picture can't be read, and why."""
     try:
-        with Image.open(path) as image:
-            if least:
-                image.draft(None, (least, least))
-            image.load()
-            return _to_rgb(_upright(image))
+        yield
+    except ImageError:
+        raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: there is no such picture") from None
+        raise ImageError(f"{name}: there is no such picture") from None
     except IsADirectoryError:
-        raise ImageError(f"{path} is a folder, not a picture") from None
+        raise ImageError(f"{name} is a folder, not a picture") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is too large a picture: {error}") from None
+        raise ImageError(f"{name} is too large a picture: {error}") from None
     except Exception as error:  # noqa: BLE001 - what Pillow raises for broken files is without end
-        raise ImageError(f"{path} is not a readable picture: {error}") from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF tag says; Pillow's own way also writes EXIF anew, and fails
-    where some other tag is odd."""
-    turn = TURNS.get(image.getexif().get(ORIENTATION))
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        raise ImageError(f"{name} is not a readable picture: {first_line(error)}") from None
 
 
 class FrozenEncoder(nn.Module):
@@ -116,22 +162,21 @@ class FrozenEncoder(nn.Module):
         """
         try:
             with _quiet_library():
-                config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+                where = loading_options(name, revision)
+                config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(name, config)
-                options |= {"output_loading_info": True, "dtype": torch.float32}
-                tower, info = tower_class.from_pretrained(
-                    name, config=config, revision=revision, **options
-                )
+                options |= where | {"output_loading_info": True, "dtype": torch.float32}
+                tower, info = tower_class.from_pretrained(name, config=config, **options)
                 processor = transformers.AutoImageProcessor.from_pretrained(
-                    name, revision=revision, backend="pil"
+                    name, backend="pil", **where
                 )
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
-            where = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
+            place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
             raise UserError(
-                f"the encoder {name!r} can't be loaded from that {where}: {first_line(error)}\n"
+                f"the encoder {name!r} can't be loaded from that {place}: {first_line(error)} "
                 "Give another one with --encoder_model_name."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
@@ -211,6 +256,9 @@ class FrozenEncoder(nn.Module):
     def preprocess(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """RGB pictures -> what `forward` takes; `pixel_values` is (images, 3, height, width)."""
         options = {}
+        if getattr(self.processor.size, "shortest_edge", None):
+            # Resized by its shorter side, a line of pixels would take gigabytes.
+            images = [_middle(image, STRETCHED) for image in images]
         if self.square:
             # SigLIP2's NaFlex towers take any shape; a square one gives each picture the same
             # number of patches, none of them padding, as the feature cache needs.
@@ -228,6 +276,21 @@ class FrozenEncoder(nn.Module):
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
 
 
+def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
+    """How a library's `from_pretrained` is to load `name`: without the code that it may bring, of
+    which it would ask on standard input; from what was downloaded before if the Hub is silent."""
+    options = {"trust_remote_code": False, "revision": revision}
+    if os.path.isdir(name) or huggingface_hub.is_offline_mode():
+        return options
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except Exception as error:  # noqa: BLE001 - of whatever sort: the library would try for long
+        if not huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision):
+            raise OSError(f"the Hub doesn't answer ({first_line(error)})") from None
+        options["local_files_only"] = True
+    return options
+
+
 @contextlib.contextmanager
 def _quiet_library() -> Iterator[None]:
     """Keep the library's loading report off the screen: what matters in it we check and say."""
@@ -240,6 +303,13 @@ def _quiet_library() -> Iterator[None]:
     finally:
         library.set_verbosity(level)
         library.enable_progress_bar()
+
+
+def _middle(image: Image.Image, ratio: int) -> Image.Image:
+    """The middle of a picture that is longer than `ratio` times its width, or wider."""
+    most = ratio * min(image.size)
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ from dataset import (
     prompts_about,
     references_of,
 )
-from encoder import FrozenEncoder, open_image
+from encoder import FrozenEncoder, loading_options, open_image
 from features import FeatureCache, build_features
 from generation import (
     GenerationOptions,
@@ -140,9 +140,10 @@ def clip_score(
         UserError: `name` is no CLIP model that can be loaded.
     """
     try:
-        model = transformers.CLIPModel.from_pretrained(name).to(device).eval()
-        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
-        words = transformers.AutoTokenizer.from_pretrained(name)
+        options = loading_options(name)
+        model = transformers.CLIPModel.from_pretrained(name, **options).to(device).eval()
+        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
+        words = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     total = 0.0

@@ -74,7 +74,7 @@ class Entry:
 class FeatureCache:
     """Read access to features by photo and view. Use `build_features` to get one.
 
-    Plain reads instead of a memory map: mapped pages count as this process's memory, which then
+    Plain reads instead of a memory map: mapped pages count as this process's, which then
     seems to grow with the data set.
     """
 
@@ -104,7 +104,7 @@ class FeatureCache:
 
 
 class ResidentFeatures:
-    """All of a cache's features in the memory of a device, in half precision."""
+    """All of a cache's features on a device, in half precision."""
 
     LOAD = 256
 
@@ -129,7 +129,7 @@ class ResidentFeatures:
 def resident_or_cached(
     cache: FeatureCache, device: torch.device
 ) -> FeatureCache | ResidentFeatures:
-    """The features in a GPU's memory if they take at most half of what is free, else on disk."""
+    """The features on a GPU if they take at most half of what is free there, else on disk."""
     if device.type != "cuda":
         return cache
     free, _ = torch.cuda.mem_get_info(device)
@@ -221,10 +221,8 @@ def build_features(
                     parts += [(labels, features.cpu())] if labels else []
                     first = bar.done == 0
                     bar.step(min(batch_size, len(own) - bar.done))
-                    if first and bar.minutes_left > 1:
-                        print(
-                            f"features: about {bar.minutes_left:.0f} minutes, once; they are kept"
-                        )
+                    if first and (left := bar.minutes_left) > 1:
+                        print(f"features: about {left:.0f} minutes, once; they are kept")
                     if sum(features.nbytes for _, features in parts) >= PACK_BYTES:
                         made |= add_pack(folder, parts, team.rank)
                         parts = []
@@ -274,10 +272,11 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
 def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
-        pack, found = index.with_suffix(".bin"), {}
+        pack, found, size = index.with_suffix(".bin"), {}, 0
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
-            found = _entries(pack, read_json(index))
-        size = sum(math.prod(entry.shape) * 2 for entry in found.values())
+            table = read_json(index)
+            found = _entries(pack, table)
+            size = len(table["items"]) * math.prod(table["shape"]) * 2
         if found and pack.exists() and pack.stat().st_size == size:
             entries |= found
         else:
@@ -291,7 +290,7 @@ def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path)
 
     @functools.cache
     def state(name: str) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no file can have
             stat = os.stat(image_dir / name)
             return stat.st_size, stat.st_mtime_ns
         return None
@@ -391,11 +390,11 @@ def encode_photos(
     def prepare(photo: In) -> tuple[tuple, dict[str, Tensor]] | tuple[str, str]:
         try:
             label, image = load(photo)
-            return label, encoder.preprocess([image])
         except ImageError as error:
             return photo[0], str(error)
-        except OSError as error:
-            return photo[0], f"{error.filename}: {error.strerror}"
+        except (OSError, ValueError) as error:
+            return photo[0], f"{photo[0]}: {getattr(error, 'strerror', error)}"
+        return label, encoder.preprocess([image])
 
     # Photos are decoded on threads while the encoder computes; Pillow lets go of the GIL.
     prepared = prefetch(prepare, photos, max(2, os.cpu_count() or 2), 4 * batch_size)

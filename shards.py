@@ -53,6 +53,7 @@ from tokenizer import CaptionTokenizer
 from utils import Bar, UserError, first_line, redact, require_extra, require_room, size_text
 
 T = TypeVar("T")
+Place = tuple[int, int]  # a photo's shard, by number, and its row there
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
@@ -109,11 +110,9 @@ def _elsewhere(url: str) -> bool:
 def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[Sample]:
     """The photos of a shard that have a caption, in order; of two of one name, the first.
 
-    A shard that is elsewhere and breaks off is read again, up to where it broke off unheard.
-
-    Args:
-        passed: here the other samples are counted, by what is wrong with them;
-        bad: but of those that can't be read, here stands by name why not.
+    A shard that is elsewhere and breaks off is read again, up to where it broke off unheard. Of
+    the other samples `passed` counts those that lack something, by what it is, and `bad` gets by
+    name what is wrong with those that can't be read.
     """
     heard, failures = 0, 0
     keys: set[str] = set()
@@ -149,7 +148,9 @@ def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[
 def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | None]]]]:
     """Each name's files: by kind the first one's suffix and content; an error if it isn't whole."""
     gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
-    with contextlib.closing(_Tail(gopen.gopen(url))) as stream:
+    # Closing it raises what a server's end hid.
+    with contextlib.closing(gopen.gopen(url)) as opened:
+        stream = _Tail(opened)
         for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
             files: dict[str, tuple[str, bytes | None]] = {}
             for _, kind, suffix, content in group:
@@ -199,7 +200,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Tail:
-    """A stream that remembers its size and ends; closing it raises what a server's end hid."""
+    """A stream that remembers its size and ends."""
 
     def __init__(self, stream: Any):
         self.stream, self.size, self.first, self.last = stream, 0, b"", b"?"
@@ -210,9 +211,6 @@ class _Tail:
         self.first = self.first or piece[:8]
         self.last = piece[-1024:] or self.last
         return piece
-
-    def close(self) -> None:
-        self.stream.close()
 
 
 def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
@@ -260,10 +258,8 @@ def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
 
 
 def _version(url: str) -> list[int] | None:
-    if _elsewhere(url):
-        return None
-    stat = os.stat(url)
-    return [stat.st_size, stat.st_mtime_ns]
+    stat = None if _elsewhere(url) else os.stat(url)
+    return stat and [stat.st_size, stat.st_mtime_ns]
 
 
 # --- Taking stock ---------------------------------------------------------------------------
@@ -292,12 +288,10 @@ def known_shard(path: Path, url: str) -> Shard:
     """The shard whose table is at `path`."""
     table = _read_table(path)
     items, shape = table["items"], table["shape"]
-    captions = sum(len(captions) for _, captions, _ in items)
+    counts = len(items), sum(len(texts) for _, texts, _ in items)
     size = len(items) * math.prod(shape) * 2 if shape else 0
-    passed, bad = table["passed"], list(table["bad"].values())
-    return Shard(
-        url, shard_name(url), path, table["version"], len(items), captions, size, passed, bad
-    )
+    left_out = table["passed"], list(table["bad"].values())
+    return Shard(url, shard_name(url), path, table["version"], *counts, size, *left_out)
 
 
 def take_stock(
@@ -341,8 +335,7 @@ def take_stock(
 
     with claimed(folder, team, look) as (known, missing):
         if missing:
-            known_of = f"{len(missing):,} to read, {len(urls) - len(missing):,} known"
-            print(f"shards: {known_of}, in {folder}")
+            print(f"shards: {len(missing):,} of {len(urls):,} to read, in {folder}")
         made: list[Shard] = []
         own = team.share(missing)
         with Bar(len(own), "shards", "shard", quiet=not team.leads) as bar:
@@ -418,8 +411,6 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 
 # --- Batches --------------------------------------------------------------------------------
-
-Place = tuple[int, int]  # a photo's shard, by number, and its place there
 
 
 class Stock:
@@ -498,10 +489,9 @@ class Stream(Stock):
         lost: list[int] = []
 
         def load(photo: tuple[int, str]) -> tuple[tuple, Image.Image]:
-            row, name = photo
-            shard = name.rsplit("#", 1)[0]
+            row, place = photo[0], self.place(photo[1])
             try:
-                return _load(self.encoder, shard, self.waiting.pop(self.place(name)))
+                return _load(self.encoder, self.shards[place[0]].name, self.waiting.pop(place))
             except ImageError as error:
                 print(f"left out: {error}", file=sys.stderr)  # where all of a team are heard
                 lost.append(row)
@@ -570,8 +560,8 @@ class StreamedRows:
         for places, _ in itertools.islice(cut, skip):
             for shard, row in places:
                 behind[shard][row] = True
-        reading = self._in_order(seed, epoch, *part)
-        self.stock.begin(place for place in reading if not behind[place[0]][place[1]])
+        places = self._in_order(seed, epoch, *part)
+        self.stock.begin((shard, row) for shard, row in places if not behind[shard][row])
         for places, rows in cut:
             yield make_batch([self.stock.name(place) for place in places], rows)
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import socket
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +17,16 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from encoder import FrozenEncoder, ImageError, open_image, parse_layers
-from tests.conftest import build_encoder
+from encoder import (
+    PHOTO_FORMATS,
+    PHOTO_SUFFIXES,
+    FrozenEncoder,
+    ImageError,
+    as_rgb,
+    open_image,
+    parse_layers,
+)
+from tests.conftest import REPO, build_encoder, run
 from utils import UserError
 
 # The sequence of a 32-pixel picture in 8-pixel patches is 16 vectors, and one more with CLS.
@@ -128,6 +142,176 @@ def test_huge_pictures_are_read_or_refused_by_name(tmp_path, encoder_dir):
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with pytest.raises(ImageError, match="bomb.png is too large"):
         encoder.open(tmp_path / "bomb.png")
+
+
+# --- What comes from outside ----------------------------------------------------------------
+
+GHOST = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg", "a.png"])
+def test_no_picture_starts_a_program(tmp_path, monkeypatch, name):
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    (tmp_path / name).write_bytes(GHOST)
+    with pytest.raises(ImageError, match=f"{name} is not a readable picture"):
+        open_image(tmp_path / name)
+    assert not started.exists()
+
+
+def test_each_suffix_is_of_a_format_that_is_read():
+    Image.init()
+    of = {suffix: form for suffix, form in Image.EXTENSION.items() if suffix in PHOTO_SUFFIXES}
+    assert of.keys() == PHOTO_SUFFIXES and {*of.values()} - {"MPO"} <= {*PHOTO_FORMATS}
+
+
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("answer", ["1\n", "y\n"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_no_code_of_an_encoder_runs_and_nobody_is_asked(tmp_path, file, answer):
+    """On a terminal, and with the answer waiting on standard input."""
+    folder, mark = build_encoder("vit", tmp_path / "encoder"), tmp_path / "executed"
+    described = json.loads((folder / file).read_text())
+    classes = {"AutoConfig": "evil.E", "AutoModel": "evil.E", "AutoImageProcessor": "evil.E"}
+    described |= {"auto_map": classes, "model_type": "evil", "image_processor_type": "Evil"}
+    (folder / file).write_text(json.dumps(described))
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass E: pass\n")
+    code = "import sys\nfrom encoder import FrozenEncoder\nFrozenEncoder.load(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(folder)]
+    main, side = pty.openpty()
+    os.write(main, answer.encode() * 3)
+    for stdin in ({"stdin": side}, {"input": answer * 3}):
+        result = subprocess.run(
+            command, cwd=REPO, capture_output=True, timeout=60, text=True, **stdin
+        )
+        assert "UserError: the encoder" in result.stderr and "can't be loaded" in result.stderr
+        assert "[y/N]" not in result.stdout + result.stderr
+        assert not mark.exists()
+
+
+PEAK = r"""
+import re, sys
+from encoder import FrozenEncoder
+from utils import UserError
+encoder = FrozenEncoder.load(sys.argv[1])
+try:
+    image = encoder.open(sys.argv[2])
+    encoder(encoder.preprocess([image]))
+    print("read")
+except UserError as error:
+    print(error)
+# What `getrusage` tells of may be the peak of the process that started this one.
+print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def bomb(folder: Path, name: str) -> Path:
+    path = folder / name.replace(" ", "_")
+    if "line" in name:
+        size = (1, 10_000) if "high" in name else (20_000, 1)
+        Image.new("1", size).save(path.with_suffix(".png"))
+    elif "large" in name:
+        Image.new("RGBA", (13_300, 13_300)).save(path.with_suffix(".png"), compress_level=9)
+    elif "just" in name:
+        Image.new("RGBA", (6900, 6900), (9, 9, 9, 9)).save(path.with_suffix(".png"))
+    else:
+        picture = Image.new("RGB", (10_000, 10_000), "red")
+        picture.save(path.with_suffix(".jpg"), progressive=True)
+    return next(folder.glob(path.name + ".*"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "name, said",
+    {
+        "line high": "read",
+        "line wide": "read",
+        "large png": "is too large a picture: it has 177 megapixels",
+        "just not too large": "read",
+        "jpeg in passes": "is too large a picture: it has 100 megapixels",
+    }.items(),
+)
+def test_no_picture_takes_a_gigabyte(tmp_path, name, said):
+    encoder = build_encoder("clip", tmp_path / "encoder")
+    result = run("-c", PEAK, encoder, bomb(tmp_path, name))
+    *text, peak = result.stdout.splitlines()
+    assert said in text[-1], result.stderr
+    assert int(peak) < 1_000_000
+
+
+def test_a_stretched_picture_is_seen_as_its_middle(tmp_path):
+    encoder = FrozenEncoder.load(str(build_encoder("clip", tmp_path)))
+    gradient = Image.linear_gradient("L").resize((3, 1200)).convert("RGB")
+    long = encoder.preprocess([gradient])["pixel_values"]
+    whole = dict(encoder.processor(images=[gradient], return_tensors="pt"))["pixel_values"]
+    torch.testing.assert_close(long, whole, rtol=0, atol=0.02)
+    for size in ((1, 1200), (1200, 1), (1, 1)):
+        assert encoder(encoder.preprocess([gradient.resize(size)])).isfinite().all()
+
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+DEEP = {
+    "float 0 to 1": RAMP,
+    "float 0 to 255": RAMP * 255,
+    "float 0 to 65535": RAMP * 65535,
+    "float 0 to 5": RAMP * 5,
+    "float -1 to 1": RAMP * 2 - 1,
+    "int32": (RAMP * 2_000_000_000).astype(np.int32),
+    "16 in int32": (RAMP * 65535).astype(np.int32),
+    "16 bits": (RAMP * 65535).astype(np.uint16),
+    "12 in 16": (RAMP * 4095).astype(np.uint16),
+    "8 in 16": (RAMP * 255).astype(np.uint16),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_greys_keep_their_shades(tmp_path, name):
+    Image.fromarray(DEEP[name]).save(tmp_path / "deep.tif")
+    for picture in (open_image(tmp_path / "deep.tif"), as_rgb(Image.fromarray(DEEP[name]))):
+        shades = np.asarray(picture)[..., 0].astype(float)
+        assert np.abs(shades - RAMP * 255).max() < 2
+
+
+@pytest.mark.fault
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    Image.fromarray(np.where(RAMP > 0.5, np.nan, RAMP)).save(tmp_path / "nan.tif")
+    with pytest.raises(ImageError, match="nan.tif is not a readable picture: .* no numbers"):
+        open_image(tmp_path / "nan.tif")
+
+
+def test_a_clear_shade_of_16_bits_is_white_and_black_stays_black(tmp_path):
+    grey = np.array([[0, 30000], [40000, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "clear.png", transparency=40000)
+    with Image.open(tmp_path / "clear.png") as image:
+        assert image.info["transparency"] == 40000
+    assert np.asarray(open_image(tmp_path / "clear.png"))[..., 0].tolist() == [[0, 117], [255, 255]]
+
+
+SILENT = """
+import sys, time
+from encoder import FrozenEncoder
+from utils import UserError
+FrozenEncoder.load(sys.argv[1])  # so that all is imported
+started = time.monotonic()
+try:
+    FrozenEncoder.load("me/none")
+except UserError as error:
+    print(time.monotonic() - started, error)
+"""
+
+
+@pytest.mark.fault(count=2)
+def test_a_hub_that_is_silent_is_said_within_seconds(encoder_dir):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it never answers; at 9 is none
+        for port in (server.getsockname()[1], 9):
+            address = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
+            result = run("-c", SILENT, encoder_dir, **address)
+            seconds, said = result.stdout.strip().split(" ", 1)
+            assert float(seconds) < 5 and "is there a network?" in said
 
 
 def test_large_jpegs_are_decoded_small(tmp_path, encoder_dir):

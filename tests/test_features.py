@@ -161,6 +161,14 @@ def test_damaged_tables_are_made_anew(setting):
 
 
 @pytest.mark.fault(count=2)
+def test_names_that_no_file_can_have_are_left_out(setting):
+    *_, build, said = setting
+    odd = ["half \ud83d.png", "zero \0.png"]
+    cache, bad = build([("001.png", 0), *((name, 0) for name in odd)], max_bad=2)
+    assert bad == sorted(odd) and ("001.png", 0) in cache.entries
+
+
+@pytest.mark.fault(count=2)
 def test_a_photo_that_is_gone_is_left_out_or_too_many(setting):
     image_dir, encoder, items, build, said = setting
     build()

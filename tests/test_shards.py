@@ -370,13 +370,13 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
 
     each = 17 * 32 * 2  # vectors, width, bytes of a number
     first, said = taken()
-    assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 to read" in said
+    assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 of 3 to read" in said
     again, said = taken()
     assert again.shards == first.shards
     assert said == "shards: 12 samples, 12 of use, 0 passed over\n"
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
     first, said = taken()
-    assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 to read, 2 known" in said
+    assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 of 3 to read" in said
     tables = [shard.table for shard in first.shards]
     write_as_before(tables[0])
     again, said = taken()
@@ -388,13 +388,13 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
     tables[0].with_suffix(".bin").unlink()  # as a message may have said
     tables[2].unlink()  # as if the run had been killed before it was written
     again, said = taken()
-    assert again.shards == first.shards and "2 to read, 1 known" in said
+    assert again.shards == first.shards and "2 of 3 to read" in said
     for damage in ("{", "[]", '{"name": 1}'):
         tables[0].write_text(damage)
         with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
             list(Stock(first.shards).first_texts())
         again, said = taken()
-        assert again.shards == first.shards and "1 to read, 2 known" in said
+        assert again.shards == first.shards and "1 of 3 to read" in said
 
 
 @pytest.mark.fault
@@ -607,7 +607,7 @@ def test_a_run_that_is_killed_keeps_the_shards_it_was_done_with(tmp_path, encode
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     again = run("train.py", *flags)
     assert again.returncode == 0, again.stderr
-    assert "shards: 3 to read, 1 known" in again.stdout
+    assert "shards: 3 of 4 to read" in again.stdout
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -649,7 +649,7 @@ def test_a_damaged_shard_ends_the_run_with_its_name(tmp_path, encoder_dir, tars)
     assert "Traceback" not in cut.stderr
     path.write_bytes(whole)
     again = run("train.py", *flags, "--epochs", 1)
-    assert again.returncode == 0 and "shards: 1 to read, 1 known" in again.stdout, again.stderr
+    assert again.returncode == 0 and "shards: 1 of 2 to read" in again.stdout, again.stderr
 
 
 def test_shards_over_http_and_an_ordinary_data_set_to_validate_on(server, photos, encoder_dir):

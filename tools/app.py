@@ -2,17 +2,10 @@
 
     pip install -r requirements-app.txt
     python -m tools.app --checkpoint captioner_best_cider.safetensors
-    curl --data-binary @photo.jpg "http://127.0.0.1:8000/caption?others=3"
 
-`POST /caption` takes a photo as its body. In its query may stand `question`, `beam_size`,
-`sample=true` with `temperature`, `top_p` and `seed`, `others` (so many other ways to say it, by
-diverse beam search) and `maps=true` (where each word looked). It answers in JSON with `captions`,
-or `answers` to a question, best first, and `others`; each has a `text`, a `score` (log-probability
-a token, by which it was searched for) and a `confidence` (the chance that the model gave its
-tokens, as a geometric mean). What goes wrong is an `error` in words, with a status of 400 and more.
-`GET /health` says that it runs, and what the checkpoint can do.
-
-Only this machine can open it, unless --host says otherwise. Photos are kept nowhere.
+`POST /caption` and `GET /health` serve programs: docs/service.md says how, and how to put a
+password before it. Only this machine can open it, unless --host says otherwise. Photos are kept
+nowhere.
 """
 
 from __future__ import annotations
@@ -112,7 +105,7 @@ class Service:
             raise HTTPException(404, f"There are only {SAMPLES} samples.")
         dice, file = random.Random(number), io.BytesIO()
         scene = scenes.invent(dice, scenes.distinct)
-        scenes.paint(scene, scenes.arrange(scene, dice), dice, shrink=1).save(file, "PNG")
+        scenes.paint(scene, scenes.arrange(scene, dice), dice, shrink=2).save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
 
     async def caption(self, request: Request) -> Response:
@@ -238,9 +231,11 @@ def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
 
 def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> dict[str, Any]:
     """What is written about a photo, as JSON can hold it."""
-    numbers, question = read_numbers(query), query.get("question")
-    wanted = numbers.pop("others", 0)
-    options = numbers | {"sample": query.get("sample") == "true", "groups": 1}
+    options, question = read_numbers(query), query.get("question")
+    wanted = options.pop("others", 0)
+    options |= {"sample": query.get("sample") == "true", "groups": 1}
+    if wanted and options["sample"]:
+        options["beam_size"] = wanted + 1
     if question is not None and not question.strip():
         raise UserError("The question is empty.")
     try:
@@ -252,12 +247,12 @@ def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> di
             "kind. Try a JPEG or a PNG."
         ) from None
     grid, found = captioner.explain(image, question, **options)
-    others: dict[str, Explained] = {}
-    if wanted:
+    more = found[1:]
+    if wanted and not options["sample"]:
         # One beam a group, so that none is a variant of another; one more, as one may be the best.
-        diverse = {"beam_size": wanted + 1, "groups": wanted + 1, "sample": False}
+        diverse = {"beam_size": wanted + 1, "groups": wanted + 1}
         _, more = captioner.explain(image, question, **options | diverse)
-        others = {each.text: each for each in more if each.text != found[0].text}
+    others = {each.text: each for each in more if each.text != found[0].text}
     maps = query.get("maps") == "true"
     where = {"rows": grid.rows, "columns": grid.columns, "area": grid.area} if maps else {}
     return where | {
