@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -108,7 +110,8 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
 
 # --- Upload ---------------------------------------------------------------------------------
 
-UPLOAD_ERRORS = (HTTPError, OSError, ValueError, LookupError, RuntimeError)
+UPLOAD_ERRORS = (UserError, HTTPError, OSError, ValueError, LookupError, RuntimeError)
+LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,10 @@ class HubPusher:
     """Pushes checkpoints to one Hub repository on a background thread; training never waits.
 
     A newer push replaces one that is still waiting. One that failed waits for the next `push`,
-    `retry` or `close`, with a single warning until something arrives again. Without a login, or
-    with an empty `repo_id`, nothing is pushed. `report` receives lines for the user, from either
-    thread; `stall_timeout` is how many seconds the Hub may stay silent in one request.
+    `retry` or `close`, with a single warning until something arrives again. Without a login, with
+    one that can't write to the repository, or with an empty `repo_id`, nothing is pushed. `report`
+    receives lines for the user, from either thread; `stall_timeout` is how many seconds the Hub may
+    stay silent in one request.
 
     Raises:
         UserError: `repo_id` can't be a repository's name.
@@ -147,7 +151,7 @@ class HubPusher:
         self._waiting: _Upload | None = None
         self._newest: Path | None = None
         self._numbers = itertools.count()
-        self._repo_exists = False
+        self._may_write = self._repo_exists = False
         self._arrivals = 0
         self._problem: str | None = None
         if not repo_id:
@@ -156,6 +160,11 @@ class HubPusher:
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {LOGIN}")
             return
+        account = _account(LOGIN_TIMEOUT)
+        if account and (refusal := _refusal(repo_id, account)):
+            report(f"Hub: nothing is pushed: {refusal}")
+            return
+        self._may_write = account is not None  # if not known yet, the first push asks again
         self.active = True
         # The client's bars and retry notices would break into the training's own bar.
         disable_progress_bars()
@@ -247,6 +256,10 @@ class HubPusher:
         # The client has no limit of its own for uploads: a silent Hub would hold us for ever.
         get_session().timeout = self._stall_timeout
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
+        if not self._may_write:
+            if refusal := _refusal(self.repo_id, api.whoami()):
+                raise UserError(refusal)
+            self._may_write = True
         if not self._repo_exists:
             api.create_repo(self.repo_id, exist_ok=True)
             self._repo_exists = True
@@ -283,6 +296,38 @@ def _check_pushable(repo_id: str) -> None:
         ) from error
 
 
+def _account(seconds: float) -> dict[str, Any] | None:
+    """Whose login this is, as the Hub tells it; None if it doesn't within `seconds`."""
+    told: list[dict[str, Any]] = []
+
+    def ask() -> None:
+        with contextlib.suppress(*UPLOAD_ERRORS):
+            told.append(HfApi(token=True).whoami())
+
+    # The client's own limits are per attempt, and none holds for the look-up of a name.
+    asking = threading.Thread(target=ask, name="hub login", daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return told[0] if told else None
+
+
+def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
+    """Why this account can't write to the repository, with the remedy; None if it may."""
+    token = account.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        return f"the login's token can only read: {LOGIN} with one that can write"
+    name = account["name"]
+    owner = repo_id.partition("/")[0] if "/" in repo_id else name
+    # A contributor writes to what is their own, which only the Hub knows.
+    writable = {org["name"] for org in account.get("orgs", ()) if org.get("roleInOrg") != "read"}
+    if owner.casefold() in {place.casefold() for place in {name, *writable}}:
+        return None
+    return (
+        f"{name}, who is logged in, can't write to {repo_id}: set HF_REPO_ID (--hf_repo_id) "
+        f"to a repository of yours, such as {name}/{repo_id.split('/')[-1]}, or to nothing"
+    )
+
+
 def _keep(checkpoint: Path, number: int) -> Path:
     """Give the file a second name beside it, so that it outlives the first; else copy it."""
     kept = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
@@ -305,6 +350,8 @@ def redact(text: str) -> str:
 
 def _reason(error: Exception) -> str:
     """What went wrong with a request, in a user's words and without secrets."""
+    if isinstance(error, UserError):
+        return redact(str(error))
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)  # the client wraps what happened to the large file
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from encoder import open_image
-from utils import UserError, first_line, resident_kilobytes
+from utils import first_line, resident_kilobytes
 
+OFFLINE = ("offline", "dryrun")  # two spellings of the library's for one mode
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
 FINISH_TIMEOUT = 60  # seconds for what is still to be sent at the end
 THUMBNAIL = 224  # pixels along the longer side of a photo in the table of captions
@@ -65,9 +66,19 @@ class Tracker:
                 "config": dict(config),
             }
             self._run = self._begin(options)
+            if self._run.settings.mode == "disabled":  # by the user, in WANDB_MODE
+                self._run = None
+                report("tracking: off (WANDB_MODE=disabled)")
+                return
             self.run_id = self._run.id
-            where = "offline (`wandb login` to see runs online)" if self.offline else self._run.url
-            report(f"tracking: Weights & Biases, {where}")
+            if self.offline:
+                report("tracking: Weights & Biases, offline (`wandb login` to see runs online)")
+            else:
+                report(
+                    "tracking: Weights & Biases is sent the settings, figures, best checkpoints "
+                    "and small pictures of a few validation photos with their captions, see "
+                    f"{self._run.url}; to keep them here: WANDB_MODE=offline"
+                )
 
     def _begin(self, options: dict[str, Any]) -> Any:
         import wandb  # takes seconds, and a run without tracking shouldn't pay for it
@@ -92,7 +103,7 @@ class Tracker:
     @property
     def offline(self) -> bool:
         """Whether the run is in files only, for `sync_command` to send."""
-        return self._run is not None and self._run.settings.mode == "offline"
+        return self._run is not None and self._run.settings.mode in OFFLINE
 
     @property
     def sync_command(self) -> str:
@@ -153,7 +164,7 @@ class Tracker:
         """The border that no failure of the tracker's crosses."""
         try:
             yield
-        except _failures() as error:
+        except Exception as error:  # noqa: BLE001 - its errors share no base, and none may stop us
             text = f"tracking: stopped ({first_line(error)}); training goes on"
             if self._run is not None:
                 text += f"; what was tracked can be sent later: {self.sync_command}"
@@ -162,25 +173,8 @@ class Tracker:
             # Now, or at exit it would fail once more, with a traceback.
             import wandb
 
-            with contextlib.suppress(*_failures()):
+            with contextlib.suppress(Exception):
                 wandb.teardown()
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What the library raises: not all of it is a `wandb.Error`."""
-    import wandb
-    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
-    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
-
-    return (
-        wandb.Error,
-        OSError,
-        ValueError,
-        UserError,
-        HandleAbandonedError,
-        MailboxClosedError,
-        WandbServiceConnectionError,
-    )
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -47,6 +47,7 @@ class HubServer:
 
     `faults` makes requests fail: {"user/repo": [("commit", 503), ("commit", HANG)]} spoils the
     next two requests of that repository whose path contains the word, one after the other.
+    `account` is whom the token belongs to.
     `requests` lists what came in.
     """
 
@@ -56,6 +57,7 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, list[tuple[str, int | str]]] = {}
         self.requests: list[str] = []
+        self.account = {"type": "user", "name": "me", "orgs": []}
         self.stopping = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -134,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200)
         if not self.authorized():
             return self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        if path == "/api/whoami-v2":
+            return self.answer(200, self.hub.account)
         if path == "/api/repos/create":
             return self.create()
         if path == "/api/validate-yaml":

@@ -265,6 +265,59 @@ HubPusher("").push(checkpoint("best"), FILES, "Epoch 1")
     assert server.requests == []
 
 
+READ_ONLY = {"auth": {"accessToken": {"role": "read"}}}
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "account", "says"),
+    [
+        ("owner/captioner", {}, "--hf_repo_id"),
+        ("team/captioner", {"orgs": [{"name": "team", "roleInOrg": "read"}]}, "--hf_repo_id"),
+        ("me/captioner", READ_ONLY, "can only read: run hf auth login"),
+        ("Team/captioner", {"orgs": [{"name": "team", "roleInOrg": "write"}]}, None),
+    ],
+    ids=["another's", "team that one reads", "reading token", "team that one writes to"],
+)
+def test_a_login_that_can_not_write_is_told_at_the_start(server, tmp_path, repo_id, account, says):
+    server.account |= account
+    code = f"""
+pusher = HubPusher({repo_id!r}, report=lines.append)
+result["at_start"] = list(lines)
+pusher.push(checkpoint("best"), FILES, "Epoch 1")
+pusher.close()
+"""
+    result = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)
+    if says is None:
+        assert result["at_start"] == [] and len(server.repos[repo_id].commits) == 1
+        return
+    (line,) = result["lines"]
+    assert result["at_start"] == [line] and says in line and "nothing is pushed" in line
+    # The client may ask other things of its own accord, but nothing is sent.
+    assert all(request.startswith("GET ") for request in server.requests)
+
+
+@pytest.mark.fault
+def test_a_hub_that_does_not_tell_whose_login_it_is(server, tmp_path):
+    """The start waits no longer than told, and the first push asks before it makes anything."""
+    server.account["name"] = "somebody"
+    server.faults["whoami"] = [("whoami", HANG)]
+    code = """
+started = time.monotonic()
+pusher = HubPusher("owner/captioner", report=lines.append)
+result["seconds"] = time.monotonic() - started
+pusher.push(checkpoint("best"), FILES, "Epoch 1")
+wait_for(lambda: lines)
+result["arrived"] = pusher.close()
+"""
+    result = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)
+    assert 4 < result["seconds"] < 7
+    assert "somebody, who is logged in, can't write to owner/captioner" in result["lines"][0]
+    assert result["arrived"] is False
+    assert all(request.startswith("GET ") for request in server.requests)
+    assert server.requests.count("GET /api/whoami-v2") >= 2
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_impossible_repository_name_is_refused_at_once():
     with pytest.raises(hub.UserError, match="HF_REPO_ID is 'a/b/c'"):
         hub.HubPusher("a/b/c")

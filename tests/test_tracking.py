@@ -195,6 +195,31 @@ def test_a_server_that_can_not_be_reached(tmp_path, monkeypatch):
     assert history(sessions(tmp_path)[0])[0]["loss"] == 1.0
 
 
+# The library reads its environment once a process.
+ONE_VALUE = """
+import sys
+from pathlib import Path
+from tracking import Tracker
+tracker = Tracker(Path(sys.argv[1]), project="p", config={})
+tracker.log({"loss": 1.0}, 1)
+tracker.close()
+"""
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun", "disabled"])
+def test_a_mode_that_the_user_has_chosen(tmp_path, mode):
+    # Logged in, so that only the mode keeps the run here.
+    login = nobody(tmp_path) | {"WANDB_API_KEY": "0" * 40}
+    result = run("-c", ONE_VALUE, tmp_path, WANDB_MODE=mode, **login)
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stdout.splitlines() if line.startswith("tracking:")]
+    if mode == "disabled":
+        assert said == ["tracking: off (WANDB_MODE=disabled)"] and not sessions(tmp_path)
+        return
+    assert "offline" in said[0] and "wandb sync" in said[1] and len(said) == 2
+    assert history(sessions(tmp_path)[0])[0]["loss"] == 1.0
+
+
 def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     said: list[str] = []
