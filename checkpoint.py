@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from decoder import DecoderConfig
 from generation import GenerationOptions
@@ -104,8 +105,8 @@ def digest(content: Any) -> str:
 # --- Saving ---------------------------------------------------------------------------------
 
 
-def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a `.safetensors` that `inference.py` can use, whole or not at all."""
+def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
+    """Write a `.safetensors` that `inference.py` can use, whole or not at all; its digest."""
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     text = json.dumps(checkpoint.description())
     metadata = {"captioner": text, "digest": digest([text, weights])}
@@ -117,23 +118,37 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> None:
             if number:
                 raise write_error(OSError(int(number[1]), str(error)), path) from error
             raise UserError(f"{path} can't be written: {error}") from error
+    return metadata["digest"]
 
 
-def save_for_training(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a `.pt` from which training goes on, whole or not at all."""
+def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
+    """Write a `.pt` from which training goes on, whole or not at all; its digest."""
     content = {
         "captioner": json.dumps(checkpoint.description()),
         "model": checkpoint.model.state_dict(),
         "training": checkpoint.training,
     }
+    content["digest"] = digest(content)
     with atomic_write(path) as temporary:
         try:
-            torch.save(content | {"digest": digest(content)}, temporary)
+            torch.save(content, temporary)
         except RuntimeError as error:
             # What torch makes of a full disk; the file system's own error is its cause or context.
             if isinstance(error.__context__, OSError):
                 raise write_error(error.__context__, path) from error
             raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
+    return content["digest"]
+
+
+def stored_digest(path: Path) -> str | None:
+    """The digest that a checkpoint bears, its content unread; None where it is no checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return (file.metadata() or {}).get("digest")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("digest")
+    except Exception:  # noqa: BLE001 - what is no checkpoint fails in any way, and bears none
+        return None
 
 
 # --- Loading --------------------------------------------------------------------------------
@@ -164,9 +179,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of this project ({error!r})") from None
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out drawing first weights: without storage torch would load its compiler for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
     # Without storage of its own, the model takes no memory before the shapes are known to fit.
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDraws():
         config = DecoderConfig(**description["decoder"])
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)

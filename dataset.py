@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
-from tokenizer import ANSWER_ID, PAD_ID
+from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer
 from utils import UserError, read_json
 
 SPLITS = ("train", "val", "test")
@@ -117,21 +118,25 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     return table
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question about a photo.
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Something to say about a photo: `target`, after `question`, which a caption does not have.
 
-    `answer` is what the decoder learns to say, empty where nobody knows; `answers` are several
-    people's, for scoring as VQAv2 does; `kind` is the type of the question, such as "count".
+    `target` is empty where nobody knows the answer; `answers` are several people's, for scoring
+    as VQAv2 does; `kind` is the type of the question, such as "count".
     """
 
-    text: str
-    answer: str = ""
+    target: str = ""
+    question: str = ""
     answers: tuple[str, ...] = ()
     kind: str = ""
 
+    @property
+    def task(self) -> str:
+        return "questions" if self.question else "captions"
 
-def load_questions(path: Path, answered: bool = True) -> dict[str, list[Question]]:
+
+def load_questions(path: Path, answered: bool = True) -> dict[str, list[Text]]:
     """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
 
     An entry may also have "answers" (a list of several people's, of which the most frequent one
@@ -152,19 +157,62 @@ def load_questions(path: Path, answered: bool = True) -> dict[str, list[Question
     return questions
 
 
-def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool) -> Question:
+def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool) -> Text:
     answers = entry.get("answers", [])
     texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
     if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
         raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
-    text, answer, kind = texts
-    if not text.strip():
+    question, answer, kind = texts
+    if not question.strip():
         raise UserError(f"{path}: {name!r} has an empty question")
     if not answer.strip() and answers:
         answer = Counter(answers).most_common(1)[0][0]
     if answered and not answer.strip():
-        raise UserError(f"{path}: {name!r} has a question without an answer: {text!r}")
-    return Question(text, answer, tuple(answers), kind)
+        raise UserError(f"{path}: {name!r} has a question without an answer: {question!r}")
+    return Text(answer, question, tuple(answers), kind)
+
+
+def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
+    """What the tasks want said about each photo: its captions, then the answers about it."""
+    texts: dict[str, list[Text]] = {}
+    if "captions" in tasks:
+        for name, captions in load_captions(paths.captions).items():
+            texts[name] = [Text(caption) for caption in captions]
+    if "questions" in tasks:
+        for name, questions in load_questions(paths.questions).items():
+            texts[name] = texts.get(name, []) + questions
+    return {name: group for name, group in texts.items() if group}
+
+
+def prompts_about(
+    texts: Mapping[str, Sequence[Text]], names: Iterable[str], task: str
+) -> list[tuple[str, Text]]:
+    """What to have written about photos: one caption each, or the answer to each question."""
+    prompts: list[tuple[str, Text]] = []
+    for name in names:
+        wanted = [text for text in texts.get(name, ()) if text.task == task]
+        prompts += [(name, text) for text in (wanted[:1] if task == "captions" else wanted)]
+    return prompts
+
+
+def references_of(
+    texts: Mapping[str, Sequence[Text]], names: Iterable[str]
+) -> dict[str, list[str]]:
+    """People's captions of those of the photos that have any."""
+    found = {name: [t.target for t in texts.get(name, ()) if not t.question] for name in names}
+    return {name: captions for name, captions in found.items() if captions}
+
+
+def encode_rows(
+    tokenizer: CaptionTokenizer,
+    texts: Mapping[str, Sequence[Text]],
+    names: Sequence[str],
+    length: int,
+) -> dict[str, list[list[int]]]:
+    """Each photo's texts as ids, at most `length` of them."""
+    pairs = [(text.question, text.target) for name in names for text in texts[name]]
+    ids = iter(tokenizer.encode_texts(pairs, length))
+    return {name: list(itertools.islice(ids, len(texts[name]))) for name in names}
 
 
 def check_name(path: Path, name: str) -> None:

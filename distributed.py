@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -165,6 +167,35 @@ def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.Proces
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
+class StopSignal:
+    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once.
+
+    Not so under torchrun, which passes on what the process may have got already, and stops it
+    after a while in any case.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self.asked = False
+        self.team = team
+
+    def __enter__(self) -> StopSignal:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and not self.team.job:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self.team.leads:
+            again = "" if self.team.job else "; once more stops at once"
+            print(f"\nstopping after this step{again}", file=sys.stderr)
+
+
 class SharedGradients(nn.Module):
     """Lets DistributedDataParallel average the gradients of any work done with a model.
 
@@ -177,21 +208,19 @@ class SharedGradients(nn.Module):
         self.model = model
         # Never used, so that DistributedDataParallel's search for such finds one and is content.
         self.idle = nn.Parameter(torch.zeros(()))
+        self.no_sync = contextlib.nullcontext  # as DistributedDataParallel has it
 
     def forward(self, work: Callable[..., T], *arguments: Any) -> T:
         return work(*arguments)
 
 
-def share_gradients(model: nn.Module, team: Team) -> nn.Module | None:
+def share_gradients(model: nn.Module, team: Team) -> nn.Module:
     """A module whose call `(work, *arguments)` is `work(*arguments)`, after which `backward`
-    averages the model's gradients over the team; None for a team of one.
+    averages the model's gradients over the team, but for work done within its `no_sync()`.
 
     `DistributedDataParallel` sends a bucket of gradients while the backward pass computes the
     next. Without its search for unused parameters it would sort the buckets anew after the first
     step, and so add in another order than a run that resumes: not the same to the bit.
     """
-    if team.size == 1:
-        return None
-    device = next(model.parameters()).device
-    shared = SharedGradients(model).to(device)
-    return DistributedDataParallel(shared, find_unused_parameters=True)
+    shared = SharedGradients(model).to(next(model.parameters()).device)
+    return DistributedDataParallel(shared, find_unused_parameters=True) if team.size > 1 else shared

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,11 +36,12 @@ from dataset import (
     SPLITS,
     TASKS,
     DataPaths,
-    Question,
+    Text,
     data_paths,
-    load_captions,
-    load_questions,
     load_splits,
+    load_texts,
+    prompts_about,
+    references_of,
 )
 from encoder import FrozenEncoder, open_image
 from features import FeatureCache, build_features
@@ -48,8 +49,8 @@ from generation import (
     GenerationOptions,
     Hypothesis,
     add_option_flags,
-    caption_cached,
     change_options,
+    generate_cached,
     given_options,
 )
 from metrics import (
@@ -272,52 +273,43 @@ def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
 
 @dataclass
 class Scored:
-    """What is scored: a checkpoint, a split's photos, and their features."""
+    """What is scored: a checkpoint's texts about a split's photos."""
 
     settings: SimpleNamespace
     checkpoint: Checkpoint
+    options: GenerationOptions
     paths: DataPaths
-    table: dict[str, list]  # captions or questions by photo
+    texts: dict[str, list[Text]]
     splits: dict[str, list[str]]
-    names: list[str]
+    names: list[str]  # of the photos
+    prompts: list[tuple[str, Text]]
     cache: FeatureCache
     device: torch.device
     dtype: torch.dtype
 
-    def write(
-        self,
-        names: Sequence[str],
-        options: GenerationOptions,
-        prefixes: Sequence[Sequence[int]] | None = None,
-        unit: str = "photo",
-    ) -> list[tuple[str, Hypothesis]]:
-        """The photos' captions, or answers to what `prefixes` ask about them, in their order."""
-        found = caption_cached(
-            self.checkpoint.model.to(self.device),
+    def write(self, shown: Mapping[str, str] | None = None) -> list[Hypothesis]:
+        """What is written for each prompt; about another photo, where one is `shown` instead."""
+        model, tokenizer = self.checkpoint.model.to(self.device), self.checkpoint.tokenizer
+        questions = [text.question for _, text in self.prompts]
+        found = generate_cached(
+            model,
             self.cache,
-            names,
-            options,
-            prefixes,
+            [shown[name] if shown else name for name, _ in self.prompts],
+            self.options,
+            tokenizer.prefixes(questions, model.config.max_length),
             dtype=self.dtype,
             batch_size=self.settings.batch_size,
         )
-        return list(tqdm(found, total=len(names), desc="writing", unit=unit, disable=None))
-
-    def result(self, options: GenerationOptions) -> dict[str, object]:
-        """What every JSON line tells of how it came about."""
-        return {
-            "split": self.settings.split,
-            "images": len(self.names),
-            "beam_size": options.beam_size,
-            "options": dataclasses.asdict(options),
-            "checkpoint": file_hash(Path(self.settings.checkpoint).expanduser()),
-        }
+        bar = tqdm(found, total=len(self.prompts), desc="writing", unit="text", disable=None)
+        return list(bar)
 
 
 def load_scored(settings: SimpleNamespace) -> Scored:
     """Load the checkpoint, what the task is scored against, and the features of its photos."""
     checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
     checkpoint.require(settings.task)
+    usual = checkpoint.generation if settings.task == "captions" else GenerationOptions()
+    options = change_options(usual, **given_options(settings))
     paths = data_paths(
         settings.DATA_DIR,
         settings.IMAGE_DIR,
@@ -325,12 +317,8 @@ def load_scored(settings: SimpleNamespace) -> Scored:
         settings.QUESTIONS_FILE,
         features_dir=settings.FEATURES_DIR,
     )
-    splits = load_splits(paths.splits)
-    if settings.task == "captions":
-        table = load_captions(paths.captions)
-    else:
-        table = load_questions(paths.questions)
-    names = [name for name in splits[settings.split] if name in table]
+    splits, texts = load_splits(paths.splits), load_texts(paths, [settings.task])
+    names = [name for name in splits[settings.split] if name in texts]
     if not names:
         raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
     device = choose_device(settings.DEVICE)
@@ -346,46 +334,48 @@ def load_scored(settings: SimpleNamespace) -> Scored:
         max_bad=settings.MAX_BAD_IMAGES,
     )
     names = [name for name in names if name not in bad]
-    return Scored(settings, checkpoint, paths, table, splits, names, cache, device, dtype)
+    prompts = prompts_about(texts, names, settings.task)
+    return Scored(
+        settings, checkpoint, options, paths, texts, splits, names, prompts, cache, device, dtype
+    )
 
 
 # --- Captions -------------------------------------------------------------------------------
 
 
-def score_captions(settings: SimpleNamespace) -> dict[str, object]:
-    """Print and report the captions' scores; returns what the JSON line holds."""
-    scored = load_scored(settings)
-    checkpoint, names, table = scored.checkpoint, scored.names, scored.table
-    options = change_options(checkpoint.generation, **given_options(settings))
+def score_captions(scored: Scored) -> dict[str, object]:
+    """Print and report the captions' scores; returns what the JSON line holds of them."""
+    settings, names, images = scored.settings, scored.names, scored.paths.images
     started = time.monotonic()
-    hypotheses = dict(scored.write(names, options))
+    hypotheses = scored.write()
     seconds = time.monotonic() - started
-    captions = {name: checkpoint.tokenizer.decode(h.tokens) for name, h in hypotheses.items()}
-    references = {name: table[name] for name in names}
-    training = {text for name in scored.splits["train"] for text in table.get(name, [])}
+    said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
+    captions = dict(zip(names, said, strict=True))
+    references = references_of(scored.texts, names)
     found = score(captions, references)
     values = dict(zip(captions, cider_d(captions, references)[1].tolist(), strict=True))
     low, high = bootstrap_interval(list(values.values()), seed=0)
-    other = diversity(list(captions.values()), training)
-    other["unfinished"] = 100 * sum(not h.ended for h in hypotheses.values()) / len(names)
+    training = references_of(scored.texts, scored.splits["train"]).values()
+    other = diversity(said, {text for group in training for text in group})
+    other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
     more, missing = java_scores(captions, references)
     if settings.clip:
-        files = [scored.paths.images / name for name in names]
-        more["CLIPScore"] = clip_score(settings.clip, files, list(captions.values()), scored.device)
+        files = [images / name for name in names]
+        more["CLIPScore"] = clip_score(settings.clip, files, said, scored.device)
     else:
         missing["CLIPScore"] = "it needs --clip"
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
-    print(summary)
-    print(f"{len(names)} photos, beam {options.beam_size}, {len(names) / seconds:.0f} captions/s")
-    checkpoint_path = Path(settings.checkpoint).expanduser()
-    usual = checkpoint_path.with_name(f"{checkpoint_path.stem}_{settings.split}.html")
+    checkpoint = Path(settings.checkpoint).expanduser()
+    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}.html")
     report = Path(settings.report or usual)
-    write_report(report, scored.paths.images, captions, references, values, summary)
-    print(f"report: {report}")
+    write_report(report, images, captions, references, values, summary)
     if settings.save_captions:
         with atomic_write(Path(settings.save_captions)) as path:
             path.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(summary)
+    beams, rate = scored.options.beam_size, len(names) / seconds
+    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s\nreport: {report}")
     return {
         **{metric: round(value, 4) for metric, value in found.items()},
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
@@ -393,7 +383,6 @@ def score_captions(settings: SimpleNamespace) -> dict[str, object]:
         "not computed": missing,
         "scorer": SCORER,
         "tokenizer": TOKENIZER,
-        **scored.result(options),
     }
 
 
@@ -418,54 +407,44 @@ def score_table(
 # --- Answers --------------------------------------------------------------------------------
 
 
-def score_answers(settings: SimpleNamespace) -> dict[str, object]:
-    """Print the answers' accuracy beside two baselines; returns what the JSON line holds.
+def score_answers(scored: Scored) -> dict[str, object]:
+    """Print the answers' accuracy beside two baselines; returns what the JSON line holds of it.
 
     The baselines are the most common training answer of each question type, and the same model
     shown another photo's features: what language alone gives.
     """
-    scored = load_scored(settings)
-    table, tokenizer = scored.table, scored.checkpoint.tokenizer
-    asked = [(name, question) for name in scored.names for question in table[name]]
-    limit = scored.checkpoint.model.config.max_length
-    prefixes = tokenizer.prefixes([q.text for _, q in asked], limit)
-    options = change_options(GenerationOptions(), **given_options(settings))
+    questions = [text for _, text in scored.prompts]
     # The next photo: none stands in for itself, unless it is alone.
     other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))
-    answers = {}
-    for source, photos in (
-        ("model", [name for name, _ in asked]),
-        ("wrong picture", [other[name] for name, _ in asked]),
-    ):
-        found = scored.write(photos, options, prefixes, "question")
-        answers[source] = [tokenizer.decode(h.tokens) for _, h in found]
-    training = [q for name in scored.splits["train"] for q in table.get(name, [])]
-    usual = common_answers(training)
-    overall = Counter(q.answer for q in training).most_common(1)[0][0] if training else ""
-    answers["common answer"] = [usual.get(question.kind, overall) for _, question in asked]
-    accuracies = accuracy_by_kind([question for _, question in asked], answers)
+    decode = scored.checkpoint.tokenizer.decode
+    usual = common_answers(prompts_about(scored.texts, scored.splits["train"], "questions"))
+    answers = {
+        "model": [decode(h.tokens) for h in scored.write()],
+        "wrong picture": [decode(h.tokens) for h in scored.write(other)],
+        "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
+    }
+    accuracies = accuracy_by_kind(questions, answers)
     print(accuracy_table(accuracies))
-    counts = Counter(question.kind for _, question in asked)
     return {
         "accuracy": accuracies["all"]["model"],
         "accuracies": accuracies,
-        "questions": len(asked),
-        "questions by type": dict(counts),
+        "questions": len(questions),
+        "questions by type": dict(Counter(text.kind for text in questions)),
         "scorer": "VQA accuracy where several people answered, normalised exact match elsewhere",
-        **scored.result(options),
     }
 
 
-def common_answers(questions: Sequence[Question]) -> dict[str, str]:
-    """The most frequent answer to each type of question."""
+def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
+    """The most frequent answer to each type of question, and under "" to all."""
     counts: dict[str, Counter[str]] = {}
-    for question in questions:
-        counts.setdefault(question.kind, Counter())[question.answer] += 1
+    for _, text in prompts:
+        for kind in {text.kind, ""}:
+            counts.setdefault(kind, Counter())[text.target] += 1
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
 
 
 def accuracy_by_kind(
-    questions: Sequence[Question], answers: dict[str, list[str]]
+    questions: Sequence[Text], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """Percent right: for "all" and for each type of question, by who answered."""
     table: dict[str, dict[str, float]] = {}
@@ -473,7 +452,7 @@ def accuracy_by_kind(
         places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
         for source, given in answers.items():
             right = [
-                vqa_accuracy(given[i], questions[i].answers or [questions[i].answer])
+                vqa_accuracy(given[i], questions[i].answers or [questions[i].target])
                 for i in places
             ]
             table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
@@ -490,8 +469,16 @@ def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = command_line(argv)
-    score_task = {"captions": score_captions, "questions": score_answers}[settings.task]
-    print(json.dumps(score_task(settings)))
+    scored = load_scored(settings)
+    scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
+    how = {
+        "split": settings.split,
+        "images": len(scored.names),
+        "beam_size": scored.options.beam_size,
+        "options": dataclasses.asdict(scored.options),
+        "checkpoint": file_hash(Path(settings.checkpoint).expanduser()),
+    }
+    print(json.dumps(scores | how))
     return 0
 
 

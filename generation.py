@@ -160,17 +160,17 @@ def generate(
         model.train(training)
 
 
-def caption_cached(
+def generate_cached(
     model: CaptionModel,
-    cache: FeatureCache | ResidentFeatures,
+    store: FeatureCache | ResidentFeatures,
     names: Sequence[str],
     options: GenerationOptions,
-    prefixes: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int]],
     *,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
-) -> Iterator[tuple[str, Hypothesis]]:
-    """Each photo's best hypothesis, from its cached features, in the order of `names`.
+) -> Iterator[Hypothesis]:
+    """The best hypothesis about each photo, from its cached features, in the order of `names`.
 
     `prefixes` are as in `generate`, one a name; a name may stand in `names` several times. `dtype`
     is the precision of matrix products.
@@ -178,14 +178,13 @@ def caption_cached(
     device = next(model.parameters()).device
 
     def load(start: int) -> tuple[int, Tensor]:
-        return start, cache.read([(name, 0) for name in names[start : start + batch_size]])
+        return start, store.read([(name, 0) for name in names[start : start + batch_size]])
 
     for start, features in prefetch(load, range(0, len(names), batch_size)):
-        part = slice(start, start + batch_size)
-        asked = prefixes[part] if prefixes is not None else None
+        part = prefixes[start : start + batch_size]
         with autocast(device, dtype):
-            found = generate(model, features.to(device, torch.float32), options, asked)
-        yield from ((name, group[0]) for name, group in zip(names[part], found, strict=True))
+            found = generate(model, features.to(device, torch.float32), options, part)
+        yield from (group[0] for group in found)
 
 
 def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:

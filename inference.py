@@ -1,22 +1,25 @@
-"""Caption a picture, or a folder of them, with a trained checkpoint.
+"""Caption photos with a trained checkpoint: one, or folders of them, to the terminal or to files.
 
-    python inference.py --image_path photo.jpg --checkpoint captioner_best_cider.safetensors
-    python inference.py --image_path photos/ --checkpoint user/repo --json
-    python inference.py --image_path photo.jpg --checkpoint user/repo --question "is it raining?"
-    python inference.py --image_path photo.jpg --checkpoint user/repo --attention words.png
+    python inference.py photo.jpg --checkpoint captioner_best_cider.safetensors
+    python inference.py photos/ --checkpoint user/repo --write jsonl
+    python inference.py photo.jpg --checkpoint user/repo --question "is it raining?"
+    python inference.py photo.jpg --checkpoint user/repo --attention words.png
 
-From Python: `load_captioner("captioner.safetensors").caption(["photo.jpg"])`.
+From Python: `load_captioner("captioner.safetensors").caption("photo.jpg")`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,9 +28,9 @@ from tqdm import tqdm
 
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
-from dataset import Question, load_questions
-from encoder import FrozenEncoder, ImageError, open_image
-from features import encode
+from dataset import load_questions
+from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, open_image
+from features import encode, prefetch
 from generation import (
     GenerationOptions,
     Hypothesis,
@@ -37,8 +40,9 @@ from generation import (
     given_options,
 )
 from hub import locate_checkpoint
-from tokenizer import START_ID
+from sidecar import EXISTING, KINDS, Photo, open_output
 from utils import (
+    Bar,
     UserError,
     atomic_write,
     autocast,
@@ -48,9 +52,20 @@ from utils import (
     script_parser,
 )
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+ROWS = 64  # captions or answers searched for at a time
 
-T = TypeVar("T")
+Picture = str | os.PathLike | Image.Image
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written about a picture, best first; or what is wrong with the picture."""
+
+    picture: Picture
+    question: str
+    texts: list[str]
+    hypotheses: list[Hypothesis]  # what the model thinks of each text; see `Hypothesis`
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,55 +94,120 @@ class Captioner:
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
 
+    def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
+        """The best caption of a picture, or of each of several, files or Pillow images.
+
+        Args:
+            options: fields of `GenerationOptions` that replace the checkpoint's own.
+
+        Raises:
+            ImageError: one can't be read; `stream` goes on instead.
+            UserError: the checkpoint was trained for questions only.
+        """
+        alone = isinstance(pictures, Picture)
+        found = self._all([pictures] if alone else pictures, None, options)
+        return found[0] if alone else found
+
+    def answer(
+        self,
+        pictures: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        **options: Any,
+    ) -> str | list[str]:
+        """The answer to a question about a picture, or to one about each of several.
+
+        Greedy unless `options` say otherwise; raises as `caption`.
+        """
+        alone = isinstance(pictures, Picture)
+        pictures, questions = ([pictures], [questions]) if alone else (pictures, questions)
+        found = self._all(pictures, questions, options)
+        return found[0] if alone else found
+
+    def stream(
+        self,
+        pictures: Iterable[Picture],
+        questions: Iterable[str] | None = None,
+        *,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> Iterator[Written]:
+        """What is written about each picture, as it is written; what can't be read is named.
+
+        Pictures are read on threads while others are encoded, `batch_size` at a time; one that
+        stands several times in a row, with other questions, is encoded once.
+        """
+        self.require("captions" if questions is None else "questions")
+        usual = self.options if questions is None else GenerationOptions()
+        chosen = change_options(usual, **options)
+        asked = itertools.repeat("") if questions is None else questions
+        pairs = zip(pictures, asked, strict=False)
+        grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
+        photos = ([*group] for _, group in grouped)
+        chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
+        for chunk, inputs, problems in prefetch(self._read, chunks, threads=2, ahead=2):
+            yield from self._write(chunk, inputs, problems, chosen)
+
+    def _read(
+        self, chunk: list[list[tuple[Picture, str]]]
+    ) -> tuple[list[list[tuple[Picture, str]]], dict[str, Tensor], list[str]]:
+        """The pictures of a chunk, preprocessed, and what is wrong with each, mostly nothing."""
+        opened, problems = [], []
+        for (picture, _), *_ in chunk:
+            try:
+                opened.append(self._open(picture))
+                problems.append("")
+            except ImageError as error:
+                problems.append(str(error))
+        return chunk, self.encoder.preprocess(opened) if opened else {}, problems
+
+    def _write(
+        self,
+        chunk: list[list[tuple[Picture, str]]],
+        inputs: dict[str, Tensor],
+        problems: list[str],
+        options: GenerationOptions,
+    ) -> Iterator[Written]:
+        features = encode(self.encoder, [inputs], self.dtype).float() if inputs else None
+        good = iter(range(len(chunk)))
+        places = [None if problem else next(good) for problem in problems]
+        rows = [
+            (pair, place, problem)
+            for group, place, problem in zip(chunk, places, problems, strict=True)
+            for pair in group
+        ]
+        asked = [(question, place) for (_, question), place, problem in rows if not problem]
+        found = self._search(asked, features, options)
+        for (picture, question), _, problem in rows:
+            group = [] if problem else next(found)
+            texts = [self.tokenizer.decode(h.tokens) for h in group]
+            yield Written(picture, question, texts, group, problem)
+
+    def _search(
+        self, asked: list[tuple[str, int]], features: Tensor | None, options: GenerationOptions
+    ) -> Iterator[list[Hypothesis]]:
+        """What is found for each question (or caption, "") about a row of the features."""
+        limit = self.model.config.max_length
+        for start in range(0, len(asked), ROWS):
+            part = asked[start : start + ROWS]
+            prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
+            rows = torch.tensor([place for _, place in part], device=self.device)
+            with autocast(self.device, self.dtype):
+                yield from generate(self.model, features[rows], options, prefixes)
+
+    def _all(
+        self, pictures: Sequence[Picture], questions: Sequence[str] | None, options: dict[str, Any]
+    ) -> list[str]:
+        found = []
+        for each in self.stream(pictures, questions, **options):
+            if each.problem:
+                raise ImageError(each.problem)
+            found.append(each.texts[0])
+        return found
+
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
         # As in the feature cache, half precision included: what the decoder was trained on.
         return encode(self.encoder, [self.encoder.preprocess(images)], self.dtype).float()
-
-    def hypotheses(
-        self, images: Sequence[Image.Image], **options: Any
-    ) -> list[list[tuple[str, Hypothesis]]]:
-        """For each picture its captions, best first, with what the model thinks of them.
-
-        Args:
-            options: fields of `GenerationOptions` that replace the checkpoint's own.
-        """
-        chosen = change_options(self.options, **options)
-        with autocast(self.device, self.dtype):
-            found = generate(self.model, self.features(images), chosen)
-        return [[(self.tokenizer.decode(h.tokens), h) for h in group] for group in found]
-
-    def caption(
-        self, images: Sequence[str | os.PathLike[str] | Image.Image], **options: Any
-    ) -> list[str]:
-        """The best caption of each picture, given as a file or as a Pillow image.
-
-        Raises:
-            ImageError: a file is missing or no picture.
-            UserError: the checkpoint was trained for questions only.
-        """
-        self.require("captions")
-        return [group[0][0] for group in self.hypotheses(self._open(images), **options)]
-
-    def answer(
-        self,
-        images: Sequence[str | os.PathLike[str] | Image.Image],
-        questions: Sequence[str],
-        **options: Any,
-    ) -> list[str]:
-        """The answer to a question about each picture; greedy unless options say otherwise.
-
-        Raises:
-            ImageError: a file is missing or no picture.
-            UserError: the checkpoint wasn't trained for questions.
-        """
-        self.require("questions")
-        prefixes = self._prefixes(questions)
-        chosen = change_options(GenerationOptions(), **options)
-        with autocast(self.device, self.dtype):
-            features = self.features(self._open(images))
-            found = generate(self.model, features, chosen, prefixes)
-        return [self.tokenizer.decode(group[0].tokens) for group in found]
 
     def explain(
         self, image: Image.Image, question: str | None = None, **options: Any
@@ -143,28 +223,25 @@ class Captioner:
         """
         self.require("captions" if question is None else "questions")
         usual = self.options if question is None else GenerationOptions()
-        prefixes = [[START_ID]] if question is None else self._prefixes([question])
+        chosen = change_options(usual, **options)
+        (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
         features = self.features([image])
         grid = patch_grid(self.encoder, image.size, features.shape[1])
+        model, tokenizer = self.model, self.tokenizer
         with autocast(self.device, self.dtype):
-            (found,) = generate(self.model, features, change_options(usual, **options), prefixes)
-            return grid, [
-                Explained(
-                    self.tokenizer.decode(h.tokens),
-                    h,
-                    word_maps(self.model, self.tokenizer, features, prefixes[0], h.tokens, grid),
-                )
-                for h in found
-            ]
+            (found,) = generate(model, features, chosen, [prefix])
+            maps = [word_maps(model, tokenizer, features, prefix, h.tokens, grid) for h in found]
+        texts = [tokenizer.decode(h.tokens) for h in found]
+        return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]
 
-    def _prefixes(self, questions: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer.prefixes(questions, self.model.config.max_length)
+    def _open(self, picture: Picture) -> Image.Image:
+        opened = isinstance(picture, Image.Image)
+        return picture.convert("RGB") if opened else self.encoder.open(picture)
 
-    def _open(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Image.Image]:
-        return [
-            im.convert("RGB") if isinstance(im, Image.Image) else self.encoder.open(im)
-            for im in images
-        ]
+
+def _key(picture: Picture) -> object:
+    """What tells two pictures apart: Pillow would compare every pixel."""
+    return id(picture) if isinstance(picture, Image.Image) else picture
 
 
 def load_captioner(
@@ -215,202 +292,181 @@ def captioner_of(args: argparse.Namespace) -> Captioner:
     )
 
 
-def find_pictures(path: Path) -> list[Path]:
-    """The picture, or the pictures of a folder in the order of their names.
+def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
+    """The photos named, and those in the folders named, by folder and name.
 
-    Raises:
-        UserError: there is no such file, or no picture in the folder.
+    Names are relative to the folder; of several paths, as these were given. What is no photo is
+    counted aloud, hidden files are passed over.
     """
-    if not path.is_dir():
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    found: list[Photo] = []
+    others: Counter[str] = Counter()
+    for text in paths:
+        if "://" in text:
+            raise UserError(f"{text} is an address: download the photo, and give the file")
+        path = Path(text).expanduser()
+        if not path.is_dir():
+            found.append(Photo(path, path.name if len(paths) == 1 else text))
+            continue
+        shown = "" if len(paths) == 1 else text
+        for folder, folders, files in os.walk(path):
+            folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+            for name in sorted(file for file in files if not file.startswith(".")):
+                file = Path(folder, name)
+                if file.suffix.lower() in PHOTO_SUFFIXES:
+                    found.append(Photo(file, os.path.join(shown, os.path.relpath(file, path))))
+                else:
+                    others[file.suffix.lower() or "no suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"passed over, as no photos: {kinds}", file=sys.stderr)
     if not found:
-        raise UserError(f"there is no picture in the folder {path}")
+        raise UserError(f"there is no photo in {', '.join(paths)}")
     return found
 
 
-def write_about(
-    items: Sequence[tuple[Path, str]],
-    batch_size: int,
-    write: Callable[[list[Image.Image], list[str]], list[T]],
-    captioner: Captioner,
-) -> tuple[list[T | None], dict[str, str]]:
-    """What `write` says of each picture (with a question), and what is wrong with unreadable ones.
-
-    It is None where the picture can't be read.
-    """
-    written: list[T | None] = []
-    bad: dict[str, str] = {}
-    bar = tqdm(total=len(items), unit="photo", disable=True if len(items) == 1 else None)
-    with bar:
-        for start in range(0, len(items), batch_size):
-            images: list[Image.Image | None] = []
-            part = items[start : start + batch_size]
-            for file, _ in part:
-                try:
-                    images.append(captioner.encoder.open(file))
-                except ImageError as error:
-                    images.append(None)
-                    bad[file.name] = str(error)
-            there = [(image, text) for image, (_, text) in zip(images, part, strict=True) if image]
-            found = iter(write(*map(list, zip(*there, strict=True))) if there else [])
-            written += [next(found) if image else None for image in images]
-            bar.update(len(part))
-    return written, bad
-
-
-def questions_of(args: argparse.Namespace, files: Sequence[Path]) -> list[tuple[Path, Question]]:
-    """The pictures with what is asked about each; none where captions are wanted.
-
-    Raises:
-        UserError: the questions file names a picture that isn't there.
-    """
-    if args.question:
-        return [(file, Question(args.question)) for file in files]
+def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple[Photo, str]]:
+    """Each photo with what is asked about it, which is "" where a caption is wanted."""
     if not args.questions_file:
-        return []
-    by_name = {file.name: file for file in files}
+        return [(photo, args.question or "") for photo in photos]
+    by_name = {photo.name: photo for photo in photos}
     table = load_questions(Path(args.questions_file).expanduser(), answered=False)
     missing = [name for name in table if name not in by_name]
     if missing:
         raise UserError(
-            f"{args.questions_file} asks about {len(missing)} pictures that are not in "
-            f"{args.image_path}, first {missing[0]!r}"
+            f"{args.questions_file} asks about {len(missing)} photos that are not in "
+            f"{', '.join(args.paths)}, first {missing[0]!r}"
         )
-    return [(by_name[name], question) for name, group in table.items() for question in group]
+    return [(by_name[name], text.question) for name, group in table.items() for text in group]
 
 
 def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--image_path", required=True, help="a picture, or a folder of pictures")
+    add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
+    add("--image_path", help="a photo or a folder of photos, as PATH")
     add_captioner_flags(parser)
-    add("--question", help="answer this question about each picture instead of captioning it")
+    add("--question", help="answer this question about each photo instead of captioning it")
     add("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
-    add("--n_best", type=int, default=1, help="captions of each picture, best first [%(default)s]")
-    add("--batch_size", type=int, default=16, help="pictures at once [%(default)s]")
+    add("--n_best", type=int, default=1, help="texts about each photo, best first [%(default)s]")
+    add("--batch_size", type=int, default=16, help="photos at once [%(default)s]")
+    add("--no-recursive", dest="recursive", action="store_false", help="leave out sub-folders")
     add("--json", action="store_true", help="last line: captions by name, or questions and answers")
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--write", choices=KINDS, help="txt beside each photo, metadata.jsonl, or captions.csv")
+    add("--output", help="the file, or for txt the folder [beside the photos]")
+    add("--existing", choices=EXISTING, default="skip", help="what is there already [%(default)s]")
+    add("--prefix", default="", help="before each caption")
+    add("--suffix", default="", help="after each caption")
     add_option_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
+    if not args.paths:
+        parser.error("which photos? give files or folders")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = command_line(argv)
-    path = Path(args.image_path).expanduser()
-    files = find_pictures(path)
-    if len(files) == 1 and not path.is_dir():
-        open_image(path)  # a wrong path is said before the models are loaded
+    photos = find_photos(args.paths, args.recursive)
+    if len(photos) == 1:
+        open_image(photos[0].file)  # a wrong path is said before the models are loaded
     if args.attention:
-        check_attention(args, path)
-    chosen = given_options(args)
+        check_attention(args, photos)
+    items = asked_about(args, photos)
     captioner = captioner_of(args)
     if args.attention:
-        return explain_one(captioner, args, path, chosen)
-    batch_size = max(1, args.batch_size)
-    if args.question or args.questions_file:
-        bad = answer_all(captioner, questions_of(args, files), batch_size, chosen, args.json)
-    else:
-        bad = caption_all(captioner, args, files, batch_size, chosen)
+        return explain_one(captioner, args, photos[0].file)
+    return write_all(captioner, args, items)
+
+
+def write_all(
+    captioner: Captioner, args: argparse.Namespace, items: Sequence[tuple[Photo, str]]
+) -> int:
+    """Write about photos, as it goes to the terminal and to files; returns the exit code."""
+    asked = any(question for _, question in items)
+    options = given_options(args)
+    usual = GenerationOptions() if asked else captioner.options
+    if not 1 <= args.n_best <= change_options(usual, **options).beam_size:
+        count = args.n_best
+        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {max(1, count)}")
+    folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
+    folder = folder if folder and folder.is_dir() else None
+    writer = (
+        open_output(args.write, args.output, args.existing, folder, asked) if args.write else None
+    )
+    left = [item for item in items if writer is None or writer.wanted(*item)]
+    if len(left) < len(items):
+        print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
+    alone = len(items) == 1 and not folder
+    table: dict[str, Any] = {}
+    bad: dict[str, str] = {}
+    found = captioner.stream(
+        [photo.file for photo, _ in left],
+        [question for _, question in left] if asked else None,
+        batch_size=max(1, args.batch_size),
+        **options,
+    )
+    pairs = zip(left, found, strict=True)
+    with Bar(len(left), "photos", "photo", quiet=alone) as bar:
+        while part := list(itertools.islice(pairs, max(1, args.batch_size))):
+            rows = []
+            for (photo, question), each in part:
+                if each.problem:
+                    bad[photo.name] = each.problem
+                    tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
+                    continue
+                texts = list(dict.fromkeys(each.texts))[: args.n_best]
+                texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
+                rows += [(photo, question, text) for text in texts]
+                about = f"{photo.name}: {question}".strip() if question else f"{photo.name}:"
+                for text in texts:
+                    tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
+                if question:
+                    pair = {"question": question, "answer": texts[0]}
+                    table.setdefault(photo.name, []).append(pair)
+                else:
+                    table[photo.name] = texts if args.n_best > 1 else texts[0]
+            if writer:
+                writer.write(rows)
+            bar.step(len(part))
+    if writer:
+        writer.close()
+    if args.json:
+        print(json.dumps(table, ensure_ascii=False))
     if bad:
         listing = "\n  ".join(bad.values())
-        raise UserError(f"{len(bad)} of {len(files)} pictures can't be read:\n  {listing}")
+        raise UserError(f"{len(bad)} of {len(items)} photos can't be read:\n  {listing}")
     return 0
 
 
-def check_attention(args: argparse.Namespace, path: Path) -> None:
-    """Say what can't be drawn before the models are loaded.
-
-    Raises:
-        UserError: more than one picture, or a file name of another kind.
-    """
-    if path.is_dir() or args.questions_file:
-        raise UserError("--attention draws one picture: give a file and at most one --question")
+def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
+    """Say what can't be drawn before the models are loaded."""
+    if len(photos) > 1 or args.questions_file or args.n_best > 1 or args.write:
+        raise UserError(
+            "--attention draws one photo and its best caption: give one file, at most one "
+            "--question, and neither --n_best nor --write"
+        )
     if Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--attention {args.attention}: the name must end in .png or .jpg")
 
 
-def explain_one(
-    captioner: Captioner, args: argparse.Namespace, path: Path, options: dict[str, Any]
-) -> int:
-    """Print a picture's caption, or an answer about it, and draw where the decoder looked."""
+def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> int:
+    """Print a photo's caption, or an answer about it, and draw where the decoder looked."""
     image = captioner.encoder.open(path)
-    grid, found = captioner.explain(image, args.question or None, **options)
-    best = found[0]
+    grid, (best, *_) = captioner.explain(image, args.question or None, **given_options(args))
     if not best.words:
         raise UserError("the decoder wrote no word, so there is nothing to draw")
     out = Path(args.attention).expanduser()
     with atomic_write(out) as temporary:
         kind = "png" if out.suffix.lower() == ".png" else "jpeg"
         draw_attention(image, grid, best.words).save(temporary, kind)
-    print(best.text)
-    print(f"{out}: where the decoder looked")
+    print(f"{best.text}\n{out}: where the decoder looked")
     if args.json:
         pair = {"question": args.question, "answer": best.text}
         print(json.dumps({path.name: [pair] if args.question else best.text}, ensure_ascii=False))
     return 0
-
-
-def caption_all(
-    captioner: Captioner,
-    args: argparse.Namespace,
-    files: Sequence[Path],
-    batch_size: int,
-    options: dict[str, Any],
-) -> dict[str, str]:
-    """Print the pictures' captions; returns what is wrong with those that can't be read.
-
-    Raises:
-        UserError: more captions of a picture are wanted than are searched for.
-    """
-    captioner.require("captions")
-    if args.n_best < 1:
-        raise UserError(f"--n_best is {args.n_best}: it must be at least 1")
-    beams = change_options(captioner.options, **options).beam_size
-    if args.n_best > beams:
-        count = args.n_best
-        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
-
-    def write(images: list[Image.Image], _: list[str]) -> list[list[str]]:
-        found = captioner.hypotheses(images, **options)
-        return [list(dict.fromkeys(text for text, _ in group))[: args.n_best] for group in found]
-
-    written, bad = write_about([(file, "") for file in files], batch_size, write, captioner)
-    captions = {file.name: best for file, best in zip(files, written, strict=True) if best}
-    named = Path(args.image_path).expanduser().is_dir()
-    for name, best in captions.items():
-        for caption in best:
-            print(f"{name}: {caption}" if named else caption)
-    if args.json:
-        single = {name: best[0] for name, best in captions.items()}
-        print(json.dumps(captions if args.n_best > 1 else single, ensure_ascii=False))
-    return bad
-
-
-def answer_all(
-    captioner: Captioner,
-    asked: Sequence[tuple[Path, Question]],
-    batch_size: int,
-    options: dict[str, Any],
-    as_json: bool,
-) -> dict[str, str]:
-    """Print the answers; returns what is wrong with the pictures that can't be read."""
-
-    def write(images: list[Image.Image], questions: list[str]) -> list[str]:
-        return captioner.answer(images, questions, **options)
-
-    items = [(file, question.text) for file, question in asked]
-    written, bad = write_about(items, batch_size, write, captioner)
-    table: dict[str, list[dict[str, str]]] = {}
-    alone = len(items) == 1
-    for (file, question), answer in zip(items, written, strict=True):
-        if answer is None:
-            continue
-        table.setdefault(file.name, []).append({"question": question, "answer": answer})
-        print(answer if alone else f"{file.name}: {question} {answer}")
-    if as_json:
-        print(json.dumps(table, ensure_ascii=False))
-    return bad
 
 
 if __name__ == "__main__":

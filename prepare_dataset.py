@@ -37,7 +37,7 @@ from dataset import (
     SPLITS,
     TEXT_KEYS,
     DataPaths,
-    Question,
+    Text,
     check_name,
     data_paths,
     find_images,
@@ -800,7 +800,7 @@ def check(
     paths: DataPaths,
     splits: Mapping[str, Sequence[str]],
     captions: Mapping[str, Sequence[str]],
-    questions: Mapping[str, Sequence[Question]],
+    questions: Mapping[str, Sequence[Text]],
 ) -> list[str]:
     """Describe a prepared data set; returns what is wrong with it that training would refuse.
 

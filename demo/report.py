@@ -48,18 +48,18 @@ def report_answers(
     captioner: Captioner, paths: DataPaths, names: Sequence[str], shown: int
 ) -> None:
     table = load_questions(paths.questions)
-    asked = [(name, question) for name in names for question in table[name]]
+    asked = [(name, text) for name in names for text in table[name]]
     right: dict[str, list[bool]] = {}
     for start in range(0, len(asked), 50):
         part = asked[start : start + 50]
         answers = captioner.answer(
-            [paths.images / name for name, _ in part], [question.text for _, question in part]
+            [paths.images / name for name, _ in part], [text.question for _, text in part]
         )
-        for place, ((name, question), answer) in enumerate(zip(part, answers, strict=True), start):
-            right.setdefault(question.kind, []).append(answer == question.answer)
+        for place, ((name, text), answer) in enumerate(zip(part, answers, strict=True), start):
+            right.setdefault(text.kind, []).append(answer == text.target)
             if place < shown:
-                mark = "right" if answer == question.answer else f"WRONG ({question.answer})"
-                print(f"  {name}  {question.text} {answer}  {mark}")
+                mark = "right" if answer == text.target else f"WRONG ({text.target})"
+                print(f"  {name}  {text.question} {answer}  {mark}")
     for kind, marks in sorted(right.items()):
         print(f"  {kind}: {sum(marks)} of {len(marks)} answers right")
     total = [mark for marks in right.values() for mark in marks]

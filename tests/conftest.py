@@ -17,6 +17,8 @@ import torch
 import transformers
 from PIL import Image
 
+from checkpoint import load_checkpoint
+from tests.forked import can_fork, run_forked
 from utils import sole_user
 
 REPO = Path(__file__).resolve().parents[1]
@@ -199,12 +201,16 @@ def run(
     `limits` are of `resource.setrlimit`: {resource.RLIMIT_FSIZE: 4096} is a disk without room.
     """
 
+    words = [*map(str, command)]
+    if can_fork(words, env):
+        return run_forked(words, cwd, limits or {}, timeout=600)
+
     def limit() -> None:
         for kind, most in limits.items():
             resource.setrlimit(kind, (most, most))
 
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *words],
         cwd=cwd,
         preexec_fn=limit if limits else None,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
@@ -256,3 +262,16 @@ def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
         train_small(write_questions(write_photos(folder, 48)), encoder_dir, *more)
 
     return made_once(tmp_path_factory, "joint", make)
+
+
+def best_entry(history: list[dict]) -> dict:
+    """The epoch that a training names in the end: the best captions, if any scored, else loss."""
+    best = max(history, key=lambda entry: entry["val_cider"])
+    return best if best["val_cider"] > 0 else min(history, key=lambda entry: entry["val_loss"])
+
+
+def best_file(data: Path) -> Path:
+    """The checkpoint that a training names in the end."""
+    best = best_entry(load_checkpoint(data / "last.pt").training["progress"]["history"])
+    loss = f"captioner_epoch_{best['epoch']}_val_loss_{best['val_loss']:.4f}.safetensors"
+    return data / ("captioner_best_cider.safetensors" if best["val_cider"] > 0 else loss)

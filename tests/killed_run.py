@@ -75,7 +75,7 @@ def main() -> int:
     elif where == "update":
         train.update = counted(train.update, count, train.update)
     elif where == "validation":
-        train.validation_loss = counted(train.validation_loss, count, lambda run: None)
+        train.validation_loss = counted(train.validation_loss, count, lambda run, data: None)
     elif where == "save":
         torch.save = counted(torch.save, count, half_saved(torch.save))
     elif where == "rename":

@@ -269,11 +269,12 @@ def test_the_command_draws_captions_and_answers(joint, tmp_path):
 
 @pytest.mark.parametrize(
     "flags, expected",
-    [(["--attention", "x.png"], "one picture"), (["--attention", "x.gif"], ".png or .jpg")],
+    [(["--attention", "x.png"], "draws one photo"), (["--attention", "x.gif"], ".png or .jpg")],
 )
 def test_what_can_not_be_drawn_is_said_before_loading(tmp_path, flags, expected):
     photo = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(photo)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     path = tmp_path if "one" in expected else photo
     result = run("inference.py", "--image_path", path, "--checkpoint", "absent.pt", *flags)
     assert result.returncode == 1 and expected in result.stderr

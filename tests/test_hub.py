@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import hub
-import train
 from checkpoint import load_checkpoint
 from inference import load_captioner
+from tests.conftest import best_entry, best_file, small_flags, write_photos
 from tests.conftest import run as run_script
-from tests.conftest import small_flags, write_photos
 from tests.hub_server import HANG, HubServer, Repo
 from tokenizer import CaptionTokenizer
 
@@ -363,7 +361,7 @@ def pushed(tmp_path_factory, encoder_dir):
 def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, tmp_path):
     data, commit, server = pushed
     photos = [str(path) for path in sorted((data / "images").iterdir())[:4]]
-    best = load_captioner(data / "captioner_best_cider.safetensors", precision="fp32")
+    best = load_captioner(best_file(data), precision="fp32")
     code = f"""
 from inference import load_captioner
 result["captions"] = load_captioner("me/captioner", precision="fp32").caption({photos!r})
@@ -421,7 +419,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
 
     read = ModelCard(files["README.md"].decode())
     entries = load_checkpoint(data / "last.pt").training["progress"]["history"]
-    best = max(entries, key=lambda entry: entry["val_cider"])
+    best = best_entry(entries)
     measured = {result.metric_name: result.metric_value for result in read.data.eval_results}
     assert measured["CIDEr-D"] == pytest.approx(best["val_cider"])
     assert measured["cross-entropy"] == pytest.approx(best["val_loss"])
@@ -430,24 +428,6 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
     for name, caption in best["samples"].items():
         assert f"- `{name}`: {caption}" in read.text
     assert 'load_captioner("me/captioner")' in read.text and "## Licence" in read.text
-
-
-def test_the_last_push_is_of_the_best_captions(tmp_path, monkeypatch):
-    pushes = []
-    monkeypatch.setattr(train, "push", lambda run, pusher, *what: pushes.append(what))
-    history = [
-        {"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
-        {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
-        {"epoch": 3, "val_loss": 2.2, "val_cider": 40.0},
-    ]
-    settings = SimpleNamespace(CHECKPOINT_PREFIX="captioner")
-    progress = train.Progress(best_loss=2.0, best_cider=40.0, history=history)
-    state = SimpleNamespace(settings=settings, progress=progress, output=tmp_path)
-    train.push_best(state, None)
-    assert pushes == [(tmp_path / "captioner_best_cider.safetensors", history[1])]
-    history[0]["val_cider"] = 50.0  # the best loss has the best captions, and was pushed
-    train.push_best(state, None)
-    assert len(pushes) == 1
 
 
 # --- Card -----------------------------------------------------------------------------------

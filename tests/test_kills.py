@@ -95,7 +95,7 @@ def state(path: Path) -> dict:
     """All that a checkpoint holds, less what names the folder or the job or measures time."""
     checkpoint = load_checkpoint(path)
     progress = dict(checkpoint.training["progress"])
-    for name in ("seconds", "best_path", "job"):
+    for name in ("seconds", "written", "job"):
         progress.pop(name)
     return {
         "average": checkpoint.model.state_dict(),

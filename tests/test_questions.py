@@ -9,7 +9,7 @@ import torch
 
 import train
 from checkpoint import load_checkpoint
-from dataset import CaptionRows, Question, load_questions, make_batch, parse_tasks
+from dataset import CaptionRows, Text, load_questions, make_batch, parse_tasks
 from evaluate import accuracy_by_kind, common_answers
 from generation import GenerationOptions, generate
 from inference import load_captioner
@@ -17,6 +17,7 @@ from metrics import normalize_answer, vqa_accuracy
 from prepare_dataset import convert_vqa
 from tests.conftest import COLOURS, paint, run, small_flags, write_photos, write_questions
 from tests.test_model import VOCAB, build_model, features
+from tests.test_train import start
 from tokenizer import ANSWER_ID, END_ID, START_ID, CaptionTokenizer
 from utils import UserError
 
@@ -50,9 +51,9 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     answers = ["red"] * 4 + ["dark red"] * 6
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answers": answers}]}))
     (question,) = load_questions(path)["a.jpg"]
-    assert question == Question("what color?", "dark red", tuple(answers))
+    assert question == Text("dark red", "what color?", tuple(answers))
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
-    assert load_questions(path, answered=False)["a.jpg"] == [Question("what color?")]
+    assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
 
 
 def test_vqa_files_become_questions(tmp_path):
@@ -85,8 +86,8 @@ def test_vqa_files_become_questions(tmp_path):
     found = load_questions(tmp_path / "questions.json")
     assert list(found) == ["COCO_val2014_000000000042.jpg"]
     first, second = found["COCO_val2014_000000000042.jpg"]
-    assert (first.text, first.answer, first.kind) == ("Is it raining?", "no", "is it")
-    assert len(first.answers) == 10 and second.answer == "2"
+    assert (first.question, first.target, first.kind) == ("Is it raining?", "no", "is it")
+    assert len(first.answers) == 10 and second.target == "2"
     with pytest.raises(UserError, match="pairs"):
         convert_vqa(pair[0], [], tmp_path / "questions.json")
     with pytest.raises(UserError, match="no VQA pair"):
@@ -131,9 +132,9 @@ def test_answers_are_compared_as_vqa_does(answer, same):
 
 def test_baselines_by_hand():
     pairs = (("color", "red"), ("color", "red"), ("color", "blue"), ("count", "two"))
-    training = [Question("", answer, kind=kind) for kind, answer in pairs]
-    assert common_answers(training) == {"color": "red", "count": "two"}
-    asked = [Question("", "red", kind="color"), Question("", "two", kind="count")]
+    training = [("a.jpg", Text(answer, "?", kind=kind)) for kind, answer in pairs]
+    assert common_answers(training) == {"color": "red", "count": "two", "": "red"}
+    asked = [Text("red", "?", kind="color"), Text("two", "?", kind="count")]
     table = accuracy_by_kind(asked, {"model": ["red", "three"]})
     assert table == {"all": {"model": 50}, "color": {"model": 100}, "count": {"model": 0}}
 
@@ -321,16 +322,16 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
             "--question_weight",
             weight,
         ]
-        state = train.start_run(train.command_line([str(flag) for flag in flags]))
+        state, found = start(*flags)
         state.model.eval()
-        batch, feature = next(iter(train.training_batches(state)))
+        ((batch, feature),) = next(train.batch_groups(state, found))
         only = [
-            [ids for ids in state.rows["train"].groups[name] if ANSWER_ID not in ids]
+            [ids for ids in found.train.groups[name] if ANSWER_ID not in ids]
             for name in batch.names
         ]
-        plain = train.batch_loss(
-            state, state.model, make_batch(batch.names, only), feature, label_smoothing=0.1
-        )
-        norms.append((train.update(state, [(batch, feature)]).summed.item(), plain.item()))
+        alone = make_batch(batch.names, only)
+        plain = train.cross_entropy(state, state.model, alone, feature, 0.1)
+        update = train.update(state, found, [(batch, feature)])
+        norms.append((update.summed.item(), plain.item()))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)
     assert norms[1][0] > norms[1][1] * 1.05

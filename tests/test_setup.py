@@ -257,7 +257,7 @@ def test_unknown_machine_or_no_downloader_is_an_error(clone, tools, tmp_path):
 
 @pytest.mark.parametrize(
     ("setup", "failing", "code"),
-    [(0, "", 0), (1, "", 1), (0, "pytest", 1), (0, "ruff check", 1)],
+    [(0, "", 0), (1, "", 1), (0, "pytest", 1), (0, "ruff check", 1), (0, "ruff format --check", 1)],
 )
 def test_ci_fails_if_any_part_fails(clone, setup, failing, code):
     script(clone / "01_setup.sh", f'[[ "$*" == --dev ]] && exit {setup}')
@@ -267,7 +267,7 @@ def test_ci_fails_if_any_part_fails(clone, setup, failing, code):
     assert result.returncode == code
     if code == 0:
         log = (clone / ".venv/bin/log").read_text().splitlines()
-        assert log == ["-m pytest", "-m ruff check"]
+        assert log == ["-m pytest", "-m ruff check", "-m ruff format --check"]
 
 
 def test_ci_is_executable():

@@ -23,6 +23,7 @@ import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
+from run import on_record
 from shards import Sample, Stock, StreamedRows, take_stock
 from tests.conftest import COLOURS, paint, run, small_flags
 from tests.download_server import DownloadServer, Remote, serving
@@ -700,7 +701,7 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
     for key in ("${TOKEN}", "c0ffee", "c0ffee&sig=c0ffee"):
         flags = ["--train_shards", f"https://me:c0ffee@host/0.tar?token={key}", "--data_dir", "d"]
         settings = train.command_line(flags)
-        assert "c0ffee" not in str(train.on_record(settings))
+        assert "c0ffee" not in str(on_record(settings))
         (url,) = shards.expand_shards(settings.TRAIN_SHARDS)
         assert "c0ffee" in url and "c0ffee" not in shards.shard_name(url)
         (url,) = shards.expand_shards(server.url(f"0.tar?token={key}"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 import tracking
 from checkpoint import load_checkpoint
-from tests.conftest import REPO, run, small_flags, write_photos
+from tests.conftest import REPO, best_file, run, small_flags, write_photos
 from tests.wandb_file import history, records, run_of
 
 # A training of 4 updates an epoch; every 20th is shown.
@@ -116,8 +116,8 @@ def test_the_best_checkpoint_is_an_artifact(tracked):
         (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
         assert "best" in model.aliases
         (entry,) = model.manifest.contents
-        assert entry.path == "captioner_best_cider.safetensors"
-    assert entry.size == (data / "captioner_best_cider.safetensors").stat().st_size
+        assert entry.path == best_file(data).name
+    assert entry.size == best_file(data).stat().st_size
     assert json.loads(model.metadata)["CIDEr-D"] == max(
         entry["val_cider"]
         for entry in load_checkpoint(data / "last.pt").training["progress"]["history"]
@@ -147,7 +147,7 @@ import os, signal, subprocess, sys, time
 import train
 from utils import run_script
 validate = train.validate
-def and_kill(run):
+def and_kill(run, data):
     if run.progress.epoch == 1:
         listed = subprocess.run(["pgrep", "-f", f"wandb-core.*--pid {os.getpid()}$"],
                                 capture_output=True, text=True).stdout.split()
@@ -155,7 +155,7 @@ def and_kill(run):
         for process in map(int, listed):
             os.kill(process, 9)
         time.sleep(0.5)
-    return validate(run)
+    return validate(run, data)
 train.validate = and_kill
 run_script(lambda: train.main(sys.argv[1:]))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import prepare_dataset
 import train
 from checkpoint import load_checkpoint
+from corpus import Data, load_data
 from dataset import make_batch
+from distributed import ALONE
 from generation import GenerationOptions, Hypothesis, generate
 from inference import load_captioner
+from report import Ledger
+from run import Run, start_run
+from self_critical import advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tokenizer import END_ID, START_ID
 from utils import UserError, sole_user
@@ -72,14 +79,14 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
     flags = [*small_flags(data, encoder_dir), "--dropout", "0"]
     weights = []
     for sizes in ((8,), (3, 5), (2, 2, 4)):
-        state = train.start_run(train.command_line([str(flag) for flag in flags]))
-        rows, group, start = state.rows["train"], [], 0
+        state, found = start(*flags)
+        rows, group, first = found.train, [], 0
         for size in sizes:
-            names = rows.names[start : start + size]
-            features = state.data.cache.read([(name, 0) for name in names])
-            group.append((make_batch(names, rows.captions[start : start + size]), features))
-            start += size
-        done = train.update(state, group)
+            names = rows.names[first : first + size]
+            batch = make_batch(names, rows.captions[first : first + size])
+            group.append(rows.load(batch, None))
+            first += size
+        done = train.update(state, found, group)
         loss = (done.summed / done.count).item()
         weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
     for other in weights[1:]:
@@ -88,19 +95,32 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
             torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
 
 
-def start_state(tmp_path: Path, encoder_dir: Path, *more: object) -> train.Run:
-    """A run that is ready for its first step."""
+def start(*flags: object) -> tuple[Run, Data]:
+    """A run that is ready for its first step, and its data."""
+    settings, device = train.command_line([str(flag) for flag in flags]), torch.device("cpu")
+    begun = train.find_checkpoint(settings, ALONE)
+    tokenizer = begun.tokenizer if begun else None
+    data = load_data(settings, prepare_dataset.prepare(settings), device, ALONE, tokenizer)
+    width = data.cache.shape[1]
+    return start_run(settings, ALONE, device, data.tokenizer, data.encoder, width, begun), data
+
+
+def start_state(tmp_path: Path, encoder_dir: Path, *more: object) -> tuple[Run, Data]:
     data = write_photos(tmp_path / "data", 24)
-    flags = [*small_flags(data, encoder_dir), *more]
-    return train.start_run(train.command_line([str(flag) for flag in flags]))
+    return start(*small_flags(data, encoder_dir), *more)
 
 
-def first_batches(state: train.Run, count: int):
+def first_batches(state: Run, data: Data, count: int):
     state.model.train()
-    return [pair for pair, _ in zip(train.training_batches(state), range(count), strict=False)]
+    groups = itertools.islice(train.batch_groups(state, data), count)
+    return [pair for group in groups for pair in group]
 
 
-def snapshot(state: train.Run) -> list[torch.Tensor]:
+def ledger_of(state: Run) -> Ledger:
+    return Ledger(state, 6, SimpleNamespace(log=lambda *_: None))
+
+
+def snapshot(state: Run) -> list[torch.Tensor]:
     """Copies of the weights, their average, and all that the optimizer remembers of them."""
     moments = [value for kept in state.optimizer.state.values() for value in kept.values()]
     tensors = [*state.model.parameters(), *state.average.parameters(), *moments]
@@ -109,34 +129,34 @@ def snapshot(state: train.Run) -> list[torch.Tensor]:
 
 @pytest.mark.fault(count=2)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, encoder_dir, capsys):
-    state = start_state(tmp_path, encoder_dir, "--max_bad_steps", 2)
-    good, (batch, features), second = first_batches(state, 3)
-    ledger = train.Ledger(state, SimpleNamespace(log=lambda *_: None))
-    ledger.note(train.update(state, [good]))
+    state, data = start_state(tmp_path, encoder_dir, "--max_bad_steps", 2)
+    good, (batch, features), second = first_batches(state, data, 3)
+    ledger = ledger_of(state)
+    ledger.note(train.update(state, data, [good]))
     before, loss_sum = snapshot(state), state.progress.loss_sum
     features[0, 0, 0] = math.nan
-    ledger.note(train.update(state, [(batch, features)]))
+    ledger.note(train.update(state, data, [(batch, features)]))
     assert all(torch.equal(*pair) for pair in zip(before, snapshot(state), strict=True))
     assert state.progress.loss_sum == loss_sum and state.progress.bad_steps == 1
     said = capsys.readouterr().out
     assert "step 2" in said and all(name in said for name in batch.names)
-    ledger.note(train.update(state, [second]))
+    ledger.note(train.update(state, data, [second]))
     assert state.progress.bad_steps == 0
     assert not all(torch.equal(*pair) for pair in zip(before, snapshot(state), strict=True))
-    ledger.note(train.update(state, [(batch, features)]))
+    ledger.note(train.update(state, data, [(batch, features)]))
     with pytest.raises(UserError, match="2 steps in a row"):
-        ledger.note(train.update(state, [(batch, features)]))
+        ledger.note(train.update(state, data, [(batch, features)]))
 
 
 def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
     """On a GPU the figures of a step are read while the next one runs."""
     sums = []
     for late in (0, 1):
-        state = start_state(tmp_path / str(late), encoder_dir)
-        ledger = train.Ledger(state, SimpleNamespace(log=lambda *_: None))
+        state, data = start_state(tmp_path / str(late), encoder_dir)
+        ledger = ledger_of(state)
         ledger.late = late
-        for pair in first_batches(state, 3):
-            ledger.note(train.update(state, [pair]))
+        for pair in first_batches(state, data, 3):
+            ledger.note(train.update(state, data, [pair]))
         assert len(ledger.waiting) == late
         ledger.settle()
         sums.append((state.progress.loss_sum, state.progress.loss_count))
@@ -144,10 +164,10 @@ def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
 
 
 def test_the_average_follows_the_weights(tmp_path, encoder_dir):
-    state = start_state(tmp_path, encoder_dir, "--ema_decay", 0.15)
+    state, data = start_state(tmp_path, encoder_dir, "--ema_decay", 0.15)
     expected = [weight.detach().clone() for weight in state.average.parameters()]
-    for step, pair in enumerate(first_batches(state, 3)):
-        train.update(state, [pair])
+    for step, pair in enumerate(first_batches(state, data, 3)):
+        train.update(state, data, [pair])
         decay = min(0.15, (1 + step) / (10 + step))
         weights = [weight.detach() for weight in state.model.parameters()]
         expected = [
@@ -158,26 +178,25 @@ def test_the_average_follows_the_weights(tmp_path, encoder_dir):
 
 
 def test_without_an_average_the_weights_themselves_are_saved(tmp_path, encoder_dir):
-    state = start_state(tmp_path, encoder_dir, "--ema_decay", 0, "--dropout", 0.5)
-    for pair in first_batches(state, 2):
-        train.update(state, [pair])
+    state, data = start_state(tmp_path, encoder_dir, "--ema_decay", 0, "--dropout", 0.5)
+    for pair in first_batches(state, data, 2):
+        train.update(state, data, [pair])
     assert state.checkpoint({}).model is state.model
-    assert train.validate(state).scores == train.validate(state).scores  # without dropout
+    assert train.validate(state, data) == train.validate(state, data)  # without dropout
 
 
 def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
-    state = start_state(
-        tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1, "--scst_beam_size", 3
-    )
-    ((batch, features),) = first_batches(state, 1)
+    flags = ["--epochs", 0, "--scst_epochs", 1, "--scst_beam_size", 3]
+    state, data = start_state(tmp_path, encoder_dir, *flags)
+    ((batch, features),) = first_batches(state, data, 1)
     state.model.eval()
-    loss, summed, count = train.self_critical_loss(state, batch, features)
+    loss, summed, count = train.self_critical_loss(state, data, batch, features)
     gradients = torch.autograd.grad(loss, list(state.model.parameters()))
 
     plain, total, captions = 0.0, 0.0, 0
     found = generate(state.model, features.float(), GenerationOptions(beam_size=3))
     for row, group in enumerate(found):
-        reward = state.critic.rewards(batch.names[row], group)
+        reward = data.critic.rewards(batch.names[row], group)
         for k, caption in enumerate(group):
             total, captions = total + reward[k], captions + 1
             others = reward[:k] + reward[k + 1 :]
@@ -194,28 +213,27 @@ def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encod
 
 def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
     """Of captions of some skill, those that are rewarded become likelier."""
-    state = start_state(tmp_path, encoder_dir, "--epochs", 8, "--scst_epochs", 8)
+    state, data = start_state(tmp_path, encoder_dir, "--epochs", 8, "--scst_epochs", 8)
     means = []
     while state.progress.epoch < 16:
-        train.train_epoch(state, SimpleNamespace(log=lambda *_: None), SimpleNamespace(asked=False))
+        train.train_epoch(state, data, ledger_of(state), SimpleNamespace(asked=False))
         means.append(state.progress.loss_sum / state.progress.loss_count)
-        state.progress.epoch += 1
-        state.progress.batch, state.progress.loss_sum, state.progress.loss_count = 0, 0.0, 0
+        state.end_epoch({}, [], 0.0)
     assert means[-1] > means[8] + 5
 
 
 def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
-    state = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
-    name = state.rows["train"].names[0]
-    human, other = state.tokenizer.encode([state.data.captions[name][0], "on"])
+    state, data = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
+    name = data.train.names[0]
+    human, other = state.tokenizer.encode([data.texts[name][0].target, "on"])
     hypotheses = [
         Hypothesis(ids, 0.0, 0.0, ended)
         for ids, ended in ((human, True), (human, False), (other, True))
     ]
-    whole, cut, poor = state.critic.rewards(name, hypotheses)
+    whole, cut, poor = data.critic.rewards(name, hypotheses)
     assert whole > cut > poor
-    assert train.advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
-    assert train.advantages([7.0]) == [0.0]
+    assert advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
+    assert advantages([7.0]) == [0.0]
 
 
 def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
@@ -258,8 +276,8 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     assert "resumed   after" in resumed.stdout
     assert_same_weights(whole / "last.pt", cut / "last.pt")
     one, two = (load_checkpoint(d / "last.pt").training for d in (whole, cut))
-    assert one["schedule"]["last_epoch"] == two["schedule"]["last_epoch"]
-    assert one["progress"]["best_loss"] == two["progress"]["best_loss"]
+    assert one["progress"]["step"] == two["progress"]["step"]
+    assert one["progress"]["history"] == two["progress"]["history"]
 
     # A control: another course of chance gives other weights, so that the equality says something.
     control = write_photos(tmp_path / "control", 24)
@@ -452,11 +470,9 @@ def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_d
     rates = []
     for resume in ("none", data / "last.pt"):
         arguments = [*flags, *more, "--resume_checkpoint_path", resume]
-        state = train.start_run(train.command_line([str(part) for part in arguments]))
-        while state.schedule.last_epoch < 8:
-            state.optimizer.step()
-            state.schedule.step()
-        rates.append([group["lr"] for group in state.optimizer.param_groups])
+        state, found = start(*arguments)
+        state.progress.step = 8
+        rates.append(train.learning_rate(state, found))
         assert [g["weight_decay"] for g in state.optimizer.param_groups] == [0.5, 0.0]
     assert rates[0] == rates[1]
 

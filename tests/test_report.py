@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from checkpoint import load_checkpoint
-from pictures import draw_curves, draw_samples
+from report import draw_curves, draw_samples
 from tests.conftest import paint, run, small_flags, write_photos
 
 
@@ -39,12 +39,12 @@ def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
 
 
 def test_each_curve_is_there_only_if_it_was_measured(tmp_path):
-    orange, green = (221, 107, 32), (47, 133, 90)
+    orange = (221, 107, 32)
     draw_curves(entries(3), tmp_path / "plain.png")
     plain = pixels(tmp_path / "plain.png")
-    assert has_colour(plain, orange) and not has_colour(plain, green)
+    assert has_colour(plain, orange)
     draw_curves(entries(3, val_accuracy=50.0), tmp_path / "answers.png")
-    assert has_colour(pixels(tmp_path / "answers.png"), green)
+    assert pixels(tmp_path / "answers.png").shape[1] > plain.shape[1]  # a panel more
     draw_curves(
         [
             {

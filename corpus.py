@@ -1,0 +1,172 @@
+"""What a training learns from: texts about photos, their features, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dataset import (
+    CaptionRows,
+    DataPaths,
+    Text,
+    encode_rows,
+    load_splits,
+    load_texts,
+    parse_tasks,
+    prompts_about,
+    references_of,
+)
+from distributed import ALONE, Team
+from encoder import FrozenEncoder, parse_layers
+from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
+from self_critical import Critic, critical_epochs
+from shards import Stock, StreamedRows, expand_shards, take_stock
+from tokenizer import CaptionTokenizer
+from utils import UserError, choose_dtype
+
+
+@dataclass
+class Data:
+    """Texts about photos, the photos by split, and their features, as rows to train on.
+
+    Only what the tasks want is in it, and only photos that have some of it. With TRAIN_SHARDS
+    the photos to train on are in `train` alone.
+    """
+
+    paths: DataPaths
+    tasks: tuple[str, ...]
+    texts: dict[str, list[Text]]
+    splits: dict[str, list[str]]
+    encoder: dict[str, Any]  # FrozenEncoder.identity()
+    processor: str  # the encoder's preprocessor_config.json
+    cache: FeatureCache
+    features: FeatureCache | ResidentFeatures
+    tokenizer: CaptionTokenizer
+    train: CaptionRows | StreamedRows
+    val: CaptionRows
+    critic: Critic | None  # where there is a self-critical stage
+
+
+def load_data(
+    settings: SimpleNamespace,
+    paths: DataPaths,
+    device: torch.device,
+    team: Team = ALONE,
+    tokenizer: CaptionTokenizer | None = None,
+) -> Data:
+    """Read what the tasks want, and encode the photos that aren't in the feature cache yet.
+
+    Without a `tokenizer`, one is loaded or learned.
+    """
+    tasks = parse_tasks(settings.TASKS)
+    texts = load_texts(paths, tasks)
+    splits = load_splits(paths.splits)
+    splits = {split: [name for name in names if name in texts] for split, names in splits.items()}
+    if settings.TRAIN_SHARDS:
+        splits["train"] = []
+    check_splits(settings, splits, f"has any {' or '.join(tasks)}")
+    encoder = FrozenEncoder.load(
+        settings.ENCODER_MODEL_NAME,
+        settings.ENCODER_REVISION or None,
+        parse_layers(settings.ENCODER_LAYERS),
+    ).to(device)
+    stock = load_shards(settings, paths, encoder, team) if settings.TRAIN_SHARDS else None
+    views = range(settings.FEATURE_VIEWS)
+    cache, bad = build_features(
+        encoder,
+        paths.images,
+        [(n, v) for v in views for n in splits["train"]] + [(n, 0) for n in splits["val"]],
+        paths.features,
+        dtype=choose_dtype(settings.PRECISION, device),
+        batch_size=settings.FEATURE_BATCH_SIZE,
+        max_bad=settings.MAX_BAD_IMAGES,
+        team=team,
+    )
+    splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
+    check_splits(settings, splits, "can be read")
+    if tokenizer is None:
+        learned = texts_to_learn(texts, splits["train"], stock)
+        tokenizer = team.on_rank0(lambda: make_tokenizer(settings, paths, learned))
+    features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
+    train, val = (
+        CaptionRows(encode_rows(tokenizer, texts, splits[split], length), features, count)
+        for split, count in (("train", len(views)), ("val", 1))
+    )
+    critic = None
+    if stock:
+        train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
+    elif critical_epochs(settings):
+        references = references_of(texts, splits["train"])
+        critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE)
+    return Data(
+        paths,
+        tasks,
+        texts,
+        splits,
+        encoder.identity(),
+        encoder.processor.to_json_string(),
+        cache,
+        features,
+        tokenizer,
+        train,
+        val,
+        critic,
+    )
+
+
+def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: str) -> None:
+    for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
+        if not splits[split]:
+            raise UserError(
+                f"no photo of the split {split!r} {what}: see python prepare_dataset.py --check"
+            )
+
+
+def load_shards(
+    settings: SimpleNamespace, paths: DataPaths, encoder: FrozenEncoder, team: Team
+) -> Stock:
+    """What TRAIN_SHARDS hold: their features on disk, or the photos as they come."""
+    if settings.FEATURE_VIEWS != 1 or settings.TASKS.strip() != "captions":
+        raise UserError(
+            "TRAIN_SHARDS are learned from in one view and for captions only: use "
+            "--feature_views 1 --tasks captions"
+        )
+    return take_stock(
+        encoder,
+        expand_shards(settings.TRAIN_SHARDS),
+        paths.features,
+        keep_features=settings.KEEP_SHARD_FEATURES,
+        dtype=choose_dtype(settings.PRECISION, next(encoder.parameters()).device),
+        batch_size=settings.FEATURE_BATCH_SIZE,
+        max_bad=settings.MAX_BAD_IMAGES,
+        team=team,
+    )
+
+
+def texts_to_learn(
+    texts: dict[str, list[Text]], names: Sequence[str], stock: Stock | None
+) -> Iterator[str]:
+    """What a tokenizer is learned from: the captions to train on, then questions and answers."""
+    for captions in references_of(texts, names).values():
+        yield from captions
+    for _, text in prompts_about(texts, names, "questions"):
+        yield from (text.question, text.target)
+    if stock:
+        yield from stock.first_texts()
+
+
+def make_tokenizer(
+    settings: SimpleNamespace, paths: DataPaths, learned: Iterator[str]
+) -> CaptionTokenizer:
+    """The tokenizer the user gave, or a new one."""
+    if bool(settings.VOCAB_FILE) != bool(settings.MERGES_FILE):
+        raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
+    if settings.VOCAB_FILE:
+        return CaptionTokenizer.load(paths.vocab, paths.merges)
+    tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
+    tokenizer.save(paths.vocab, paths.merges)
+    return tokenizer

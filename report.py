@@ -1,0 +1,397 @@
+"""What a training tells: on the terminal, in pictures, to the tracker, on the Hub."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from corpus import Data
+from dataset import DataPaths, references_of
+from encoder import open_image
+from hub import HubPusher, model_card
+from run import MEASURES, Run, Written, on_record
+from tracking import Tracker, memory
+from utils import Bar, UserError, atomic_write, redact, size_text
+
+GREY = "#718096"
+BLUE = "#2b6cb0"
+COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
+
+
+class Report:
+    """Tells of a run from its first line to its last; of a team the first process does.
+
+    Nothing of what fails here stops the training.
+    """
+
+    def __init__(
+        self, run: Run, data: Data, at_the_end: Callable[[Path, DataPaths], None] | None = None
+    ):
+        """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
+        self.run, self.data, self.at_the_end = run, data, at_the_end
+        self.pusher: HubPusher | None = None
+
+    def __enter__(self) -> Report:
+        run, settings = self.run, self.run.settings
+        self._describe()
+        leads = run.team.leads
+        self.tracker = Tracker(
+            run.output,
+            project=settings.WANDB_PROJECT if leads else "",
+            entity=settings.WANDB_ENTITY or None,
+            name=settings.WANDB_RUN_NAME or None,
+            run_id=run.progress.wandb_id,
+            config=on_record(settings),
+            report=say,
+        )
+        run.progress.wandb_id = self.tracker.run_id
+        if settings.HF_REPO_ID and leads:
+            self.pusher = HubPusher(settings.HF_REPO_ID, report=say)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self.tracker.close()
+        if self.pusher:
+            self.pusher.close()
+            self.pusher = None
+
+    def _describe(self) -> None:
+        """The summary at the start: what is trained on what, and where the output goes."""
+        run, data, settings = self.run, self.data, self.run.settings
+        counts = zip(data.train.texts, ("captions", "questions"), strict=True)
+        texts = " and ".join(f"{count:,} {kind}" for count, kind in counts if count)
+        parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+        patches, width = data.cache.shape
+        kept = len(data.cache.entries)
+        source = f"{settings.DATASET}, split by {settings.SPLIT}"
+        if settings.TRAIN_SHARDS:
+            source = f"{settings.TRAIN_SHARDS}, and {settings.VAL_SHARDS or source} to validate"
+            kept += len(data.train) if settings.KEEP_SHARD_FEATURES else 0
+        processes = run.team.size
+        devices = f"{processes} processes, {run.device.type}" if processes > 1 else str(run.device)
+        print(
+            f"data      {len(data.train):,} photos with {texts} to train on, "
+            f"{len(data.val):,} to validate ({redact(source)})\n"
+            f"encoder   {settings.ENCODER_MODEL_NAME}, frozen: {patches} vectors of {width} a "
+            f"photo\nfeatures  {size_text(kept * patches * width * 2)} in {data.cache.folder}\n"
+            f"decoder   {parameters:.1f} M parameters: width {run.model.config.width}, "
+            f"{run.model.config.layers} layers, {len(run.tokenizer):,} tokens\n"
+            f"device    {devices}, {str(run.dtype).removeprefix('torch.')}, seed {settings.SEED}\n"
+            f"output    {run.output}"
+        )
+        if settings.TRAIN_SHARDS and settings.SCST_EPOCHS:
+            print("stages    cross-entropy only: self-critical training wants all captions at hand")
+        if run.progress.step:
+            print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
+        if run.progress.epoch >= run.epochs:
+            print(f"nothing to train: all {run.epochs} epochs are done; for more, raise --epochs")
+
+    # --- while it trains ---
+
+    def ledger(self) -> Ledger:
+        """The account of an epoch's updates."""
+        return Ledger(self.run, self.data.train.count(self.run.settings.BATCH_SIZE), self.tracker)
+
+    def epoch(self, best: Path | None, written: Sequence[Written]) -> None:
+        """Tell of the epoch that has ended and been saved; `best` is its checkpoint, if it won."""
+        run, progress = self.run, self.run.progress
+        entry = progress.history[-1]
+        stage = (
+            f"train loss {entry['train_loss']:.4f}"
+            if "train_loss" in entry
+            else (f"CIDEr of beams {entry['train_beam_cider']:.1f}")
+        )
+        parts = [m.line.format(entry[name]) for name, m in MEASURES.items() if name in entry]
+        parts = [stage, *parts, f"{progress.seconds / 60:.1f} min"]
+        say(f"epoch {progress.epoch}/{run.epochs}: {', '.join(parts)}")
+        humans = references_of(self.data.texts, {each.name for each in written})
+        count = run.settings.SAMPLE_IMAGES
+        for name, _, said in [each for each in written if not each.text.question][:count]:
+            say(f"  {name}: {said}\n    (a human: {humans[name][0]})")
+        for name, text, said in [each for each in written if each.text.question][:count]:
+            say(f"  {name}: {text.question} {said} (a human: {text.target})")
+        shown = {k.replace("_", "/", 1): v for k, v in entry.items() if k.startswith(("tr", "val"))}
+        self.tracker.log(shown | {"epoch": progress.epoch}, progress.step)
+        rows = [(e["epoch"], *pair) for e in progress.history for pair in e["samples"].items()]
+        if rows:
+            self.tracker.log_captions(rows, self.data.paths.images, progress.step)
+        if best and self.pusher:
+            self._push(best, entry)
+        elif self.pusher:
+            self.pusher.retry()
+
+    def _push(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Hand the checkpoint of an epoch to the uploader, with all that makes it of use there."""
+        run, data, settings = self.run, self.data, self.run.settings
+        scored = min(settings.SCORED_IMAGES, len(data.splits["val"]))
+        card = model_card(
+            repo_id=settings.HF_REPO_ID,
+            encoder=run.encoder["name"],
+            encoder_revision=run.encoder["revision"],
+            dataset=settings.DATASET,
+            split=f"{settings.SPLIT} val",
+            scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
+            scores=scores_of(entry),
+            command=redact(shlex.join(["python", "train.py", *settings.arguments])),
+            samples=entry["samples"],
+        )
+        description = run.checkpoint(scores_of(entry)).description()
+        del description["tokenizer"]  # it has files of its own
+        files = run.tokenizer.to_files() | {
+            "README.md": card,
+            "config.json": json.dumps(description, indent=2) + "\n",
+            "preprocessor_config.json": data.processor,
+        }
+        self.pusher.push(path, files, f"epoch {entry['epoch']}")
+
+    # --- at the end ---
+
+    def stopped(self) -> int:
+        """Say how to go on; returns the exit code."""
+        self._close()
+        self._draw()
+        arguments = list(self.run.settings.arguments)
+        for i, argument in enumerate(arguments):
+            if argument.split("=")[0] == "--resume_checkpoint_path":
+                del arguments[i : i + (1 if "=" in argument else 2)]
+                break
+        last = str(self.run.output / "last.pt")
+        command = [*self.run.team.command(), "train.py", *arguments, "--resume_checkpoint_path"]
+        print(f"stopped; go on with: {redact(shlex.join([*command, last]))}")
+        return 130
+
+    def finished(self) -> int:
+        """Say where the result is and how to use it; returns the exit code."""
+        run, best = self.run, self.run.best()
+        if best is None:
+            return 0  # no epoch was asked for, and the summary said so
+        path, entry = best
+        self.tracker.log_checkpoint(path, scores_of(entry))
+        losses = run.bests("val_loss")
+        if self.pusher and losses and entry is not losses[-1]:
+            self._push(path, entry)  # the newest on the Hub shall be the best
+        self._close()
+        self._draw()
+        if self.at_the_end and run.team.leads:
+            self.at_the_end(path, self.data.paths)
+        loss = run.file_of("val_loss", losses[-1])
+        print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
+        if path != loss and "val_cider" in entry:
+            print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
+        splits = self.data.splits
+        photo = self.data.paths.images / (splits["test"] or splits["val"])[0]
+        command = ["python", "inference.py", "--image_path", str(photo), "--checkpoint", str(path)]
+        print(f"caption a picture:\n  {shlex.join(command)}")
+        return 0
+
+    def _draw(self) -> None:
+        """Draw what was learned; a picture that fails is named, and spoils nothing."""
+        run, history = self.run, self.run.progress.history
+        if not history or not run.team.leads:
+            return
+        curves, samples = run.output / "training_curves.png", run.output / "samples.png"
+        try:
+            draw_curves(history, curves)
+            humans = references_of(self.data.texts, history[-1]["samples"])
+            draw_samples(history, self.data.paths.images, samples, humans)
+            print(f"pictures: {curves}, {samples}")
+        except (UserError, OSError) as error:
+            print(f"pictures can't be drawn: {error}")
+
+
+def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What an epoch in the history measured on the validation photos, as people call it."""
+    return {measure.label: entry[name] for name, measure in MEASURES.items() if name in entry}
+
+
+def say(text: str) -> None:
+    """Print a line without tearing a progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# --- Updates --------------------------------------------------------------------------------
+
+
+@dataclass
+class Update:
+    """What one update found; the tensors are scalars on the run's device, the same in a team."""
+
+    step: int
+    batches: int
+    names: list[str]  # of this process's photos
+    count: Tensor  # tokens, or captions in the self-critical stage
+    stop: Tensor  # how many processes are asked to stop
+    summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
+    norm: Tensor  # of the gradient
+    bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
+    rate: float  # the learning rate
+
+
+class Ledger:
+    """Keeps the account of an epoch's updates, on a GPU one step late: the step never waits."""
+
+    def __init__(self, run: Run, batches: int, tracker: Tracker):
+        """Args: `batches` of the whole epoch."""
+        self.run, self.tracker = run, tracker
+        self.late = 1 if run.device.type == "cuda" else 0
+        self.waiting: deque[Update] = deque()
+        self.since, self.counted = time.monotonic(), 0  # what the tracked rate is of
+        self.photos = 0
+        self.stopping = False
+        label = f"epoch {run.progress.epoch + 1}/{run.epochs}"
+        self.bar = Bar(batches, label, "batch", run.progress.batch, quiet=not run.team.leads)
+
+    def note(self, update: Update) -> None:
+        self.waiting.append(update)
+        while len(self.waiting) > self.late:
+            self._enter(self.waiting.popleft())
+        progress = self.run.progress
+        self.photos += len(update.names) * self.run.team.size  # the others' shares are about alike
+        rate = self.photos / (time.monotonic() - self.bar.started)
+        loss = progress.loss_sum / max(1, progress.loss_count)
+        text = f"loss {loss:.3f}, lr {update.rate:.1e}, {rate:.0f} photos/s"
+        self.bar.step(update.batches, text)
+
+    def settle(self) -> None:
+        """Enter what still waits."""
+        while self.waiting:
+            self._enter(self.waiting.popleft())
+        self.bar.close()
+
+    def _enter(self, update: Update) -> None:
+        progress = self.run.progress
+        self.stopping = self.stopping or bool(update.stop.item())
+        if update.bad.item():
+            self._enter_bad(update)
+            return
+        summed, count = update.summed.item(), int(update.count.item())
+        progress.bad_steps = 0
+        progress.loss_sum += summed
+        progress.loss_count += count
+        self.counted += count
+        if update.step % 20 == 0:
+            self._track(update, summed / max(1, count))
+
+    def _track(self, update: Update, loss: float) -> None:
+        kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
+        now = time.monotonic()
+        rate = self.counted / (now - self.since)
+        self.since, self.counted = now, 0
+        values = {f"train/{kind}": loss, f"train/{unit}_per_s": rate}
+        values |= {"train/learning_rate": update.rate, "train/grad_norm": update.norm.item()}
+        self.tracker.log(values | memory(self.run.device), update.step)
+
+    def _enter_bad(self, update: Update) -> None:
+        """Say which photos gave a loss or gradient that is not finite; too many in a row end it."""
+        progress, limit = self.run.progress, self.run.settings.MAX_BAD_STEPS
+        progress.bad_steps += 1
+        names = [name for part in self.run.team.all_gather(update.names) for name in part]
+        say(f"step {update.step}: the loss or gradient is not finite, no update; photos: {names}")
+        if progress.bad_steps >= limit:
+            raise UserError(
+                f"{limit} steps in a row were not finite: lower --learning_rate or use "
+                f"--precision fp32, and resume from {self.run.output / 'last.pt'}"
+            )
+
+
+# --- Pictures -------------------------------------------------------------------------------
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw losses, each score and the learning rate by epoch as a PNG.
+
+    Args:
+        history: an entry an epoch, in order: "epoch", "val_loss", "train_learning_rate", and
+            where measured "train_loss" and the others of `MEASURES`.
+    """
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
+    from matplotlib.ticker import MaxNLocator
+
+    scores = [m for m in MEASURES if m != "val_loss" and any(m in entry for entry in history)]
+    panels = {
+        "loss, nats a token": {"train_loss": "training", "val_loss": "validation"},
+        **{f"{MEASURES[name].label}, greedy": {name: "validation"} for name in scores},
+        "learning rate at the epoch's end": {"train_learning_rate": ""},
+    }
+    figure = Figure(figsize=(4.3 * len(panels), 4), layout="constrained")
+    critical = [entry["epoch"] for entry in history if "train_beam_cider" in entry]
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.set_title(title)
+        for name, label in lines.items():
+            points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
+            if points:
+                colour = COLOURS.get(label, BLUE)
+                axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="o", ms=3)
+            if name in scores:
+                best = max(points, key=lambda point: point[1])
+                place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(f"{best[1]:.1f}", best, color=colour, **place)
+        if critical:
+            span = (critical[0] - 0.5, critical[-1] + 0.5)
+            axes.axvspan(*span, color=GREY, alpha=0.12, lw=0, label="self-critical")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.12)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title.startswith("loss") or critical:
+            axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_samples(
+    history: Sequence[Mapping[str, Any]],
+    image_dir: Path,
+    path: Path,
+    humans: Mapping[str, Sequence[str]],
+) -> None:
+    """Draw photos with what was written about them at the first, middle and last epoch as a PNG.
+
+    Args:
+        history: as for `draw_curves`; each entry's "samples" are {photo: text}.
+        humans: captions by people, of which each photo shows the first, if it has any.
+
+    Raises:
+        UserError: a photo can't be read, or the file can't be written.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
+    names = list(shown[-1]["samples"])
+    if not names:
+        return
+    figure = Figure(figsize=(9, 2.2 * len(names)), layout="constrained")
+    table = figure.subplots(len(names), 2, width_ratios=(1, 3), squeeze=False)
+    for name, (picture, text) in zip(names, table, strict=True):
+        picture.imshow(open_image(image_dir / name, 400))
+        texts = [(f"epoch {e['epoch']}", e["samples"].get(name, ""), "black") for e in shown]
+        texts += [("a human", caption, GREY) for caption in humans.get(name, ())[:1]]
+        for row, (label, words, colour) in enumerate(texts):
+            height = 0.92 - row * 0.9 / len(texts)
+            kind = {"va": "top", "color": colour, "transform": text.transAxes, "fontsize": 11}
+            text.text(0, height, label, weight="bold", **kind)
+            # As it is: a dollar in a caption is no formula.
+            text.text(0.16, height, textwrap.fill(words, 64, max_lines=3), parse_math=False, **kind)
+        picture.axis("off")
+        text.axis("off")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,426 @@
+"""The state of a training: made new or resumed, moved by updates, saved so as to go on to the bit.
+
+What can be derived is not kept: which epochs were best follows from the history.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, save_for_training, save_for_use, stored_digest
+from dataset import Text, parse_tasks
+from decoder import DecoderConfig
+from distributed import Team, share_gradients
+from generation import GenerationOptions
+from model import CaptionModel
+from self_critical import critical_epochs
+from tokenizer import CaptionTokenizer
+from utils import UserError, atomic_write, choose_dtype, redact, seed_everything
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of the validation photos: its name, how a line says it, and which epoch is best.
+
+    The weights of the epoch with the most of it are kept as `{prefix}_{keep}.safetensors`.
+    """
+
+    label: str
+    line: str
+    keep: str = ""
+
+
+# By their names in the history. A new one needs a line here, and its value in `train.validate`.
+MEASURES = {
+    "val_loss": Measure("cross-entropy", "val loss {:.4f}"),
+    "val_cider": Measure("CIDEr-D", "CIDEr {:.1f}", keep="best_cider"),
+    "val_bleu4": Measure("BLEU-4", "BLEU-4 {:.1f} (greedy)"),
+    "val_accuracy": Measure("accuracy of answers", "answers {:.1f} % right", keep="best_accuracy"),
+}
+
+
+class Written(NamedTuple):
+    """What was said about a photo, where `text` was asked for."""
+
+    name: str
+    text: Text
+    said: str
+
+
+@dataclass
+class Progress:
+    """How far training is; saved with each checkpoint, so that a run goes on where it was."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done in the epoch under way
+    order: str = ""  # of which order of photos, by `rows.order`
+    step: int = 0  # updates done
+    seconds: float = 0.0  # spent training, validation included
+    loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of beams
+    loss_count: int = 0  # tokens; self-critical: captions
+    bad_steps: int = 0  # in a row, without a finite loss and gradient
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
+    written: dict[str, str] = field(default_factory=dict)  # files of this run, and their digests
+    since: dict[str, int] = field(
+        default_factory=dict
+    )  # measures whose earlier bests lie elsewhere
+    wandb_id: str = ""
+    job: str = ""  # torchrun's name for it
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> Progress:
+        """As it was saved; what older versions kept and can be derived is left out."""
+        known = {part.name for part in fields(cls)}
+        saved = {name: value for name, value in saved.items() if name in known}
+        if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
+            names = [f"{stem}{s}" for stem in saved["written"] for s in (".pt", ".safetensors")]
+            saved["written"] = dict.fromkeys(names, "")
+        return cls(**saved)
+
+
+@dataclass
+class Run:
+    """A training under way, in one process of its team."""
+
+    settings: SimpleNamespace
+    team: Team
+    device: torch.device
+    dtype: torch.dtype
+    output: Path
+    tokenizer: CaptionTokenizer
+    encoder: dict[str, Any]  # FrozenEncoder.identity()
+    model: CaptionModel  # what the optimizer moves
+    shared: nn.Module  # what its losses are computed in; see `share_gradients`
+    average: CaptionModel  # its moving average, or itself; this is validated and saved
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+    @property
+    def epochs(self) -> int:
+        return self.settings.NUM_EPOCHS + critical_epochs(self.settings)
+
+    @property
+    def self_critical(self) -> bool:
+        return self.progress.epoch >= self.settings.NUM_EPOCHS
+
+    # --- what was best ---
+
+    def bests(self, measure: str) -> list[dict[str, Any]]:
+        """The epochs in the history that were the best so far when they ended."""
+        found: list[dict[str, Any]] = []
+        sign = -1 if measure == "val_loss" else 1
+        for entry in self.progress.history:
+            counts = measure in entry and entry["epoch"] > self.progress.since.get(measure, 0)
+            if counts and (not found or sign * entry[measure] > sign * found[-1][measure]):
+                found.append(entry)
+        return found
+
+    def file_of(self, measure: str, entry: Mapping[str, Any]) -> Path:
+        """Where the weights of an epoch that was best in a measure are, for use."""
+        name = MEASURES[measure].keep or f"epoch_{entry['epoch']}_val_loss_{entry['val_loss']:.4f}"
+        return self.output / f"{self.settings.CHECKPOINT_PREFIX}_{name}.safetensors"
+
+    def best(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to use, and its epoch: the best captions, else answers, else loss.
+
+        A score that is 0 throughout says nothing about which epoch was best.
+        """
+        for measure in ("val_cider", "val_accuracy", "val_loss"):
+            bests = self.bests(measure)
+            if bests and bests[-1][measure] > 0:
+                return self.file_of(measure, bests[-1]), bests[-1]
+        return None
+
+    # --- saving ---
+
+    def end_epoch(self, scores: dict[str, float], written: Sequence[Written], rate: float) -> None:
+        """Enter the epoch into the history, with what was written about a few photos."""
+        progress, count = self.progress, self.settings.SAMPLE_IMAGES
+        kind = "train_beam_cider" if self.self_critical else "train_loss"
+        figure = progress.loss_sum / max(1, progress.loss_count)
+        captions = [each for each in written if not each.text.question] or written
+        samples = {each.name: f"{each.text.question} {each.said}".strip() for each in captions}
+        progress.epoch += 1
+        progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
+        progress.history.append(
+            {"epoch": progress.epoch, kind: figure, "train_learning_rate": rate}
+            | scores
+            | {"samples": dict(itertools.islice(samples.items(), count))}
+        )
+
+    def checkpoint(self, scores: dict[str, float], training: dict[str, Any] | None = None):
+        """The averaged weights as a `Checkpoint`, with what resuming needs or without it."""
+        settings = self.settings
+        options = GenerationOptions(
+            settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
+        )
+        return Checkpoint(
+            self.average,
+            self.tokenizer,
+            self.encoder,
+            options,
+            parse_tasks(settings.TASKS),
+            on_record(settings),
+            scores,
+            training,
+        )
+
+    def save(self, scores: dict[str, float]) -> Path | None:
+        """Write what the epoch that just ended earned; of a team the first process writes.
+
+        Each new best validation loss gives a `.safetensors` and a `.pt`, the best of each measure
+        with a name of its own a `.safetensors`; `last.pt` is where a run goes on.
+
+        Returns:
+            The `.safetensors` of a new best validation loss, if it is one.
+        """
+        ended = self.progress.history[-1]
+        won = {m: self.file_of(m, ended) for m in MEASURES if ended in self.bests(m)[-1:]}
+        best = won.get("val_loss")
+        wanted = [path for m, path in won.items() if m == "val_loss" or MEASURES[m].keep]
+        for path in wanted:
+            self._write(path, lambda path: save_for_use(path, self.checkpoint(scores)))
+        self.save_training(scores, best and best.with_suffix(".pt"))
+        keep = self.settings.KEEP_CHECKPOINTS
+        for entry in self.bests("val_loss")[:-keep] if keep else ():
+            old = self.file_of("val_loss", entry)
+            for path in (old, old.with_suffix(".pt")):
+                if self.progress.written.pop(path.name, None) and self.team.leads:
+                    path.unlink(missing_ok=True)
+        return best
+
+    def save_training(self, scores: dict[str, float], also: Path | None = None) -> None:
+        """Write `last.pt`, and under the name `also` the same file."""
+        first, *others = self.team.all_gather(random_state(self.device))
+        training = {
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "random": first,
+            "other_random": others,  # of the other processes, by rank
+        }
+        last = self.output / "last.pt"
+        checkpoint = self.checkpoint(scores, training)
+        self._write(also or last, lambda path: save_for_training(path, checkpoint))
+        if also:  # second, so that what `last.pt` tells of is there
+            digest = self.progress.written[also.name]
+            self._write(last, lambda path: name_again(also, path) or digest)
+
+    def _write(self, path: Path, write: Callable[[Path], str]) -> None:
+        """Let `write` make the file; another training's of that name is set aside before."""
+
+        def first() -> str:
+            if path.name not in self.progress.written:
+                set_aside([path])
+            return write(path)
+
+        self.progress.written[path.name] = self.team.on_rank0(first)
+
+
+# --- Starting and resuming ------------------------------------------------------------------
+
+
+def start_run(
+    settings: SimpleNamespace,
+    team: Team,
+    device: torch.device,
+    tokenizer: CaptionTokenizer,
+    encoder: dict[str, Any],
+    feature_width: int,
+    begun: Checkpoint | None = None,
+) -> Run:
+    """Build the model, new or as a checkpoint has it; with its training state, go on there.
+
+    Args:
+        encoder: `FrozenEncoder.identity()` of what made the features.
+        begun: the checkpoint to begin with.
+    """
+    size = decoder_config(settings, len(tokenizer))
+    if begun:
+        check_begun(begun, size, encoder)
+    seed_everything(settings.SEED)
+    average = (begun.model if begun else CaptionModel(feature_width, size)).to(device)
+    model = copy.deepcopy(average) if settings.EMA_DECAY else average
+    if settings.COMPILE:
+        model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
+    run = Run(
+        settings,
+        team,
+        device,
+        choose_dtype(settings.PRECISION, device),
+        output_dir(settings),
+        tokenizer,
+        encoder,
+        model,
+        share_gradients(model, team),
+        average,
+        make_optimizer(model, settings),
+        Progress(),
+    )
+    saved = begun.training if begun else None
+    if saved:
+        model.load_state_dict(saved["weights"])
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY  # as is set now
+        run.progress = Progress.restored(saved["progress"])
+        run.progress = team.on_rank0(lambda: keep_apart(run))
+    run.progress.job = team.job
+    set_random_state(run, saved)
+    return run
+
+
+def keep_apart(run: Run) -> Progress:
+    """Find which files in OUTPUT_DIR this run wrote before; set aside what it would write over.
+
+    Bests whose files are elsewhere count no more: the next epoch is the best again.
+    """
+    source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH).expanduser(), run.progress
+    mine = {stored_digest(source), *progress.written.values()}
+    # An older version noted no digests: all that stands beside its checkpoint is its own.
+    trusted = "" in mine and source.resolve().parent == run.output.resolve()
+    standing = standing_files(run.settings)
+    names = [*(path.name for path in standing), *progress.written]
+    there = {n: stored_digest(run.output / n) for n in names if (run.output / n).exists()}
+    progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
+    set_aside([path for path in standing if path.name not in progress.written])
+    for measure in MEASURES:
+        bests = run.bests(measure)
+        if bests and run.file_of(measure, bests[-1]).name not in progress.written:
+            progress.since[measure] = progress.epoch
+    return progress
+
+
+def check_begun(checkpoint: Checkpoint, size: DecoderConfig, encoder: dict[str, Any]) -> None:
+    """Refuse to go on with, or begin with, a checkpoint that another configuration made."""
+    there, here = asdict(checkpoint.model.config), asdict(size)
+    for key in ("weights", "layers", "preprocessing"):
+        there[f"encoder {key}"], here[f"encoder {key}"] = checkpoint.encoder[key], encoder[key]
+    differing = [
+        f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
+            "restore it, or start anew with --resume_checkpoint_path none --start_checkpoint none"
+        )
+
+
+def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, not biases, norms or embeddings of positions."""
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if p.dim() == 2 and "position" not in n]
+    others = [p for n, p in named.items() if p.dim() != 2 or "position" in n]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.WEIGHT_DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.LEARNING_RATE,
+        betas=(0.9, 0.98),
+        fused=True,  # and so able to skip a bad step by itself: see `train.update`
+    )
+
+
+def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
+    """The decoder's size as configured."""
+    if settings.DECODER_EMBED_DIM % settings.DECODER_HEADS:
+        raise UserError(
+            f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "
+            f"DECODER_HEADS = {settings.DECODER_HEADS}: change one of them"
+        )
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        width=settings.DECODER_EMBED_DIM,
+        layers=settings.DECODER_LAYERS,
+        heads=settings.DECODER_HEADS,
+        ff_dim=settings.DECODER_FF_DIM,
+        max_length=settings.MAX_CAPTION_LENGTH,
+        dropout=settings.DROPOUT,
+    )
+
+
+# --- Random numbers -------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
+    """Give each process of a team its own course of chance, the saved one if there is one."""
+    states = [saved["random"], *saved.get("other_random", [])] if saved else []
+    team, device = run.team, run.device
+    if states and len(states) != team.size:
+        print(
+            f"trained by {len(states)} processes before, {team.size} now: those that are new "
+            "draw their own random numbers"
+        )
+    if team.rank < len(states):
+        state = states[team.rank]
+        torch.set_rng_state(state["cpu"])
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    elif not team.leads:
+        torch.manual_seed(run.settings.SEED + team.rank + run.progress.step)
+
+
+# --- Settings and files ---------------------------------------------------------------------
+
+
+def on_record(settings: SimpleNamespace) -> dict[str, Any]:
+    """The settings as checkpoints and trackers keep them: an address may hold a key."""
+    values = {name: value for name, value in vars(settings).items() if name.isupper()}
+    return {name: redact(v) if isinstance(v, str) else v for name, v in values.items()}
+
+
+def output_dir(settings: SimpleNamespace) -> Path:
+    return Path(settings.OUTPUT_DIR or settings.DATA_DIR).expanduser()
+
+
+def standing_files(settings: SimpleNamespace) -> list[Path]:
+    """The files in OUTPUT_DIR that every training writes under the same names."""
+    kept = [m.keep for m in MEASURES.values() if m.keep]
+    names = [f"{settings.CHECKPOINT_PREFIX}_{name}.safetensors" for name in kept]
+    return [output_dir(settings) / name for name in ("last.pt", *names)]
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Keep another training's files under other names, `previous_1_...`, and say so."""
+    there = [path for path in paths if path.exists()]
+    for folder in {path.parent for path in there}:
+        number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous_{n}_*")))
+        kept = {path: f"previous_{number}_{path.name}" for path in there if path.parent == folder}
+        for path, name in kept.items():
+            path.replace(path.with_name(name))
+        print(f"an earlier training's files are kept as {', '.join(kept.values())}")
+
+
+def name_again(file: Path, path: Path) -> None:
+    """Give a file a second name, in place of what is there; a copy, where it can have but one."""
+    with atomic_write(path) as temporary:
+        temporary.unlink()
+        try:
+            os.link(file, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(file, temporary)
+
+
+def check_finite_weights(checkpoint: Checkpoint, source: str) -> None:
+    """Refuse to begin with weights that are no numbers."""
+    bad = [n for n, t in checkpoint.model.state_dict().items() if not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(f"{source} holds weights that are not finite ({bad[0]}): take another one")

@@ -1,0 +1,84 @@
+"""Self-critical training (Rennie et al. 2017): the decoder's own captions, by their reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from dataset import Batch, make_batch, parse_tasks
+from generation import GenerationOptions, Hypothesis, generate
+from metrics import CiderD, tokenize
+from model import CaptionModel
+from tokenizer import END, END_ID, START_ID, CaptionTokenizer
+
+
+class Critic:
+    """Rewards captions of training photos with their CIDEr-D.
+
+    Document frequencies are those of the training captions, and the end of a caption counts as
+    a word: without it, captions that break off would lose nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CaptionTokenizer,
+        references: Mapping[str, Sequence[str]],
+        beam_size: int,
+    ):
+        """Args: `references`, people's captions of the training photos; beams searched a photo."""
+        self.tokenizer = tokenizer
+        self.names = references.keys()  # of the photos that can be rewarded
+        self.options = GenerationOptions(beam_size=beam_size)
+        words = {
+            name: [[*tokenize(caption), END] for caption in captions]
+            for name, captions in references.items()
+        }
+        self.cider = CiderD(words)
+
+    def rewards(self, name: str, hypotheses: Sequence[Hypothesis]) -> list[float]:
+        """CIDEr-D, times 100, of captions of one photo."""
+        decode = self.tokenizer.decode
+        words = [tokenize(decode(h.tokens)) + [END] * h.ended for h in hypotheses]
+        return [self.cider.score(name, caption) for caption in words]
+
+    def search(
+        self, model: CaptionModel, names: Sequence[str], features: Tensor
+    ) -> tuple[Batch, Tensor, list[list[float]]]:
+        """The model's own beams for some photos, as a batch to learn from.
+
+        The beams of a search stand for samples, each measured against the others (Cornia et al.
+        2020): what they differ in is what the choice of a caption depends on. Samples proper are
+        so much poorer that raising them only makes captions safe and alike (docs/results.md).
+
+        Args:
+            names, features: photos with references, and (images, patches, feature_width).
+
+        Returns:
+            The beams; what the cross-entropy of each of their targets is to be multiplied with,
+            (targets), so that its gradient is the policy's; and their rewards, by photo.
+        """
+        beams = generate(model, features.float(), self.options)
+        rewards = [self.rewards(*pair) for pair in zip(names, beams, strict=True)]
+        ids = [[[START_ID, *h.tokens] + [END_ID] * h.ended for h in group] for group in beams]
+        scales = [
+            advantage / 100
+            for group, captions in zip(rewards, ids, strict=True)
+            for advantage, caption in zip(advantages(group), captions, strict=True)
+            for _ in caption[1:]
+        ]
+        return make_batch(names, ids), torch.tensor(scales), rewards
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    """By how much each of a photo's captions beats the mean of the others."""
+    mean = sum(rewards) / len(rewards)
+    return [(reward - mean) * len(rewards) / max(1, len(rewards) - 1) for reward in rewards]
+
+
+def critical_epochs(settings: SimpleNamespace) -> int:
+    """Epochs of the self-critical stage, which is about captions, and wants all at hand."""
+    possible = "captions" in parse_tasks(settings.TASKS) and not settings.TRAIN_SHARDS
+    return settings.SCST_EPOCHS if possible else 0

@@ -1,0 +1,215 @@
+"""Captions of folders: to the terminal, into files, interrupted and gone on with; from Python."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import inference
+from encoder import ImageError
+from inference import load_captioner
+from tests.conftest import REPO, paint, run
+from utils import UserError
+
+NAMES = ["a.jpg", "b.PNG", "sub/c.jfif", "sub/deep/d.webp"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Photos of several kinds in nested folders, with what is no photo between them."""
+    root = tmp_path / "photos"
+    for i, name in enumerate(NAMES):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jfif": "jpeg"}.get(name.split(".")[1].lower())
+        paint("red", "left", i).save(root / name, kind)
+    (root / "notes.txt").write_text("mine")
+    (root / "._a.jpg").write_bytes(b"\0\5\26\7")  # what a Mac leaves beside a photo
+    return root
+
+
+@pytest.fixture
+def caption(trained):
+    """Run inference.py with a checkpoint."""
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    return lambda *args, **env: run("inference.py", *args, "--checkpoint", checkpoint, **env)
+
+
+def test_a_folder_is_told_line_by_line_with_its_sub_folders(folder, caption):
+    result = caption(folder, "--json")
+    assert result.returncode == 0, result.stderr
+    *lines, last = result.stdout.splitlines()
+    table = json.loads(last)
+    assert list(table) == NAMES
+    assert lines == [f"{name}: {text}" for name, text in table.items()]
+    assert "passed over, as no photos: 1 .txt" in result.stderr
+    flat = caption(folder, "--no-recursive", "--json")
+    assert list(json.loads(flat.stdout.splitlines()[-1])) == NAMES[:2]
+
+
+def test_one_photo_has_its_caption_alone_and_several_have_names(folder, caption):
+    one = caption(folder / "a.jpg")
+    assert one.returncode == 0 and ":" not in one.stdout and len(one.stdout.splitlines()) == 1
+    both = caption(folder / "a.jpg", folder / "sub", "--batch_size", 1)
+    assert [line.split(": ")[0] for line in both.stdout.splitlines()] == [
+        str(folder / name) for name in ("a.jpg", "sub/c.jfif", "sub/deep/d.webp")
+    ]
+
+
+def test_text_files_stand_beside_the_photos(folder, caption):
+    texts = [(folder / name).with_suffix(".txt") for name in NAMES]
+    texts[0].write_text("mine\n")
+    result = caption(folder, "--write", "txt", "--prefix", "sks, ", "--suffix", ".")
+    assert result.returncode == 0, result.stderr
+    assert texts[0].read_text() == "mine\n"
+    assert all(
+        t.read_text().startswith("sks, ") and t.read_text().endswith(".\n") for t in texts[1:]
+    )
+    assert caption(folder, "--write", "txt", "--existing", "error").returncode == 1
+    assert caption(folder, "--write", "txt", "--existing", "append").returncode == 0
+    assert len(texts[0].read_text().splitlines()) == 2
+    assert caption(folder, "--write", "txt", "--existing", "overwrite").returncode == 0
+    assert len(texts[0].read_text().splitlines()) == 1 and "mine" not in texts[0].read_text()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_tables_name_each_photo_once(folder, caption, kind, tmp_path):
+    result = caption(folder, "--write", kind, "--json")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    file = folder / {"jsonl": "metadata.jsonl", "csv": "captions.csv"}[kind]
+
+    def rows() -> list[dict]:
+        text = file.read_text().splitlines()
+        return (
+            [json.loads(line) for line in text] if kind == "jsonl" else list(csv.DictReader(text))
+        )
+
+    assert {row["file_name"]: row["text"] for row in rows()} == said
+    assert caption(folder, "--write", kind).returncode == 0 and len(rows()) == 4
+    assert caption(folder, "--write", kind, "--existing", "append").returncode == 0
+    assert len(rows()) == 8
+    assert caption(folder, "--write", kind, "--existing", "overwrite").returncode == 0
+    assert len(rows()) == 4
+    refused = caption(folder, "--write", kind, "--existing", "error")
+    assert refused.returncode == 1 and "--existing" in refused.stderr
+    named = caption(folder, "--write", kind, "--output", tmp_path / "x.txt")
+    assert named.returncode == 1 and "must end in" in named.stderr
+
+
+@pytest.mark.fault(count=2)
+def test_a_killed_run_goes_on_with_nothing_twice_and_nothing_missing(tmp_path, trained):
+    folder = tmp_path / "many"
+    for i in range(60):
+        place = folder / f"part{i % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        paint("blue", "right", i).save(place / f"{i:02d}.png")
+    (folder / "part1" / "bad.jpg").write_bytes(b"no photo")
+    command = [
+        sys.executable,
+        "-u",
+        "inference.py",
+        folder,
+        "--write",
+        "jsonl",
+        "--batch_size",
+        "4",
+        "--checkpoint",
+        trained / "captioner_best_cider.safetensors",
+    ]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen([*map(str, command)], cwd=REPO, env=env, **pipes)
+    seen = [process.stdout.readline() for _ in range(14)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    file = folder / "metadata.jsonl"
+    assert len(file.read_text().splitlines()) >= len(seen) - 4  # at most a batch is lost
+    with open(file, "a") as torn:
+        torn.write('{"file_name": "part0/00.png", "te')  # as a kill in mid-write leaves it
+    result = run(*command[2:])
+    assert result.returncode == 1 and "1 of 61 photos can't be read" in result.stderr
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    counts = Counter(row["file_name"] for row in rows)
+    assert set(counts) == {f"part{i % 3}/{i:02d}.png" for i in range(60)}
+    assert set(counts.values()) == {1}
+
+
+def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
+    for args, message in (
+        (["https://example.org/a.jpg"], "is an address: download the photo"),
+        ([folder, "--attention", "x.png"], "--attention draws one photo"),
+        ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
+        ([folder / "none"], "there is no such picture"),
+        ([folder / "a.jpg", "--write", "txt", "--question", "why?"], "--write txt is for captions"),
+    ):
+        result = caption(*args)
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert caption().returncode == 2
+
+
+def test_several_answers_and_answers_in_a_table(joint, tmp_path):
+    command = ["inference.py", "--checkpoint", joint / "captioner_best_accuracy.safetensors"]
+    photo = joint / "images" / "000.png"
+    asked = run(
+        *command, photo, "--question", "what color is the square?", "--n_best", 2, "--beam_size", 3
+    )
+    assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 2, asked.stderr
+    table = tmp_path / "answers.csv"
+    many = run(
+        *command,
+        joint / "images",
+        "--questions_file",
+        joint / "questions.json",
+        "--write",
+        "csv",
+        "--output",
+        table,
+    )
+    assert many.returncode == 0, many.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 96 and set(rows[0]) == {"file_name", "question", "answer"}
+
+
+def test_from_python(trained, joint, folder, monkeypatch):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    paths = [folder / name for name in NAMES]
+    single = [captioner.caption(path) for path in paths]
+    assert single == captioner.caption(paths) == captioner.caption([str(path) for path in paths])
+    assert captioner.caption([]) == []
+    assert captioner.caption(paths * 10) == single * 10
+    (folder / "bad.jpg").write_bytes(b"")
+    streamed = list(captioner.stream([paths[0], folder / "bad.jpg", paths[1]], batch_size=2))
+    assert [each.texts[:1] for each in streamed] == [[single[0]], [], [single[1]]]
+    assert "bad.jpg" in streamed[1].problem
+    with pytest.raises(ImageError, match="bad.jpg"):
+        captioner.caption(folder / "bad.jpg")
+    with pytest.raises(UserError, match="not trained for questions"):
+        captioner.answer(paths[0], "why?")
+
+
+def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
+    captioner = load_captioner(joint / "captioner_best_accuracy.safetensors")
+    photos = [joint / "images" / f"00{i}.png" for i in range(3)]
+    questions = ["what color is the square?", "is the square on the left?"]
+    encoded = []
+    encode = inference.encode
+    monkeypatch.setattr(
+        inference,
+        "encode",
+        lambda tower, inputs, dtype: (
+            encoded.append(len(inputs[0]["pixel_values"])) or encode(tower, inputs, dtype)
+        ),
+    )
+    pictures = [photo for photo in photos for _ in questions]
+    answers = captioner.answer(pictures, questions * 3)
+    assert sum(encoded) == 3
+    assert answers == [captioner.answer(p, q) for p in photos for q in questions]

@@ -1,0 +1,127 @@
+"""The state of a training: which epoch was best, and whose files are whose."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from checkpoint import load_checkpoint, save_for_use, stored_digest
+from run import Progress, Run
+from tests.conftest import run, small_flags, write_photos
+
+BEST = "captioner_best_cider.safetensors"
+
+
+def state_of(history: list[dict], output: Path) -> Run:
+    """A run of which nothing is there but its history."""
+    state = object.__new__(Run)
+    state.settings, state.output = SimpleNamespace(CHECKPOINT_PREFIX="captioner"), output
+    state.progress = Progress(history=history)
+    return state
+
+
+def test_the_best_epoch_follows_from_the_history(tmp_path):
+    history = [
+        {"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
+        {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
+        {"epoch": 3, "val_loss": 1.9, "val_cider": 40.0},
+    ]
+    state = state_of(history, tmp_path)
+    assert state.best() == (tmp_path / BEST, history[1])
+    assert [entry["epoch"] for entry in state.bests("val_loss")] == [1, 3]
+    assert state.bests("val_accuracy") == []
+
+
+def test_a_score_of_nought_throughout_chooses_nothing(tmp_path):
+    history = [{"epoch": e, "val_loss": 3.0 - e, "val_cider": 0.0} for e in (1, 2)]
+    path, entry = state_of(history, tmp_path).best()
+    assert (path.name, entry) == ("captioner_epoch_2_val_loss_1.0000.safetensors", history[1])
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory, encoder_dir) -> tuple[Path, list]:
+    """A data set on which six epochs were trained, all checkpoints kept; and its flags."""
+    data = write_photos(tmp_path_factory.mktemp("run") / "data", 24)
+    flags = [*small_flags(data, encoder_dir), "--keep_checkpoints", 0, "--sample_images", 1]
+    result = run("train.py", *flags, "--epochs", 6)
+    assert result.returncode == 0, result.stderr
+    return data, flags
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: stored_digest(path) for path in folder.iterdir() if path.suffix[1:] in KINDS}
+
+
+KINDS = ("pt", "safetensors")
+
+
+@pytest.mark.fault(count=2)
+def test_going_on_from_an_earlier_epoch_keeps_what_came_after(six, tmp_path):
+    data, flags = six
+    output = tmp_path / "out"
+    shutil.copytree(data, output, ignore=shutil.ignore_patterns("images", "features"))
+    before = digests(output)
+    early = min(output.glob("captioner_epoch_*.pt"), key=lambda path: path.name)
+    more = ["--output_dir", output, "--epochs", 2, "--learning_rate", 1e-5]
+    resumed = run("train.py", *flags, *more, "--resume_checkpoint_path", early)
+    assert resumed.returncode == 0, resumed.stderr
+    after = digests(output)
+    assert set(before.values()) <= set(after.values())  # under other names where need be
+    assert after["previous_1_last.pt"] == before["last.pt"] != after["last.pt"]
+    assert Path(resumed.stdout.split()[-1]).is_file()
+
+
+@pytest.mark.fault
+def test_going_on_in_another_trainings_folder_keeps_its_files(six, trained, tmp_path):
+    data, flags = six
+    output = tmp_path / "out"
+    shutil.copytree(trained, output, ignore=shutil.ignore_patterns("images", "features"))
+    before = digests(output)
+    more = ["--output_dir", output, "--epochs", 7, "--resume_checkpoint_path", data / "last.pt"]
+    resumed = run("train.py", *flags, *more)
+    assert resumed.returncode == 0, resumed.stderr
+    assert set(before.values()) <= set(digests(output).values())
+    assert "an earlier training's files are kept" in resumed.stdout
+
+
+def test_going_on_in_an_empty_folder_names_files_that_are_there(six, tmp_path):
+    data, flags = six
+    output = tmp_path / "out"
+    more = ["--output_dir", output, "--epochs", 7, "--resume_checkpoint_path", data / "last.pt"]
+    resumed = run("train.py", *flags, *more)
+    assert resumed.returncode == 0, resumed.stderr
+    named = [word for word in resumed.stdout.split() if word.endswith(".safetensors")]
+    assert named and all(Path(name).is_file() for name in named)
+
+
+@pytest.mark.fault
+def test_a_place_in_another_order_of_photos_is_given_up(six, tmp_path):
+    """Half-way through an epoch, another batch size would repeat some photos and miss others."""
+    data, flags = six
+    output = tmp_path / "out"
+    more = ["--output_dir", output, "--epochs", 2]
+    killed = run("tests/killed_run.py", "update", 100, *flags, *more)  # never: it ends before
+    assert killed.returncode == 0
+    checkpoint = load_checkpoint(output / "last.pt")
+    checkpoint.training["progress"] |= {"epoch": 1, "batch": 2}
+    from checkpoint import save_for_training
+
+    save_for_training(output / "last.pt", checkpoint)
+    resume = ["--resume_checkpoint_path", output / "last.pt"]
+    other = run("train.py", *flags, *more, *resume, "--batch_size", 3)
+    assert other.returncode == 0 and "epoch 2 begins anew" in other.stdout, other.stderr
+
+
+@pytest.mark.fault
+def test_beginning_with_weights_that_are_no_numbers_is_refused(six, tmp_path):
+    data, flags = six
+    checkpoint = load_checkpoint(data / BEST)
+    checkpoint.model.project.weight.data[0, 0] = math.nan
+    save_for_use(tmp_path / "nan.safetensors", checkpoint)
+    more = ["--output_dir", tmp_path / "out", "--start_checkpoint", tmp_path / "nan.safetensors"]
+    result = run("train.py", *flags, *more)
+    assert result.returncode == 1 and "nan.safetensors holds weights" in result.stderr
