@@ -2,18 +2,10 @@
 
     pip install -r requirements-app.txt
     python -m tools.app --checkpoint captioner_best_cider.safetensors
-    curl --data-binary @photo.jpg "http://127.0.0.1:8000/caption?others=3"
 
-`POST /caption` takes a photo as its body. In its query may stand `question`, `beam_size`,
-`sample=true` with `temperature`, `top_p` and `seed`, `others` (so many other ways to say it,
-drawn or by diverse beam search) and `maps=true` (where each word looked). It answers in JSON with
-`captions`, or `answers` to a question, best first, and `others`; each has a `text`, a `score`
-(log-probability a token, by which it was searched for) and a `confidence` (the chance that the
-model gave its tokens, as a geometric mean). What goes wrong is an `error` in words, with a status
-of 400 and more.
-`GET /health` says that it runs, and what the checkpoint can do.
-
-Only this machine can open it, unless --host says otherwise. Photos are kept nowhere.
+`POST /caption` and `GET /health` serve programs: docs/service.md says how, and how to put a
+password before it. Only this machine can open it, unless --host says otherwise. Photos are kept
+nowhere.
 """
 
 from __future__ import annotations
