@@ -762,6 +762,23 @@ def test_two_at_once_make_one_data_set(tmp_path: Path, pause: float) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_who_comes_second_waits_and_finds_all_done(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path, ZIP)
+    values = vars(settings_for(tmp_path / "data", "--archive", archive))
+    command = [sys.executable, "-c", PROGRAM, json.dumps([values, {"flickr8k": []}])]
+    with sole_user(tmp_path / "data"), prepare_dataset.sole_preparer(tmp_path / "data"):
+        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert "waiting for another process to prepare" in second.stdout.readline()
+        assert not (tmp_path / "data" / "images").exists()
+        time.sleep(0.5)
+        assert second.poll() is None and not (tmp_path / "data" / "images").exists()
+    # The lock of OUTPUT_DIR, which training holds, is another: preparation goes on beside it.
+    with sole_user(tmp_path / "data"):
+        second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert_complete(tmp_path / "data")
+
+
 def test_a_living_writers_file_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / ".left.json.x.tmp").touch()
     with atomic_write(tmp_path / "captions.json") as temporary:
