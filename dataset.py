@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,12 +19,15 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
+from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer
 from utils import UserError, read_json
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
+SURROGATES = re.compile("[\ud800-\udfff]")
+PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
@@ -74,16 +79,29 @@ def data_paths(
     def place(given: str | None, usual: str) -> Path:
         return Path(given).expanduser() if given else root / usual
 
+    images, captions = place(image_dir, "images"), place(captions_file, "captions.json")
+    # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
+    if not (image_dir or images.exists() or (root / "prepared.json").exists()) and root.is_dir():
+        photo = (entry.suffix.lower() in PHOTO_SUFFIXES for entry in root.iterdir())
+        images = root if any(photo) else images
+    # Captions in another form than captions.json's have been converted by prepare_dataset.py.
+    converted = converted_captions(root, captions)
     return DataPaths(
         data_dir=root,
-        images=place(image_dir, "images"),
-        captions=place(captions_file, "captions.json"),
+        images=images,
+        captions=converted if converted.exists() else captions,
         questions=place(questions_file, "questions.json"),
         splits=root / "splits.json",
         vocab=place(vocab_file, "vocab.json"),
         merges=place(merges_file, "merges.txt"),
         features=place(features_dir, "features"),
     )
+
+
+def converted_captions(data_dir: Path, source: Path) -> Path:
+    """Where captions are kept that were read from `source`, a file in another form."""
+    place = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:6]
+    return data_dir / f"{source.stem}.{place}.prepared.json"
 
 
 # --- captions.json --------------------------------------------------------------------------
@@ -107,15 +125,19 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     Raises:
         UserError: the file or an entry is not of that form; the message names the entry.
     """
-    form = '{"photo.jpg": ["caption", ...]}'
-    table = _read_table(path, form)
+    table = _read_table(path, PLAIN)
     for name, captions in table.items():
-        if not isinstance(captions, list) or not captions:
-            raise UserError(f"{path}: {name!r} needs a list of at least one caption: {form}")
-        for caption in captions:
-            if not isinstance(caption, str) or not caption.strip():
-                raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
+        check_captions(path, name, captions)
     return table
+
+
+def check_captions(path: Path, name: str, captions: object) -> None:
+    """Refuse what is no list of a photo's captions."""
+    if not isinstance(captions, list) or not captions:
+        raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +184,9 @@ def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool)
     texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
     if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
         raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
-    question, answer, kind = texts
+    # Half characters, of an emoji cut in two, can't be encoded.
+    question, answer, kind = (SURROGATES.sub("\ufffd", text) for text in texts)
+    answers = [SURROGATES.sub("\ufffd", text) for text in answers]
     if not question.strip():
         raise UserError(f"{path}: {name!r} has an empty question")
     if not answer.strip() and answers:
@@ -222,16 +246,19 @@ def check_name(path: Path, name: str) -> None:
         UserError: the name is empty, absolute, or holds `..`, a backslash or a zero byte.
     """
     parts = name.split("/")
-    if parts[0] == "" or ":" in parts[0] or ".." in parts or "\\" in name or "\0" in name:
+    drive = re.fullmatch("[A-Za-z]:", parts[0])
+    if parts[0] == "" or drive or ".." in parts or re.search("[\\\\\0\ud800-\udfff]", name):
         raise UserError(f"{path}: {name!r} is not a name within the photo folder")
 
 
-def find_images(names: Iterable[str], image_dir: Path, max_missing: int) -> list[str]:
+def find_images(
+    names: Iterable[str], image_dir: Path, max_missing: int, follow_links: bool = False
+) -> list[str]:
     """Return the names whose file is there, within the folder, links followed.
 
     Raises:
-        UserError: the folder is missing, a link leads out of it, or more than `max_missing`
-            photos are missing; the message names some.
+        UserError: the folder is missing, a link leads out of it though `follow_links` doesn't
+            allow that, or more than `max_missing` photos are missing; the message names some.
     """
     if not image_dir.is_dir():
         raise UserError(f"the photo folder {image_dir} is missing: run python prepare_dataset.py")
@@ -245,8 +272,11 @@ def find_images(names: Iterable[str], image_dir: Path, max_missing: int) -> list
         file = os.path.join(folders[folder], base)
         if os.path.islink(file):
             file = os.path.realpath(file)
-        if not file.startswith(root):
-            raise UserError(f"{image_dir / name} is a link that leads out of the photo folder")
+        if not file.startswith(root) and not follow_links:
+            raise UserError(
+                f"{image_dir / name} is a link that leads out of the photo folder: if you laid "
+                "it, use --follow_links"
+            )
         (found if os.path.isfile(file) else missing).append(name)
     if len(missing) > max_missing:
         raise UserError(
@@ -255,7 +285,8 @@ def find_images(names: Iterable[str], image_dir: Path, max_missing: int) -> list
             "captions, or raise --max_bad_images"
         )
     if missing:
-        print(f"skipped {len(missing)} photos that are not in {image_dir}: {missing}")
+        first = f"first {missing[:10]}" if len(missing) > 10 else f"{missing}"
+        print(f"skipped {len(missing)} photos that are not in {image_dir}: {first}")
     return found
 
 
@@ -265,42 +296,62 @@ def find_images(names: Iterable[str], image_dir: Path, max_missing: int) -> list
 def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[str]]:
     """Split photos by a hash of their name: adding photos never moves the others.
 
-    A share `train_ratio` is for training; the rest is half for validation, half for testing.
+    A share `train_ratio` is for training; the rest is half for validation, half for testing. Of
+    so few photos that none falls to training or validation, the one nearest to it does.
 
     Raises:
-        UserError: the ratio is not between 0 and 1, or a split that training needs is empty.
+        UserError: the ratio is not between 0 and 1, or there is only one photo.
     """
     if not 0 < train_ratio < 1:
         raise UserError(f"TRAIN_SPLIT_RATIO is {train_ratio}: it must lie between 0 and 1")
+    middle = (1 + train_ratio) / 2
+    places = {
+        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        for name in sorted(names)
+    }
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name in sorted(names):
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        middle = (1 + train_ratio) / 2
+    for name, place in places.items():
         splits["train" if place < train_ratio else "val" if place < middle else "test"].append(name)
-    return _checked(splits, f"the ratio {train_ratio}")
+    for split, begin, end in (("train", 0, train_ratio), ("val", train_ratio, middle)):
+        givers = [other for other in SPLITS if len(splits[other]) > (other != "test")]
+        if not splits[split] and givers:
+            spare = [name for other in givers for name in splits[other]]
+            name = min(spare, key=lambda n: max(begin - places[n], places[n] - end))
+            for other in givers:
+                splits[other] = [kept for kept in splits[other] if kept != name]
+            splits[split] = [name]
+            print(
+                f"so few photos leave none for {split} at TRAIN_SPLIT_RATIO = {train_ratio}: "
+                f"{name} is taken for it (--train_split_ratio changes the share)"
+            )
+    return _checked(splits, f"--train_split_ratio {train_ratio}")
 
 
 def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """Split photos as a `dataset_*.json` in Karpathy's format says; `restval` is for training.
 
-    Photos that the file doesn't know belong to no split.
+    A photo is known by its name with its folder, or else by its name alone. Photos that the file
+    doesn't know belong to no split.
 
     Raises:
         UserError: the file is not of that format, or a split that training needs is empty.
     """
     table = read_json(path)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    known = set(names)
+    known = {unicodedata.normalize("NFC", name): name for name in names}
+    bases = Counter(os.path.basename(name) for name in known)
+    alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}
     seen: set[str] = set()
     try:
         for image in table["images"]:
-            name, split = image["filename"], image["split"]
+            base = unicodedata.normalize("NFC", image["filename"])
+            name, split = os.path.join(image.get("filepath") or "", base), image["split"]
             if name in seen:
                 raise UserError(f"{path}: {name!r} stands in it twice")
             seen.add(name)
-            if name in known:
-                splits["train" if split == "restval" else split].append(name)
-    except (KeyError, TypeError) as error:
+            if there := known.get(name) or known.get(base) or alone.get(os.path.basename(base)):
+                splits["train" if split == "restval" else split].append(there)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not in Karpathy's format ({error!r} is off)") from None
     return _checked(splits, str(path))
 

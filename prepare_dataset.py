@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -20,35 +21,45 @@ import shutil
 import stat
 import struct
 import sys
-import time
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-import requests
 from tqdm import tqdm
 
 import config
+from captions_file import (
+    TABLES,
+    Captions,
+    find_table,
+    is_photo,
+    match_names,
+    read_captions,
+    read_texts_beside,
+)
 from dataset import (
     SPLITS,
-    TEXT_KEYS,
     DataPaths,
     Text,
-    check_name,
+    converted_captions,
     data_paths,
     find_images,
     load_captions,
     load_questions,
     load_splits,
+    load_texts,
     parse_tasks,
     split_by_karpathy,
     split_by_ratio,
 )
-from encoder import ImageError, open_image
+from download import download
+from encoder import PHOTO_SUFFIXES, ImageError, open_image
 from features import check_bad, file_digest, prefetch
 from shards import expand_shards, read_shard, say_samples
 from tokenizer import CaptionTokenizer, normalize
@@ -74,16 +85,9 @@ SOURCES = {
 }
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-# Looked for in this order.
-CAPTION_TABLES = ("captions.txt", "results.csv", "captions.csv", "captions.jsonl", "metadata.jsonl")
-NAME_KEYS = ("image", "image_name", "file_name", "filename", "image_id")  # of a photo in a table
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
-ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
-RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of a body
-CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
+TABLE_NAMES = tuple(name.lower() for name in TABLES)
 
 EXAMPLES = """examples:
   python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
@@ -98,193 +102,6 @@ SETTINGS = (
 
 class DamagedArchive(UserError):
     """A zip that is cut off, altered, or put together from the wrong parts."""
-
-
-# --- Download -------------------------------------------------------------------------------
-
-
-def download(urls: Sequence[str], folder: Path, unpack_to: Path, unpacked: int = 0) -> list[Path]:
-    """Download files into `folder`, going on where an earlier run stopped; return their paths.
-
-    Says beforehand how much there is to download. The disks must have room for it, and for as
-    much again in `unpack_to`, less the `unpacked` bytes that are there already.
-
-    Raises:
-        UserError: no room, no connection, or an answer that is not the file.
-    """
-    targets = [folder / url.rsplit("/", 1)[1] for url in urls]
-    here = [_size_here(target) for target in targets]
-    sizes = [
-        target.stat().st_size if target.exists() else _size_there(url)
-        for url, target in zip(urls, targets, strict=True)
-    ]
-    total = sum(size or 0 for size in sizes)
-    left = max(0, total - sum(here))
-    amount = f"{size_text(left)} of {size_text(total)}"
-    if None in sizes:
-        amount = "an amount that the server does not tell"
-    print(f"{', '.join(target.name for target in targets)}: {amount} to download")
-    print(f"  to {folder}, then to unpack to {unpack_to}", flush=True)
-    require_room([(folder, left), (unpack_to, max(0, total - unpacked))])
-    for url, target in zip(urls, targets, strict=True):
-        _download_one(url, target)
-    return targets
-
-
-def _size_here(target: Path) -> int:
-    files = (target, target.with_name(f"{target.name}.partial"))
-    return next((file.stat().st_size for file in files if file.exists()), 0)
-
-
-def _size_there(url: str) -> int | None:
-    try:
-        head = requests.head(
-            url, headers={"Accept-Encoding": "identity"}, allow_redirects=True, timeout=TIMEOUT
-        )
-    except requests.RequestException:
-        return None  # the request for the file itself will say what is wrong
-    length = head.headers.get("Content-Length", "")
-    return int(length) if head.ok and length.isdigit() else None
-
-
-def _download_one(url: str, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    furthest, failures = _size_here(target), 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        while not target.exists():
-            try:
-                if (reason := _fetch(url, partial)) == "":
-                    _finish(partial, target)
-                    return
-            except requests.RequestException as error:
-                # Only the kind of error: its text may hold a signed address.
-                reason = type(error).__name__
-            reached = partial.stat().st_size if partial.exists() else 0
-            failures = 0 if reached > furthest else failures + 1
-            furthest = max(furthest, reached)
-            if failures == ATTEMPTS:
-                raise UserError(
-                    f"{url} can't be downloaded ({reason}): run the same command again, it goes "
-                    f"on after the {size_text(reached)} that are in {target.parent}"
-                )
-            time.sleep(RETRY_PAUSE * 2 ** max(0, failures - 1))
-    except OSError as error:
-        raise write_error(error, partial) from error
-
-
-def _fetch(url: str, partial: Path) -> str:
-    """Ask once for what `partial` lacks; return "" once it is whole, or else what was wrong.
-
-    Beside it `.json` holds what the server said of the file: a validator, by which a changed
-    file is noticed, and the size.
-    """
-    state = _read_state(partial)
-    have = partial.stat().st_size if state and partial.exists() else 0
-    if have and have == state["total"]:
-        return ""
-    headers = {"Accept-Encoding": "identity"}
-    if have and (state["validator"] or state["total"]):
-        headers["Range"] = f"bytes={have}-"
-        if state["validator"]:
-            headers["If-Range"] = state["validator"]
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code in (206, 416):
-            total = _continues(response, have, state)
-            if total is None:
-                _forget(partial)
-                return "the file has changed in between"
-            if response.status_code == 416:
-                return ""
-            state["total"] = total
-        elif response.status_code == 429 or response.status_code >= 500:
-            return f"status {response.status_code}"
-        elif response.status_code != 200:
-            raise UserError(f"{url} answers with status {response.status_code}")
-        return _receive(response, url, partial, state)
-
-
-def _receive(response: requests.Response, url: str, partial: Path, state: dict[str, Any]) -> str:
-    chunks = response.iter_content(CHUNK)
-    first = next(chunks, b"")
-    page = first[:512].lstrip().lower().startswith((b"<!doctype html", b"<html"))
-    if page or response.headers.get("Content-Type", "").startswith("text/html"):
-        raise UserError(
-            f"{url} answers with a web page in place of the file (a log-in page, or a proxy's?): "
-            "open it in a browser"
-        )
-    if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        state = {
-            "validator": _validator(response),
-            "total": int(length) if length.isdigit() else None,
-        }
-        # Emptied first: the new validator must never stand beside the old file's bytes.
-        partial.write_bytes(b"")
-        with atomic_write(_state_path(partial)) as temporary:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
-    total = state["total"]
-    bar = tqdm(
-        desc=partial.stem,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
-    )
-    with open(partial, "ab") as file, bar:
-        bar.update(file.tell())
-        for chunk in itertools.chain([first], chunks):
-            file.write(chunk)
-            bar.update(len(chunk))
-    size = partial.stat().st_size
-    if total is not None and size > total:
-        _forget(partial)
-        return f"{size} bytes came in place of {total}"
-    # Without a size, the end of the body is all there is to go by; the zip's own checks follow.
-    return "" if total in (None, size) else f"cut off after {size} of {total} bytes"
-
-
-def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> int | None:
-    """The whole size, if this 206 or 416 says that the bytes here are the start of that file."""
-    said = response.headers.get("Content-Range", "")
-    place = re.fullmatch(r"bytes (\*|\d+)(?:-\d+)?/(\d+)", said)
-    if not have or not place:
-        return None
-    begin, total = place[1], int(place[2])
-    goes_on = begin == str(have) if response.status_code == 206 else have == total
-    validator = _validator(response)
-    same_file = validator is None or state["validator"] in (None, validator)
-    return total if goes_on and same_file and state["total"] in (None, total) else None
-
-
-def _validator(response: requests.Response) -> str | None:
-    etag = response.headers.get("ETag", "")
-    # A weak ETag may stay while bytes change, and must not be sent in If-Range.
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
-
-
-def _state_path(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.json")
-
-
-def _read_state(partial: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(_state_path(partial).read_text(encoding="utf-8"))
-        return {"validator": state["validator"], "total": state["total"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _forget(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _state_path(partial).unlink(missing_ok=True)
-
-
-def _finish(partial: Path, target: Path) -> None:
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    _forget(partial)
 
 
 # --- Zip files ------------------------------------------------------------------------------
@@ -343,14 +160,20 @@ def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
         raise DamagedArchive(f"{name} can't be read as a zip file ({error})") from None
 
 
-def select_entries(archive: zipfile.ZipFile, packed: int) -> dict[str, zipfile.ZipInfo]:
-    """The photos and captions tables of a zip of `packed` bytes, by base name.
+def select_entries(
+    archive: zipfile.ZipFile, packed: int, known: Container[str] = ()
+) -> dict[str, zipfile.ZipInfo]:
+    """The photos and captions tables of a zip of `packed` bytes, by name.
+
+    A photo's name is the longest end of its path that is among the `known` ones, which captions
+    are of, and otherwise its last part.
 
     Raises:
         UserError: an entry would leave the folder, is a link, encrypted, or stands there twice;
             or the zip is a compression bomb. Nothing has been written then.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
+    names: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
@@ -358,19 +181,23 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> dict[str, zipfile.Z
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")
-        table = path.name.lower() in CAPTION_TABLES
-        if info.is_dir() or not (table or path.suffix.lower() in IMAGE_SUFFIXES):
+        if info.is_dir() or not (path.name.lower() in TABLE_NAMES or is_photo(path.name)):
             continue
         if path.name.startswith(".") or "__MACOSX" in path.parts:
             continue
+        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+        name = next((end for end in ends if end in known), path.name)
         # A file system that ignores case would write "A.jpg" over "a.jpg".
-        key = path.name.lower()
+        key = name.lower()
         if key in entries:
-            raise UserError(f"{entry} stands there twice, perhaps in two folders")
+            raise UserError(
+                f"{entry} stands there twice, perhaps in two folders: folders are kept where the "
+                "captions name photos with them"
+            )
         plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
             raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
-        entries[key] = info
+        entries[key] = names[name] = info
     unpacked = sum(info.file_size for info in entries.values())
     largest = max((info.file_size for info in entries.values()), default=0)
     if largest > MAX_ENTRY_BYTES or unpacked > MAX_UNPACKED_RATIO * packed:
@@ -378,7 +205,22 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> dict[str, zipfile.Z
             f"the archive of {size_text(packed)} would unpack to {size_text(unpacked)}, its "
             f"largest file to {size_text(largest)}: that is no collection of photos"
         )
-    return {PurePosixPath(i.filename.replace("\\", "/")).name: i for i in entries.values()}
+    return names
+
+
+def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
+    """The names of photos, with their folders, in the captions table of a zip."""
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename)
+        small = info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed)
+        if path.name.lower() in TABLE_NAMES and small and "__MACOSX" not in path.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                table = Path(folder) / path.name
+                table.write_bytes(archive.read(info))
+                # A table that can't be read is refused later, with its place in DATA_DIR.
+                with contextlib.suppress(UserError):
+                    return set(read_captions(table).texts)
+    return set()
 
 
 def read_marker(paths: DataPaths) -> dict[str, Any] | None:
@@ -409,13 +251,14 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         UserError: the archive is damaged or unsafe, or lacks photos or captions; or no room.
     """
     with open_zip(parts) as archive:
-        entries = select_entries(archive, sum(part.stat().st_size for part in parts))
-        tables = {n.lower(): entries.pop(n) for n in list(entries) if n.lower() in CAPTION_TABLES}
+        packed = sum(part.stat().st_size for part in parts)
+        entries = select_entries(archive, packed, named_in(archive, packed))
+        tables = {n.lower(): entries.pop(n) for n in list(entries) if n.lower() in TABLE_NAMES}
         if not entries:
-            raise UserError(f"{parts[0]} holds no photos ({', '.join(IMAGE_SUFFIXES)})")
-        if not (tables or paths.captions.exists() or find_table(paths.data_dir)):
+            raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
+        if not (tables or paths.captions.exists() or find_table(paths.data_dir, paths.images)):
             raise UserError(
-                f"{parts[0]} holds no captions ({' or '.join(CAPTION_TABLES)}): write them to "
+                f"{parts[0]} holds no captions ({' or '.join(TABLES)}): write them to "
                 f"{paths.captions} first"
             )
         present = photo_sizes(paths.images)
@@ -423,26 +266,35 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         _extract_photos(archive, missing, paths.images)
-        if tables and not find_table(paths.data_dir):
-            name = next(name for name in CAPTION_TABLES if name in tables)
+        if tables and not find_table(paths.data_dir, paths.images):
+            name = next(name for name in TABLES if name.lower() in tables)
             with atomic_write(paths.data_dir / name) as temporary:
-                temporary.write_bytes(archive.read(tables[name]))
+                temporary.write_bytes(archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
 
 
 def _extract_photos(
     archive: zipfile.ZipFile, photos: Mapping[str, zipfile.ZipInfo], folder: Path
 ) -> None:
-    # One temporary name for all: a run that was killed leaves one file, and the next reuses it.
-    temporary = folder / ".unpacking.tmp"
+    # One temporary name for all of this process, for several may unpack into one folder, each
+    # for a DATA_DIR of its own. A run that was killed leaves one file, which the next removes.
+    temporary = folder / f".unpacking.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".unpacking.*.tmp"):
+            with contextlib.suppress(OSError), open(leftover, "rb") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
+                leftover.unlink()
         for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos", disable=None):
             # zipfile reads no more than the declared size, and raises if there is less or the
             # checksum is another.
             with archive.open(info) as source, open(temporary, "wb") as target:
+                with contextlib.suppress(OSError):  # some network disks know no locks
+                    fcntl.flock(target, fcntl.LOCK_EX)
                 shutil.copyfileobj(source, target)
-            os.replace(temporary, folder / name)
+                target.flush()
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, folder / name)
     except OSError as error:
         raise write_error(error, folder) from error
     finally:
@@ -450,159 +302,97 @@ def _extract_photos(
 
 
 def photo_sizes(folder: Path) -> dict[str, int]:
-    """What is in a folder, which need not exist, and the sizes in bytes; no hidden files."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as files:
-        there = (f for f in files if f.name[0] != "." and (f.is_file() or f.is_dir()))
-        return {f.name: f.stat().st_size for f in there}
+    """The files in a folder, which need not exist, and in those below; no hidden ones."""
+    sizes = {}
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = os.path.join(place, name)
+            if not name.startswith(".") and os.path.exists(path):
+                sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
+    return sizes
 
 
-# --- Captions tables ------------------------------------------------------------------------
-
-# Flickr30k's results.csv has one row without its last delimiter:
-# `2199200615.jpg| 4   A dog runs across the grass .`
-MISSING_DELIMITER = re.compile(r"\d+\s+(\S.*)")
-# Tables made from it with pandas have an empty caption there instead.
-EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
+# --- Captions -------------------------------------------------------------------------------
 
 
-def find_table(folder: Path) -> Path | None:
-    """The captions table in a folder, if there is one."""
-    return next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
-
-
-def read_table(path: Path) -> dict[str, list[str]]:
-    """Read a captions table: one row per line, `name, caption` or `name, number, caption`.
-
-    The delimiter is a comma, `|` or a tab, the one that comes first in the first row. A header
-    may be there; fields may be quoted; a delimiter within an unquoted caption belongs to it; a
-    `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
-    A `.jsonl` has an object a line: `{"image": "photo.jpg", "caption": "A caption"}`.
+def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Captions]:
+    """Read the captions that are there, from the first place that has any, in whatever form.
 
     Raises:
-        UserError: the file is not UTF-8, or a row can't be read; the message names the line.
+        UserError: there are none, or they can't be read.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    rows = [(number, line.strip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
-    if path.suffix == ".jsonl":
-        return _read_json_lines(path, rows)
-    delimiter = next((mark for mark in rows[0][1] if mark in ",|\t"), ",")
-    first, rest = _field(rows[0][1], delimiter)
-    second, third = _field(rest, delimiter)
-    if header := first.lower() in NAME_KEYS:
-        numbered = second.lower() == "comment_number"
-    else:
-        numbered = second.isdigit() and third != ""
-    captions: dict[str, list[str]] = {}
-    for number, line in rows[header:]:
-        where = Path(f"{path}, line {number}")
-        name, caption = _read_row(where, line, delimiter, numbered)
-        captions.setdefault(name, []).append(caption)
-    if not captions:
-        raise UserError(f"{path} has a header but no rows like photo.jpg,A caption")
-    return captions
-
-
-def _read_json_lines(path: Path, rows: Iterable[tuple[int, str]]) -> dict[str, list[str]]:
-    form = 'write {"image": "photo.jpg", "caption": "A caption"}'
-    captions: dict[str, list[str]] = {}
-    for number, line in rows:
-        where = Path(f"{path}, line {number}")
-        try:
-            row = json.loads(line)
-            name = next(row[key] for key in NAME_KEYS if key in row)
-            texts = next(row[key] for key in TEXT_KEYS if key in row)
-        except (ValueError, TypeError, StopIteration):
-            raise UserError(f"{where} names no photo and caption: {form}") from None
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(name, str) or not name.lower().endswith(IMAGE_SUFFIXES):
-            raise UserError(f"{where}: {name!r} is not the name of a photo: {form}")
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise UserError(f"{where}: {name!r} has a caption that is no text: {form}")
-        check_name(where, name)
-        captions.setdefault(name, []).extend(text.strip() for text in texts)
-    return captions
-
-
-def _field(text: str, delimiter: str) -> tuple[str, str]:
-    """The first field of a row, and what comes after its delimiter."""
-    quoted = re.match(rf'\s*"((?:[^"]|"")*)"[ \r]*(?:{re.escape(delimiter)}|$)', text)
-    if quoted:
-        return quoted[1].replace('""', '"').strip(), text[quoted.end() :]
-    field, _, rest = text.partition(delimiter)
-    return field.strip(), rest
-
-
-def _read_row(where: Path, line: str, delimiter: str, numbered: bool) -> tuple[str, str]:
-    name, caption = _field(line, delimiter)
-    name = re.sub(r"#\d+$", "", name)
-    if not name.lower().endswith(IMAGE_SUFFIXES):
-        raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")
-    check_name(where, name)
-    if numbered:
-        number, rest = _field(caption, delimiter)
-        mended = MISSING_DELIMITER.fullmatch(number)
-        if not number.isdigit() and not (mended and not rest and name in EMPTY_IN_THE_WILD):
-            raise UserError(f"{where}: {number!r} is not the number of a caption")
-        caption = rest if number.isdigit() else mended[1]
-    caption = caption.strip()
-    if quoted := re.fullmatch(r'"((?:[^"]|"")*)"', caption):
-        caption = quoted[1].replace('""', '"').strip()
-    elif caption.startswith('"') and caption.count('"') % 2:
-        raise UserError(f"{where}: a quoted caption isn't closed on its line: join the lines")
-    caption = caption or EMPTY_IN_THE_WILD.get(name, "")
-    if not caption:
-        raise UserError(f"{where}: {name!r} has no caption: write one, or take the row out")
-    return name, caption
-
-
-def ensure_captions(paths: DataPaths) -> dict[str, list[str]]:
-    """Return the captions; captions.json is made from the table in DATA_DIR only if missing.
-
-    Raises:
-        UserError: there are no captions, or they can't be read.
-    """
-    table = find_table(paths.data_dir)
-    if paths.captions.exists():
-        if table and table.stat().st_mtime > paths.captions.stat().st_mtime:
+    source = paths.data_dir / "captions.json"
+    if settings.CAPTIONS_FILE:
+        source = Path(settings.CAPTIONS_FILE).expanduser()
+        if source.is_dir():
+            return source, read_texts_beside(source)
+        if not source.is_file():
+            raise UserError(f"CAPTIONS_FILE {source} is not there")
+        return source, read_captions(source)
+    table = find_table(paths.data_dir, paths.images)
+    if source.exists():
+        if table and table.stat().st_mtime > source.stat().st_mtime:
             print(
-                f"{table} is newer than {paths.captions}, which is used: delete the latter to "
-                "have it made anew"
+                f"{table} is newer than {source}, which is used: delete the latter to have it "
+                "made anew"
             )
-    else:
-        if table is None:
-            raise UserError(
-                f'{paths.captions} is missing: write {{"photo.jpg": ["caption", ...]}} there, or '
-                f"put one of {', '.join(CAPTION_TABLES)} into {paths.data_dir}"
-            )
-        captions = read_table(table)
-        with atomic_write(paths.captions) as temporary:
-            text = json.dumps(captions, ensure_ascii=False, indent=1)
-            temporary.write_text(text, encoding="utf-8")
-    return load_captions(paths.captions)
+        elif table and getattr(settings, "check", False):
+            read_captions(table).tell(table)
+        return source, read_captions(source)
+    if table:
+        return table, read_captions(table)
+    karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
+    for file in (karpathy, *sorted(paths.data_dir.glob("dataset_*.json"))):
+        if file and file.is_file() and (found := read_captions(file)).texts:
+            return file, found
+    found = read_texts_beside(paths.images)
+    if not found.texts:
+        raise UserError(
+            f'{source} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
+            f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
+            "name a file with --captions_file"
+        )
+    return paths.images, found
+
+
+def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
+    """Have the captions as `{"photo.jpg": [...]}`, by the photos' real names; say where they are.
+
+    A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
+    changed: a captions.json or --captions_file that needs it is converted into a file beside.
+    """
+    source, found = find_captions(settings, paths)
+    usual = paths.data_dir / "captions.json"
+    texts = match_names(found.texts, paths.images) if paths.images.is_dir() else found.texts
+    if not texts:
+        raise UserError(f"{source} holds no captions: {found.passed[:3]}")
+    target = usual
+    if settings.CAPTIONS_FILE or source == usual:
+        target = converted_captions(paths.data_dir, source)
+        if source.suffix.lower() == ".json" and read_json(source) == texts:
+            target.unlink(missing_ok=True)
+            return replace(paths, captions=source)
+    found.tell(source)
+    content = json.dumps(texts, ensure_ascii=False, indent=1).encode()
+    if not target.exists() or target.read_bytes() != content:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(content)
+    return replace(paths, captions=target)
 
 
 # --- Photos ---------------------------------------------------------------------------------
 
 
-def wanted_photos(tasks: Sequence[str], paths: DataPaths) -> list[str]:
-    """The names of the photos that the tasks have captions or questions about."""
-    names: dict[str, None] = {}
-    if "captions" in tasks:
-        names |= dict.fromkeys(ensure_captions(paths))
-    if "questions" in tasks:
-        names |= dict.fromkeys(load_questions(paths.questions))
-    return list(names)
-
-
-def convert_vqa(questions: Sequence[str], annotations: Sequence[str], target: Path) -> None:
+def convert_vqa(
+    questions: Sequence[str],
+    annotations: Sequence[str],
+    target: Path,
+    images: Path | None = None,
+) -> None:
     """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
+
+    Files of that form that other people made may lack all but questions, ids and an answer.
 
     Raises:
         UserError: files don't pair, or they are not of VQA's form.
@@ -616,26 +406,33 @@ def convert_vqa(questions: Sequence[str], annotations: Sequence[str], target: Pa
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)
         try:
             _add_vqa(asked, answered, table)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
+    if images and images.is_dir():
+        table = match_names(table, images)
     with atomic_write(target) as path:
-        path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+        path.write_text(json.dumps(table), encoding="utf-8")
     print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
 
 
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
-    stem = f"COCO_{asked['data_subtype']}_"  # COCO's name: COCO_val2014_000000000042.jpg
+    subtype = asked.get("data_subtype") or answered.get("data_subtype")
+    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
     texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
+    passed = 0
     for entry in answered["annotations"]:
-        name = f"{stem}{int(entry['image_id']):012d}.jpg"
-        table.setdefault(name, []).append(
-            {
-                "question": texts[entry["question_id"]],
-                "answer": entry["multiple_choice_answer"],
-                "answers": [answer["answer"] for answer in entry["answers"]],
-                "type": entry["question_type"],
-            }
-        )
+        people = entry.get("answers") or []
+        answers = [given if isinstance(given, str) else given["answer"] for given in people]
+        answer = entry.get("multiple_choice_answer") or entry.get("answer") or ""
+        if entry["question_id"] not in texts or not (answer or answers):
+            passed += 1
+            continue
+        number = str(entry["image_id"])
+        name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
+        row = {"question": texts[entry["question_id"]], "answer": answer, "answers": answers}
+        table.setdefault(name, []).append(row | {"type": entry.get("question_type", "")})
+    if passed:
+        print(f"  passed over: {passed:,} annotations without a question or an answer")
 
 
 def ensure_photos(
@@ -900,6 +697,38 @@ def prepare(
         settings.MERGES_FILE,
         settings.FEATURES_DIR,
     )
+    with sole_preparer(paths.data_dir):
+        return _prepare(settings, paths, sources, karpathy_url)
+
+
+@contextlib.contextmanager
+def sole_preparer(folder: Path) -> Iterator[None]:
+    """Keep DATA_DIR for this process's preparation; another one's is waited for.
+
+    The lock is another than `sole_user`'s: training holds that one while it prepares, where its
+    OUTPUT_DIR is the same folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".prepare.lock", "a")  # noqa: SIM115 - closed below, with the lock
+    except OSError:
+        yield  # nobody can write here: what is prepared already is used, the rest is refused
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process to prepare {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(
+    settings: SimpleNamespace,
+    paths: DataPaths,
+    sources: Mapping[str, Sequence[str]],
+    karpathy_url: str,
+) -> DataPaths:
     if settings.VAL_SHARDS:
         unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
         return paths
@@ -908,9 +737,12 @@ def prepare(
     elif not paths.images.is_dir():
         raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
     if settings.vqa_questions or settings.vqa_annotations:
-        convert_vqa(settings.vqa_questions, settings.vqa_annotations, paths.questions)
-    names = wanted_photos(parse_tasks(settings.TASKS), paths)
-    found = find_images(names, paths.images, settings.MAX_BAD_IMAGES)
+        convert_vqa(settings.vqa_questions, settings.vqa_annotations, paths.questions, paths.images)
+    tasks = parse_tasks(settings.TASKS)
+    if "captions" in tasks:
+        paths = ensure_captions(settings, paths)
+    names = list(load_texts(paths, tasks))
+    found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
     write_splits(settings, paths, found, karpathy_url)
     temporary = paths.data_dir / "temp_download"
     kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
@@ -941,6 +773,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="VQAv2's annotation files, in the same order",
+    )
+    parser.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="allow photos that are links to files outside the photo folder",
     )
 
 

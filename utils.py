@@ -284,12 +284,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     disk is full, or the folder can't be written.
     """
     path = Path(path)
-    temporary = None
+    temporary = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
         temporary = Path(name)
+        with contextlib.suppress(OSError):  # some network disks know no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed: a sign that the writer lives
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -301,6 +302,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -327,7 +329,9 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
             print(f"waiting for another process to leave {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError), open(leftover, "rb") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
+                leftover.unlink()
         yield
 
 
@@ -357,7 +361,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 

@@ -94,8 +94,28 @@ def test_ratio_split_is_stable_and_disjoint():
         assert set(members) <= set(after[split])
     with pytest.raises(UserError, match="TRAIN_SPLIT_RATIO"):
         split_by_ratio(names, 1.0)
-    with pytest.raises(UserError, match="no photo for val"):
-        split_by_ratio(names[:2], 0.999)
+    with pytest.raises(UserError, match="--train_split_ratio 0.999 leaves no photo for val"):
+        split_by_ratio(names[:1], 0.999)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 10, 40])
+def test_few_photos_leave_some_to_train_and_to_validate_on(count, ratio, capsys):
+    names = [f"{i}.jpg" for i in range(count)]
+    splits = split_by_ratio(names, ratio)
+    assert splits["train"] and splits["val"]
+    assert sorted(sum(splits.values(), [])) == sorted(names)
+    if ratio == 0.999:
+        assert "--train_split_ratio changes" in capsys.readouterr().out
+
+
+def test_links_out_are_followed_where_asked(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "far.jpg").touch()
+    (tmp_path / "images" / "a.jpg").symlink_to(tmp_path / "far.jpg")
+    with pytest.raises(UserError, match="--follow_links"):
+        find_images(["a.jpg"], tmp_path / "images", 0)
+    assert find_images(["a.jpg"], tmp_path / "images", 0, follow_links=True) == ["a.jpg"]
 
 
 def test_karpathy_split(tmp_path):

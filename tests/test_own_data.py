@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import config
 import prepare_dataset
-from dataset import load_splits
-from prepare_dataset import read_table
+from captions_file import read_table
+from dataset import data_paths, load_captions, load_questions, load_splits, split_by_karpathy
 from tests.conftest import run, small_flags
-from utils import UserError
+from utils import UserError, load_settings
 
 
 def rows_of(captions: dict[str, list[str]]) -> dict[str, str]:
@@ -54,6 +56,236 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line, says):
     path.write_text('{"image": "0.jpg", "caption": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match=re.escape(says)):
         read_table(path)
+
+
+# --- Every form, from the file to what is trained on -------------------------------------------
+
+PAIRS = [("1.jpg", "A red dog"), ("1.jpg", "A dog runs"), ("2.jpg", "Two cats"), ("3.jpg", "A car")]
+SENTENCES = {name: [{"raw": t} for n, t in PAIRS if n == name] for name, _ in PAIRS}
+IDS = {"1.jpg": 1, "2.jpg": 2, "3.jpg": 3}
+COCO = {
+    "images": [{"id": number, "file_name": name} for name, number in IDS.items()],
+    "annotations": [{"image_id": IDS[name], "id": 7, "caption": text} for name, text in PAIRS],
+}
+KARPATHY = {
+    "images": [
+        {"filepath": "val2014", "filename": name, "split": "train", "sentences": sentences}
+        for name, sentences in SENTENCES.items()
+    ]
+}
+TOKENS = "".join(f"{name}#{n}\t{text}\n" for n, (name, text) in enumerate(PAIRS))
+
+
+def rows(header: str, line: str) -> str:
+    return f"{header}\n" + "".join(f"{line.format(name, text)}\n" for name, text in PAIRS)
+
+
+FORMS = {  # file: (content, what is said of it)
+    "captions.json": (json.dumps(COCO), "COCO's captions: 4 captions of 3 photos"),
+    "dataset_coco.json": (json.dumps(KARPATHY), "Karpathy's captions and split: 4 captions"),
+    "Flickr8k.token.txt": (TOKENS + "1.jpg.1#0\tA row\n", "'1.jpg.1' is not the name of a photo"),
+    "results_20130124.token": (TOKENS, "a table: 4 captions of 3 photos"),
+    "metadata.csv": (rows("width,file_name,text,split", '9,{},"{}",train'), "width, split are ign"),
+    "images/metadata.csv": (rows("file_name,text", "{},{}"), "a table: 4 captions of 3 photos"),
+    "images/metadata.jsonl": (
+        "\n".join(json.dumps({"file_name": name, "text": text}) for name, text in PAIRS),
+        "JSON lines: 4 captions of 3 photos",
+    ),
+    "captions.tsv": (rows("filepath\tid\ttitle", "{}\t5\t{}"), "the columns id are ignored"),
+    "captions.csv": (rows("image;caption", "{};{}"), "a table: 4 captions of 3 photos"),
+    "captions.txt": (rows("image,caption", "{},{}").replace("\n", "\r"), "a table: 4 captions"),
+    "results.csv": (rows("image,caption", "images/{},{}"), "'images/1.jpg' as '1.jpg'"),
+}
+
+
+def lay_out(folder: Path, files: dict[str, str], names: list[str] | None = None) -> Path:
+    (folder / "images").mkdir(parents=True)
+    for name in names or IDS:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 70), tuple(name.encode()[:3].ljust(3))).save(folder / "images" / name)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    return folder
+
+
+def prepared(folder: Path, *flags: object) -> dict[str, list[str]]:
+    assert check(folder, *flags) == 0
+    return load_captions(data_paths(folder).captions)
+
+
+EXPECTED = {name: [text for n, text in PAIRS if n == name] for name in IDS}
+
+
+@pytest.mark.parametrize("file", FORMS)
+def test_every_form_is_recognised_and_told(tmp_path, file, capsys):
+    text, says = FORMS[file]
+    folder = lay_out(tmp_path / "data", {file: text})
+    assert prepared(folder) == EXPECTED
+    assert says in capsys.readouterr().out
+    assert prepared(folder) == EXPECTED  # and again, from what was prepared
+    assert (folder / file).read_bytes() == text.encode()
+
+
+def test_a_text_beside_each_photo(tmp_path, capsys):
+    folder = lay_out(
+        tmp_path, {"images/1.txt": "A red dog\nA dog runs", "images/2.txt": "Two cats"}
+    )
+    assert prepared(folder) == {"1.jpg": EXPECTED["1.jpg"], "2.jpg": ["Two cats"]}
+    assert "3.jpg: no text beside it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["coco_val.json", "my.tsv", "notes"])
+def test_captions_file_names_any_form_anywhere(tmp_path, file):
+    texts = {"coco_val.json": json.dumps(COCO), "my.tsv": rows("image\tcaption", "{}\t{}")}
+    (tmp_path / file).write_text(texts.get(file, TOKENS))
+    mine = {"1.jpg": ["mine"], "2.jpg": ["too"]}
+    folder = lay_out(tmp_path / "data", {"captions.json": json.dumps(mine)})
+    flags = ("--captions_file", tmp_path / file)
+    assert check(folder, *flags) == 0 and check(folder, *flags) == 0
+    found = load_captions(data_paths(folder, captions_file=str(tmp_path / file)).captions)
+    assert found == EXPECTED
+    assert prepared(folder) == mine
+
+
+def test_photos_and_table_in_one_folder(tmp_path):
+    folder = lay_out(tmp_path, {"captions.csv": rows("image,caption", "{},{}")})
+    for photo in (folder / "images").iterdir():
+        photo.rename(folder / photo.name)
+    (folder / "images").rmdir()
+    assert prepared(folder) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there"),
+    [
+        ("caf\u00e9.jpg", "cafe\u0301.jpg"),
+        ("cafe\u0301.jpg", "caf\u00e9.jpg"),
+        ("a.jpg", "A.JPG"),
+        ("a.jpg", "a.png"),
+        ("images/x/a.jpg", "a.jpg"),
+        ("a.jpg", "deep/er/a.jpg"),
+        ("x\\a.jpg", "x/a.jpg"),
+        ("42.jpg", "COCO_val2014_000000000042.jpg"),
+        ("a:b.jpg", "a:b.jpg"),
+        ("n" * 240 + ".jpg", "n" * 240 + ".jpg"),
+    ],
+)
+def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
+    two = json.dumps({wanted: ["One"]})
+    folder = lay_out(tmp_path, {"captions.json": two}, [there, "other.gif", "another.gif"])
+    check_one = ["--train_split_ratio", 0.5, "--max_bad_images", 0]
+    with pytest.raises(UserError, match="leaves no photo"):  # of one photo no two splits are made
+        check(folder, *check_one)
+    assert load_captions(data_paths(folder).captions) == {there: ["One"]}
+
+
+def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
+    table = json.dumps({"a/1.jpg": ["A"], "b/1.jpg": ["B"], "c/2.jpg": ["C"]})
+    folder = lay_out(tmp_path, {"captions.json": table}, ["a/1.jpg", "c/2.jpg"])
+    assert set(prepared(folder)) == {"a/1.jpg", "b/1.jpg", "c/2.jpg"}
+    with pytest.raises(UserError, match="b/1.jpg"):
+        prepare_dataset.prepare(settings_of(folder, "--max_bad_images", 0))
+
+
+def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
+    folder = lay_out(tmp_path, {"captions.json": '{"x.jpg": ["X"]}'})
+    with pytest.raises(UserError, match=r"'x\.jpg' is wanted, and .* holds '1\.jpg'.*--image_dir"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "says"),
+    [
+        ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
+        ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
+        ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),
+    ],
+)
+def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
+    folder = lay_out(tmp_path, {"captions.json": text})
+    assert sum(map(len, prepared(folder).values())) == kept
+    assert says in capsys.readouterr().out
+    assert (folder / "captions.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.json", "[" * 100_000),
+        ("captions.json", '{"1.jpg": ' + "9" * 5000 + "}"),
+        ("captions.json", '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}'),
+        ("captions.json", '{"data": 5}'),
+        ("captions.json", '["1.jpg"]'),
+        ("captions.jsonl", "{" + '"a":{' * 50_000),
+        ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
+        ("captions.csv", "image,split\n1.jpg,train\n"),
+        ("captions.csv", 'image,caption,split\n1.jpg,"' + "x" * 200_000 + '",train\n'),
+    ],
+)
+def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
+    folder = lay_out(tmp_path, {name: text})
+    with pytest.raises(UserError, match=re.escape(str(folder / name))) as caught:
+        check(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("image,caption,split\na.jpg,A dog, running,train", {"a.jpg": ["A dog, running"]}),
+        ("split,caption,image\ntrain,A, B,a.jpg", {"a.jpg": ["A, B"]}),
+        ('id,image,caption\n1,a.jpg,"A ""b"", c"', {"a.jpg": ['A "b", c']}),
+        ("image,caption_1,caption_2\na.jpg,A,B\n", {"a.jpg": ["A", "B"]}),
+        ("image,caption,x\n1000,A,1\n", {"1000": ["A"]}),
+        ("image,caption\n1000,A\n", {"1000": ["A"]}),
+    ],
+)
+def test_the_header_decides(tmp_path, text, expected):
+    (tmp_path / "table.csv").write_text(text)
+    assert read_table(tmp_path / "table.csv") == expected
+
+
+def test_two_tables_are_said(tmp_path, capsys):
+    table = rows("image,caption", "{},{}")
+    folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
+    assert prepared(folder) == EXPECTED
+    assert "captions.csv, not from" in capsys.readouterr().out
+
+
+def settings_of(folder: Path, *flags: object):
+    argv = ["--dataset", "custom", "--data_dir", folder, "--split", "ratio", *flags]
+    adds = prepare_dataset.add_arguments
+    return load_settings(config, [str(text) for text in argv], "", add_arguments=adds)
+
+
+def test_vqa_files_of_other_people(tmp_path):
+    asked = {"questions": [{"question_id": 1, "question": "Which?", "image_id": 42}]}
+    answered = {
+        "annotations": [
+            {"question_id": 1, "image_id": 42, "answers": ["red", "red", "blue"]},
+            {"question_id": 2, "image_id": 42, "answer": "lost"},
+        ]
+    }
+    folder = lay_out(tmp_path / "d", {}, ["COCO_val2014_000000000042.jpg"])
+    for name, table in (("q", asked), ("a", answered)):
+        (tmp_path / name).write_text(json.dumps(table))
+    files = [str(tmp_path / "q")], [str(tmp_path / "a")]
+    prepare_dataset.convert_vqa(*files, folder / "questions.json", folder / "images")
+    found = load_questions(folder / "questions.json")
+    assert found["COCO_val2014_000000000042.jpg"][0].target == "red"
+
+
+def test_karpathy_splits_photos_in_folders(tmp_path):
+    splits = ["train", "val", "test"]
+    images = [i | {"split": s} for i, s in zip(KARPATHY["images"], splits, strict=True)]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    for names in (list(IDS), [f"val2014/{name}" for name in IDS], [f"x/{name}" for name in IDS]):
+        found = split_by_karpathy(names, tmp_path / "k.json")
+        assert found == {split: [name] for split, name in zip(splits, names, strict=True)}
+
+
+# --- The check --------------------------------------------------------------------------------
 
 
 def check(data: Path, *flags: object) -> int:

@@ -24,11 +24,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
+import download
 import prepare_dataset
+from captions_file import read_table
 from dataset import load_captions, load_splits
-from prepare_dataset import DamagedArchive, JoinedFiles, extract, prepare, read_table
+from prepare_dataset import DamagedArchive, JoinedFiles, extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
-from utils import UserError, load_settings
+from utils import UserError, atomic_write, load_settings, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -54,7 +56,7 @@ THIRDS = [ZIP[: len(ZIP) // 3], ZIP[len(ZIP) // 3 : -5000], ZIP[-5000:]]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_dataset, "RETRY_PAUSE", 0.001)
+    monkeypatch.setattr(download, "RETRY_PAUSE", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -159,7 +161,8 @@ def test_table_without_rows_or_not_utf8(tmp_path: Path, content: bytes) -> None:
         read_table(tmp_path / "captions.txt")
 
 
-CAPTION_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n")).filter(str.strip)
+ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
+CAPTION_TEXT = ANY_TEXT.filter(lambda text: any(sign.isalnum() for sign in text))
 NAME = st.from_regex(r"[a-zA-Z0-9_]{1,12}\.(jpg|png|JPEG)", fullmatch=True)
 
 
@@ -461,7 +464,8 @@ def test_hostile_archive_is_refused_untouched(
             file.writestr(name, content, zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match=message):
         prepare(settings_for(tmp_path / "data", "--archive", archive))
-    assert [path.name for path in tmp_path.rglob("*")] == ["given.zip"]
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"given.zip", ".prepare.lock"}
 
 
 def test_only_photos_and_the_table_are_taken(tmp_path: Path) -> None:
@@ -475,7 +479,7 @@ def test_only_photos_and_the_table_are_taken(tmp_path: Path) -> None:
     archive = make_zip({**extra, **{f"Images/{n}": b for n, b in PHOTOS.items()}})
     prepare(settings_for(tmp_path / "data", "--archive", write_archive(tmp_path, archive)))
     assert_complete(tmp_path / "data")
-    names = {path.name for path in (tmp_path / "data").iterdir()}
+    names = {path.name for path in (tmp_path / "data").iterdir()} - {".prepare.lock"}
     assert names == {"images", "captions.txt", "captions.json", "splits.json", "prepared.json"}
 
 
@@ -731,11 +735,68 @@ def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
     after = {path.name: path.read_bytes() for path in images.iterdir()}
     assert after == photos
     # What was whole already has not been written again.
-    before.pop(str(images / ".unpacking.tmp"), None)
+    before = {name: of for name, of in before.items() if not name.endswith(".tmp")}
     assert before.items() <= snapshot(images).items()
     asked = server.ranges_asked("flickr8k.zip")
     assert len(asked) == 2 and int(asked[1].strip("bytes=-")) > len(content) // 2
     assert not (tmp_path / "temp_download").exists()
+
+
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("pause", [0, 0.05, 0.1])
+def test_two_at_once_make_one_data_set(tmp_path: Path, pause: float) -> None:
+    photos = {f"{n}.jpg": RNG.randbytes(3000 + n) for n in range(600)}
+    table = "".join(f"{name},A photo\n" for name in photos)
+    archive = write_archive(tmp_path, make_zip({"captions.txt": table, **photos}))
+    values = vars(settings_for(tmp_path / "data", "--archive", archive))
+    processes = []
+    for _ in range(3):
+        argument = json.dumps([values, {"flickr8k": []}])
+        command = [sys.executable, "-c", PROGRAM, argument]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        time.sleep(pause)
+    for process in processes:
+        assert process.wait(120) == 0, process.stderr.read()
+    there = {path.name: path.read_bytes() for path in (tmp_path / "data" / "images").iterdir()}
+    assert there == photos
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_who_comes_second_waits_and_finds_all_done(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path, ZIP)
+    values = vars(settings_for(tmp_path / "data", "--archive", archive))
+    command = [sys.executable, "-c", PROGRAM, json.dumps([values, {"flickr8k": []}])]
+    with sole_user(tmp_path / "data"), prepare_dataset.sole_preparer(tmp_path / "data"):
+        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert "waiting for another process to prepare" in second.stdout.readline()
+        assert not (tmp_path / "data" / "images").exists()
+        time.sleep(0.5)
+        assert second.poll() is None and not (tmp_path / "data" / "images").exists()
+    # The lock of OUTPUT_DIR, which training holds, is another: preparation goes on beside it.
+    with sole_user(tmp_path / "data"):
+        second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert_complete(tmp_path / "data")
+
+
+def test_a_living_writers_file_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / ".left.json.x.tmp").touch()
+    with atomic_write(tmp_path / "captions.json") as temporary:
+        temporary.write_text("{}")
+        with sole_user(tmp_path):
+            assert [path.name for path in tmp_path.glob(".*.tmp")] == [temporary.name]
+    assert (tmp_path / "captions.json").read_text() == "{}"
+
+
+def test_folders_of_an_archive_stay_where_the_table_names_them(tmp_path: Path) -> None:
+    photos = {"cats/1.jpg": b"a cat", "dogs/1.jpg": b"a dog"}
+    table = "".join(f"{name},A photo\n" for name in photos)
+    archive = make_zip({"captions.csv": table, **{f"set/{n}": b for n, b in photos.items()}})
+    archive = write_archive(tmp_path, archive)
+    for _ in range(2):
+        prepare(settings_for(tmp_path / "data", "--archive", archive))
+        images = tmp_path / "data" / "images"
+        assert {name: (images / name).read_bytes() for name in photos} == photos
 
 
 @pytest.mark.fault

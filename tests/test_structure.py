@@ -15,7 +15,8 @@ from utils import constant_comments, constants
 
 # A file imports only from those before it: the rooms of the house, from the ground up.
 ORDER = """
-    utils tokenizer metrics encoder decoder distributed features dataset shards model attention
+    utils tokenizer metrics encoder decoder distributed features dataset captions_file download
+    shards model attention
     generation self_critical corpus checkpoint hub tracking run report sidecar
     prepare_dataset train evaluate inference
     tools.app tools.export tools.benchmark tools.check_data

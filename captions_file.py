@@ -1,0 +1,397 @@
+"""Captions in the forms that people have them in: recognised, and read as {photo: captions}.
+
+A form is recognised by what stands in the file, not by its name: COCO's and Karpathy's JSON, a
+list or lines of JSON objects, a table with or without a header, or a text beside each photo.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from encoder import PHOTO_SUFFIXES
+from utils import UserError, read_json
+
+# Looked for in this order, in DATA_DIR and in the photo folder.
+TABLES = (
+    "captions.txt results.csv captions.csv captions.tsv captions.jsonl metadata.jsonl metadata.csv "
+    "Flickr8k.token.txt results_20130124.token"
+).split()
+# What a table's header, or an object's keys, call the photo and its caption.
+NAME_KEYS = (
+    "image image_name file_name filename filepath file_path image_path path image_id".split()
+)
+CAPTION_KEYS = (*TEXT_KEYS, "comment", "title", "sentence", "sentences", "description", "raw")
+NUMBER_KEYS = ("comment_number", "caption_number")
+NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
+BARE = re.compile(r"[\w-]+")  # a photo's name without its suffix, where a header says it is one
+# Flickr30k's results.csv has one row without its last delimiter:
+# `2199200615.jpg| 4   A dog runs across the grass .`
+MISSING_DELIMITER = re.compile(r"\d+\s+(\S.*)")
+# Tables made from it with pandas have an empty caption there instead.
+EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
+
+
+@dataclass
+class Captions:
+    """What a file holds, and what was passed over in it, and why."""
+
+    form: str
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
+
+    mended: int = 0  # captions with half an emoji or the like, which is replaced
+
+    def add(self, name: str, captions: Iterable[str], where: object) -> None:
+        """Add a photo's captions; the name is relative to the photo folder."""
+        if SURROGATES.search(name) or "\0" in name:
+            self.passed.append(f"{where}: {ascii(name)} can't be the name of a photo")
+            return
+        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+        check_name(Path(str(where)), name)
+        for text in captions:
+            whole = SURROGATES.sub("\ufffd", text)
+            self.mended += whole != text
+            # A caption of signs alone would be an empty target: no letter, number, mark or symbol.
+            if any(unicodedata.category(sign)[0] in "LNMS" for sign in whole):
+                self.texts.setdefault(name, []).append(whole.strip())
+            else:
+                self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
+
+    def tell(self, source: Path) -> None:
+        """Say what was read and what was not."""
+        count = sum(map(len, self.texts.values()))
+        print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
+        if self.mended:
+            print(f"  mended: {self.mended:,} captions that held half a character")
+        for line in self.passed[:10]:
+            print(f"  passed over: {line}")
+        if len(self.passed) > 10:
+            print(f"  and {len(self.passed) - 10:,} more")
+
+
+def is_photo(name: str) -> bool:
+    return os.path.splitext(name.lower())[1] in PHOTO_SUFFIXES
+
+
+def find_table(*folders: Path) -> Path | None:
+    """The captions table in one of the folders; where there are several, which one is said."""
+    found = [folder / name for name in TABLES for folder in folders if (folder / name).is_file()]
+    if len(found) > 1:
+        others = ", ".join(map(str, found[1:]))
+        print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
+    return found[0] if found else None
+
+
+def read_table(path: Path) -> dict[str, list[str]]:
+    """`read_captions` without what it tells."""
+    return read_captions(path).texts
+
+
+def read_captions(path: Path) -> Captions:
+    """Read captions in any form that is known; the message of what is refused says the line."""
+    if path.suffix.lower() == ".json":
+        return _read_object(path, read_json(path))
+    try:
+        content = path.read_bytes()
+        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    # All three kinds of line ends, and no others: some stand within captions.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
+    if not rows:
+        raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
+    if path.suffix.lower() in (".jsonl", ".ndjson") or rows[0][1].lstrip().startswith("{"):
+        return _read_objects(path, ((f"{path}, line {n}", row) for n, row in rows), "JSON lines")
+    return _read_rows(path, text, rows)
+
+
+# --- JSON -----------------------------------------------------------------------------------
+
+
+def _read_object(path: Path, table: Any) -> Captions:
+    """One JSON value for all photos."""
+    try:
+        if isinstance(table, list):
+            named = ((f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1))
+            return _read_objects(path, named, "a list of objects")
+        images, annotations = table.get("images"), table.get("annotations")
+        if isinstance(images, list) and isinstance(annotations, list):
+            return _read_coco(path, images, annotations)
+        if isinstance(images, list):
+            return _read_karpathy(path, images)
+        if isinstance(table.get("data"), list):
+            return _read_textcaps(path, table["data"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path} holds no captions: write {PLAIN}")
+    found = Captions("a table of photos")
+    for name, texts in table.items():
+        if isinstance(texts, dict):  # as kohya's: {"photo.jpg": {"caption": ..., "tags": ...}}
+            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), None)
+        texts = [texts] if isinstance(texts, str) else texts
+        check_captions(path, name, texts)
+        found.add(name, texts, path)
+    return found
+
+
+def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
+    names = {image["id"]: image["file_name"] for image in images}
+    found = Captions("COCO's captions")
+    for entry in annotations:
+        if entry.get("image_id") not in names or not str(entry.get("caption", "")).strip():
+            found.passed.append(f"annotation {entry.get('id')}: no such image, or no caption")
+        else:
+            found.add(names[entry["image_id"]], [str(entry["caption"])], path)
+    return found
+
+
+def _read_karpathy(path: Path, images: list[dict]) -> Captions:
+    found = Captions("Karpathy's captions and split")
+    for image in images:
+        folder, name = image.get("filepath"), image["filename"]
+        texts = [sentence["raw"] for sentence in image.get("sentences", []) if sentence.get("raw")]
+        if texts:
+            found.add(f"{folder}/{name}" if folder else name, texts, path)
+        else:
+            found.passed.append(f"{name}: it has no sentence")
+    return found
+
+
+def _read_textcaps(path: Path, entries: list[dict]) -> Captions:
+    found = Captions("TextCaps' captions")
+    for entry in entries:
+        texts = [entry["caption_str"]] if "caption_str" in entry else entry["reference_strs"]
+        found.add(f"{entry['image_id']}.jpg", texts, path)
+    return found
+
+
+def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
+    """JSON objects, one a line or in a list, each with a photo and its captions."""
+    usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
+    found = Captions(form)
+    for where, entry in entries:
+        try:
+            row = json.loads(entry) if isinstance(entry, str) else entry
+            row = {key.lower(): value for key, value in row.items()}
+            name = next(row[key] for key in NAME_KEYS if key in row)
+            texts = next(row[key] for key in CAPTION_KEYS if key in row)
+        except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
+            raise UserError(f"{where} names no photo and caption: {usage}") from None
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(name, str) or not is_photo(name):
+            raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")
+        found.add(name, texts, where)
+    return found
+
+
+# --- Tables ---------------------------------------------------------------------------------
+
+
+def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
+    """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
+
+    The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
+    may be quoted; a delimiter within an unquoted caption that comes last belongs to it; a `#0`
+    after a name is left out. One malformed row is known and mended: Flickr30k's.
+    """
+    number, first = rows[0]
+    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
+    try:
+        names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter))]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number}: {error}") from None
+    photo = next((i for key in NAME_KEYS for i, name in enumerate(names) if name == key), None)
+    captions = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key][:1]
+    captions = captions or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
+    if photo is None and not captions and any(is_photo(_plain(name)) for name in names):
+        start, second = 0, _field(_field(first, delimiter)[1], delimiter)
+        numbered = second[0].isdigit() and second[1] != ""
+    elif photo is None or not captions:
+        raise UserError(
+            f"{path}, line {number}: no column is known to name "
+            f"{'photos' if photo is None else 'captions'}: call them {', '.join(NAME_KEYS)} and "
+            f"{', '.join(CAPTION_KEYS)}, or begin with a row like photo.jpg,A caption"
+        )
+    elif (photo, captions) == (0, [len(names) - 1]) and set(names[1:-1]) <= set(NUMBER_KEYS):
+        start, numbered = 1, len(names) == 3
+    else:
+        return _read_columns(path, text, delimiter, names, photo, captions)
+    found = Captions("a table")
+    for number, row in rows[start:]:
+        where = f"{path}, line {number}"
+        name, text = _read_row(where, row, delimiter, numbered, start == 1, found.passed)
+        if name:
+            found.add(name, [text], where)
+    if not found.texts:
+        raise UserError(f"{path} has a header but no rows like photo.jpg,A caption")
+    return found
+
+
+def _read_columns(
+    path: Path, text: str, delimiter: str, names: list[str], photo: int, captions: list[int]
+) -> Captions:
+    """A table of more columns than photo and caption; quoted fields may hold line ends."""
+    others = [name for i, name in enumerate(names) if i != photo and i not in captions]
+    found = Captions(f"a table, of which the columns {', '.join(others)} are ignored")
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    try:
+        next(row for row in reader if row)
+        for row in filter(any, reader):
+            where, more = f"{path}, line {reader.line_num}", len(row) - len(names)
+            if more > 0:  # delimiters within a caption that isn't quoted
+                end = captions[-1] + more + 1
+                row[captions[-1] : end] = [delimiter.join(row[captions[-1] : end])]
+            row += [""] * -more
+            texts = [row[place] for place in captions if row[place].strip()]
+            name = _plain(row[photo])
+            if not is_photo(name) and not BARE.fullmatch(name):
+                found.passed.append(f"{where}: {name!r} is not the name of a photo")
+            elif not texts:
+                found.passed.append(f"{where}: {name!r} has no caption")
+            else:
+                found.add(name, texts, where)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    if not found.texts:
+        raise UserError(f"{path} has no row with a photo and a caption: {found.passed[:3]}")
+    return found
+
+
+def _plain(name: str) -> str:
+    """A photo's name without the number of its caption: `photo.jpg#0`."""
+    return re.sub(r"#\w+$", "", name.strip())
+
+
+def _field(text: str, delimiter: str) -> tuple[str, str]:
+    """The first field of a row, and what comes after its delimiter."""
+    quoted = re.match(rf'\s*"((?:[^"]|"")*)"[ \r]*(?:{re.escape(delimiter)}|$)', text)
+    if quoted:
+        return quoted[1].replace('""', '"').strip(), text[quoted.end() :]
+    name, _, rest = text.partition(delimiter)
+    return name.strip(), rest
+
+
+def _read_row(
+    where: str, line: str, delimiter: str, numbered: bool, headed: bool, passed: list[str]
+) -> tuple[str, str]:
+    name, caption = _field(line, delimiter)
+    counted, name = "#" in name, _plain(name)
+    if not is_photo(name) and not (headed and BARE.fullmatch(name)):
+        if counted:  # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive
+            passed.append(f"{where}: {name!r} is not the name of a photo")
+            return "", ""
+        raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")
+    if numbered:
+        number, rest = _field(caption, delimiter)
+        known = MISSING_DELIMITER.fullmatch(number)
+        if not number.isdigit() and not (known and not rest and name in EMPTY_IN_THE_WILD):
+            raise UserError(f"{where}: {number!r} is not the number of a caption")
+        caption = rest if number.isdigit() else known[1]
+    caption = caption.strip()
+    if quoted := re.fullmatch(r'"((?:[^"]|"")*)"', caption):
+        caption = quoted[1].replace('""', '"').strip()
+    elif caption.startswith('"') and caption.count('"') % 2:
+        raise UserError(f"{where}: a quoted caption isn't closed on its line: join the lines")
+    caption = caption or EMPTY_IN_THE_WILD.get(name, "")
+    if not caption:
+        raise UserError(f"{where}: {name!r} has no caption: write one, or take the row out")
+    return name, caption
+
+
+# --- Texts beside photos, and names of photos --------------------------------------------------
+
+
+def photos_in(folder: Path) -> Iterator[str]:
+    """The names of the photos in a folder and its sub-folders, hidden ones passed over."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            # A name in another encoding than UTF-8 can't stand in a JSON file.
+            if is_photo(name) and not name.startswith(".") and not SURROGATES.search(name):
+                yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def read_texts_beside(folder: Path) -> Captions:
+    """The captions in `photo.txt` (or `.caption`) beside `photo.jpg`, one a line."""
+    found = Captions("a text beside each photo")
+    for name in photos_in(folder):
+        photo = folder / name
+        files = (photo.with_suffix(".txt"), Path(f"{photo}.txt"), photo.with_suffix(".caption"))
+        if file := next((file for file in files if file.is_file()), None):
+            text = file.read_text(encoding="utf-8-sig", errors="replace")
+            if lines := [line for line in text.splitlines() if line.strip()]:
+                found.add(name, lines, file)
+                continue
+        found.passed.append(f"{folder / name}: no text beside it")
+    return found
+
+
+def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
+    """What is said of photos, by the names that they really have in the folder.
+
+    Where a name is not there, tried are, as far as only one photo fits that nothing else names:
+    Unicode's other spelling or another case, and another suffix; and, where no name at all is
+    there, the name without its folders, and COCO's number.
+    """
+    if all((folder / name).is_file() for name in texts):
+        return texts
+    there = list(photos_in(folder))
+    if not there:
+        return texts
+    real = {name: name for name in texts if (folder / name).is_file()}
+    for way in (_spelled, lambda name: os.path.splitext(_spelled(name))[0], _last, _numbered):
+        if way in (_last, _numbered) and real:
+            break  # photos of one name may stand in several folders: theirs may just be missing
+        taken = set(real.values())
+        free = _index((name for name in there if name not in taken), way)
+        wanted = _index((name for name in texts if name not in real), way)
+        real |= {name: free[key] for key, name in wanted.items() if key in free}
+    if not real:
+        raise UserError(
+            f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
+            f"{folder} holds {there[0]!r}: correct the names, or choose the folder with --image_dir"
+        )
+    changed = [(name, file) for name, file in real.items() if name != file]
+    if changed:
+        name, file = changed[0]
+        print(f"{len(changed):,} names are read as those of photos, {name!r} as {file!r}")
+    return {real.get(name, name): captions for name, captions in texts.items()}
+
+
+def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[way(name)].append(name)
+    return {key: group[0] for key, group in groups.items() if key and len(group) == 1}
+
+
+def _spelled(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+
+
+def _last(name: str) -> str:
+    return os.path.splitext(os.path.basename(_spelled(name)))[0]
+
+
+def _numbered(name: str) -> str:
+    """COCO's number of a photo: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
+    number = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", _last(name))
+    return number[1] if number else ""
