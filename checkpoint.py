@@ -15,7 +15,7 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,9 +27,10 @@ from decoder import DecoderConfig
 from generation import GenerationOptions
 from model import CaptionModel
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, first_line, write_error
+from utils import UserError, atomic_write, check_ranges, first_line, write_error
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass
@@ -164,19 +165,34 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         description = json.loads(content["captioner"])
         if description["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer version: update this project")
-        return Checkpoint(
-            _restore_model(description, content["model"]),
-            CaptionTokenizer.from_json(description["tokenizer"]),
-            description["encoder"],
-            GenerationOptions(**description["generation"]),
-            tuple(description.get("tasks", ["captions"])),
-            description["settings"],
-            description["scores"],
-            content.get("training"),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
+        model = _restore_model(description, content["model"])
+        if sorted(tokenizer.vocab.values()) != list(range(model.config.vocab_size)):
+            raise ValueError("the tokenizer has another vocabulary than the decoder")
+        generation = _typed(GenerationOptions, description["generation"])
+        check_ranges(generation)
+        tasks = tuple(description.get("tasks", ["captions"]))
+        texts = [*tasks, description["encoder"]["name"]]
+        tables = [description[name] for name in ("encoder", "settings", "scores")]
+        if not all(isinstance(text, str) for text in texts) or not all(map(dict.items, tables)):
+            raise TypeError("its tasks, encoder, settings or scores are of another kind")
+        training = content.get("training")
+        return Checkpoint(model, tokenizer, tables[0], generation, tasks, *tables[1:], training)
+    except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
         # Its digest is right, so nobody changed it by accident: it was never one of ours.
-        raise UserError(f"{path} is not a checkpoint of this project ({error!r})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is not a checkpoint of this project ({reason})") from None
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of plain values, each of which is of the type that its field has."""
+    made = kind(**values)
+    for name, hint in get_type_hints(kind).items():
+        if not isinstance(getattr(made, name), (hint, int) if hint is float else hint):
+            raise TypeError(f"{name} is {getattr(made, name)!r}")
+    return made
 
 
 class _NoDraws(TorchFunctionMode):
@@ -189,9 +205,16 @@ class _NoDraws(TorchFunctionMode):
 
 
 def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
-    # Without storage of its own, the model takes no memory before the shapes are known to fit.
+    config = _typed(DecoderConfig, description["decoder"])
+    if config.layers > len(weights):  # each would be built, for nothing
+        raise ValueError(f"{config.layers} layers, but {len(weights)} weights")
+    if config.heads < 1 or not 0 <= config.dropout < 1:
+        raise ValueError(f"{config.heads} heads, dropout {config.dropout}")
+    other = {tensor.dtype for tensor in weights.values()} - {torch.float32}
+    if other:
+        raise TypeError(f"weights in {other.pop()}")
+    # Without storage of its own, the model takes no RAM before the shapes are known to fit.
     with torch.device("meta"), _NoDraws():
-        config = DecoderConfig(**description["decoder"])
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True).eval()
@@ -215,15 +238,42 @@ def _read_pt(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is damaged or not a .pt checkpoint")
     try:
+        # Nothing is compressed in what torch writes: the file's own size bounds what it may take.
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > size:
+                raise ValueError("it would unpack to more than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_size(content, 4 * size + 2**20)
+        if not isinstance(content, dict) or "captioner" not in content:
+            raise UserError(f"{path} is not a checkpoint of this project")
+        stored = content.pop("digest", None)
+        if stored != digest(content):
+            raise UserError(f"{path} is damaged: its content doesn't match its checksum")
+        return content
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         reason = first_line(error)
         raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
     except Exception as error:  # noqa: BLE001 - a changed byte can make any nonsense of a pickle
-        raise UserError(f"{path} is damaged: {error!r}") from None
-    if not isinstance(content, dict) or "captioner" not in content:
-        raise UserError(f"{path} is not a checkpoint of this project")
-    stored = content.pop("digest", None)
-    if stored != digest(content):
-        raise UserError(f"{path} is damaged: its content doesn't match its checksum")
-    return content
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
+
+
+def _check_size(content: Any, most: int) -> None:
+    """Refuse what is larger than its file, as a value repeated by its strides or by references."""
+    parts = [content]
+    while parts and most >= 0:
+        part = parts.pop()
+        most -= 1
+        if isinstance(part, Tensor):
+            most -= part.numel() * part.element_size()
+        elif isinstance(part, (str, bytes, bytearray)):
+            most -= len(part)
+        elif isinstance(part, dict):
+            parts += part.keys()
+            parts += part.values()
+        elif isinstance(part, (list, tuple, set)):
+            parts += part
+    if most < 0:
+        raise ValueError("it would take far more RAM than it has bytes")

@@ -187,11 +187,12 @@ class FrozenEncoder(nn.Module):
                 f"tower, first {wrong[0]}: it would be partly random. Choose another encoder."
             )
         depth = config.num_hidden_layers
-        for layer in layers:
-            if not -depth - 1 <= layer <= -1:
-                raise UserError(
-                    f"ENCODER_LAYERS has {layer}, but {name!r} has the layers -{depth + 1} to -1"
-                )
+        known = {*range(-depth - 1, 0)}
+        if not isinstance(layers, Sequence) or len(layers) > len(known) or {*layers} - known:
+            raise UserError(
+                f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
+                "to -1"
+            )
         source = {
             "name": name,
             "revision": getattr(config, "_commit_hash", None) or revision,
@@ -200,17 +201,21 @@ class FrozenEncoder(nn.Module):
         return cls(tower, processor, layers, source)
 
     @classmethod
-    def load_as_trained(cls, identity: dict[str, Any], moved_to: str | None = None):
+    def load_as_trained(
+        cls, identity: dict[str, Any], width: int, moved_to: str | None = None
+    ) -> FrozenEncoder:
         """Load the encoder that a checkpoint was trained on, by its `identity()`.
 
         Args:
+            width: of the features that its decoder reads.
             moved_to: where it is now, if no longer where it was.
         """
         name = moved_to or identity["name"]
-        revision = None if moved_to else identity["revision"]
-        encoder = cls.load(name, revision, identity["layers"])
+        revision = None if moved_to else identity.get("revision")
+        encoder = cls.load(name, revision, identity.get("layers"))
         here = encoder.identity()
-        changed = [key for key in ("weights", "preprocessing") if here[key] != identity[key]]
+        changed = [key for key in ("weights", "preprocessing") if here[key] != identity.get(key)]
+        changed += ["width"] if encoder.width != width else []
         if changed:
             raise UserError(
                 f"the encoder {name!r} is not the one that the checkpoint was trained on (its "

@@ -324,7 +324,9 @@ def load_scored(settings: SimpleNamespace) -> Scored:
         raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
     device = choose_device(settings.DEVICE)
     dtype = choose_dtype(settings.PRECISION, device)
-    encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, settings.encoder).to(device)
+    encoder = FrozenEncoder.load_as_trained(
+        checkpoint.encoder, checkpoint.model.feature_width, settings.encoder
+    ).to(device)
     cache, bad = build_features(
         encoder,
         paths.images,

@@ -264,7 +264,7 @@ def load_captioner(
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
     where = torch.device(choose_device(device))
-    tower = FrozenEncoder.load_as_trained(loaded.encoder, encoder)
+    tower = FrozenEncoder.load_as_trained(loaded.encoder, loaded.model.feature_width, encoder)
     return Captioner(loaded, tower, where, choose_dtype(precision, where))
 
 

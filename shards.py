@@ -50,7 +50,16 @@ from features import (
     write_table,
 )
 from tokenizer import CaptionTokenizer
-from utils import Bar, UserError, first_line, redact, require_extra, require_room, size_text
+from utils import (
+    Bar,
+    UserError,
+    first_line,
+    hide_keys,
+    redact,
+    require_extra,
+    require_room,
+    size_text,
+)
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a photo's shard, by number, and its row there
@@ -91,16 +100,24 @@ def expand_shards(pattern: str) -> list[str]:
             f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
             "correct the numbers in braces"
         )
-    if len(set(map(shard_name, urls))) < len(urls):
-        raise UserError(f"the shards {pattern} name one twice")
+    if len(set(map(_identity, urls))) < len(urls):
+        raise UserError(f"the shards {redact(pattern)} name one twice")
     return urls
 
 
 def shard_name(url: str) -> str:
+    """How a shard is called: what may be secret of its address gives way to a short hash."""
+    known, name = _identity(url), redact(_identity(url))
+    return name if name == known else f"{name} ({hashlib.sha256(known.encode()).hexdigest()[:6]})"
+
+
+def _identity(url: str) -> str:
     """A shard's path or address without keys and signatures, which may be others tomorrow."""
     address, _, query = url.partition("?")
-    signed = re.search(r"(?i)(signature|\bsig)=", query)
-    return redact(address if signed else url)
+    if re.search(r"(?i)(signature|\bsig)=", query):
+        url = address
+    key = r"(?i)([?&][\w-]*(?:signature|sig|token|credential|key)[\w-]*=)[^&\s]+"
+    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", re.sub(key, r"\1***", hide_keys(url)))
 
 
 def _elsewhere(url: str) -> bool:
@@ -390,7 +407,7 @@ def _known(folder: Path, url: str, keep_features: bool) -> Shard | None:
 
 def table_path(folder: Path, url: str) -> Path:
     """The table of a shard; its features stand beside it in a `.bin`."""
-    name = shard_name(url)
+    name = _identity(url)
     stem = re.sub(r"[^\w.-]", "_", os.path.basename(name.split("?")[0]).removesuffix(".tar"))
     return folder / f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 

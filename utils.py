@@ -8,7 +8,6 @@ import errno
 import fcntl
 import importlib
 import json
-import math
 import os
 import random
 import re
@@ -17,10 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -28,6 +27,56 @@ from tqdm import tqdm
 
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
+ANY = 2**31 - 1  # stands for: no upper bound
+
+# What settings and flags of all scripts may be, both ends allowed.
+RANGES = {
+    "MAX_BAD_IMAGES": (0, ANY),
+    "QUESTION_WEIGHT": (0, ANY),
+    "SHUFFLE_BUFFER": (1, ANY),
+    "FEATURE_VIEWS": (1, ANY),
+    "FEATURE_BATCH_SIZE": (1, ANY),
+    "VOCAB_SIZE": (1, ANY),
+    "MAX_CAPTION_LENGTH": (3, ANY),
+    "DECODER_EMBED_DIM": (1, ANY),
+    "DECODER_LAYERS": (1, ANY),
+    "DECODER_HEADS": (1, ANY),
+    "DECODER_FF_DIM": (1, ANY),
+    "DROPOUT": (0, 0.95),
+    "NUM_EPOCHS": (0, ANY),
+    "BATCH_SIZE": (1, ANY),
+    "GRADIENT_ACCUMULATION_STEPS": (1, ANY),
+    "LEARNING_RATE": (1e-12, 100),
+    "MIN_LEARNING_RATE": (0, 100),
+    "WARMUP_STEPS": (0, ANY),
+    "WEIGHT_DECAY": (0, 100),
+    "GRADIENT_CLIP": (1e-12, ANY),
+    "MAX_BAD_STEPS": (1, ANY),
+    "LABEL_SMOOTHING": (0, 0.95),
+    "EMA_DECAY": (0, 0.999999),
+    "SEED": (0, 2**63 - 1),
+    "SCST_EPOCHS": (0, ANY),
+    "SCST_BEAM_SIZE": (2, 100),
+    "SCST_LEARNING_RATE": (0, 100),
+    "KEEP_CHECKPOINTS": (0, ANY),
+    "SAMPLE_IMAGES": (0, ANY),
+    "SCORED_IMAGES": (0, ANY),
+    # Of writing, and of the other scripts
+    "BEAM_SIZE": (1, 1000),
+    "LENGTH_PENALTY": (-100, 100),
+    "NO_REPEAT_NGRAM": (0, ANY),
+    "MIN_LENGTH": (1, ANY),
+    "MAX_LENGTH": (1, ANY),
+    "GROUPS": (1, 1000),
+    "DIVERSITY": (0, 1000),
+    "TEMPERATURE": (1e-3, 1000),
+    "TOP_K": (0, ANY),
+    "TOP_P": (1e-6, 1),
+    "N_BEST": (1, 1000),
+    "MAX_MEGABYTES": (0.01, 1000),
+    "REPEATS": (1, ANY),
+    "PORT": (0, 65535),
+}
 
 
 class UserError(Exception):
@@ -60,11 +109,20 @@ def _flag_type(default: object) -> Callable[[str], Any]:
     return _boolean if isinstance(default, bool) else type(default)
 
 
-def script_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that knows the ranges of flags."""
+
+    def parse_args(self, *given: Any) -> argparse.Namespace:
+        flags = super().parse_args(*given)
+        check_ranges(flags)
+        return flags
+
+
+def script_parser(description: str, epilog: str | None = None) -> Parser:
     """A parser for a script's own flags; its `__doc__` begins and ends what `--help` says."""
     if epilog is None:
         description, _, epilog = description.partition("\n\n")
-    return argparse.ArgumentParser(
+    return Parser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -112,7 +170,9 @@ def load_settings(
     values = {name: _anchor(root, name, value) for name, value in defaults.items()}
     if preset:
         values |= preset(flags)
-    return SimpleNamespace(**values | vars(flags))
+    settings = SimpleNamespace(**values | vars(flags))
+    check_ranges(settings)  # also of what stands in the module
+    return settings
 
 
 def _anchor(root: Path, name: str, value: object) -> object:
@@ -122,12 +182,14 @@ def _anchor(root: Path, name: str, value: object) -> object:
     return value
 
 
-def check_ranges(settings: SimpleNamespace, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse settings outside their range, both ends of which are allowed."""
-    for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if not (math.isfinite(value) and least <= value <= most):
-            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+def check_ranges(settings: SimpleNamespace | argparse.Namespace) -> None:
+    """Refuse settings, or a script's own flags, outside of `RANGES`."""
+    for name, value in vars(settings).items():
+        least, most = RANGES.get(name.upper(), (None, None))
+        if least is None or not isinstance(value, (int, float)):
+            continue
+        if not least <= value <= most:  # so put, NaN is refused too
+            bound = f"at least {least}" if most == ANY else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: it must be {bound}")
 
 
@@ -139,32 +201,110 @@ def require_extra(module: str, requirements: str) -> ModuleType:
         raise UserError(f"this needs {error.name}: run pip install -r {requirements}") from None
 
 
+# --- What is said ---------------------------------------------------------------------------
+
+# Control characters, halves of pairs, and what turns the direction of writing.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object, spared: str = "") -> str:
+    """A text from outside as people may see it: what would steer a terminal is escaped."""
+    return CONTROLS.sub(
+        lambda found: (
+            found[0] if found[0] in spared else found[0].encode("unicode_escape").decode()
+        ),
+        str(text),
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line and without secrets, for a message of ours."""
-    return redact((str(error).strip() or repr(error)).splitlines()[0])
+    return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))
 
 
 def redact(text: str) -> str:
-    """Hide keys that the environment holds, and what a request was authorised with.
+    """Hide what may be secret: of a `pipe:` all but the program, of an address all but scheme,
+    host and path. Servers quote what they were sent, and libraries pass it on in their errors.
 
-    Servers quote what they were sent, and libraries pass it on in their errors.
+    A text that was redacted stays as it is.
     """
+    text = hide_keys(text)
+    text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\n])*'|"pipe:(?:\\.|[^"\n])*\"""", _program, text)
+    text = re.sub(r"\bpipe:(?!\s?\S* \*\*\*)[^\n'\"][^\n]*", _program, text)
+    return re.sub(r"(\w[\w+.-]*://)([^\s\"<>]*)", _address, text)
+
+
+def hide_keys(text: str) -> str:
+    """Hide keys that the environment holds, and what looks like one."""
     for name, value in os.environ.items():
         if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(value) >= 8:
             text = text.replace(value, "***")
     text = re.sub(r"\b(Basic|Bearer) [\w+/=.~-]{8,}", r"\1 ***", text)
-    signed = r"(?i)([?&][\w-]*(?:signature|sig|token|credential|key)[\w-]*=)[^&\s]+"
-    text = re.sub(signed, r"\1***", text)
-    text = re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
-    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
+    return re.sub(r"\bhf_(?:oauth_)?[A-Za-z0-9]{16,}", "hf_***", text)
+
+
+def _program(found: re.Match) -> str:
+    quote = found[0][0] if found[0][0] in "'\"" else ""
+    words = found[0].strip(quote).removeprefix("pipe:").split()
+    name = next((word for word in words if "=" not in word), "")
+    plain = re.fullmatch(r"[\w./+-]+", name)
+    hidden = " ***" if words != [name] else ""
+    return f"{quote}pipe:{name if plain else ''}{hidden if plain else '***'}{quote}"
+
+
+def _address(found: re.Match) -> str:
+    scheme, rest = found.groups()
+    closing = re.search(r"[')\],.;:]*$", rest)[0]
+    rest = rest.removesuffix(closing)
+    host = re.match(r"[^/?#]*", rest)[0]
+    if "@" in host:
+        rest = "***@" + host.rpartition("@")[2] + rest[len(host) :]
+    elif "@" in rest and not re.fullmatch(r"[^:]*(:\d*)?", host):
+        rest = "***@" + rest.rpartition("@")[2]  # a password with a slash or a question mark
+    place, query, _ = re.match(r"([^?#]*)([?#]?)(.*)", rest).groups()
+    return f"{scheme}{place}{query and '?***'}{closing}"
+
+
+class Said:
+    """Standard output or error, from which nobody may be reading any more.
+
+    That ends no work and costs no result: the rest goes nowhere, and `broken` remembers it. What
+    would steer a terminal is escaped, but for what our own progress bars need.
+    """
+
+    def __init__(self, stream: TextIO | None, spared: str):
+        self.stream, self.spared, self.broken = stream, spared, stream is None
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(shown(text, self.spared)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.broken:
+            return
+        try:
+            act()
+        except OSError as error:
+            self.broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno != errno.EPIPE:  # `| head` has read enough, and knows it
+                print(f"what is said can't be written: {error.strerror}", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
+    sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r\x1b")
+    message = ""
     try:
-        sys.exit(main())
+        code = main() or int(sys.stdout.broken)
     except UserError as error:
-        message = redact(str(error))
+        message = str(error)
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError that only its text tells from others.
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -174,15 +314,16 @@ def run_script(main: Callable[[], int | None]) -> None:
             f"out of memory ({first_line(error)}): halve --batch_size and double "
             "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before"
         )
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong, and nothing can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     sys.stdout.flush()
-    sys.exit(f"error: {message}")
+    if message:
+        # Lines of ours begin with a space, so that a name from outside can't forge one.
+        message = re.sub(r"\n(?! )", "\n  ", redact(message))
+        print(f"error: {shown(message, chr(10))}", file=sys.stderr)
+        code = 1
+    sys.exit(code or int(sys.stdout.broken))
 
 
 # --- Seeds, devices, precision --------------------------------------------------------------
@@ -197,14 +338,14 @@ def seed_everything(seed: int) -> None:
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device named, or the best one here: CUDA, else MPS, else the CPU."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    here["cpu"] = True
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count["cpu"] = 1
     if name == "auto":
-        name = next(kind for kind, there in here.items() if there)
-    kind = name.split(":")[0]
-    if kind not in here:
+        name = next(kind for kind, there in count.items() if there)
+    kind, _, number = name.partition(":")
+    if kind not in count or not re.fullmatch(r"\w+(:\d{1,3})?", name):
         raise UserError(f"DEVICE is {name!r}: use auto, cuda, mps or cpu")
-    if not here[kind]:
+    if int(number or 0) >= count[kind]:
         raise UserError(f"DEVICE is {name!r}, but torch sees no such device: use --device auto")
     return torch.device(name)
 
@@ -283,11 +424,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never a part, even if the machine stops, the
     disk is full, or the folder can't be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a symbolic link leads to is replaced, not the link
     temporary = handle = None
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: a file would take its place; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
+        )
         temporary = Path(name)
         with contextlib.suppress(OSError):  # some network disks know no locks
             fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed: a sign that the writer lives
@@ -309,8 +454,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process; the lock goes with the process, however it ends.
 
-    Another process that uses it is an error, or waited for. Files of `atomic_write` that a killed
-    process has left half-written there are removed.
+    Another process that uses it is an error, or waited for. Files of `atomic_write` that a process
+    has left half-written there are removed, if it is dead.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,19 @@ import pickle
 import resource
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use
+from checkpoint import Checkpoint, digest, load_checkpoint, save_for_training, save_for_use
 from decoder import DecoderConfig
+from encoder import FrozenEncoder
 from generation import GenerationOptions
 from model import CaptionModel
-from tests.conftest import REPO
+from tests.conftest import REPO, run
 from tokenizer import CaptionTokenizer
 from utils import UserError
 
@@ -133,17 +136,145 @@ def test_nothing_in_a_pt_is_executed(tmp_path):
     assert not mark.exists()
 
 
-@pytest.mark.fault
-def test_wrong_shapes_are_refused_before_memory_is_taken(checkpoint, tmp_path):
-    description = checkpoint.description()
-    description["decoder"]["width"] = 2**20
-    from checkpoint import digest
+def change(description: dict, place: str, value: object) -> None:
+    *way, last = place.split(".")
+    for name in way:
+        description = description[name]
+    description[last] = value
 
-    text, weights = json.dumps(description), dict(checkpoint.model.state_dict())
-    path = tmp_path / "c.safetensors"
+
+def forge(path: Path, checkpoint: Checkpoint, place: str, value: object) -> None:
+    """A checkpoint with a right checksum in which somebody put something else."""
+    description, weights = checkpoint.description(), dict(checkpoint.model.state_dict())
+    if place == "vocab" or place == "merges":
+        inner = json.loads(description["tokenizer"])
+        change(inner, f"model.{place}", value)
+        description["tokenizer"] = json.dumps(inner)
+    elif place == "weights":
+        weights = {name: value(tensor) for name, tensor in weights.items()}
+    else:
+        change(description, place, value)
+    text = json.dumps(description)
     save_file(weights, path, {"captioner": text, "digest": digest([text, weights])})
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+
+
+SPECIAL = {"<pad>": 0, "<start>": 1, "<end>": 2, "<answer>": 3}
+ODD = [
+    ("decoder.width", 2**20),
+    ("decoder.width", 0),
+    ("decoder.width", 16.0),
+    ("decoder.heads", 0),
+    ("decoder.heads", -2),
+    ("decoder.heads", "2"),
+    ("decoder.layers", 10**6),
+    ("decoder.layers", -1),
+    ("decoder.vocab_size", 10**12),
+    ("decoder.max_length", 10**15),
+    ("decoder.dropout", "no"),
+    ("decoder.dropout", 7),
+    ("decoder.more", 1),
+    ("decoder", []),
+    ("weights", torch.Tensor.double),
+    ("weights", torch.Tensor.half),
+    ("weights", torch.Tensor.int),
+    ("feature_width", 9),
+    ("feature_width", -8),
+    ("feature_width", None),
+    ("merges", [["zz", "qq"]]),
+    ("merges", [[1, 2, 3]]),
+    ("vocab", SPECIAL),
+    ("vocab", {"a": "b"}),
+    ("tokenizer", "[" * 100_000),
+    ("tokenizer", {}),
+    ("tasks", [["captions"]]),
+    ("tasks", 5),
+    ("encoder", "google/vit"),
+    ("encoder", {}),
+    ("encoder.name", ["x"]),
+    ("generation.beam_size", 100_000),
+    ("generation.beam_size", 2.5),
+    ("generation.no_repeat_ngram", "3"),
+    ("generation.temperature", float("nan")),
+    ("generation.beam_size", [1]),
+    ("settings", "none"),
+    ("scores", [1]),
+    ("format", None),
+]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "place, value", ODD, ids=[f"{place}-{i}" for i, (place, _) in enumerate(ODD)]
+)
+def test_odd_headers_are_refused_in_one_line(checkpoint, tmp_path, place, value):
+    path = tmp_path / "c.safetensors"
+    forge(path, checkpoint, place, value)
+    with pytest.raises(
+        UserError, match="c.safetensors is not a checkpoint of this project"
+    ) as error:
         load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("what", ["layers", "width", "name"])
+def test_an_odd_encoder_is_refused(trained, tmp_path, what):
+    checkpoint = load_checkpoint(trained / "captioner_best_cider.safetensors")
+    identity = checkpoint.encoder
+    width = checkpoint.model.feature_width + (what == "width")
+    identity |= {"layers": [-1] * 100_000} if what == "layers" else {}
+    identity |= {"name": "/nowhere"} if what == "name" else {}
+    with pytest.raises(UserError, match="ENCODER_LAYERS|not the one|can't be loaded") as error:
+        FrozenEncoder.load_as_trained(identity, width)
+    assert len(str(error.value)) < 500
+
+
+LOADS = """
+import re, sys
+from checkpoint import load_checkpoint
+from utils import UserError
+try:
+    load_checkpoint(sys.argv[1])
+except UserError as error:
+    print(error)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("bomb", ["strides", "deflated", "references", "circle", "deep"])
+def test_no_pt_takes_more_than_it_holds(tmp_path, bomb):
+    path = tmp_path / "c.pt"
+    value = torch.zeros(1).expand(2**31)
+    if bomb in ("references", "circle", "deep"):
+        value = []
+        for _ in range(60 if bomb == "references" else 5000):
+            value = [value, value] if bomb == "references" else [value]
+    if bomb == "circle":
+        value = []
+        value.append(value)
+    sys.setrecursionlimit(10**5)
+    torch.save({"captioner": "{}", "digest": "", "training": value}, path)
+    if bomb == "deflated":
+        torch.save(
+            {
+                "captioner": "{}",
+                "digest": "",
+                "training": torch.zeros(3 * 10**8, dtype=torch.uint8),
+            },
+            path,
+        )
+        with (
+            zipfile.ZipFile(path) as whole,
+            zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for name in whole.namelist():
+                packed.writestr(name, whole.read(name))
+        path = tmp_path / "d.pt"
+    result = run("-c", LOADS, path)
+    said, peak = result.stdout.splitlines()
+    assert f"{path.name} is damaged: " in said and "checksum" not in said
+    assert int(peak) < 1_000_000
 
 
 FULL_DISK = """

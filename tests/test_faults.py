@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tests.hub_server import HubServer
-from utils import UserError, constants, redact
+from utils import RANGES, UserError, constants, redact
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 
@@ -308,11 +309,29 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
         "https://me:c0ffee-c0ffee@host/path",
         f"token hf_{'Ab1' * 10}",
         f"https://host/00001.tar?part=1&X-Amz-Signature={'Ab1' * 10}",
+        "pipe:curl -u me:c0ffee https://host/{000..009}.tar",
+        "pipe:KEY=c0ffee /bin/fetch x",
+        "pipe:(KEY=c0ffee; fetch)",
+        "pipe: curl -H 'X-Api-Key: c0ffee' host",
+        shlex.join(["train.py", "--train_shards", "pipe:curl -H 'X-Api-Key: c0ffee' host"]),
+        json.dumps({"TRAIN_SHARDS": "pipe:curl -u 'me:c0\"ffee' -H c0ffee"}),
+        *(f"https://host/a.tar?{name}=c0ffee" for name in ("password", "auth", "code", "x")),
+        "https://host/a#access_token=c0ffee",
+        "https://me:hun@c0ffee@host/",
+        "https://me:hun/c0ffee@host/",
+        "(see https://me:c0ffee?x@host/a)",
     ):
         hidden = redact(text)
-        assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1", hidden)
-    plain = "a plain message of bearers and basics"
-    assert redact(plain) == plain
+        assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1|hun|ffee", hidden), hidden
+        assert redact(hidden) == hidden
+    for plain in (
+        "a plain message of bearers and basics",
+        "s3://bucket/{0000..0009}.tar, or https://host:80/@me/a.tar.",
+        "pipe:cat",
+    ):
+        assert redact(plain) == plain
+    command = shlex.join(["train.py", "--train_shards", "pipe:get -u me:x y", "--epochs", "2"])
+    assert redact(command) == "train.py --train_shards 'pipe:get ***' --epochs 2"
 
 
 # --- Hostile files --------------------------------------------------------------------------
@@ -436,8 +455,8 @@ def test_any_flags_are_understood_or_refused(given_flags):
     except SystemExit as stop:
         assert stop.code == 2
     else:
-        for name, (least, most) in train.RANGES.items():
-            assert least <= getattr(found, name) <= most
+        for name, (least, most) in RANGES.items():
+            assert least <= getattr(found, name, least) <= most
 
 
 WRONG_NUMBERS = {

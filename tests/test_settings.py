@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import REPO, run
-from utils import Bar, UserError, atomic_write, choose_device, choose_dtype, load_settings
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    choose_device,
+    choose_dtype,
+    load_settings,
+    shown,
+    sole_user,
+)
 
 
 @pytest.fixture
@@ -64,6 +78,9 @@ def test_devices_and_precisions_are_checked():
         choose_device("tpu")
     with pytest.raises(UserError, match="PRECISION"):
         choose_dtype("fp64", torch.device("cpu"))
+    for name in ("cpu:x", "cpu:-1", "cpu:", "cpu:7", "cuda:999", "", "cpu:9999999999"):
+        with pytest.raises(UserError, match=f"DEVICE is '{name}'"):
+            choose_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="auto"):
             choose_device("cuda")
@@ -84,6 +101,97 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("x")
 
 
+@pytest.mark.fault(count=3)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "out"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/null")
+    with pytest.raises(UserError, match="is no file"), atomic_write(path) as temporary:
+        temporary.write_text("x")
+    assert path.exists() and not path.is_file()
+
+
+def test_a_link_leads_to_the_file_that_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name in ("there", "absent"):
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "there").write_text("old")
+    for name in ("there", "absent"):
+        with atomic_write(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "real" / name).read_text() == "new"
+
+
+@pytest.mark.fault
+def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(tmp_path):
+    code = (
+        "import sys, time; from utils import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as path: print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    writer = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE)
+    writer.stdout.readline()
+    (tmp_path / ".old.abc.tmp").touch()  # as earlier versions named them
+    with sole_user(tmp_path):
+        (left,) = tmp_path.glob(".*.tmp")
+        assert str(writer.pid) in left.name
+    writer.kill()
+    writer.wait()
+    with sole_user(tmp_path):
+        assert not list(tmp_path.glob(".*.tmp"))
+
+
+SAYS = """
+import sys
+from pathlib import Path
+from utils import run_script
+def main():
+    for line in range(20000):
+        print("line", line, flush=True)
+    Path(sys.argv[1]).touch()
+run_script(main)
+"""
+
+
+@pytest.mark.fault(count=4)
+@pytest.mark.parametrize("fault", ["reader left", "full", "closed", "all closed"])
+def test_output_that_nobody_can_read_costs_no_result(tmp_path, fault):
+    more = {
+        "reader left": "| (read line; echo $line); exit ${PIPESTATUS[0]}",
+        "full": "> /dev/full",
+        "closed": ">&-",
+        "all closed": ">&- 2>&-",
+    }
+    command = shlex.join([sys.executable, "-c", SAYS, str(tmp_path / "done")])
+    result = subprocess.run(
+        ["bash", "-c", f"{command} {more[fault]}"], cwd=REPO, text=True, capture_output=True
+    )
+    assert (tmp_path / "done").exists(), result.stderr
+    assert result.returncode == 1
+    said = "what is said can't be written: No space left on device\n" if fault == "full" else ""
+    assert result.stderr == said
+    assert result.stdout == ("line 0\n" if fault == "reader left" else "")
+
+
+def test_what_people_read_steers_no_terminal_and_forges_no_line():
+    code = (
+        "from utils import UserError, run_script\n"
+        "name = 'a\x1b[2J\u202e\\udcff\\nerror: b'\n"
+        "def main():\n print(name)\n raise UserError(name)\n"
+        "run_script(main)"
+    )
+    result = run("-c", code)
+    assert result.stdout == "a\\x1b[2J\\u202e\\udcff\nerror: b\n"  # a line of print's is a line
+    assert result.stderr == "error: a\\x1b[2J\\u202e\\udcff\n  error: b\n"
+    assert shown("größer 犬 👩‍👧 a\tb\n") == "größer 犬 👩‍👧 a\\tb\\n"
+
+
 MISTAKES = {
     "unknown flag": (["train.py", "--epoch", "5"], 2, "--epoch"),
     "no such picture": (
@@ -96,8 +204,40 @@ MISTAKES = {
         1,
         "config.py is not a readable picture",
     ),
+    "a device's number": (["train.py", "--device", "cpu:x"], 1, "DEVICE is 'cpu:x'"),
+    "no batch": (
+        ["evaluate.py", "--checkpoint", "no.pt", "--batch_size", "0"],
+        1,
+        "batch_size is 0",
+    ),
     "unknown data set": (["train.py", "--dataset", "coco"], 1, "coco"),
 }
+
+
+WRONG = [
+    ("evaluate", "--batch_size", "-1"),
+    ("evaluate", "--feature_batch_size", "0"),
+    ("evaluate", "--length_penalty", "1e9"),
+    ("inference", "--no_repeat_ngram", "-3"),
+    ("inference", "--beam_size", "100000"),
+    ("inference", "--seed", str(2**70)),
+    ("inference", "--temperature", "nan"),
+    ("inference", "--n_best", "0"),
+    ("inference", "--batch_size", "0"),
+    ("tools.app", "--max_megabytes", "nan"),
+    ("tools.app", "--port", "70000"),
+    ("tools.benchmark", "--repeats", "0"),
+    ("prepare_dataset", "--max_bad_images", "-1"),
+]
+
+
+@pytest.mark.parametrize("script, flag, value", WRONG)
+def test_each_script_knows_the_ranges_of_its_flags(script, flag, value):
+    module = importlib.import_module(script)
+    needed = ["--checkpoint", "no.pt"] if script in ("evaluate", "inference", "tools.app") else []
+    needed += ["--image_path", "no.jpg"] if script == "inference" else []
+    with pytest.raises(UserError, match=rf"(?i){flag[2:]} is .*: it must be "):
+        module.main([*needed, flag, value])
 
 
 @pytest.mark.parametrize("name", MISTAKES)
