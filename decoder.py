@@ -70,7 +70,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None =
     """Scaled dot-product attention; all (rows, heads, length, head width), mask True to attend.
 
     On a CPU in bf16 the plain products are 3 times as fast as PyTorch's fused kernel, which
-    converts block by block (README, Performance); everywhere else the fused one is used.
+    converts block by block (docs/performance.md); everywhere else the fused one is used.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)

@@ -135,7 +135,7 @@ def joined(device: str) -> Iterator[Team]:
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # torchrun's store outlives its processes, and would lead to ones that are gone (PyTorch
-        # issue 135712). Machines don't count restarts alike: README says what helps there.
+        # issue 135712). Machines don't count restarts alike: docs/training.md says what helps.
         store = dist.PrefixStore(f"start {team.restarts}", store)
     team = replace(team, rank=rank, size=size)
     with contextlib.ExitStack() as stack:

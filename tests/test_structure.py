@@ -99,36 +99,56 @@ def test_help_lists_every_constant():
         assert f"--{name.lower()} " in result.stdout
 
 
-def test_the_readme_names_what_exists():
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in REPO.glob("docs/*.md"))]
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+def test_the_readme_has_a_line_for_each_file():
     text = (REPO / "README.md").read_text()
-    for path in set(re.findall(r"`((?:demo|tests|[\w.]+)(?:/[\w.]+)*\.(?:py|sh|txt|toml))`", text)):
-        assert (REPO / path).exists(), path
+    for module in MODULES:
+        assert f"`{module.replace('.', '/')}.py`" in text, f"{module} has no line in the README"
+
+
+def test_the_readme_is_read_to_the_end():
+    text = (REPO / "README.md").read_text()
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2500
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_what_exists(page):
+    text = (REPO / page).read_text()
+    folders = r"(?:demo|tests|docs|tools|[\w.]+)"
+    for path in set(re.findall(rf"`({folders}(?:/[\w.]+)*\.(?:py|sh|txt|toml))`", text)):
+        known = path.startswith("photo.") or path.startswith(("captions.", "Flickr8k."))
+        assert known or (REPO / path).exists(), path
     for script in set(re.findall(r"python3? (\w+(?:/\w+)*\.py)", text)):
         assert (REPO / script).exists(), script
-    for module in MODULES:
-        assert f"`{module.replace('.', '/')}.py`" in text, f"{module}.py has no line in the README"
+    for module in set(re.findall(r"python3? -m (tools\.\w+)", text)):
+        assert (REPO / module.replace(".", "/")).with_suffix(".py").exists(), module
     blocks = "\n".join(re.findall(r"```.*?```", text, re.S))
-    blocks = re.sub(r"\btorchrun .*?(?=\w+\.py)", "", blocks, flags=re.S)  # its own flags
-    blocks = re.sub(r"^img2dataset (?:.*\\\n)*.*$", "", blocks, flags=re.M)  # another program
+    # Other programs have flags of their own.
+    blocks = re.sub(r"\btorchrun .*?(?=\w+\.py)", "", blocks, flags=re.S)
+    blocks = re.sub(r"^(?:img2dataset|curl|conda|pip) (?:.*\\\n)*.*$", "", blocks, flags=re.M)
     flags = set(re.findall(r"(?<=\s)--([a-z_]+)", blocks))
     known = {name.lower() for name in constants(config)}
-    code = "\n".join(
-        path.read_text()
-        for path in [
-            *REPO.glob("*.py"),
-            *REPO.glob("*.sh"),
-            *REPO.glob("demo/*.py"),
-            *REPO.glob("tools/*.py"),
-        ]
-    )
+    files = [
+        path for kind in ("*.py", "*.sh", "demo/*.py", "tools/*.py") for path in REPO.glob(kind)
+    ]
+    code = "\n".join(path.read_text() for path in files)
     for flag in flags - known:
-        assert f'"--{flag}"' in code or f"--{flag})" in code, f"--{flag} is in the README only"
-    for link in re.findall(r"\]\(#([\w-]+)\)", text):
-        headings = [
-            re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
-            for h in re.findall(r"^#+ (.+)$", text, re.M)
-        ]
-        assert link in headings, f"#{link}"
+        defined = f'"--{flag}"' in code or f"--{flag})" in code or f'"{flag}":' in code
+        assert defined, f"--{flag} is in {page} only"
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        there = (REPO / page).parent / file if file else REPO / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there.read_text()), target
 
 
 def test_the_first_two_commands_are_the_set_up():
