@@ -13,14 +13,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, read_json
+from utils import UserError, atomic_write, read_json
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -395,3 +395,57 @@ def _numbered(name: str) -> str:
     """COCO's number of a photo: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
     number = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", _last(name))
     return number[1] if number else ""
+
+
+# --- Questions --------------------------------------------------------------------------------
+
+
+def convert_vqa(
+    questions: Sequence[str],
+    annotations: Sequence[str],
+    target: Path,
+    images: Path | None = None,
+) -> None:
+    """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
+
+    Files of that form that other people made may lack all but questions, ids and an answer.
+
+    Raises:
+        UserError: files don't pair, or they are not of VQA's form.
+    """
+    if len(questions) != len(annotations):
+        raise UserError(
+            "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
+        )
+    table: dict[str, list[dict[str, Any]]] = {}
+    for pair in zip(questions, annotations, strict=True):
+        asked, answered = (read_json(Path(path).expanduser()) for path in pair)
+        try:
+            _add_vqa(asked, answered, table)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
+    if images and images.is_dir():
+        table = match_names(table, images)
+    with atomic_write(target) as path:
+        path.write_text(json.dumps(table), encoding="utf-8")
+    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
+
+
+def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
+    subtype = asked.get("data_subtype") or answered.get("data_subtype")
+    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
+    texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
+    passed = 0
+    for entry in answered["annotations"]:
+        people = entry.get("answers") or []
+        answers = [given if isinstance(given, str) else given["answer"] for given in people]
+        answer = entry.get("multiple_choice_answer") or entry.get("answer") or ""
+        if entry["question_id"] not in texts or not (answer or answers):
+            passed += 1
+            continue
+        number = str(entry["image_id"])
+        name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
+        row = {"question": texts[entry["question_id"]], "answer": answer, "answers": answers}
+        table.setdefault(name, []).append(row | {"type": entry.get("question_type", "")})
+    if passed:
+        print(f"  passed over: {passed:,} annotations without a question or an answer")

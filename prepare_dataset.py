@@ -8,45 +8,44 @@ that is complete is recognised at once and left alone.
 from __future__ import annotations
 
 import argparse
-import bisect
 import contextlib
 import fcntl
-import io
-import itertools
 import json
 import os
 import re
 import shlex
 import shutil
-import stat
-import struct
 import sys
-import tempfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from tqdm import tqdm
-
 import config
+from archive import (
+    MAX_ENTRY_BYTES,
+    TABLE_NAMES,
+    DamagedArchive,
+    extract_photos,
+    named_in,
+    open_zip,
+    select_entries,
+)
 from captions_file import (
     TABLES,
     Captions,
+    convert_vqa,
     find_table,
-    is_photo,
     match_names,
     read_captions,
     read_texts_beside,
 )
+from check_data import check
 from dataset import (
     SPLITS,
     DataPaths,
-    Text,
     converted_captions,
     data_paths,
     find_images,
@@ -59,12 +58,10 @@ from dataset import (
     split_by_ratio,
 )
 from download import download
-from encoder import PHOTO_SUFFIXES, ImageError, open_image
-from features import check_bad, file_digest, prefetch
+from encoder import PHOTO_SUFFIXES
+from features import check_bad
 from shards import expand_shards, read_shard, say_samples
-from tokenizer import CaptionTokenizer, normalize
 from utils import (
-    Bar,
     UserError,
     atomic_write,
     load_settings,
@@ -72,8 +69,6 @@ from utils import (
     redact,
     require_room,
     run_script,
-    size_text,
-    write_error,
 )
 
 # The parts of each data set's zip, in order. No checksums are published for them: a part's size
@@ -85,9 +80,6 @@ SOURCES = {
 }
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
-MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
-MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
-TABLE_NAMES = tuple(name.lower() for name in TABLES)
 
 EXAMPLES = """examples:
   python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
@@ -100,127 +92,7 @@ SETTINGS = (
 ).split()
 
 
-class DamagedArchive(UserError):
-    """A zip that is cut off, altered, or put together from the wrong parts."""
-
-
-# --- Zip files ------------------------------------------------------------------------------
-
-
-class JoinedFiles(io.RawIOBase):
-    """Several files read as one, so that the parts of a zip need no copy."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.files = [open(path, "rb") for path in paths]
-        self.ends = list(itertools.accumulate(path.stat().st_size for path in paths))
-        self.position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.ends[-1]}[whence]
-        if base + offset < 0:
-            raise ValueError("a place before the start of the file")
-        self.position = base + offset
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        part = bisect.bisect_right(self.ends, self.position)
-        if part == len(self.files):
-            return 0
-        self.files[part].seek(self.position - self.ends[part], os.SEEK_END)
-        count = self.files[part].readinto(buffer)
-        self.position += count
-        return count
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-        super().close()
-
-
-@contextlib.contextmanager
-def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
-    """Open a zip that stands in one or several files.
-
-    Raises:
-        DamagedArchive: it is no zip, or an entry that is read within the block is damaged.
-    """
-    name = " + ".join(str(part) for part in parts)
-    try:
-        with io.BufferedReader(JoinedFiles(parts)) as file, zipfile.ZipFile(file) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError) as error:
-        order = "" if len(parts) == 1 else ", or its parts are out of order"
-        raise DamagedArchive(f"{name} is not a whole zip file{order} ({error})") from None
-    except (NotImplementedError, OverflowError) as error:
-        raise DamagedArchive(f"{name} can't be read as a zip file ({error})") from None
-
-
-def select_entries(
-    archive: zipfile.ZipFile, packed: int, known: Container[str] = ()
-) -> dict[str, zipfile.ZipInfo]:
-    """The photos and captions tables of a zip of `packed` bytes, by name.
-
-    A photo's name is the longest end of its path that is among the `known` ones, which captions
-    are of, and otherwise its last part.
-
-    Raises:
-        UserError: an entry would leave the folder, is a link, encrypted, or stands there twice;
-            or the zip is a compression bomb. Nothing has been written then.
-    """
-    entries: dict[str, zipfile.ZipInfo] = {}
-    names: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename.replace("\\", "/"))
-        entry = f"the archive's entry {info.filename!r}"
-        if path.is_absolute() or ".." in path.parts or ":" in info.filename:
-            raise UserError(f"{entry} leads out of the folder")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise UserError(f"{entry} is a link, not a file")
-        if info.is_dir() or not (path.name.lower() in TABLE_NAMES or is_photo(path.name)):
-            continue
-        if path.name.startswith(".") or "__MACOSX" in path.parts:
-            continue
-        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        name = next((end for end in ends if end in known), path.name)
-        # A file system that ignores case would write "A.jpg" over "a.jpg".
-        key = name.lower()
-        if key in entries:
-            raise UserError(
-                f"{entry} stands there twice, perhaps in two folders: folders are kept where the "
-                "captions name photos with them"
-            )
-        plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
-            raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
-        entries[key] = names[name] = info
-    unpacked = sum(info.file_size for info in entries.values())
-    largest = max((info.file_size for info in entries.values()), default=0)
-    if largest > MAX_ENTRY_BYTES or unpacked > MAX_UNPACKED_RATIO * packed:
-        raise UserError(
-            f"the archive of {size_text(packed)} would unpack to {size_text(unpacked)}, its "
-            f"largest file to {size_text(largest)}: that is no collection of photos"
-        )
-    return names
-
-
-def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
-    """The names of photos, with their folders, in the captions table of a zip."""
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename)
-        small = info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed)
-        if path.name.lower() in TABLE_NAMES and small and "__MACOSX" not in path.parts:
-            with tempfile.TemporaryDirectory() as folder:
-                table = Path(folder) / path.name
-                table.write_bytes(archive.read(info))
-                # A table that can't be read is refused later, with its place in DATA_DIR.
-                with contextlib.suppress(UserError):
-                    return set(read_captions(table).texts)
-    return set()
+# --- Archives -------------------------------------------------------------------------------
 
 
 def read_marker(paths: DataPaths) -> dict[str, Any] | None:
@@ -265,40 +137,12 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         missing = {n: info for n, info in entries.items() if present.get(n) != info.file_size}
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
-        _extract_photos(archive, missing, paths.images)
+        extract_photos(archive, missing, paths.images)
         if tables and not find_table(paths.data_dir, paths.images):
             name = next(name for name in TABLES if name.lower() in tables)
             with atomic_write(paths.data_dir / name) as temporary:
                 temporary.write_bytes(archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
-
-
-def _extract_photos(
-    archive: zipfile.ZipFile, photos: Mapping[str, zipfile.ZipInfo], folder: Path
-) -> None:
-    # One temporary name for all of this process, for several may unpack into one folder, each
-    # for a DATA_DIR of its own. A run that was killed leaves one file, which the next removes.
-    temporary = folder / f".unpacking.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".unpacking.*.tmp"):
-            with contextlib.suppress(OSError), open(leftover, "rb") as left:
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
-                leftover.unlink()
-        for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos", disable=None):
-            # zipfile reads no more than the declared size, and raises if there is less or the
-            # checksum is another.
-            with archive.open(info) as source, open(temporary, "wb") as target:
-                with contextlib.suppress(OSError):  # some network disks know no locks
-                    fcntl.flock(target, fcntl.LOCK_EX)
-                shutil.copyfileobj(source, target)
-                target.flush()
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary, folder / name)
-    except OSError as error:
-        raise write_error(error, folder) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def photo_sizes(folder: Path) -> dict[str, int]:
@@ -382,57 +226,6 @@ def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
 
 
 # --- Photos ---------------------------------------------------------------------------------
-
-
-def convert_vqa(
-    questions: Sequence[str],
-    annotations: Sequence[str],
-    target: Path,
-    images: Path | None = None,
-) -> None:
-    """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
-
-    Files of that form that other people made may lack all but questions, ids and an answer.
-
-    Raises:
-        UserError: files don't pair, or they are not of VQA's form.
-    """
-    if len(questions) != len(annotations):
-        raise UserError(
-            "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
-        )
-    table: dict[str, list[dict[str, Any]]] = {}
-    for pair in zip(questions, annotations, strict=True):
-        asked, answered = (read_json(Path(path).expanduser()) for path in pair)
-        try:
-            _add_vqa(asked, answered, table)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
-    if images and images.is_dir():
-        table = match_names(table, images)
-    with atomic_write(target) as path:
-        path.write_text(json.dumps(table), encoding="utf-8")
-    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
-
-
-def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
-    subtype = asked.get("data_subtype") or answered.get("data_subtype")
-    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
-    passed = 0
-    for entry in answered["annotations"]:
-        people = entry.get("answers") or []
-        answers = [given if isinstance(given, str) else given["answer"] for given in people]
-        answer = entry.get("multiple_choice_answer") or entry.get("answer") or ""
-        if entry["question_id"] not in texts or not (answer or answers):
-            passed += 1
-            continue
-        number = str(entry["image_id"])
-        name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
-        row = {"question": texts[entry["question_id"]], "answer": answer, "answers": answers}
-        table.setdefault(name, []).append(row | {"type": entry.get("question_type", "")})
-    if passed:
-        print(f"  passed over: {passed:,} annotations without a question or an answer")
 
 
 def ensure_photos(
@@ -587,82 +380,6 @@ def write_splits(
         return
     with atomic_write(paths.splits) as temporary:
         temporary.write_bytes(text.encode())
-
-
-# --- Check ----------------------------------------------------------------------------------
-
-
-def check(
-    settings: SimpleNamespace,
-    paths: DataPaths,
-    splits: Mapping[str, Sequence[str]],
-    captions: Mapping[str, Sequence[str]],
-    questions: Mapping[str, Sequence[Text]],
-) -> list[str]:
-    """Describe a prepared data set; returns what is wrong with it that training would refuse.
-
-    Every photo is decoded, so that those that can't be read are named before training meets them.
-    """
-    if captions:
-        describe_captions(captions, splits, settings)
-    wanted = list(dict.fromkeys((*captions, *questions)))
-    missing = [name for name in wanted if not (paths.images / name).is_file()]
-    unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
-    print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
-    split_of = {name: split for split in SPLITS for name in splits[split]}
-    bad: dict[str, str] = {}
-    copies: dict[str, list[str]] = {}
-
-    def look(name: str) -> tuple[str, str, str]:
-        try:
-            open_image(paths.images / name, least=64)
-        except ImageError as error:
-            return name, "", str(error)
-        return name, file_digest(paths.images / name), ""
-
-    looked = prefetch(look, split_of, threads=os.cpu_count() or 2, ahead=32)
-    with Bar(len(split_of), "looking at photos", "photo") as bar:
-        for name, digest, problem in looked:
-            if problem:
-                bad[name] = problem
-            else:
-                copies.setdefault(digest, []).append(name)
-            bar.step(1)
-    print("\n  ".join([f"broken    {len(bad)} photos can't be read", *bad.values()]))
-    shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
-    lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
-    print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
-    limit = settings.MAX_BAD_IMAGES
-    met = sum(split_of[name] != "test" for name in bad)  # by training
-    return [
-        f"{count} photos {state}, more than MAX_BAD_IMAGES = {limit}"
-        for count, state in ((len(missing), "are missing"), (met, "can't be read"))
-        if count > limit
-    ]
-
-
-def describe_captions(
-    captions: Mapping[str, Sequence[str]],
-    splits: Mapping[str, Sequence[str]],
-    settings: SimpleNamespace,
-) -> None:
-    """Say how many captions a photo has, how long they are, and how many training would cut."""
-    texts = [normalize(text) for group in captions.values() for text in group]
-    counts = sorted(map(len, captions.values()))
-    lengths = sorted(len(text.split()) for text in texts)
-    words = {word for text in texts for word in text.split()}
-    print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
-    print(
-        f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
-        f"{len(words):,} different ones"
-    )
-    # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
-    learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
-    longest = settings.MAX_CAPTION_LENGTH
-    tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
-    rows = tokenizer.encode_texts([("", text) for text in texts], longest + 1)
-    cut = sum(len(row) > longest for row in rows)
-    print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
 
 
 # --- Everything -----------------------------------------------------------------------------

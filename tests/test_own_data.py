@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import captions_file
 import config
 import prepare_dataset
 from captions_file import read_table
@@ -271,7 +272,7 @@ def test_vqa_files_of_other_people(tmp_path):
     for name, table in (("q", asked), ("a", answered)):
         (tmp_path / name).write_text(json.dumps(table))
     files = [str(tmp_path / "q")], [str(tmp_path / "a")]
-    prepare_dataset.convert_vqa(*files, folder / "questions.json", folder / "images")
+    captions_file.convert_vqa(*files, folder / "questions.json", folder / "images")
     found = load_questions(folder / "questions.json")
     assert found["COCO_val2014_000000000042.jpg"][0].target == "red"
 

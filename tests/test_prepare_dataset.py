@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 import config
 import download
 import prepare_dataset
+from archive import DamagedArchive, JoinedFiles
 from captions_file import read_table
 from dataset import load_captions, load_splits
-from prepare_dataset import DamagedArchive, JoinedFiles, extract, prepare
+from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
 from utils import UserError, atomic_write, load_settings, sole_user
 

@@ -18,8 +18,8 @@ ORDER = """
     utils tokenizer metrics encoder decoder distributed features dataset captions_file download
     shards model attention
     generation self_critical corpus checkpoint hub tracking run report sidecar
-    prepare_dataset train evaluate inference
-    tools.app tools.export tools.benchmark tools.check_data
+    check_data archive prepare_dataset train evaluate inference
+    tools.app tools.export tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("prepare_dataset") :])
 MODULES = sorted(

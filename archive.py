@@ -1,0 +1,176 @@
+"""Zips of photos, in one file or in parts: read without a copy, and refused where they lie."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import fcntl
+import io
+import itertools
+import os
+import shutil
+import stat
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+from captions_file import TABLES, is_photo, read_captions
+from utils import UserError, size_text, write_error
+
+MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
+MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
+TABLE_NAMES = tuple(name.lower() for name in TABLES)
+
+
+class DamagedArchive(UserError):
+    """A zip that is cut off, altered, or put together from the wrong parts."""
+
+
+class JoinedFiles(io.RawIOBase):
+    """Several files read as one, so that the parts of a zip need no copy."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.files = [open(path, "rb") for path in paths]
+        self.ends = list(itertools.accumulate(path.stat().st_size for path in paths))
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.ends[-1]}[whence]
+        if base + offset < 0:
+            raise ValueError("a place before the start of the file")
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        part = bisect.bisect_right(self.ends, self.position)
+        if part == len(self.files):
+            return 0
+        self.files[part].seek(self.position - self.ends[part], os.SEEK_END)
+        count = self.files[part].readinto(buffer)
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
+    """Open a zip that stands in one or several files.
+
+    Raises:
+        DamagedArchive: it is no zip, or an entry that is read within the block is damaged.
+    """
+    name = " + ".join(str(part) for part in parts)
+    try:
+        with io.BufferedReader(JoinedFiles(parts)) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError) as error:
+        order = "" if len(parts) == 1 else ", or its parts are out of order"
+        raise DamagedArchive(f"{name} is not a whole zip file{order} ({error})") from None
+    except (NotImplementedError, OverflowError) as error:
+        raise DamagedArchive(f"{name} can't be read as a zip file ({error})") from None
+
+
+def select_entries(
+    archive: zipfile.ZipFile, packed: int, known: Container[str] = ()
+) -> dict[str, zipfile.ZipInfo]:
+    """The photos and captions tables of a zip of `packed` bytes, by name.
+
+    A photo's name is the longest end of its path that is among the `known` ones, which captions
+    are of, and otherwise its last part.
+
+    Raises:
+        UserError: an entry would leave the folder, is a link, encrypted, or stands there twice;
+            or the zip is a compression bomb. Nothing has been written then.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    names: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename.replace("\\", "/"))
+        entry = f"the archive's entry {info.filename!r}"
+        if path.is_absolute() or ".." in path.parts or ":" in info.filename:
+            raise UserError(f"{entry} leads out of the folder")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(f"{entry} is a link, not a file")
+        if info.is_dir() or not (path.name.lower() in TABLE_NAMES or is_photo(path.name)):
+            continue
+        if path.name.startswith(".") or "__MACOSX" in path.parts:
+            continue
+        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+        name = next((end for end in ends if end in known), path.name)
+        # A file system that ignores case would write "A.jpg" over "a.jpg".
+        key = name.lower()
+        if key in entries:
+            raise UserError(
+                f"{entry} stands there twice, perhaps in two folders: folders are kept where the "
+                "captions name photos with them"
+            )
+        plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
+            raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
+        entries[key] = names[name] = info
+    unpacked = sum(info.file_size for info in entries.values())
+    largest = max((info.file_size for info in entries.values()), default=0)
+    if largest > MAX_ENTRY_BYTES or unpacked > MAX_UNPACKED_RATIO * packed:
+        raise UserError(
+            f"the archive of {size_text(packed)} would unpack to {size_text(unpacked)}, its "
+            f"largest file to {size_text(largest)}: that is no collection of photos"
+        )
+    return names
+
+
+def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
+    """The names of photos, with their folders, in the captions table of a zip."""
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename)
+        small = info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed)
+        if path.name.lower() in TABLE_NAMES and small and "__MACOSX" not in path.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                table = Path(folder) / path.name
+                table.write_bytes(archive.read(info))
+                # A table that can't be read is refused later, with its place in DATA_DIR.
+                with contextlib.suppress(UserError):
+                    return set(read_captions(table).texts)
+    return set()
+
+
+def extract_photos(
+    archive: zipfile.ZipFile, photos: Mapping[str, zipfile.ZipInfo], folder: Path
+) -> None:
+    # One temporary name for all of this process, for several may unpack into one folder, each
+    # for a DATA_DIR of its own. A run that was killed leaves one file, which the next removes.
+    temporary = folder / f".unpacking.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".unpacking.*.tmp"):
+            with contextlib.suppress(OSError), open(leftover, "rb") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
+                leftover.unlink()
+        for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos", disable=None):
+            # zipfile reads no more than the declared size, and raises if there is less or the
+            # checksum is another.
+            with archive.open(info) as source, open(temporary, "wb") as target:
+                with contextlib.suppress(OSError):  # some network disks know no locks
+                    fcntl.flock(target, fcntl.LOCK_EX)
+                shutil.copyfileobj(source, target)
+                target.flush()
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, folder / name)
+    except OSError as error:
+        raise write_error(error, folder) from error
+    finally:
+        temporary.unlink(missing_ok=True)

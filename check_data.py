@@ -1,0 +1,86 @@
+"""A look at every photo and caption of a prepared data set, before training meets them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+from dataset import SPLITS, DataPaths, Text
+from encoder import ImageError, open_image
+from features import file_digest, prefetch
+from tokenizer import CaptionTokenizer, normalize
+from utils import Bar
+
+
+def check(
+    settings: SimpleNamespace,
+    paths: DataPaths,
+    splits: Mapping[str, Sequence[str]],
+    captions: Mapping[str, Sequence[str]],
+    questions: Mapping[str, Sequence[Text]],
+) -> list[str]:
+    """Describe a prepared data set; returns what is wrong with it that training would refuse.
+
+    Every photo is decoded, so that those that can't be read are named before training meets them.
+    """
+    if captions:
+        describe_captions(captions, splits, settings)
+    wanted = list(dict.fromkeys((*captions, *questions)))
+    missing = [name for name in wanted if not (paths.images / name).is_file()]
+    unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
+    print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
+    split_of = {name: split for split in SPLITS for name in splits[split]}
+    bad: dict[str, str] = {}
+    copies: dict[str, list[str]] = {}
+
+    def look(name: str) -> tuple[str, str, str]:
+        try:
+            open_image(paths.images / name, least=64)
+        except ImageError as error:
+            return name, "", str(error)
+        return name, file_digest(paths.images / name), ""
+
+    looked = prefetch(look, split_of, threads=os.cpu_count() or 2, ahead=32)
+    with Bar(len(split_of), "looking at photos", "photo") as bar:
+        for name, digest, problem in looked:
+            if problem:
+                bad[name] = problem
+            else:
+                copies.setdefault(digest, []).append(name)
+            bar.step(1)
+    print("\n  ".join([f"broken    {len(bad)} photos can't be read", *bad.values()]))
+    shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
+    lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
+    print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
+    limit = settings.MAX_BAD_IMAGES
+    met = sum(split_of[name] != "test" for name in bad)  # by training
+    return [
+        f"{count} photos {state}, more than MAX_BAD_IMAGES = {limit}"
+        for count, state in ((len(missing), "are missing"), (met, "can't be read"))
+        if count > limit
+    ]
+
+
+def describe_captions(
+    captions: Mapping[str, Sequence[str]],
+    splits: Mapping[str, Sequence[str]],
+    settings: SimpleNamespace,
+) -> None:
+    """Say how many captions a photo has, how long they are, and how many training would cut."""
+    texts = [normalize(text) for group in captions.values() for text in group]
+    counts = sorted(map(len, captions.values()))
+    lengths = sorted(len(text.split()) for text in texts)
+    words = {word for text in texts for word in text.split()}
+    print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
+    print(
+        f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
+        f"{len(words):,} different ones"
+    )
+    # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
+    learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
+    longest = settings.MAX_CAPTION_LENGTH
+    tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
+    rows = tokenizer.encode_texts([("", text) for text in texts], longest + 1)
+    cut = sum(len(row) > longest for row in rows)
+    print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
