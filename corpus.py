@@ -25,7 +25,7 @@ from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, expand_shards, take_stock
-from tokenizer import CaptionTokenizer
+from tokenizer import END_ID, CaptionTokenizer
 from utils import UserError, choose_dtype
 
 
@@ -96,6 +96,7 @@ def load_data(
         CaptionRows(encode_rows(tokenizer, texts, splits[split], length), features, count)
         for split, count in (("train", len(views)), ("val", 1))
     )
+    say_cut(tokenizer, texts, train, length)
     critic = None
     if stock:
         train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
@@ -116,6 +117,22 @@ def load_data(
         val,
         critic,
     )
+
+
+def say_cut(
+    tokenizer: CaptionTokenizer, texts: dict[str, list[Text]], rows: CaptionRows, length: int
+) -> None:
+    """Say how many texts are longer than what is learned of them."""
+    pairs = [
+        pair for name in rows.names for pair in zip(texts[name], rows.groups[name], strict=True)
+    ]
+    cut = [text.target for text, ids in pairs if ids[-1] != END_ID]
+    if cut:
+        longest = max(map(len, tokenizer.encode(cut))) + 2
+        print(
+            f"cut       {len(cut):,} of {sum(sizes):,} texts, to MAX_CAPTION_LENGTH = {length} "
+            f"tokens; --max_caption_length {longest} would keep all"
+        )
 
 
 def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
-from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer
+from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import UserError, read_json
 
 SPLITS = ("train", "val", "test")
@@ -200,8 +200,12 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     """What the tasks want said about each photo: its captions, then the answers about it."""
     texts: dict[str, list[Text]] = {}
     if "captions" in tasks:
+        wordless = 0
         for name, captions in load_captions(paths.captions).items():
-            texts[name] = [Text(caption) for caption in captions]
+            texts[name] = [Text(caption) for caption in captions if normalize(caption)]
+            wordless += len(captions) - len(texts[name])
+        if wordless:
+            print(f"left out {wordless:,} captions without a word")
     if "questions" in tasks:
         for name, questions in load_questions(paths.questions).items():
             texts[name] = texts.get(name, []) + questions

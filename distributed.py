@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -127,7 +128,7 @@ def joined(device: str) -> Iterator[Team]:
         return
     team = Team(
         restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-        job=os.environ["TORCHELASTIC_RUN_ID"],
+        job=_job(),
     )
     if os.environ["WORLD_SIZE"] == "1":
         yield team
@@ -156,6 +157,17 @@ def joined(device: str) -> Iterator[Team]:
                 if store.add(f"said/{message}", 1) > 1:
                     raise SystemExit(1) from None
             raise UserError(message) from error
+
+
+def _job() -> str:
+    """What torchrun calls this job; one that nobody named is called after its torchrun."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    if name != "none":
+        return name
+    agent, started = os.getppid(), ""
+    with contextlib.suppress(OSError):  # elsewhere than on Linux the process alone has to do
+        started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"none of {os.uname().nodename} {agent} {started}"
 
 
 def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.ProcessGroup:

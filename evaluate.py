@@ -370,7 +370,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     checkpoint = Path(settings.checkpoint).expanduser()
-    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}.html")
+    how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
+    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
     report = Path(settings.report or usual)
     write_report(report, images, captions, references, values, summary)
     if settings.save_captions:

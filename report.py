@@ -95,6 +95,11 @@ class Report:
         )
         if settings.TRAIN_SHARDS and settings.SCST_EPOCHS:
             print("stages    cross-entropy only: self-critical training wants all captions at hand")
+        scored = len(references_of(data.texts, data.splits["val"]))
+        if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
+            print(
+                "scores    none: CIDEr compares photos, and fewer than 2 validate; the loss chooses"
+            )
         if run.progress.step:
             print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
         if run.progress.epoch >= run.epochs:

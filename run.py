@@ -10,7 +10,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, save_for_training, save_for_use, stored_digest
+from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
 from dataset import Text, parse_tasks
 from decoder import DecoderConfig
 from distributed import Team, share_gradients
 from generation import GenerationOptions
+from hub import locate_checkpoint
 from model import CaptionModel
 from self_critical import critical_epochs
 from tokenizer import CaptionTokenizer
@@ -229,6 +230,38 @@ class Run:
 
 
 # --- Starting and resuming ------------------------------------------------------------------
+
+
+def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
+    """The checkpoint to go on from, or else to begin with; None to train from scratch."""
+    saved = team.on_rank0(lambda: saved_by_job(settings, team))
+    settings.RESUME_CHECKPOINT_PATH = saved or settings.RESUME_CHECKPOINT_PATH
+    if settings.RESUME_CHECKPOINT_PATH:
+        path = Path(settings.RESUME_CHECKPOINT_PATH).expanduser()  # --flag=~/file keeps its ~
+        if path.is_file():
+            checkpoint = load_checkpoint(path)
+            if checkpoint.training is None:
+                raise UserError(
+                    f"{path} is for use only: resume from the .pt beside it, or from last.pt"
+                )
+            return checkpoint
+        print(f"there is no checkpoint {path} to resume from: training from scratch")
+    if settings.START_CHECKPOINT:
+        print(f"beginning with the decoder and tokenizer of {settings.START_CHECKPOINT}")
+        path = locate_checkpoint(settings.START_CHECKPOINT)
+        checkpoint = replace(load_checkpoint(path), training=None)
+        check_finite_weights(checkpoint, settings.START_CHECKPOINT)
+        return checkpoint
+    return None
+
+
+def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
+    """The `last.pt` of this very job, which torchrun has started again; None if there is none."""
+    last = output_dir(settings) / "last.pt"
+    if not team.job or not last.is_file():
+        return None
+    job = load_checkpoint(last).training["progress"].get("job")
+    return str(last) if job == team.job else None
 
 
 def start_run(

@@ -13,6 +13,7 @@ from generation import GenerationOptions, Hypothesis, generate
 from metrics import CiderD, tokenize
 from model import CaptionModel
 from tokenizer import END, END_ID, START_ID, CaptionTokenizer
+from utils import UserError
 
 
 class Critic:
@@ -37,6 +38,11 @@ class Critic:
             for name, captions in references.items()
         }
         self.cider = CiderD(words)
+        if not any(self.cider.score(name, texts[0]) for name, texts in words.items()):
+            raise UserError(
+                "CIDEr-D, the reward of self-critical training, is 0 for every caption here (it "
+                "compares photos by their English words): use --scst_epochs 0"
+            )
 
     def rewards(self, name: str, hypotheses: Sequence[Hypothesis]) -> list[float]:
         """CIDEr-D, times 100, of captions of one photo."""

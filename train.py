@@ -25,7 +25,6 @@ from torch import Tensor
 
 import config
 import prepare_dataset
-from checkpoint import Checkpoint, load_checkpoint
 from corpus import Data, load_data
 from dataset import (
     Batch,
@@ -36,18 +35,17 @@ from dataset import (
     prompts_about,
     references_of,
 )
-from distributed import StopSignal, Team, joined
+from distributed import StopSignal, joined
 from features import prefetch
 from generation import GenerationOptions, generate_cached
-from hub import locate_checkpoint
 from metrics import score, vqa_accuracy
 from model import CaptionModel
 from report import Ledger, Report, Update
 from run import (
     Run,
     Written,
-    check_finite_weights,
     decoder_config,
+    find_checkpoint,
     output_dir,
     set_aside,
     standing_files,
@@ -347,7 +345,7 @@ def validate(run: Run, data: Data) -> tuple[dict[str, float], list[Written]]:
     captioned = write(run, data, captions, replace(plain, no_repeat_ngram=settings.NO_REPEAT_NGRAM))
     answered = write(run, data, questions, plain)
     scored = {each.name: each.said for each in captioned[: settings.SCORED_IMAGES]}
-    if scored:
+    if len(scored) > 1:  # CIDEr tells photos apart
         found = score(scored, references_of(data.texts, scored))
         scores |= {"val_cider": found["CIDEr-D"], "val_bleu4": found["BLEU-4"]}
     if answered and settings.SCORED_IMAGES:
@@ -423,40 +421,6 @@ def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None
 
         build_dataset(OUTPUT, **SCENES)
     lock.enter_context(sole_user(output_dir(settings)))
-
-
-def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
-    """The checkpoint to go on from, or else to begin with; None to train from scratch."""
-    saved = team.on_rank0(lambda: saved_by_job(settings, team))
-    settings.RESUME_CHECKPOINT_PATH = saved or settings.RESUME_CHECKPOINT_PATH
-    if settings.RESUME_CHECKPOINT_PATH:
-        path = Path(settings.RESUME_CHECKPOINT_PATH).expanduser()  # --flag=~/file keeps its ~
-        if path.is_file():
-            checkpoint = load_checkpoint(path)
-            if checkpoint.training is None:
-                raise UserError(
-                    f"{path} is for use only: resume from the .pt beside it, or from last.pt"
-                )
-            return checkpoint
-        print(f"there is no checkpoint {path} to resume from: training from scratch")
-    if settings.START_CHECKPOINT:
-        print(f"beginning with the decoder and tokenizer of {settings.START_CHECKPOINT}")
-        path = locate_checkpoint(settings.START_CHECKPOINT)
-        checkpoint = replace(load_checkpoint(path), training=None)
-        check_finite_weights(checkpoint, settings.START_CHECKPOINT)
-        return checkpoint
-    return None
-
-
-def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
-    """The `last.pt` of this very job, which torchrun has started again; None if there is none."""
-    last = output_dir(settings) / "last.pt"
-    # A job that nobody named is "none", like others that may have left a file here.
-    named = team.job not in ("", "none")
-    if not (named or team.restarts) or not last.is_file():
-        return None
-    job = load_checkpoint(last).training["progress"].get("job")
-    return str(last) if job == team.job else None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -125,3 +126,42 @@ def test_beginning_with_weights_that_are_no_numbers_is_refused(six, tmp_path):
     more = ["--output_dir", tmp_path / "out", "--start_checkpoint", tmp_path / "nan.safetensors"]
     result = run("train.py", *flags, *more)
     assert result.returncode == 1 and "nan.safetensors holds weights" in result.stderr
+
+
+def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):
+    """torchrun calls such jobs "none"; an earlier one's last.pt is not this one's."""
+    import distributed
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    mine = distributed._job()
+    assert mine == distributed._job() != "none"
+    monkeypatch.setattr(distributed.os, "getppid", lambda: 1)
+    assert distributed._job() != mine
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert distributed._job() == "mine"
+
+
+def test_one_photo_to_validate_has_no_scores_and_the_loss_chooses(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data", 8)
+    names = sorted(path.name for path in (data / "images").iterdir())
+    split = {
+        "images": [{"filename": n, "split": "val" if n == names[0] else "train"} for n in names]
+    }
+    (data / "split.json").write_text(json.dumps(split))
+    flags = [*small_flags(data, encoder_dir), "--split", "karpathy"]
+    result = run("train.py", *flags, "--karpathy_file", data / "split.json")
+    assert result.returncode == 0, result.stderr
+    assert "CIDEr compares photos" in result.stdout
+    assert "CIDEr 0.0" not in result.stdout and not (data / BEST).exists()
+    assert "_val_loss_" in result.stdout.split()[-1]
+
+
+def test_captions_that_are_cut_or_have_no_word_are_counted(photos, encoder_dir):
+    captions = json.loads((photos / "captions.json").read_text())
+    captions["000.png"].append(" . . ")
+    (photos / "captions.json").write_text(json.dumps(captions))
+    flags = [*small_flags(photos, encoder_dir), "--max_caption_length", 5, "--epochs", 1]
+    result = run("train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "left out 1 captions without a word" in result.stdout
+    assert "texts, to MAX_CAPTION_LENGTH = 5 tokens" in result.stdout
