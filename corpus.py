@@ -123,14 +123,17 @@ def say_cut(
     tokenizer: CaptionTokenizer, texts: dict[str, list[Text]], rows: CaptionRows, length: int
 ) -> None:
     """Say how many texts are longer than what is learned of them."""
-    pairs = [
-        pair for name in rows.names for pair in zip(texts[name], rows.groups[name], strict=True)
+    count = sum(len(texts[name]) for name in rows.names)
+    cut = [
+        text.target
+        for name in rows.names
+        for text, ids in zip(texts[name], rows.groups[name], strict=True)
+        if ids[-1] != END_ID
     ]
-    cut = [text.target for text, ids in pairs if ids[-1] != END_ID]
     if cut:
         longest = max(map(len, tokenizer.encode(cut))) + 2
         print(
-            f"cut       {len(cut):,} of {sum(sizes):,} texts, to MAX_CAPTION_LENGTH = {length} "
+            f"cut       {len(cut):,} of {count:,} texts, to MAX_CAPTION_LENGTH = {length} "
             f"tokens; --max_caption_length {longest} would keep all"
         )
 
