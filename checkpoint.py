@@ -110,7 +110,7 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
     """Write a `.safetensors` that `inference.py` can use, whole or not at all; its digest."""
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
     text = json.dumps(checkpoint.description())
-    metadata = {"captioner": text, "digest": digest([text, weights])}
+    metadata = {"captioner": text, "digest": digest([text, weights]), "format": "pt"}  # as HF asks
     with atomic_write(path) as temporary:
         try:
             save_file(weights, temporary, metadata=metadata)
@@ -174,7 +174,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         tasks = tuple(description.get("tasks", ["captions"]))
         texts = [*tasks, description["encoder"]["name"]]
         tables = [description[name] for name in ("encoder", "settings", "scores")]
-        if not all(isinstance(text, str) for text in texts) or not all(map(dict.items, tables)):
+        kinds = {type(text) for text in texts}, {type(table) for table in tables}
+        if kinds != ({str}, {dict}):
             raise TypeError("its tasks, encoder, settings or scores are of another kind")
         training = content.get("training")
         return Checkpoint(model, tokenizer, tables[0], generation, tasks, *tables[1:], training)

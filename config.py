@@ -19,6 +19,7 @@ MERGES_FILE = None  # its merges; None: learned, to merges.txt in DATA_DIR
 SPLIT = "karpathy"  # karpathy (the field's split, needs its JSON) or ratio (by file name)
 KARPATHY_FILE = None  # dataset_*.json in Karpathy's format; None: downloaded for flickr30k/8k
 TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
+MAX_IMAGES = 0  # photos used, of each split its share, for a first try; 0: all
 MAX_BAD_IMAGES = 10  # photos that may be missing or unreadable before the run is refused
 
 # --- Data larger than a memory: WebDataset shards ----------------------------------------------
@@ -87,3 +88,24 @@ WANDB_PROJECT = "multimodal-image-transformer"  # Weights & Biases project; empt
 WANDB_ENTITY = None  # user or team; None: your default
 WANDB_RUN_NAME = None  # None: Weights & Biases invents one
 HF_REPO_ID = "wazzuck/multimodal_image_transformer"  # where each new best is pushed; empty: nowhere
+
+# --- Presets --------------------------------------------------------------------------------
+# Several settings at once, by `python train.py --preset small`; a flag given as well counts.
+presets = {
+    "small": {  # for some thousand photos: Flickr8k's recipe, see docs/results.md
+        "ENCODER_LAYERS": "-1,-4",
+        "FEATURE_VIEWS": 2,
+        "DECODER_EMBED_DIM": 256,
+        "DECODER_LAYERS": 3,
+        "DECODER_HEADS": 4,
+        "DECODER_FF_DIM": 1024,
+        "DROPOUT": 0.2,
+        "NUM_EPOCHS": 12,
+        "LEARNING_RATE": 1e-3,
+        "WARMUP_STEPS": 200,
+        "EMA_DECAY": 0.995,
+        "QUESTION_WEIGHT": 4.0,
+        "SCST_EPOCHS": 5,
+        "SCST_LEARNING_RATE": 4e-5,
+    },
+}

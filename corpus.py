@@ -43,6 +43,7 @@ class Data:
     splits: dict[str, list[str]]
     encoder: dict[str, Any]  # FrozenEncoder.identity()
     processor: str  # the encoder's preprocessor_config.json
+    tower: dict[str, Any]  # FrozenEncoder.for_others()
     cache: FeatureCache
     features: FeatureCache | ResidentFeatures
     tokenizer: CaptionTokenizer
@@ -68,6 +69,8 @@ def load_data(
     splits = {split: [name for name in names if name in texts] for split, names in splits.items()}
     if settings.TRAIN_SHARDS:
         splits["train"] = []
+    if settings.MAX_IMAGES:
+        splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
     encoder = FrozenEncoder.load(
         settings.ENCODER_MODEL_NAME,
@@ -110,6 +113,7 @@ def load_data(
         splits,
         encoder.identity(),
         encoder.processor.to_json_string(),
+        encoder.for_others(weights=False),
         cache,
         features,
         tokenizer,
@@ -117,6 +121,12 @@ def load_data(
         val,
         critic,
     )
+
+
+def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]]:
+    """So many photos in all, of each split its share, and of one that has any at least one."""
+    total = max(1, sum(map(len, splits.values())))
+    return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
 
 
 def say_cut(

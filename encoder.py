@@ -254,6 +254,20 @@ class FrozenEncoder(nn.Module):
             processing.pop(key, None)
         return self.source | {"layers": list(self.layers), "preprocessing": processing}
 
+    def for_others(self, weights: bool) -> dict[str, Any]:
+        """What `modeling_captioner.py` needs to make the tower: its configuration if its weights
+        are there, else its name. Of a folder here only the last part is told.
+        """
+        name, kind = self.source["name"], type(self.tower)
+        options = _tower_class(name, self.tower.config)[1]
+        if not weights:
+            where = {"name": os.path.basename(os.path.abspath(name)), "revision": None}
+            where = where if os.path.isdir(name) else {k: self.source[k] for k in where}
+            return {"class": kind.__name__, "options": options} | where
+        options = {key: options[key] for key in options if key != "key_mapping"}
+        config = self.tower.config.to_dict()
+        return {"class": kind.__name__, "options": options, "config": config}
+
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Do nothing: frozen means frozen."""
         return self

@@ -428,6 +428,7 @@ def model_card(
         name=data.model_name,
         repo_id=repo_id,
         encoder=f"`{encoder_name}`{at_revision}",
+        needs=" (here a folder of its trainer's: give yours as `encoder=...`)" if local else "",
         dataset=dataset,
         command=command,
         scores=_score_table(scores, split, dataset, scorer),
@@ -442,9 +443,18 @@ CARD = """\
 
 A Transformer decoder that captions photos from the features of the frozen image encoder
 {encoder}. It was trained from scratch on the captions of {dataset}. `model.safetensors` holds
-the decoder and its tokenizer; the encoder is not in it and comes from where it is published.
+the decoder and its tokenizer; the encoder is not in it and comes from where it is published{needs}.
 
 ## Use
+
+With `transformers` alone; `text` may be a question, if it learned to answer questions:
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("image-text-to-text", "{repo_id}", trust_remote_code=True)
+print(captioner("photo.jpg", text="")[0]["generated_text"])
+```
 
 In a clone of the project that trained it, on the command line or from Python:
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 import sys
 import textwrap
@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +22,12 @@ from dataset import DataPaths, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
+from standalone import repository_files
 from tracking import Tracker, memory
 from utils import Bar, UserError, atomic_write, redact, size_text
 
+FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
+FEW_PHOTOS = 15_000
 GREY = "#718096"
 BLUE = "#2b6cb0"
 COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
@@ -100,6 +104,14 @@ class Report:
             print(
                 "scores    none: CIDEr compares photos, and fewer than 2 validate; the loss chooses"
             )
+        updates = data.train.count(settings.BATCH_SIZE) // settings.GRADIENT_ACCUMULATION_STEPS
+        if 0 < updates * settings.NUM_EPOCHS < FEW_UPDATES:
+            print(
+                f"few       only {updates * settings.NUM_EPOCHS} updates: captions will be poor "
+                '("a man is a the a"); raise --num_epochs, or lower --batch_size'
+            )
+        if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:
+            print("small     for so few photos, --preset small is faster, and may well be better")
         if run.progress.step:
             print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
         if run.progress.epoch >= run.epochs:
@@ -147,20 +159,15 @@ class Report:
             repo_id=settings.HF_REPO_ID,
             encoder=run.encoder["name"],
             encoder_revision=run.encoder["revision"],
-            dataset=settings.DATASET,
+            dataset=dataset_name(settings),
             split=f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
             scores=scores_of(entry),
-            command=redact(shlex.join(["python", "train.py", *settings.arguments])),
+            command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
             samples=entry["samples"],
         )
-        description = run.checkpoint(scores_of(entry)).description()
-        del description["tokenizer"]  # it has files of its own
-        files = run.tokenizer.to_files() | {
-            "README.md": card,
-            "config.json": json.dumps(description, indent=2) + "\n",
-            "preprocessor_config.json": data.processor,
-        }
+        checkpoint = run.checkpoint(scores_of(entry))
+        files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
         self.pusher.push(path, files, f"epoch {entry['epoch']}")
 
     # --- at the end ---
@@ -221,6 +228,20 @@ class Report:
 def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
     """What an epoch in the history measured on the validation photos, as people call it."""
     return {measure.label: entry[name] for name, measure in MEASURES.items() if name in entry}
+
+
+def dataset_name(settings: SimpleNamespace) -> str:
+    """What the data set is called: of one's own photos or tars, what their folder is."""
+    if settings.TRAIN_SHARDS:
+        return PurePosixPath(redact(settings.TRAIN_SHARDS)).parent.name
+    return (
+        Path(settings.DATA_DIR).resolve().name if settings.DATASET == "custom" else settings.DATASET
+    )
+
+
+def without_folders(command: str) -> str:
+    """A command without secrets, and without the folders of this machine's absolute paths."""
+    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
 
 
 def say(text: str) -> None:

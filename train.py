@@ -64,7 +64,7 @@ from utils import (
 
 EXAMPLES = """examples:
   python train.py --demo
-  python train.py --dataset flickr8k --split ratio --epochs 10
+  python train.py --dataset flickr8k --split ratio --preset small
   python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
 """
 
@@ -385,11 +385,13 @@ def write(
 def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
+        text = "several settings at once, as config.py lists them"
+        parser.add_argument("--preset", choices=config.presets, help=text)
         prepare_dataset.add_arguments(parser)
 
     def preset(flags: argparse.Namespace) -> dict[str, Any]:
         if not flags.demo:
-            return {}
+            return config.presets.get(flags.preset, {})
         from demo.settings import DEMO  # what only the demo needs is loaded only for it
 
         return DEMO

@@ -58,6 +58,7 @@ RANGES = {
     "SCST_EPOCHS": (0, ANY),
     "SCST_BEAM_SIZE": (2, 100),
     "SCST_LEARNING_RATE": (0, 100),
+    "MAX_IMAGES": (0, ANY),
     "KEEP_CHECKPOINTS": (0, ANY),
     "SAMPLE_IMAGES": (0, ANY),
     "SCORED_IMAGES": (0, ANY),
@@ -169,7 +170,9 @@ def load_settings(
     root = Path(config.__file__).resolve().parent
     values = {name: _anchor(root, name, value) for name, value in defaults.items()}
     if preset:
-        values |= preset(flags)
+        values |= (chosen := preset(flags))
+        if unknown := chosen.keys() - defaults.keys():
+            raise UserError(f"the preset sets {', '.join(unknown)}, which config.py doesn't know")
     settings = SimpleNamespace(**values | vars(flags))
     check_ranges(settings)  # also of what stands in the module
     return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -243,7 +244,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 @pytest.mark.fault
 @pytest.mark.parametrize("bomb", ["strides", "deflated", "references", "circle", "deep"])
-def test_no_pt_takes_more_than_it_holds(tmp_path, bomb):
+def test_no_pt_takes_more_than_it_holds(tmp_path, bomb, request):
     path = tmp_path / "c.pt"
     value = torch.zeros(1).expand(2**31)
     if bomb in ("references", "circle", "deep"):
@@ -253,6 +254,7 @@ def test_no_pt_takes_more_than_it_holds(tmp_path, bomb):
     if bomb == "circle":
         value = []
         value.append(value)
+    request.addfinalizer(functools.partial(sys.setrecursionlimit, sys.getrecursionlimit()))
     sys.setrecursionlimit(10**5)
     torch.save({"captioner": "{}", "digest": "", "training": value}, path)
     if bomb == "deflated":

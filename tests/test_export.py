@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from checkpoint import load_checkpoint
+from encoder import FrozenEncoder
 from generation import GenerationOptions, generate
+from inference import load_captioner
 from tests.conftest import REPO, run
+from tools import export as tools_export
 from utils import UserError
 
 SAID = """
@@ -37,21 +42,24 @@ def export():
     """The module, where its extra is installed."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)
-    from tools import export
+    from tools import onnx_graph
 
-    return export
+    return onnx_graph
 
 
 @pytest.fixture(scope="module")
 def exported(export, trained, tmp_path_factory):
-    """The ONNX file of a trained checkpoint, alone in its folder."""
+    """The ONNX file of a trained checkpoint, with that of its encoder beside it."""
     path = tmp_path_factory.mktemp("exported") / "captioner.onnx"
     checkpoint = trained / "captioner_best_cider.safetensors"
-    result = run("-m", "tools.export", "--checkpoint", checkpoint, "--out", path)
+    command = ["-m", "tools.export", "--checkpoint", checkpoint, "--out", path, "--with-encoder"]
+    result = run(*command)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    (said,) = result.stdout.splitlines()
-    assert float(re.search(r"logits within (\S+) of", said)[1]) < 1e-4, said
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    logits, features = result.stdout.splitlines()
+    assert float(re.search(r"logits within (\S+) of", logits)[1]) < 1e-4, logits
+    assert float(re.search(r"features within (\S+) of", features)[1]) < 1e-4, features
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == ["captioner.encoder.onnx", "captioner.onnx"]
     return path
 
 
@@ -65,13 +73,19 @@ def random_features(model, photos: int, patches: int) -> torch.Tensor:
     return torch.randn(photos, patches, model.feature_width, generator=dice)
 
 
-@pytest.mark.parametrize(("photos", "patches"), [(1, 17), (4, 17), (7, 1), (2, 40)])
-def test_onnxruntime_alone_writes_what_we_write(exported, checkpoint, tmp_path, photos, patches):
-    """The README's lines are run as they stand, in a process without PyTorch."""
-    features = random_features(checkpoint.model, photos, patches)
-    np.save(tmp_path / "features.npy", features.numpy())
-    (tmp_path / "captioner.onnx").symlink_to(exported)
-    (code,) = re.findall(r"```python\n([^`]*InferenceSession[^`]*)```", readme())
+@pytest.mark.parametrize("photos", [1, 4, 7])
+def test_onnxruntime_alone_goes_from_pixels_to_captions(
+    exported, trained, checkpoint, tmp_path, photos
+):
+    """The lines of the docs are run as they stand, in a process without PyTorch."""
+    encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, checkpoint.model.feature_width)
+    names = sorted((trained / "images").iterdir())[:photos]
+    inputs = encoder.preprocess([encoder.open(name) for name in names])
+    features = encoder(inputs)
+    np.save(tmp_path / "pixels.npy", inputs["pixel_values"].numpy())
+    for name in ("captioner.onnx", "captioner.encoder.onnx"):
+        (tmp_path / name).symlink_to(exported.with_name(name))
+    (code,) = re.findall(r"```python\n([^`]*InferenceSession[^`]*)```", documented())
     result = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\n{SAID}"],
         cwd=tmp_path,
@@ -88,8 +102,8 @@ def test_onnxruntime_alone_writes_what_we_write(exported, checkpoint, tmp_path, 
             assert row[len(each.tokens) + 1] == 2
 
 
-def readme() -> str:
-    return (REPO / "README.md").read_text()
+def documented() -> str:
+    return (REPO / "docs" / "using.md").read_text()
 
 
 def session_of(path):
@@ -179,17 +193,87 @@ def test_a_damaged_checkpoint_is_refused(export, trained, tmp_path):
     for content in (whole[:-100], whole[:-50] + bytes([whole[-50] ^ 16]) + whole[-49:]):
         damaged.write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
-            export.main(["--checkpoint", str(damaged), "--out", str(out)])
+            tools_export.main(["--checkpoint", str(damaged), "--out", str(out)])
     assert not out.exists()
 
 
 def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatch):
     checkpoint = str(trained / "captioner_best_cider.safetensors")
     with pytest.raises(UserError, match="is a folder"):
-        export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
+        tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
     with pytest.raises(UserError, match="no checkpoint"):
-        export.main(["--checkpoint", str(tmp_path / "absent.pt")])
+        tools_export.main(["--checkpoint", str(tmp_path / "absent.pt")])
     monkeypatch.setattr(export, "LARGEST", 1000)
     with pytest.raises(UserError, match="at most 2 GB"):
-        export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "c.onnx")])
+        tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "c.onnx")])
     assert not list(tmp_path.iterdir())
+
+
+# --- For transformers -----------------------------------------------------------------------
+
+# What people without this project write, in a process that can't import it.
+ELSEWHERE = """
+import json, sys
+import transformers
+from PIL import Image
+folder, encoder, asked, *photos = sys.argv[1:]
+options = {"encoder": encoder} if encoder else {}
+model = transformers.AutoModelForImageTextToText.from_pretrained(
+    folder, trust_remote_code=True, **options
+)
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=[Image.open(name) for name in photos], text=[asked] * len(photos))
+ids = model.generate(**inputs, num_beams=1)
+written = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+captioner = transformers.pipeline(
+    "image-text-to-text", folder, trust_remote_code=True, model_kwargs=options
+)
+piped = captioner(photos[0], text=asked, return_full_text=False, generate_kwargs={"num_beams": 1})
+assert not {"model", "decoder", "checkpoint", "encoder"} & sys.modules.keys()
+print(json.dumps([[text.strip() for text in written], piped[0]["generated_text"].strip()]))
+"""
+
+
+def elsewhere(folder, tmp_path, asked, photos, encoder="") -> tuple[list[str], str]:
+    """What plain `transformers` writes, greedily, and the first as its pipeline writes it."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, str(folder), str(encoder), asked, *photos],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "not supported" not in result.stderr and "newly initialized" not in result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(joint, tmp_path_factory):
+    """What the export makes for `transformers`, encoder included."""
+    path = tmp_path_factory.mktemp("for_transformers") / "captioner"
+    checkpoint = joint / "captioner_best_cider.safetensors"
+    command = ["--checkpoint", checkpoint, "--format", "transformers", "--out", path]
+    result = run("-m", "tools.export", *command)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert float(re.search(r"logits within (\S+) of ours", result.stdout)[1]) < 1e-4
+    again = run("-m", "tools.export", *command)
+    assert again.returncode == 1 and "is there already" in again.stderr
+    return path
+
+
+@pytest.mark.parametrize("asked", ["", "What color is the square?"])
+def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path, asked):
+    photos = [str(path) for path in sorted((joint / "images").iterdir())[:5]]
+    captioner = load_captioner(joint / "captioner_best_cider.safetensors", precision="fp32")
+    ours = (
+        captioner.answer(photos, [asked] * 5) if asked else captioner.caption(photos, beam_size=1)
+    )
+    assert len(set(ours)) > 1
+    assert elsewhere(folder, tmp_path, asked, photos) == [ours, ours[0]]
+
+
+@pytest.mark.parametrize("kind", ["VisionEncoderDecoderModel", "ViTModel", "GPT2LMHeadModel"])
+def test_classes_of_the_library_refuse_it(folder, kind):
+    with pytest.raises((ValueError, KeyError, AttributeError)):
+        getattr(transformers, kind).from_pretrained(folder)

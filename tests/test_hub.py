@@ -22,6 +22,7 @@ from inference import load_captioner
 from tests.conftest import best_entry, best_file, small_flags, write_photos
 from tests.conftest import run as run_script
 from tests.hub_server import HANG, HubServer, Repo
+from tests.test_export import elsewhere
 from tokenizer import CaptionTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,6 +452,9 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "preprocessor_config.json",
+        "processor_config.json",
+        "generation_config.json",
+        "modeling_captioner.py",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -468,7 +472,12 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
     ours = captioner.encoder.preprocess([photo])["pixel_values"]
     assert torch.equal(processor(images=[photo], return_tensors="pt")["pixel_values"], ours)
     config = json.loads(files["config.json"])
-    assert config["decoder"]["width"] == 32 and "tokenizer" not in config
+    assert config["hidden_size"] == 32 and config["trained"]["scores"]
+    assert str(data) not in files["config.json"].decode() + files["README.md"].decode()
+    photos = [str(path) for path in sorted((data / "images").iterdir())[:3]]
+    encoder = checkpoint.encoder["name"]
+    written, _ = elsewhere(tmp_path, tmp_path, "", photos, encoder)
+    assert written == captioner.caption(photos, beam_size=1)
 
     read = ModelCard(files["README.md"].decode())
     entries = load_checkpoint(data / "last.pt").training["progress"]["history"]

@@ -31,7 +31,7 @@ from captions_file import read_table
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
-from utils import UserError, atomic_write, load_settings, sole_user
+from utils import UserError, atomic_write, load_settings, size_text, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -398,7 +398,7 @@ def test_amount_and_place_are_said_first(
 ) -> None:
     prepare_from(server, tmp_path)
     said = capsys.readouterr().out
-    assert prepare_dataset.size_text(len(ZIP)) in said and str(tmp_path / "temp_download") in said
+    assert size_text(len(ZIP)) in said and str(tmp_path / "temp_download") in said
 
 
 # --- Archives -------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ def test_no_such_checkpoint(trained, name):
 
 
 MISTAKES = {
-    "empty captions": ("captions.json", "{}", [], "is empty"),
+    "empty captions": ("captions.json", "{}", [], "holds no captions"),
     "no encoder": (None, None, ["--encoder_model_name", "nobody/nothing"], "nobody/nothing"),
     "heads": (None, None, ["--decoder_heads", "5"], "DECODER_HEADS"),
     "no split file": (None, None, ["--split", "karpathy"], "--split ratio"),

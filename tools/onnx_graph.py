@@ -1,10 +1,8 @@
-"""Export a checkpoint's decoder to one ONNX file, checked against PyTorch through onnxruntime.
+"""The decoder as an ONNX graph, and the encoder as another, checked against PyTorch.
 
-    pip install -r requirements-export.txt
-    python -m tools.export --checkpoint captioner_best_cider.safetensors --out captioner.onnx
-
-The file is one step of writing: features and new tokens in, the next token's logits and what is to
-be remembered out. Tokenizer, special ids and the encoder's identity stand in its metadata.
+The decoder's graph is one step of writing: features and new tokens in, the next token's logits and
+what is to be remembered out. Tokenizer, special ids and the encoder's identity stand in its
+metadata. The encoder's takes preprocessed photos and gives features.
 """
 
 from __future__ import annotations
@@ -17,25 +15,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-try:
-    import onnx
-    import onnxruntime
-    import onnxscript  # noqa: F401 - torch.onnx.export imports it, late and with a traceback
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"error: the export needs {error.name}: run pip install -r requirements-export.txt"
-    ) from None
-
 import numpy as np
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401 - torch.onnx.export imports it, late and with a traceback
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, load_checkpoint
+from checkpoint import Checkpoint
 from decoder import KeyValueCache
-from hub import locate_checkpoint
+from encoder import FrozenEncoder
 from model import CaptionModel, row_mask
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
-from utils import UserError, atomic_write, run_script, script_parser, size_text
+from utils import UserError, atomic_write, size_text
 
 LIMIT = 1e-3  # what logits may differ by; rounding alone gives some 1e-5
 LARGEST = 2**31 - 2**24  # bytes of weights: a file of protobuf's, as ONNX is, holds no 2 GiB
@@ -101,22 +94,35 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     inputs = [torch.zeros([EXAMPLE.get(x, x) for x in shape]) for shape in shapes.values()]
     inputs[1:3] = (x.long() for x in inputs[1:3])
     axes = [{i: x for i, x in enumerate(shape) if x in EXAMPLE} for shape in shapes.values()]
+    graph = _graph(
+        Step(checkpoint.model),
+        (*inputs[:3], inputs[3:]),
+        (*axes[:3], axes[3:]),
+        list(shapes),
+        ["logits", *(name.replace("past", "present") for name in [*shapes][3:])],
+    )
+    onnx.helper.set_model_props(graph, metadata(checkpoint))
+    return graph
+
+
+def _graph(
+    module: nn.Module, inputs: tuple, axes: tuple, names: list[str], outputs: list[str]
+) -> onnx.ModelProto:
     # The exporter speaks of its own inner matters, such as a missing torchvision.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Step(checkpoint.model).eval(),
-            (*inputs[:3], inputs[3:]),
+            module.eval(),
+            inputs,
             dynamo=True,
             verbose=False,
-            input_names=list(shapes),
-            output_names=["logits", *(x.replace("past", "present") for x in [*shapes][3:])],
-            dynamic_shapes=(*axes[:3], axes[3:]),
+            input_names=names,
+            output_names=outputs,
+            dynamic_shapes=axes,
         )
-    graph = program.model_proto
+    graph = program.model_proto  # made anew each time it is asked for
     forget_origin(graph)
-    onnx.helper.set_model_props(graph, metadata(checkpoint))
     return graph
 
 
@@ -153,6 +159,41 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "tasks": json.dumps(checkpoint.tasks),
         "generation": json.dumps(asdict(checkpoint.generation)),
     }
+
+
+class Eye(nn.Module):
+    """The encoder's computation, without the inference mode that can't be exported."""
+
+    def __init__(self, encoder: FrozenEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(batch, 3, height, width) -> features (batch, patches, feature_width)."""
+        return FrozenEncoder.forward.__wrapped__(self.encoder, {"pixel_values": pixel_values})
+
+
+def export_encoder(encoder: FrozenEncoder, path: Path) -> float:
+    """Write the encoder's ONNX file, if it does as PyTorch does; the largest difference.
+
+    How photos are preprocessed stands in its metadata, as the Hub's preprocessor_config.json.
+    """
+    inputs = encoder.preprocess([Image.effect_noise((256, 256), 64).convert("RGB")] * 2)
+    if inputs.keys() != {"pixel_values"}:
+        raise UserError(f"{encoder.source['name']} takes more than pixels: it can't be exported")
+    pixels = inputs["pixel_values"]
+    graph = _graph(Eye(encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"])
+    onnx.helper.set_model_props(graph, {"preprocessing": encoder.processor.to_json_string()})
+    pixels = torch.cat([pixels, pixels.flip(-1)])
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(graph.SerializeToString())
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"pixel_values": pixels.numpy()})
+        right = encoder({"pixel_values": pixels}).numpy()
+        difference = float(np.abs(found - right).max() / np.abs(right).max())
+        if not difference <= LIMIT:
+            raise UserError(f"{path} was not written: its features differ by {difference:.2g}")
+    return difference
 
 
 # --- The check ------------------------------------------------------------------------------
@@ -217,22 +258,3 @@ def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
                 f"{difference:.2g}, more than {LIMIT:g}"
             )
     return difference
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = script_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
-    parser.add_argument("--out", default="captioner.onnx", help="the file to write [%(default)s]")
-    args = parser.parse_args(argv)
-    out = Path(args.out).expanduser()
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: give the name of a file")
-    checkpoint = load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
-    difference = export(checkpoint, out)
-    print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)
