@@ -1,0 +1,81 @@
+"""A captioner as a repository that plain `transformers` loads, without this project."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from checkpoint import Checkpoint
+from tokenizer import ANSWER, ANSWER_ID, END_ID, PAD_ID, START_ID
+
+CODE = Path(__file__).with_name("modeling_captioner.py")
+TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
+AUTO = {"AutoConfig": "Config", "AutoModelForImageTextToText": "", "AutoModel": ""}
+
+
+def repository_files(checkpoint: Checkpoint, tower: dict[str, Any], processor: str):
+    """All that stands beside `model.safetensors`, by name: {file: text}.
+
+    Args:
+        tower: `FrozenEncoder.tower_for_others()`: the encoder, by its name or by its configuration.
+        processor: its preprocessor_config.json.
+    """
+    size, options = checkpoint.model.config, checkpoint.generation
+    described = checkpoint.description()
+    described["encoder"] = checkpoint.encoder | {"name": tower.get("name")}
+    described["settings"] = {
+        name: value
+        for name, value in checkpoint.settings.items()
+        if not (isinstance(value, str) and os.path.isabs(value))  # nobody's business
+    }
+    del described["tokenizer"]  # it has files of its own
+    config = {
+        "model_type": "vision_captioner",
+        "architectures": ["VisionCaptioner"],
+        "auto_map": {auto: f"{CODE.stem}.VisionCaptioner{part}" for auto, part in AUTO.items()},
+        "tower": tower,
+        "layers": checkpoint.encoder["layers"],
+        "feature_width": checkpoint.model.feature_width,
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "ff_dim": size.ff_dim,
+        "max_position_embeddings": size.max_length,
+        "tie_word_embeddings": False,  # the output layer is the embedding itself
+        "pad_token_id": PAD_ID,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
+        "dtype": "float32",
+        "trained": described,
+    }
+    generation = {
+        "pad_token_id": PAD_ID,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
+        "suppress_tokens": [PAD_ID, START_ID, ANSWER_ID],
+        "num_beams": options.beam_size,
+        "length_penalty": options.length_penalty,
+        "no_repeat_ngram_size": options.no_repeat_ngram,
+    }
+    # Classes of the library itself, which would otherwise take what they know of this for their
+    # own configuration and give random weights, stumble over these.
+    config |= dict.fromkeys(("hidden_act", "activation_function"), TRUST)
+    config |= {part: {"model_type": TRUST} for part in ("encoder", "decoder")}
+    ours = {
+        "processor_class": "VisionCaptionerProcessor",
+        "auto_map": {"AutoProcessor": f"{CODE.stem}.VisionCaptionerProcessor"},
+    }
+    files = checkpoint.tokenizer.to_files()
+    of_tokenizer = json.loads(files["tokenizer_config.json"])
+    of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}
+    texts = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "processor_config.json": ours,
+        "tokenizer_config.json": of_tokenizer,
+    }
+    files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+    return files | {"preprocessor_config.json": processor, CODE.name: CODE.read_text("utf-8")}

@@ -1,0 +1,147 @@
+"""Export a captioner for people and programs that don't have this project.
+
+A folder that plain `transformers` loads (`pipeline("image-text-to-text")`), or an ONNX file:
+
+    python -m tools.export --checkpoint captioner_best_cider.safetensors --format transformers
+    pip install -r requirements-export.txt
+    python -m tools.export --checkpoint captioner_best_cider.safetensors --with-encoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+from checkpoint import Checkpoint, load_checkpoint
+from encoder import FrozenEncoder
+from hub import locate_checkpoint
+from standalone import repository_files
+from tokenizer import START_ID
+from utils import UserError, atomic_write, run_script, script_parser, size_text
+
+LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
+
+
+def to_transformers(
+    checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, weights: bool
+) -> float:
+    """Write the folder and load it as others will; returns the logits' largest difference.
+
+    Args:
+        weights: whether the encoder's are written too; without them its name is, from which it
+            will be loaded.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder} is there already: give the name of a new folder")
+    files = repository_files(
+        checkpoint, encoder.for_others(weights), encoder.processor.to_json_string()
+    )
+    tensors = dict(checkpoint.model.state_dict())
+    if weights:
+        tensors |= {f"tower.{name}": x for name, x in encoder.tower.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    for name, text in files.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    named = {} if weights else {"encoder": encoder.source["name"]}
+    return logits_difference(checkpoint, encoder, folder, named)
+
+
+@torch.no_grad()
+def logits_difference(
+    checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, options: dict[str, str]
+) -> float:
+    """How far the folder's logits are from ours, about a photo of noise.
+
+    Args:
+        options: of the folder's `from_pretrained`.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, **options
+    )
+    photo = Image.effect_noise((224, 224), 64).convert("RGB")
+    inputs = encoder.preprocess([photo])
+    tokens = torch.arange(START_ID, checkpoint.model.config.max_length)[None]
+    tokens = tokens % checkpoint.model.config.vocab_size
+    places = torch.arange(tokens.shape[1])[None]
+    hidden = checkpoint.model.hidden(encoder(inputs), tokens, places, torch.zeros_like(tokens))
+    theirs = model(input_ids=tokens, pixel_values=inputs["pixel_values"]).logits
+    return float((theirs - checkpoint.model.decoder.logits(hidden)).abs().max())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
+    parser.add_argument("--encoder", help="where the encoder is, if no longer where it was")
+    parser.add_argument("--format", choices=("onnx", "transformers"), default="onnx")
+    parser.add_argument(
+        "--with-encoder",
+        action="store_true",
+        default=None,
+        help="for onnx: the frozen encoder too, as a second file",
+    )
+    parser.add_argument(
+        "--without-encoder",
+        dest="with_encoder",
+        action="store_false",
+        help="for transformers: the encoder's name in place of its weights",
+    )
+    parser.add_argument("--out", help="what to write [captioner.onnx, or the folder captioner]")
+    args = parser.parse_args(argv)
+    args.out = args.out or ("captioner.onnx" if args.format == "onnx" else "captioner")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    out = Path(args.out).expanduser()
+    as_folder = args.format == "transformers"
+    if not as_folder and out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the name of a file")
+    if not as_folder:
+        try:
+            from tools import onnx_graph  # heavy, and an extra
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the export needs {error.name}: run pip install -r requirements-export.txt"
+            ) from None
+    checkpoint = load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
+    encoder = None
+    if as_folder or args.with_encoder:
+        width = checkpoint.model.feature_width
+        encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, width, args.encoder)
+    if as_folder:
+        difference = to_transformers(checkpoint, encoder, out, args.with_encoder is not False)
+        size = sum(file.stat().st_size for file in out.iterdir())
+        if not difference <= LIMIT:
+            raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
+        print(f"{out}: {size_text(size)}, logits within {difference:.1g} of ours")
+        print(
+            f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True)'
+            '("photo.jpg", text="")'
+        )
+        return 0
+    difference = onnx_graph.export(checkpoint, out)
+    print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
+    if encoder:
+        path = out.with_suffix(f".encoder{out.suffix}")
+        difference = onnx_graph.export_encoder(encoder, path)
+        size = size_text(path.stat().st_size)
+        print(f"{path}: {size}, features within {difference:.1g} of PyTorch's")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
