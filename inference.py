@@ -29,7 +29,7 @@ from tqdm import tqdm
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import load_questions
-from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, open_image
+from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
 from generation import (
     GenerationOptions,
@@ -235,8 +235,9 @@ class Captioner:
         return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]
 
     def _open(self, picture: Picture) -> Image.Image:
-        opened = isinstance(picture, Image.Image)
-        return picture.convert("RGB") if opened else self.encoder.open(picture)
+        if isinstance(picture, Image.Image):
+            return as_rgb(picture)
+        return self.encoder.open(picture)
 
 
 def _key(picture: Picture) -> object:

@@ -450,34 +450,59 @@ _NUMBERS = {
         ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     )
 } | {"none": "0"}
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+    might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+    you're you've
+"""
+# With one apostrophe forgotten they are mended; the last one is the original's slip.
+_MENDED = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for place, sign in enumerate(word)
+    if sign == "'"
+} | {"somebody'd": "somebodyd"}
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 
 
 def normalize_answer(answer: str) -> str:
     """An answer as VQA's evaluation compares it: without case, articles and punctuation.
 
-    Number words become digits. The original's list of contractions without apostrophe is left
-    out: apostrophes are dropped from both sides instead, which makes the same answers equal.
+    Number words become digits, and contractions get their apostrophe.
     """
-    given = answer.lower().replace("\n", " ").replace("\t", " ").replace("'", "")
+    given = _plain(answer).lower()
     text, thousands = given, re.search(r"\d,\d", given)
     for sign in set(_VQA_PUNCTUATION.findall(given)):
         # As there: between two words a sign parts them, beside a space it just goes.
         beside = f"{sign} " in given or f" {sign}" in given or thousands
         text = text.replace(sign, "" if beside else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text, count=32)  # a slip of the original's
     words = [_NUMBERS.get(word, word) for word in text.split()]
-    return " ".join(word for word in words if word not in _ARTICLES)
+    return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _plain(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """How right an answer is, 0 to 1, by VQA's formula (Antol et al. 2015).
 
     With several people's answers: against all but one of them, min(1, those that agree / 3),
-    averaged over which one is left out. With a single one: whether it is the same.
+    averaged over which one is left out. As in VQA's script, answers are normalised only if people
+    don't agree to the letter. With a single one, for which the script has no formula: whether it
+    is the same, normalised.
     """
-    given = normalize_answer(answer)
-    agree = [normalize_answer(other) == given for other in answers]
+    alike = len(answers) > 1 and len({_plain(other) for other in answers}) == 1
+    read = _plain if alike else normalize_answer
+    given = read(answer)
+    agree = [read(other) == given for other in answers]
     if len(agree) == 1:
         return float(agree[0])
     total = sum(agree)

@@ -11,7 +11,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import inference
 from encoder import ImageError
@@ -213,3 +215,36 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     answers = captioner.answer(pictures, questions * 3)
     assert sum(encoded) == 3
     assert answers == [captioner.answer(p, q) for p in photos for q in questions]
+
+
+def odd_pictures(folder: Path) -> list[Path]:
+    """Files that Pillow's own conversion to RGB makes black, white, or leaves on their side."""
+    ramp = np.arange(64 * 64).reshape(64, 64)
+    clear = Image.fromarray((ramp % 256).astype(np.uint8)).convert("RGBA")
+    clear.putalpha(Image.fromarray((ramp // 16).astype(np.uint8)))
+    turned = paint("red", "left", 1)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    pictures = {
+        "clear.png": (clear, {}),
+        "deep.png": (Image.fromarray((ramp * 16).astype(np.uint16)), {}),
+        "twelve.tif": (Image.fromarray(ramp.astype(np.uint16)), {}),
+        "float.tif": (Image.fromarray((ramp / ramp.max()).astype(np.float32)), {}),
+        "floats.tif": (Image.fromarray((ramp * 16).astype(np.float32)), {}),
+        "whole.tif": (Image.fromarray((ramp * 16).astype(np.int32)), {}),
+        "turned.jpg": (turned, {"exif": exif}),
+    }
+    for name, (picture, options) in pictures.items():
+        picture.save(folder / name, **options)
+    return [folder / name for name in pictures]
+
+
+def test_pillow_images_get_what_files_get(tmp_path, trained):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
+    for path in odd_pictures(tmp_path):
+        seen = captioner.encoder.open(path)
+        low, high = np.percentile(np.asarray(seen), [5, 95])
+        assert high - low > 60, f"{path.name} is seen without its contrast"
+        with Image.open(path) as image:
+            given, read = (next(captioner.stream([picture])) for picture in (image, path))
+        assert given.hypotheses == read.hypotheses, path.name

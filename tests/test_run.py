@@ -163,5 +163,5 @@ def test_captions_that_are_cut_or_have_no_word_are_counted(photos, encoder_dir):
     flags = [*small_flags(photos, encoder_dir), "--max_caption_length", 5, "--epochs", 1]
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
-    assert "left out 1 captions without a word" in result.stdout
+    assert "of '000.png' has no word" in result.stdout
     assert "texts, to MAX_CAPTION_LENGTH = 5 tokens" in result.stdout
