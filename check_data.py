@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from dataset import SPLITS, DataPaths, Text
+from dataset import DataPaths, Text
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
+from options import SPLITS
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar
 

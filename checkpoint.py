@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import DecoderConfig
-from generation import GenerationOptions
 from model import CaptionModel
+from options import GenerationOptions
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, check_ranges, first_line, write_error
 

@@ -16,17 +16,18 @@ from dataset import (
     encode_rows,
     load_splits,
     load_texts,
-    parse_tasks,
     prompts_about,
     references_of,
 )
+from device import choose_dtype
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
+from options import parse_tasks
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, expand_shards, take_stock
 from tokenizer import END_ID, CaptionTokenizer
-from utils import UserError, choose_dtype
+from utils import UserError
 
 
 @dataclass

@@ -21,11 +21,10 @@ from torch import Tensor
 from distributed import ALONE, Team
 from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
+from options import SPLITS
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import UserError, read_json
 
-SPLITS = ("train", "val", "test")
-TASKS = ("captions", "questions")
 SURROGATES = re.compile("[\ud800-\udfff]")
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
@@ -33,18 +32,6 @@ TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
 ROW_MULTIPLE = 4
 POOL = 64  # batches whose photos are sorted by row length together
-
-
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """TASKS, such as "captions" or "captions,questions", as a tuple.
-
-    Raises:
-        UserError: it names something else, or nothing.
-    """
-    named = [part.strip() for part in text.split(",")]
-    if not set(named) <= set(TASKS):
-        raise UserError(f'TASKS is {text!r}: use captions, questions, or "captions,questions"')
-    return tuple(task for task in TASKS if task in named)
 
 
 # --- Where things are -----------------------------------------------------------------------

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, choose_device
+from device import choose_device
+from utils import UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # of those who wait for a download, or for another's photos

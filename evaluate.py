@@ -6,7 +6,11 @@ python evaluate.py --checkpoint captioner_best_cider.safetensors --task question
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.evaluate)
+
 import base64
 import contextlib
 import dataclasses
@@ -30,11 +34,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import config
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import (
-    SPLITS,
-    TASKS,
     DataPaths,
     Text,
     data_paths,
@@ -43,16 +44,10 @@ from dataset import (
     prompts_about,
     references_of,
 )
+from device import choose_device, choose_dtype
 from encoder import FrozenEncoder, loading_options, open_image
 from features import FeatureCache, build_features
-from generation import (
-    GenerationOptions,
-    Hypothesis,
-    add_option_flags,
-    change_options,
-    generate_cached,
-    given_options,
-)
+from generation import Hypothesis, generate_cached
 from metrics import (
     SCORER,
     TOKENIZER,
@@ -63,28 +58,14 @@ from metrics import (
     tokenize,
     vqa_accuracy,
 )
-from utils import (
-    UserError,
-    atomic_write,
-    choose_device,
-    choose_dtype,
-    first_line,
-    load_settings,
-    run_script,
+from options import (
+    GenerationOptions,
+    change_options,
+    given_options,
 )
+from utils import UserError, atomic_write, first_line, run_script
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
-SETTINGS = (
-    "DATA_DIR",
-    "IMAGE_DIR",
-    "CAPTIONS_FILE",
-    "QUESTIONS_FILE",
-    "FEATURES_DIR",
-    "FEATURE_BATCH_SIZE",
-    "MAX_BAD_IMAGES",
-    "DEVICE",
-    "PRECISION",
-)
 
 
 def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
@@ -244,32 +225,6 @@ def _thumbnail(file: Path) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# --- Command line ---------------------------------------------------------------------------
-
-
-def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--checkpoint", required=True, help=".safetensors or .pt")
-        add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
-        add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
-        add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
-        add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
-        add("--report", help="the HTML report [{checkpoint}_{split}.html]")
-        add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
-        add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
-        add_option_flags(parser)
-
-    return load_settings(
-        config,
-        argv,
-        __doc__.splitlines()[0],
-        only=SETTINGS,
-        add_arguments=add_arguments,
-        epilog="\n".join(__doc__.splitlines()[2:]),
-    )
 
 
 @dataclass
@@ -472,7 +427,7 @@ def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = command_line(argv)
+    settings = commands.evaluate(argv)
     scored = load_scored(settings)
     scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
     how = {

@@ -33,18 +33,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from device import autocast
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    autocast,
-    read_json,
-    require_room,
-    size_text,
-    sole_user,
-)
+from utils import Bar, UserError, atomic_write, read_json, require_room, size_text, sole_user
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder

@@ -10,6 +10,11 @@ From Python: `load_captioner("captioner.safetensors").caption("photo.jpg")`.
 
 from __future__ import annotations
 
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.inference)
+
 import argparse
 import itertools
 import json
@@ -29,28 +34,14 @@ from tqdm import tqdm
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import load_questions
+from device import autocast, choose_device, choose_dtype
 from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
-from generation import (
-    GenerationOptions,
-    Hypothesis,
-    add_option_flags,
-    change_options,
-    generate,
-    given_options,
-)
+from generation import Hypothesis, generate
 from hub import locate_checkpoint
-from sidecar import EXISTING, KINDS, Photo, open_output
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    autocast,
-    choose_device,
-    choose_dtype,
-    run_script,
-    script_parser,
-)
+from options import GenerationOptions, change_options, given_options
+from sidecar import Photo, open_output
+from utils import Bar, UserError, atomic_write, run_script
 
 ROWS = 64  # captions or answers searched for at a time
 
@@ -272,16 +263,6 @@ def load_captioner(
 # --- Command line ---------------------------------------------------------------------------
 
 
-def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `captioner_of` reads."""
-    add = parser.add_argument
-    add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
-    add("--revision", help="branch, tag or commit on the Hub [newest]")
-    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
-    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
-    add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
-
-
 def captioner_of(args: argparse.Namespace) -> Captioner:
     """The captioner that the flags name; raises as `load_captioner`."""
     return load_captioner(
@@ -340,36 +321,8 @@ def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple
     return [(by_name[name], text.question) for name, group in table.items() for text in group]
 
 
-def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
-    add("--image_path", help="a photo or a folder of photos, as PATH")
-    add_captioner_flags(parser)
-    add("--question", help="answer this question about each photo instead of captioning it")
-    add("--questions_file", help="answer many: a questions.json, with or without answers")
-    add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
-    add("--n_best", type=int, default=1, help="texts about each photo, best first [%(default)s]")
-    add("--batch_size", type=int, default=16, help="photos at once [%(default)s]")
-    add("--no-recursive", dest="recursive", action="store_false", help="leave out sub-folders")
-    add("--json", action="store_true", help="last line: captions by name, or questions and answers")
-    files = parser.add_argument_group("files")
-    add = files.add_argument
-    add("--write", choices=KINDS, help="txt beside each photo, metadata.jsonl, or captions.csv")
-    add("--output", help="the file, or for txt the folder [beside the photos]")
-    add("--existing", choices=EXISTING, default="skip", help="what is there already [%(default)s]")
-    add("--prefix", default="", help="before each caption")
-    add("--suffix", default="", help="after each caption")
-    add_option_flags(parser)
-    args = parser.parse_args(argv)
-    args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
-    if not args.paths:
-        parser.error("which photos? give files or folders")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = command_line(argv)
+    args = commands.inference(argv)
     photos = find_photos(args.paths, args.recursive)
     if len(photos) == 1:
         open_image(photos[0].file)  # a wrong path is said before the models are loaded

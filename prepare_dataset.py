@@ -7,7 +7,11 @@ that is complete is recognised at once and left alone.
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.prepare_dataset)
+
 import contextlib
 import fcntl
 import json
@@ -23,7 +27,6 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-import config
 from archive import (
     MAX_ENTRY_BYTES,
     TABLE_NAMES,
@@ -44,7 +47,6 @@ from captions_file import (
 )
 from check_data import check
 from dataset import (
-    SPLITS,
     DataPaths,
     converted_captions,
     data_paths,
@@ -53,18 +55,17 @@ from dataset import (
     load_questions,
     load_splits,
     load_texts,
-    parse_tasks,
     split_by_karpathy,
     split_by_ratio,
 )
 from download import download
 from encoder import PHOTO_SUFFIXES
 from features import check_bad
+from options import SPLITS, parse_tasks
 from shards import expand_shards, read_shard, say_samples
 from utils import (
     UserError,
     atomic_write,
-    load_settings,
     read_json,
     redact,
     require_room,
@@ -79,17 +80,6 @@ SOURCES = {
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-
-
-EXAMPLES = """examples:
-  python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
-  python prepare_dataset.py --dataset custom --data_dir my_photos --split ratio --check
-"""
-
-SETTINGS = (
-    "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
-    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
-).split()
 
 
 # --- Archives -------------------------------------------------------------------------------
@@ -468,53 +458,9 @@ def _prepare(
     return paths
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where things come from, and are not settings."""
-    parser.add_argument(
-        "--archive",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="zip of the data set that you have already (or its parts, in order): no download",
-    )
-    parser.add_argument(
-        "--vqa_questions",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="VQAv2's question files (of train and val): questions.json is made from them",
-    )
-    parser.add_argument(
-        "--vqa_annotations",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="VQAv2's annotation files, in the same order",
-    )
-    parser.add_argument(
-        "--follow_links",
-        action="store_true",
-        help="allow photos that are links to files outside the photo folder",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare a data set and say what is there and what to run next."""
-
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        add_arguments(parser)
-        parser.add_argument(
-            "--check",
-            action="store_true",
-            help="look at every photo and caption; code 1 if training would refuse them",
-        )
-
-    settings, usual = (
-        load_settings(
-            config, args, __doc__, only=SETTINGS, add_arguments=add_flags, epilog=EXAMPLES
-        )
-        for args in (argv, [])
-    )
+    settings, usual = (commands.prepare_dataset(args) for args in (argv, []))
     # What is missing is to be counted, not to end the count.
     lenient = {"MAX_BAD_IMAGES": sys.maxsize} if settings.check else {}
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
@@ -522,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = load_splits(paths.splits)
     flags = [
         text
-        for name in SETTINGS
+        for name in commands.PREPARED
         if vars(settings)[name] != vars(usual)[name]
         for text in (f"--{name.lower()}", str(vars(settings)[name]))
     ]

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
-from dataset import Text, parse_tasks
+from dataset import Text
 from decoder import DecoderConfig
+from device import choose_dtype, seed_everything
 from distributed import Team, share_gradients
-from generation import GenerationOptions
 from hub import locate_checkpoint
 from model import CaptionModel
+from options import GenerationOptions, parse_tasks
 from self_critical import critical_epochs
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, choose_dtype, redact, seed_everything
+from utils import UserError, atomic_write, redact
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from dataset import Batch, make_batch, parse_tasks
-from generation import GenerationOptions, Hypothesis, generate
+from dataset import Batch, make_batch
+from generation import Hypothesis, generate
 from metrics import CiderD, tokenize
 from model import CaptionModel
+from options import GenerationOptions, parse_tasks
 from tokenizer import END, END_ID, START_ID, CaptionTokenizer
 from utils import UserError
 

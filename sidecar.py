@@ -17,9 +17,6 @@ from pathlib import Path
 
 from utils import UserError, atomic_write, write_error
 
-KINDS = ("txt", "jsonl", "csv")
-EXISTING = ("skip", "overwrite", "append", "error")
-
 
 @dataclass(frozen=True)
 class Photo:

@@ -8,38 +8,33 @@ torchrun --nproc_per_node=4 train.py    # on four GPUs
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.train)
+
 import contextlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import config
 import prepare_dataset
 from corpus import Data, load_data
-from dataset import (
-    Batch,
-    CaptionRows,
-    DataPaths,
-    Text,
-    make_batch,
-    prompts_about,
-    references_of,
-)
+from dataset import Batch, CaptionRows, DataPaths, Text, make_batch, prompts_about, references_of
+from device import autocast
 from distributed import StopSignal, joined
 from features import prefetch
-from generation import GenerationOptions, generate_cached
+from generation import generate_cached
 from metrics import score, vqa_accuracy
 from model import CaptionModel
+from options import GenerationOptions
 from report import Ledger, Report, Update
 from run import (
     Run,
@@ -54,27 +49,14 @@ from run import (
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
-from utils import (
-    UserError,
-    autocast,
-    load_settings,
-    run_script,
-    sole_user,
-)
-
-EXAMPLES = """examples:
-  python train.py --demo
-  python train.py --dataset flickr8k --split ratio --preset small
-  python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
-"""
-
+from utils import UserError, run_script, sole_user
 
 # --- The whole run --------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings, team, data, model, and then epoch after epoch; returns the exit code."""
-    settings = command_line(argv)
+    settings = commands.train(argv)
     with joined(settings.DEVICE) as team, contextlib.ExitStack() as lock:
         team.on_rank0(lambda: claim_folders(settings, lock))
         begun = find_checkpoint(settings, team)
@@ -380,32 +362,6 @@ def write(
 
 
 # --- Beginning and stopping -----------------------------------------------------------------
-
-
-def command_line(argv: Sequence[str] | None) -> SimpleNamespace:
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
-        text = "several settings at once, as config.py lists them"
-        parser.add_argument("--preset", choices=config.presets, help=text)
-        prepare_dataset.add_arguments(parser)
-
-    def preset(flags: argparse.Namespace) -> dict[str, Any]:
-        if not flags.demo:
-            return config.presets.get(flags.preset, {})
-        from demo.settings import DEMO  # what only the demo needs is loaded only for it
-
-        return DEMO
-
-    settings = load_settings(
-        config,
-        argv,
-        __doc__.splitlines()[0],
-        add_arguments=add_arguments,
-        preset=preset,
-        epilog=EXAMPLES,
-    )
-    settings.arguments = list(sys.argv[1:] if argv is None else argv)
-    return settings
 
 
 def show_demo(checkpoint: Path, paths: DataPaths) -> None:

@@ -9,9 +9,9 @@ import fcntl
 import importlib
 import json
 import os
-import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,8 +21,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, TextIO
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
@@ -300,20 +298,36 @@ class Said:
         return getattr(self.stream, name)
 
 
+def guard_output() -> None:
+    """Let what the script says go through `Said`."""
+    if not isinstance(sys.stdout, Said):
+        sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r\x1b")
+
+
+def say_error(error: object) -> int:
+    """Say a mistake of the user's; returns the exit code."""
+    sys.stdout.flush()
+    # Lines of ours begin with a space, so that a name from outside can't forge one.
+    message = re.sub(r"\n(?! )", "\n  ", redact(str(error)))
+    print(f"error: {shown(message, chr(10))}", file=sys.stderr)
+    return 1
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
-    sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r\x1b")
-    message = ""
+    guard_output()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `commands.begin` has another
     try:
         code = main() or int(sys.stdout.broken)
     except UserError as error:
-        message = str(error)
+        code = say_error(error)
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError that only its text tells from others.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not known and "can't allocate memory" not in str(error):
             raise
-        message = (
+        code = say_error(
             f"out of memory ({first_line(error)}): halve --batch_size and double "
             "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before"
         )
@@ -321,52 +335,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("\ninterrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
-    if message:
-        # Lines of ours begin with a space, so that a name from outside can't forge one.
-        message = re.sub(r"\n(?! )", "\n  ", redact(message))
-        print(f"error: {shown(message, chr(10))}", file=sys.stderr)
-        code = 1
     sys.exit(code or int(sys.stdout.broken))
-
-
-# --- Seeds, devices, precision --------------------------------------------------------------
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device named, or the best one here: CUDA, else MPS, else the CPU."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    count["cpu"] = 1
-    if name == "auto":
-        name = next(kind for kind, there in count.items() if there)
-    kind, _, number = name.partition(":")
-    if kind not in count or not re.fullmatch(r"\w+(:\d{1,3})?", name):
-        raise UserError(f"DEVICE is {name!r}: use auto, cuda, mps or cpu")
-    if int(number or 0) >= count[kind]:
-        raise UserError(f"DEVICE is {name!r}, but torch sees no such device: use --device auto")
-    return torch.device(name)
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: bf16 where the hardware multiplies it fast, else fp32."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"PRECISION is {precision!r}: use auto, bf16 or fp32")
-    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    chosen = precision == "bf16" or (precision == "auto" and fast)
-    return torch.bfloat16 if chosen else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which matrix products are done in `dtype`."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # --- Progress -------------------------------------------------------------------------------

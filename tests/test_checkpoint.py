@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from checkpoint import Checkpoint, digest, load_checkpoint, save_for_training, save_for_use
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
-from generation import GenerationOptions
 from model import CaptionModel
+from options import GenerationOptions
 from tests.conftest import REPO, run
 from tokenizer import CaptionTokenizer
 from utils import UserError

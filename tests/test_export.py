@@ -15,8 +15,9 @@ import transformers
 
 from checkpoint import load_checkpoint
 from encoder import FrozenEncoder
-from generation import GenerationOptions, generate
+from generation import generate
 from inference import load_captioner
+from options import GenerationOptions
 from tests.conftest import REPO, run
 from tools import export as tools_export
 from utils import UserError

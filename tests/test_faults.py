@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import commands
 import config
-import train
 from checkpoint import Checkpoint, digest, load_checkpoint
 from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
@@ -449,7 +449,7 @@ flags = st.tuples(
 @given(st.lists(flags, min_size=1, max_size=3))
 def test_any_flags_are_understood_or_refused(given_flags):
     try:
-        found = train.command_line([f"{name}={value}" for name, value in given_flags])
+        found = commands.train([f"{name}={value}" for name, value in given_flags])
     except UserError as error:
         assert re.match(r"[A-Z_]+ is ", str(error))
     except SystemExit as stop:
@@ -473,4 +473,4 @@ WRONG_NUMBERS = {
 @pytest.mark.parametrize("flag", WRONG_NUMBERS)
 def test_settings_out_of_range_are_refused(flag):
     with pytest.raises(UserError, match=rf"{flag[2:].upper()} is .*must be"):
-        train.command_line([flag, WRONG_NUMBERS[flag]])
+        commands.train([flag, WRONG_NUMBERS[flag]])

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from generation import GenerationOptions, generate
+from generation import generate
+from options import GenerationOptions
 from tests.test_model import VOCAB, build_model, features, plain_logits
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
 from utils import UserError

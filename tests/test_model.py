@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from dataset import CaptionRows, make_batch
 from decoder import DecoderConfig, Dropout, KeyValueCache, attention
-from generation import GenerationOptions, generate
+from generation import generate
 from model import CaptionModel
+from options import GenerationOptions
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
 
 VOCAB = 50

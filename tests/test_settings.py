@@ -13,17 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from device import choose_device, choose_dtype
 from tests.conftest import REPO, run
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    choose_device,
-    choose_dtype,
-    load_settings,
-    shown,
-    sole_user,
-)
+from utils import Bar, UserError, atomic_write, load_settings, shown, sole_user
 
 
 @pytest.fixture

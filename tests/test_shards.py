@@ -18,8 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import commands
 import shards
-import train
 from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
@@ -700,7 +700,7 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
     found = []
     for key in ("${TOKEN}", "c0ffee", "c0ffee&sig=c0ffee"):
         flags = ["--train_shards", f"https://me:c0ffee@host/0.tar?token={key}", "--data_dir", "d"]
-        settings = train.command_line(flags)
+        settings = commands.train(flags)
         assert "c0ffee" not in str(on_record(settings))
         (url,) = shards.expand_shards(settings.TRAIN_SHARDS)
         assert "c0ffee" in url and "c0ffee" not in shards.shard_name(url)

@@ -18,14 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import commands
 import prepare_dataset
 import train
 from checkpoint import load_checkpoint
 from corpus import Data, load_data
 from dataset import make_batch
 from distributed import ALONE
-from generation import GenerationOptions, Hypothesis, generate
+from generation import Hypothesis, generate
 from inference import load_captioner
+from options import GenerationOptions
 from report import Ledger
 from run import Run, start_run
 from self_critical import advantages
@@ -97,7 +99,7 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
 
 def start(*flags: object) -> tuple[Run, Data]:
     """A run that is ready for its first step, and its data."""
-    settings, device = train.command_line([str(flag) for flag in flags]), torch.device("cpu")
+    settings, device = commands.train([str(flag) for flag in flags]), torch.device("cpu")
     begun = train.find_checkpoint(settings, ALONE)
     tokenizer = begun.tokenizer if begun else None
     data = load_data(settings, prepare_dataset.prepare(settings), device, ALONE, tokenizer)

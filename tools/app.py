@@ -10,7 +10,11 @@ nowhere.
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.app)
+
 import asyncio
 import contextlib
 import io
@@ -43,8 +47,8 @@ except ModuleNotFoundError as error:
 
 from demo import scenes
 from encoder import ImageError
-from inference import Captioner, Explained, add_captioner_flags, captioner_of
-from utils import UserError, run_script, script_parser
+from inference import Captioner, Explained, captioner_of
+from utils import UserError, run_script
 
 PAGE = Path(__file__).with_name("app.html")
 # What may be asked for: the kind of number, the least and the most.
@@ -332,16 +336,6 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    add = parser.add_argument
-    add_captioner_flags(parser)
-    add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
-    add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
-    add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
-    return parser.parse_args(argv)
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -354,7 +348,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = command_line(argv)
+    args = commands.app(argv)
     with listen(args.host, args.port) as door:
         app = build_app(captioner_of(args), args.host, args.max_megabytes)
         options = uvicorn.Config(

@@ -12,7 +12,11 @@ smallest and the largest. The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.benchmark)
+
 import contextlib
 import itertools
 import json
@@ -33,29 +37,22 @@ from PIL import Image
 
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
+from device import autocast, choose_device, choose_dtype, seed_everything
 from distributed import joined, share_gradients
 from encoder import FrozenEncoder
 from features import FeatureCache, add_pack, build_features, write_pack
-from generation import GenerationOptions, generate
+from generation import generate
 from model import CaptionModel
+from options import GenerationOptions
 from shards import Stock, StreamedRows, known_shard, table_path
 from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID, CaptionTokenizer
-from utils import (
-    autocast,
-    choose_device,
-    choose_dtype,
-    resident_kilobytes,
-    run_script,
-    script_parser,
-    seed_everything,
-)
+from utils import resident_kilobytes, run_script
 
 REPO = Path(__file__).resolve().parents[1]
 VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
 EPOCHS, CAPTIONS = 20, 5
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
 FLICKR30K = 29000  # photos to train on
-PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
@@ -550,21 +547,7 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = script_parser(__doc__)
-    parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
-    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
-    parser.add_argument(
-        "--scaling",
-        dest="only",
-        action="store_const",
-        const="scaling",
-        help="the same as --only scaling",
-    )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = commands.benchmark(argv)
     seed_everything(0)
     if args.worker:
         time_shared_steps(args.device, args.precision, args.repeats)

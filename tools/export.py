@@ -9,7 +9,11 @@ A folder that plain `transformers` loads (`pipeline("image-text-to-text")`), or 
 
 from __future__ import annotations
 
-import argparse
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.export)
+
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +28,7 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, atomic_write, run_script, script_parser, size_text
+from utils import UserError, atomic_write, run_script, size_text
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -80,32 +84,8 @@ def logits_difference(
     return float((theirs - checkpoint.model.decoder.logits(hidden)).abs().max())
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
-    parser.add_argument("--encoder", help="where the encoder is, if no longer where it was")
-    parser.add_argument("--format", choices=("onnx", "transformers"), default="onnx")
-    parser.add_argument(
-        "--with-encoder",
-        action="store_true",
-        default=None,
-        help="for onnx: the frozen encoder too, as a second file",
-    )
-    parser.add_argument(
-        "--without-encoder",
-        dest="with_encoder",
-        action="store_false",
-        help="for transformers: the encoder's name in place of its weights",
-    )
-    parser.add_argument("--out", help="what to write [captioner.onnx, or the folder captioner]")
-    args = parser.parse_args(argv)
-    args.out = args.out or ("captioner.onnx" if args.format == "onnx" else "captioner")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args = commands.export(argv)
     out = Path(args.out).expanduser()
     as_folder = args.format == "transformers"
     if not as_folder and out.is_dir():

@@ -1,0 +1,262 @@
+"""The command line of each script, read before PyTorch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import config
+from options import SPLITS, TASKS, add_option_flags
+from utils import UserError, guard_output, load_settings, say_error, script_parser
+
+PREPARED = (
+    "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
+    "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
+).split()
+SCORED = (
+    "DATA_DIR",
+    "IMAGE_DIR",
+    "CAPTIONS_FILE",
+    "QUESTIONS_FILE",
+    "FEATURES_DIR",
+    "FEATURE_BATCH_SIZE",
+    "MAX_BAD_IMAGES",
+    "DEVICE",
+    "PRECISION",
+)
+KINDS = ("txt", "jsonl", "csv")
+PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
+EXISTING = ("skip", "overwrite", "append", "error")
+
+TRAIN_EXAMPLES = """examples:
+  python train.py --demo
+  python train.py --dataset flickr8k --split ratio --preset small
+  python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
+"""
+PREPARE_EXAMPLES = """examples:
+  python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
+  python prepare_dataset.py --dataset custom --data_dir my_photos --split ratio --check
+"""
+
+
+def begin(read: Callable[[], Any]) -> None:
+    """Before a script's imports: read its command line, and answer --help or a mistake at once.
+
+    Ctrl-C while they last ends the program without a word of theirs.
+    """
+    # Threads that wait for each other sleep instead of spinning: beside another program training is
+    # half as fast again, and alone as fast as before (docs/performance.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    guard_output()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        read()
+    except UserError as error:
+        sys.exit(say_error(error))
+
+
+def document(script: str) -> str:
+    """A script's docstring, which begins and ends what its --help says."""
+    source = Path(config.__file__).parent.joinpath(script).read_text(encoding="utf-8")
+    return source.split('"""')[1]
+
+
+def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """train.py's settings."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
+        text = "several settings at once, as config.py lists them"
+        parser.add_argument("--preset", choices=config.presets, help=text)
+        add_sources(parser)
+
+    def preset(flags: argparse.Namespace) -> dict[str, Any]:
+        if not flags.demo:
+            return config.presets.get(flags.preset, {})
+        from demo.settings import DEMO  # what only the demo needs is loaded only for it
+
+        return DEMO
+
+    settings = load_settings(
+        config,
+        argv,
+        document("train.py").splitlines()[0],
+        add_arguments=add_arguments,
+        preset=preset,
+        epilog=TRAIN_EXAMPLES,
+    )
+    settings.arguments = list(sys.argv[1:] if argv is None else argv)
+    return settings
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where things come from, and are not settings."""
+    parser.add_argument(
+        "--archive",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="zip of the data set that you have already (or its parts, in order): no download",
+    )
+    parser.add_argument(
+        "--vqa_questions",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="VQAv2's question files (of train and val): questions.json is made from them",
+    )
+    parser.add_argument(
+        "--vqa_annotations",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="VQAv2's annotation files, in the same order",
+    )
+    parser.add_argument(
+        "--follow_links",
+        action="store_true",
+        help="allow photos that are links to files outside the photo folder",
+    )
+
+
+def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """prepare_dataset.py's settings."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_sources(parser)
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="look at every photo and caption; code 1 if training would refuse them",
+        )
+
+    return load_settings(
+        config,
+        argv,
+        document("prepare_dataset.py"),
+        only=PREPARED,
+        add_arguments=add_arguments,
+        epilog=PREPARE_EXAMPLES,
+    )
+
+
+def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """evaluate.py's settings."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--checkpoint", required=True, help=".safetensors or .pt")
+        add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
+        add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
+        add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
+        add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+        add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+        add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
+        add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
+        add_option_flags(parser)
+
+    first, _, *rest = document("evaluate.py").splitlines()
+    return load_settings(
+        config, argv, first, only=SCORED, add_arguments=add_arguments, epilog="\n".join(rest)
+    )
+
+
+def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `captioner_of` reads."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
+    add("--revision", help="branch, tag or commit on the Hub [newest]")
+    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
+    add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+
+
+def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """inference.py's flags."""
+    parser = script_parser(document("inference.py"))
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
+    add("--image_path", help="a photo or a folder of photos, as PATH")
+    add_captioner_flags(parser)
+    add("--question", help="answer this question about each photo instead of captioning it")
+    add("--questions_file", help="answer many: a questions.json, with or without answers")
+    add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
+    add("--n_best", type=int, default=1, help="texts about each photo, best first [%(default)s]")
+    add("--batch_size", type=int, default=16, help="photos at once [%(default)s]")
+    add("--no-recursive", dest="recursive", action="store_false", help="leave out sub-folders")
+    add("--json", action="store_true", help="last line: captions by name, or questions and answers")
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--write", choices=KINDS, help="txt beside each photo, metadata.jsonl, or captions.csv")
+    add("--output", help="the file, or for txt the folder [beside the photos]")
+    add("--existing", choices=EXISTING, default="skip", help="what is there already [%(default)s]")
+    add("--prefix", default="", help="before each caption")
+    add("--suffix", default="", help="after each caption")
+    add_option_flags(parser)
+    args = parser.parse_args(argv)
+    args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
+    if not args.paths:
+        parser.error("which photos? give files or folders")
+    return args
+
+
+def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """tools/app.py's flags."""
+    parser = script_parser(document("tools/app.py"))
+    add = parser.add_argument
+    add_captioner_flags(parser)
+    add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
+    add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
+    add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
+    return parser.parse_args(argv)
+
+
+def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """tools/export.py's flags."""
+    parser = script_parser(document("tools/export.py"))
+    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
+    parser.add_argument("--encoder", help="where the encoder is, if no longer where it was")
+    parser.add_argument("--format", choices=("onnx", "transformers"), default="onnx")
+    parser.add_argument(
+        "--with-encoder",
+        action="store_true",
+        default=None,
+        help="for onnx: the frozen encoder too, as a second file",
+    )
+    parser.add_argument(
+        "--without-encoder",
+        dest="with_encoder",
+        action="store_false",
+        help="for transformers: the encoder's name in place of its weights",
+    )
+    parser.add_argument("--out", help="what to write [captioner.onnx, or the folder captioner]")
+    args = parser.parse_args(argv)
+    args.out = args.out or ("captioner.onnx" if args.format == "onnx" else "captioner")
+    return args
+
+
+def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """tools/benchmark.py's flags."""
+    parser = script_parser(document("tools/benchmark.py"))
+    parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
+    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
+    parser.add_argument(
+        "--scaling",
+        dest="only",
+        action="store_const",
+        const="scaling",
+        help="the same as --only scaling",
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)

@@ -1,0 +1,110 @@
+"""What can be chosen: tasks, splits, and how to write; of this, flags are made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from utils import UserError
+
+SPLITS = ("train", "val", "test")
+TASKS = ("captions", "questions")
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """TASKS, such as "captions" or "captions,questions", as a tuple.
+
+    Raises:
+        UserError: it names something else, or nothing.
+    """
+    named = [part.strip() for part in text.split(",")]
+    if not set(named) <= set(TASKS):
+        raise UserError(f'TASKS is {text!r}: use captions, questions, or "captions,questions"')
+    return tuple(task for task in TASKS if task in named)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to write. The defaults are greedy.
+
+    Args:
+        beam_size: beams, or samples, per photo.
+        length_penalty: a hypothesis scores log-probability / length ** length_penalty.
+        min_length, max_length: in tokens, END counted; None: as long as the decoder can.
+        no_repeat_ngram: no n-gram of this size stands twice in a caption, and no token twice in
+            a row; 0: both allowed.
+        groups: diverse beam search (Vijayakumar et al. 2016): beams in this many groups.
+        diversity: what a token loses per earlier group that took it at the same step.
+        sample: draw tokens instead of searching; beam_size independent samples.
+        temperature, top_k, top_p: shape the distribution that is drawn from; 0 and 1 are off.
+        seed: of the draws.
+    """
+
+    beam_size: int = 1
+    length_penalty: float = 1.0
+    min_length: int = 1
+    max_length: int | None = None
+    no_repeat_ngram: int = 0
+    groups: int = 1
+    diversity: float = 0.5
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 1 or self.groups < 1 or self.beam_size % self.groups:
+            raise ValueError("beam_size must be a multiple of groups, both at least 1")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("temperature must be above 0, top_p in (0, 1], top_k 0 or more")
+        if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:
+            raise ValueError("min_length must be at least 1 and at most max_length")
+
+
+OPTION_HELP = {
+    "beam_size": "beams of the search, or samples; 1: greedy",
+    "length_penalty": "higher: longer captions",
+    "min_length": "fewest tokens of a caption",
+    "max_length": "most tokens of a caption",
+    "no_repeat_ngram": "no n-gram of this size twice, no token twice in a row; 0: allowed",
+    "groups": "diverse beam search: beams in this many groups",
+    "diversity": "what a token loses per earlier group that took it",
+    "sample": "draw tokens instead of searching",
+    "temperature": "of the draws; lower: safer",
+    "top_k": "draw from this many tokens at most; 0: all",
+    "top_p": "draw from the fewest tokens of this probability; 1: all",
+    "seed": "of the draws",
+}
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of `GenerationOptions`; what isn't given keeps its usual value."""
+    group = parser.add_argument_group("how to write (defaults: what the checkpoint says)")
+    for field in dataclasses.fields(GenerationOptions):
+        text = OPTION_HELP[field.name]
+        if isinstance(field.default, bool):
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": int if field.default is None else type(field.default)}
+        group.add_argument(f"--{field.name}", default=None, help=text, **kind)
+
+
+def given_options(flags: Any) -> dict[str, Any]:
+    """The fields of `GenerationOptions` that were given as flags."""
+    names = [field.name for field in dataclasses.fields(GenerationOptions)]
+    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+
+
+def change_options(usual: GenerationOptions, **given: Any) -> GenerationOptions:
+    """The usual options with some replaced.
+
+    Raises:
+        UserError: the options don't fit each other.
+    """
+    try:
+        return dataclasses.replace(usual, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
