@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import config
 from options import SPLITS, TASKS, add_option_flags
 from utils import UserError, guard_output, load_settings, say_error, script_parser
 
@@ -64,12 +63,13 @@ def begin(read: Callable[[], Any]) -> None:
 
 def document(script: str) -> str:
     """A script's docstring, which begins and ends what its --help says."""
-    source = Path(config.__file__).parent.joinpath(script).read_text(encoding="utf-8")
+    source = Path(__file__).parent.joinpath(script).read_text(encoding="utf-8")
     return source.split('"""')[1]
 
 
 def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """train.py's settings."""
+    import config  # here, as inference needs none
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
@@ -128,6 +128,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """prepare_dataset.py's settings."""
+    import config
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_sources(parser)
@@ -149,6 +150,7 @@ def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
 def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """evaluate.py's settings."""
+    import config
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import captions_file
+import commands
 import config
 import prepare_dataset
 from captions_file import read_table
@@ -256,7 +257,7 @@ def test_two_tables_are_said(tmp_path, capsys):
 
 def settings_of(folder: Path, *flags: object):
     argv = ["--dataset", "custom", "--data_dir", folder, "--split", "ratio", *flags]
-    adds = prepare_dataset.add_arguments
+    adds = commands.add_sources
     return load_settings(config, [str(text) for text in argv], "", add_arguments=adds)
 
 

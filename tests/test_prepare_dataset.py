@@ -23,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import commands
 import config
 import download
 import prepare_dataset
@@ -72,7 +73,7 @@ def settings_for(folder: Path, *flags: object) -> SimpleNamespace:
     argv = ["--dataset", "flickr8k", "--data_dir", folder, "--split", "ratio"]
     argv += ["--train_split_ratio", 0.7, *flags]
     return load_settings(
-        config, [str(text) for text in argv], "", add_arguments=prepare_dataset.add_arguments
+        config, [str(text) for text in argv], "", add_arguments=commands.add_sources
     )
 
 
