@@ -19,7 +19,7 @@ ORDER = """
     captions_file download shards model modeling_captioner attention generation self_critical
     corpus checkpoint standalone hub tracking run report sidecar check_data archive commands
     prepare_dataset train evaluate inference tools.app tools.onnx_graph tools.export
-    tools.benchmark
+    tools.rivals tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
 MODULES = sorted(

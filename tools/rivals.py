@@ -1,0 +1,137 @@
+"""The contestants of the benchmark: ours, and what others would write, decoders of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decoder import DecoderConfig
+from device import autocast
+from model import CaptionModel
+from tokenizer import END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
+
+VOCAB, PATCHES, WIDTH = 10000, 197, 768  # default vocabulary; what ViT-B/16 gives
+CAPTIONS = 5  # a photo
+IGNORED = -100  # a target that the libraries' losses leave out
+
+
+def flickr_like_captions(photos: int) -> dict[str, list[list[int]]]:
+    """Captions as long as Flickr's: 12.1 tokens on average, START counted, 4 to 40."""
+    dice = np.random.default_rng(0)
+    lengths = np.clip(np.rint(dice.gamma(6.2, 1.8, (photos, CAPTIONS))), 3, 38).astype(int)
+    first = len(SPECIAL_TOKENS)
+    return {
+        f"{i}": [[START_ID, *dice.integers(first, VOCAB, n).tolist(), END_ID] for n in group]
+        for i, group in enumerate(lengths)
+    }
+
+
+def our_model(device: torch.device) -> CaptionModel:
+    return CaptionModel(WIDTH, DecoderConfig(VOCAB)).to(device)
+
+
+def rival_model(device: torch.device) -> transformers.VisionEncoderDecoderModel:
+    """ViT-B/16 and a decoder from scratch of our default size."""
+    size = DecoderConfig(VOCAB)
+    decoder = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_inner=size.ff_dim,
+        n_positions=size.max_length,
+        add_cross_attention=True,
+        bos_token_id=START_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(), decoder
+    )
+    model = transformers.VisionEncoderDecoderModel(config)
+    model.config.decoder_start_token_id, model.config.pad_token_id = START_ID, PAD_ID
+    return model.to(device)
+
+
+class TorchDecoder(nn.Module):
+    """What PyTorch's own layers make: pre-norm, tied embedding, features repeated a caption."""
+
+    def __init__(self, size: DecoderConfig):
+        super().__init__()
+        self.project = nn.Linear(WIDTH, size.width)
+        self.tokens = nn.Embedding(size.vocab_size, size.width)
+        self.places = nn.Embedding(size.max_length, size.width)
+        layer = nn.TransformerDecoderLayer(
+            size.width,
+            size.heads,
+            size.ff_dim,
+            size.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.decoder = nn.TransformerDecoder(layer, size.layers, nn.LayerNorm(size.width))
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Features (captions, patches, WIDTH), tokens (captions, length) -> logits."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(len(places), tokens.device)
+        x = self.tokens(tokens) + self.places(places)
+        x = self.decoder(x, self.project(features), tgt_mask=mask, tgt_is_causal=True)
+        return F.linear(x, self.tokens.weight)
+
+
+def padded(captions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Captions as tokens and targets (captions, longest - 1)."""
+    longest = max(map(len, captions)) - 1
+    tokens = torch.full((len(captions), longest), PAD_ID)
+    targets = torch.full((len(captions), longest), IGNORED)
+    for row, ids in enumerate(captions):
+        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
+    return tokens, targets
+
+
+def cached_rivals(
+    features: Tensor, captions: Callable[[], Sequence[Sequence[int]]], dtype: torch.dtype
+) -> dict[str, Callable[[], None]]:
+    """Training steps as who knows the matter writes them with libraries: features from memory, the
+    same captions padded to the longest, `dtype` by autocast, the fused optimizer.
+
+    Args:
+        features: (photos, PATCHES, WIDTH) in half precision.
+        captions: those of the next step, CAPTIONS a photo.
+    """
+    device = features.device
+    hf, plain = rival_model(device).train(), TorchDecoder(DecoderConfig(VOCAB)).to(device).train()
+
+    def hf_loss(repeated: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        encoded = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=repeated)
+        return hf(encoder_outputs=encoded, decoder_input_ids=tokens, labels=targets).loss
+
+    def plain_loss(repeated: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = plain(repeated, tokens).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=0.1)
+
+    def step_of(model: nn.Module, loss_of: Callable[..., Tensor]) -> Callable[[], None]:
+        learned = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+        optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=device.type != "mps")
+
+        def step() -> None:
+            tokens, targets = (part.to(device) for part in padded(captions()))
+            with autocast(device, dtype):
+                repeated = features.float().repeat_interleave(CAPTIONS, dim=0)
+                loss = loss_of(repeated, tokens, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {"hf_cached": step_of(hf, hf_loss), "torch_decoder": step_of(plain, plain_loss)}
