@@ -25,7 +25,8 @@ from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
 from options import parse_tasks
 from self_critical import Critic, critical_epochs
-from shards import Stock, StreamedRows, expand_shards, take_stock
+from shards import Stock, StreamedRows, take_stock
+from tars import expand_shards
 from tokenizer import END_ID, CaptionTokenizer
 from utils import UserError
 

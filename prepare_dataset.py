@@ -62,7 +62,8 @@ from download import download
 from encoder import PHOTO_SUFFIXES
 from features import check_bad
 from options import SPLITS, parse_tasks
-from shards import expand_shards, read_shard, say_samples
+from shards import say_samples
+from tars import expand_shards, read_shard
 from utils import (
     UserError,
     atomic_write,

@@ -9,7 +9,6 @@ pool of photos are all that is in RAM.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -20,21 +19,18 @@ import os
 import random
 import re
 import sys
-import tarfile
-import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import POOL, TEXT_KEYS, Batch, epoch_order, make_batch, order_name
+from dataset import POOL, Batch, epoch_order, make_batch, order_name
 from distributed import ALONE, Team
 from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError
 from features import (
@@ -49,13 +45,11 @@ from features import (
     write_pack,
     write_table,
 )
+from tars import Sample, elsewhere, identity, read_shard, shard_name
 from tokenizer import CaptionTokenizer
 from utils import (
     Bar,
     UserError,
-    first_line,
-    hide_keys,
-    redact,
     require_extra,
     require_room,
     size_text,
@@ -63,205 +57,8 @@ from utils import (
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a photo's shard, by number, and its row there
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
-ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
-RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
-MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
-MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 OPEN_TABLES = 16  # shards whose table is in RAM, a few MB each
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
-
-
-class Sample(NamedTuple):
-    """A photo of a shard, as it stands there, and what it shows."""
-
-    key: str
-    suffix: str  # of the photo's name: what kind of file it is
-    photo: bytes
-    captions: list[str]
-
-
-# --- Reading a shard ------------------------------------------------------------------------
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """`"cc3m/{00000..00331}.tar"` -> the shards' paths or addresses, in order."""
-    shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
-    try:
-        expanded = shardlists.expand_urls(pattern)
-    except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
-        name = shard_name(pattern)
-        raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    paths = [url if _elsewhere(url) else Path(url).expanduser() for url in expanded]
-    urls = [os.path.abspath(path) if isinstance(path, Path) else path for path in paths]
-    missing = [url for url in urls if not _elsewhere(url) and not os.path.isfile(url)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
-            "correct the numbers in braces"
-        )
-    if len(set(map(_identity, urls))) < len(urls):
-        raise UserError(f"the shards {redact(pattern)} name one twice")
-    return urls
-
-
-def shard_name(url: str) -> str:
-    """How a shard is called: what may be secret of its address gives way to a short hash."""
-    known, name = _identity(url), redact(_identity(url))
-    return name if name == known else f"{name} ({hashlib.sha256(known.encode()).hexdigest()[:6]})"
-
-
-def _identity(url: str) -> str:
-    """A shard's path or address without keys and signatures, which may be others tomorrow."""
-    address, _, query = url.partition("?")
-    if re.search(r"(?i)(signature|\bsig)=", query):
-        url = address
-    key = r"(?i)([?&][\w-]*(?:signature|sig|token|credential|key)[\w-]*=)[^&\s]+"
-    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", re.sub(key, r"\1***", hide_keys(url)))
-
-
-def _elsewhere(url: str) -> bool:
-    return "://" in url or url.startswith("pipe:")
-
-
-def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[Sample]:
-    """The photos of a shard that have a caption, in order; of two of one name, the first.
-
-    A shard that is elsewhere and breaks off is read again, up to where it broke off unheard. Of
-    the other samples `passed` counts those that lack something, by what it is, and `bad` gets by
-    name what is wrong with those that can't be read.
-    """
-    heard, failures = 0, 0
-    keys: set[str] = set()
-    while True:
-        before = heard
-        try:
-            unheard = itertools.chain(itertools.islice(_read_once(url), heard, None), [None])
-            # Each once the next one is there: the last before a cut may lack a file.
-            for (key, files), _ in itertools.pairwise(unheard):
-                heard += 1
-                try:
-                    sample = _sample(key, files)
-                except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                    bad[key] = f"{shard_name(url)}: {key} can't be read: {first_line(error)}"
-                    continue
-                if isinstance(sample, Sample) and key not in keys:
-                    keys.add(key)
-                    yield sample
-                else:
-                    passed[sample if isinstance(sample, str) else "with another's name"] += 1
-            return
-        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-            # What the library and tarfile raise for what is cut off, swapped or not there.
-            failures = failures + 1 if heard == before else 1
-            if not _elsewhere(url) or failures == ATTEMPTS:
-                raise UserError(
-                    f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
-                    "mend or replace it and run again, what is done is kept"
-                ) from None
-            time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
-
-
-def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | None]]]]:
-    """Each name's files: by kind the first one's suffix and content; an error if it isn't whole."""
-    gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
-    # Closing it raises what a server's end hid.
-    with contextlib.closing(gopen.gopen(url)) as opened:
-        stream = _Tail(opened)
-        for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
-            files: dict[str, tuple[str, bytes | None]] = {}
-            for _, kind, suffix, content in group:
-                files.setdefault(kind, (suffix, content))
-            yield key, files
-        while stream.read(2**20):
-            pass
-        # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
-        if stream.last.strip(b"\0") and not stream.first.startswith(COMPRESSED):
-            raise EOFError("it has no end mark: it is cut off")
-
-
-def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
-    """The files of a tar: name up to the first dot after folders, kind, suffix, and content.
-
-    The content is None where it is larger than MOST_BYTES of its kind.
-    """
-    unpacked = 0
-    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
-    for info in tar:
-        tar.members = []  # or all stay in RAM
-        # Names may be of any bytes, and in some headers hold a zero, which no file's may.
-        name = _decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
-        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
-        if not info.isreg() or not found:
-            continue
-        suffix = found[2].lower()
-        kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix
-        file, pieces, small = tar.extractfile(info), [], info.size <= MOST_BYTES.get(kind, 0)
-        while piece := file.read(2**20):
-            unpacked += len(piece)
-            if unpacked > MOST_UNPACKED * stream.size + MOST_BYTES["photo"]:
-                raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
-            pieces += [piece] if small else []
-        yield found[1], kind, suffix, b"".join(pieces) if small else None
-
-
-class _Header(tarfile.TarInfo):
-    """A file's header, which may not be large itself: tarfile would take it into RAM."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuf(buf, encoding, errors)
-        if not header.isreg() and header.size > MOST_BYTES["json"]:
-            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
-        return header
-
-
-class _Tail:
-    """A stream that remembers its size and ends."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.size, self.first, self.last = stream, 0, b"", b"?"
-
-    def read(self, size: int) -> bytes:
-        piece = self.stream.read(size)
-        self.size += len(piece)
-        self.first = self.first or piece[:8]
-        self.last = piece[-1024:] or self.last
-        return piece
-
-
-def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
-    """A photo with its captions, or what it lacks.
-
-    A `.txt` is one caption; where there is none, a `.json` has it under a name of TEXT_KEYS.
-    """
-    for kind, (suffix, content) in files.items():
-        if content is None and kind in MOST_BYTES:
-            raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
-    texts = [_line(_decoded(files["txt"][1]))] if "txt" in files else [""]
-    if "json" in files and not texts[0]:
-        # Numbers don't matter, and Python refuses long ones.
-        table = json.loads(_decoded(files["json"][1]), parse_int=float)
-        texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
-        texts = [texts] if isinstance(texts, str) else texts
-    captions = [caption for caption in map(_line, texts) if caption]
-    if "photo" not in files or not captions:
-        return "without a caption" if "photo" in files else "without a photo"
-    return Sample(key, *files["photo"], captions)
-
-
-def _decoded(content: bytes) -> str:
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
-
-
-def _line(text: str) -> str:
-    """A text in one line, less control characters, and halves of them, which no file can hold."""
-    whole = text.encode("utf-8", "replace").decode()
-    return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())
 
 
 def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
@@ -275,7 +72,7 @@ def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
 
 
 def _version(url: str) -> list[int] | None:
-    stat = None if _elsewhere(url) else os.stat(url)
+    stat = None if elsewhere(url) else os.stat(url)
     return stat and [stat.st_size, stat.st_mtime_ns]
 
 
@@ -407,7 +204,7 @@ def _known(folder: Path, url: str, keep_features: bool) -> Shard | None:
 
 def table_path(folder: Path, url: str) -> Path:
     """The table of a shard; its features stand beside it in a `.bin`."""
-    name = _identity(url)
+    name = identity(url)
     stem = re.sub(r"[^\w.-]", "_", os.path.basename(name.split("?")[0]).removesuffix(".tar"))
     return folder / f"{stem[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 

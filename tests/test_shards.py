@@ -24,7 +24,8 @@ from dataset import Batch
 from distributed import Team
 from encoder import FrozenEncoder
 from run import on_record
-from shards import Sample, Stock, StreamedRows, take_stock
+from shards import Stock, StreamedRows, take_stock
+from tars import ATTEMPTS, Sample, expand_shards, shard_name
 from tests.conftest import COLOURS, paint, run, small_flags
 from tests.download_server import DownloadServer, Remote, serving
 from tests.test_distributed import figures, torchrun
@@ -88,7 +89,7 @@ def encoder(encoder_dir) -> FrozenEncoder:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[DownloadServer]:
-    monkeypatch.setattr(shards, "RETRY_PAUSE", 0.01)
+    monkeypatch.setattr("tars.RETRY_PAUSE", 0.01)
     with serving() as running:
         yield running
 
@@ -297,7 +298,7 @@ def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage):
 
 @pytest.mark.fault
 def test_a_command_whose_tar_is_cut_off_is_refused_and_a_packed_one_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "RETRY_PAUSE", 0.01)
+    monkeypatch.setattr("tars.RETRY_PAUSE", 0.01)
     whole = shard_of(range(3))
     (tmp_path / "0.tar").write_bytes(whole[: _after_files(whole, 6)])
     with pytest.raises(UserError, match="no end mark"):
@@ -339,7 +340,7 @@ def test_a_server_that_never_gives_it_is_named(server):
     for name in ("00000.tar", "missing.tar"):
         with pytest.raises(UserError, match=rf"{name} can't be read to its end"):
             list(read_shard(server.url(name)))
-    assert len(server.ranges_asked("00000.tar")) <= shards.ATTEMPTS + 1
+    assert len(server.ranges_asked("00000.tar")) <= ATTEMPTS + 1
 
 
 # --- Taking stock ---------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def write_as_before(table: Path) -> None:
 
 @pytest.mark.fault(count=7)
 def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys):
-    urls = shards.expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
+    urls = expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
 
     def taken() -> tuple[Stock, str]:
         stock = take_stock(encoder, urls, tmp_path / "f", batch_size=2)
@@ -430,7 +431,7 @@ def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, 
 
 @pytest.mark.fault
 def test_damaged_features_are_named(tmp_path, encoder):
-    urls = shards.expand_shards(write_shards(tmp_path / "tars", [3]))
+    urls = expand_shards(write_shards(tmp_path / "tars", [3]))
     stock = take_stock(encoder, urls, tmp_path / "f")
     binary = stock.shards[0].table.with_suffix(".bin")
     content = bytearray(binary.read_bytes())
@@ -451,7 +452,7 @@ SIZES = [9, 1, 30, 0, 17, 40, 6]
 def both(tmp_path_factory, encoder) -> tuple[StreamedRows, StreamedRows]:
     """The same shards, features kept, and photos streamed."""
     folder = tmp_path_factory.mktemp("stock")
-    urls = shards.expand_shards(write_shards(folder / "tars", SIZES))
+    urls = expand_shards(write_shards(folder / "tars", SIZES))
     root = folder / "f"
     stream = take_stock(encoder, urls, root, keep_features=False)
     stock = take_stock(encoder, urls, root)
@@ -685,8 +686,8 @@ def test_without_the_library_the_message_says_what_to_install(tmp_path):
     hidden.mkdir()
     code = (
         "import sys; sys.modules['webdataset'] = None\n"
-        "from utils import run_script\nimport shards\n"
-        "run_script(lambda: shards.expand_shards('x{0..1}.tar'))"
+        "from utils import run_script\nimport tars\n"
+        "run_script(lambda: tars.expand_shards('x{0..1}.tar'))"
     )
     result = run("-c", code)
     assert result.returncode == 1
@@ -702,9 +703,9 @@ def test_keys_in_addresses_are_not_kept(tmp_path, encoder, server, monkeypatch):
         flags = ["--train_shards", f"https://me:c0ffee@host/0.tar?token={key}", "--data_dir", "d"]
         settings = commands.train(flags)
         assert "c0ffee" not in str(on_record(settings))
-        (url,) = shards.expand_shards(settings.TRAIN_SHARDS)
-        assert "c0ffee" in url and "c0ffee" not in shards.shard_name(url)
-        (url,) = shards.expand_shards(server.url(f"0.tar?token={key}"))
+        (url,) = expand_shards(settings.TRAIN_SHARDS)
+        assert "c0ffee" in url and "c0ffee" not in shard_name(url)
+        (url,) = expand_shards(server.url(f"0.tar?token={key}"))
         server.files[url.split("/")[-1]] = Remote(shard_of(range(3)))
         found.append(take_stock(encoder, [url], tmp_path / "f").shards[0].name)
     assert found[0] == found[1] and len(server.seen) == 2  # the third one's address is another
