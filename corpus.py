@@ -28,7 +28,7 @@ from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
 from tars import expand_shards
 from tokenizer import END_ID, CaptionTokenizer
-from utils import UserError
+from utils import UserError, interpreter
 
 
 @dataclass
@@ -154,7 +154,8 @@ def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: 
     for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
         if not splits[split]:
             raise UserError(
-                f"no photo of the split {split!r} {what}: see python prepare_dataset.py --check"
+                f"no photo of the split {split!r} {what}: see {interpreter()} prepare_dataset.py "
+                "--check"
             )
 
 

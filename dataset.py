@@ -23,7 +23,7 @@ from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import UserError, read_json
+from utils import UserError, interpreter, read_json
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
@@ -252,7 +252,9 @@ def find_images(
             allow that, or more than `max_missing` photos are missing; the message names some.
     """
     if not image_dir.is_dir():
-        raise UserError(f"the photo folder {image_dir} is missing: run python prepare_dataset.py")
+        raise UserError(
+            f"the photo folder {image_dir} is missing: run {interpreter()} prepare_dataset.py"
+        )
     root = os.path.realpath(image_dir) + os.sep
     folders: dict[str, str] = {}  # resolved once each: 30,000 photos stand in few folders
     found, missing = [], []
@@ -362,7 +364,7 @@ def load_splits(path: Path) -> dict[str, list[str]]:
     """
     table = read_json(path)
     if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
-        raise UserError(f"{path} is not a table of splits: run python prepare_dataset.py")
+        raise UserError(f"{path} is not a table of splits: run {interpreter()} prepare_dataset.py")
     return {split: table[split] for split in SPLITS}
 
 

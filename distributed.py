@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from device import choose_device
-from utils import UserError
+from utils import UserError, interpreter
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # of those who wait for a download, or for another's photos
@@ -95,7 +95,7 @@ class Team:
     def command(self) -> list[str]:
         """How a script is started as this one was."""
         if self.size == 1:
-            return ["python"]
+            return [interpreter()]
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = [f"--nnodes={self.size // local}"] if local < self.size else []
         return ["torchrun", *nodes, f"--nproc_per_node={local}"]

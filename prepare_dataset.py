@@ -64,14 +64,7 @@ from features import check_bad
 from options import SPLITS, parse_tasks
 from shards import say_samples
 from tars import expand_shards, read_shard
-from utils import (
-    UserError,
-    atomic_write,
-    read_json,
-    redact,
-    require_room,
-    run_script,
-)
+from utils import UserError, atomic_write, interpreter, read_json, redact, require_room, run_script
 
 # The parts of each data set's zip, in order. No checksums are published for them: a part's size
 # is checked against the server's word, and each photo against the checksum (CRC) in the zip.
@@ -483,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    print(f"next      {shlex.join(['python', 'train.py', *flags])}")
+    print(f"next      {shlex.join([interpreter(), 'train.py', *flags])}")
     return 0
 
 

@@ -24,7 +24,7 @@ from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import repository_files
 from tracking import Tracker, memory
-from utils import Bar, UserError, atomic_write, redact, size_text
+from utils import Bar, UserError, atomic_write, interpreter, redact, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
@@ -206,8 +206,8 @@ class Report:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         splits = self.data.splits
         photo = self.data.paths.images / (splits["test"] or splits["val"])[0]
-        command = ["python", "inference.py", "--image_path", str(photo), "--checkpoint", str(path)]
-        print(f"caption a picture:\n  {shlex.join(command)}")
+        command = [interpreter(), "inference.py", "--image_path", photo, "--checkpoint", path]
+        print(f"caption a picture:\n  {shlex.join(map(str, command))}")
         return 0
 
     def _draw(self) -> None:

@@ -202,6 +202,14 @@ def require_extra(module: str, requirements: str) -> ModuleType:
         raise UserError(f"this needs {error.name}: run pip install -r {requirements}") from None
 
 
+def interpreter() -> str:
+    """What to write for the Python that runs, in a command to be copied."""
+    if os.path.abspath(shutil.which("python") or "") == sys.executable:
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return sys.executable if near.startswith("..") else near
+
+
 # --- What is said ---------------------------------------------------------------------------
 
 # Control characters, halves of pairs, and what turns the direction of writing.
@@ -473,7 +481,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run python prepare_dataset.py") from None
+        raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
