@@ -270,7 +270,7 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     arguments = [*small_flags(cut, encoder_dir), *flags]
     stopped = start_and_stop(arguments, "epoch 2/6")
     assert stopped.returncode == 130, stopped.errors
-    assert "go on with: python train.py" in stopped.seen
+    assert re.search(r"go on with: \S*python train.py", stopped.seen)
     progress = load_checkpoint(cut / "last.pt").training["progress"]
     assert 2 <= progress["epoch"] < 6
     resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
