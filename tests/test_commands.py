@@ -1,0 +1,90 @@
+"""Command lines: read before anything heavy is loaded; presets; what Ctrl-C finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import commands
+import config
+from corpus import first_photos
+from tests.conftest import REPO, run, small_flags
+from utils import UserError
+
+SCRIPTS = ["train", "evaluate", "inference", "prepare_dataset"]
+TOOLS = ["tools.app", "tools.export", "tools.benchmark"]
+
+# A process that would notice if PyTorch were loaded: it would break off.
+LIGHT = """
+import runpy, sys
+for heavy in ("torch", "transformers", "numpy"):
+    sys.modules[heavy] = None
+name, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = name
+if name.startswith("tools."):
+    runpy.run_module(name, run_name="__main__")
+else:
+    runpy.run_path(f"{name}.py", run_name="__main__")
+"""
+
+
+def light(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LIGHT, *args]
+    return subprocess.run(command, cwd=REPO, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS + TOOLS)
+def test_help_and_mistakes_are_answered_without_pytorch(script):
+    found = light(script, "--help")
+    assert found.returncode == 0 and "usage:" in found.stdout and not found.stderr
+    wrong = light(script, "--nothing_of_the_sort", "1")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    if script == "train":
+        out_of_range = light(script, "--num_epochs", "-3")
+        assert out_of_range.returncode == 1
+        assert out_of_range.stderr.startswith("error: NUM_EPOCHS is -3: it must be")
+
+
+def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
+    pressed = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    (tmp_path / "torch.py").write_text(pressed)
+    result = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        timeout=15,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_a_preset_gives_way_to_flags_and_is_known_whole():
+    settings = commands.train(["--preset", "small", "--num_epochs", "3"])
+    wanted = config.presets["small"] | {"NUM_EPOCHS": 3}
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+    with pytest.raises(SystemExit):
+        commands.train(["--preset", "huge"])
+
+
+def test_a_preset_with_a_slip_is_refused(monkeypatch):
+    monkeypatch.setitem(config.presets, "small", {"DECODER_WIDTH": 1})
+    with pytest.raises(UserError, match="DECODER_WIDTH"):
+        commands.train(["--preset", "small"])
+
+
+def test_the_first_photos_are_of_each_split_its_share():
+    splits = {"train": list("abcdefghijklmnop"), "val": list("qr"), "test": list("st")}
+    few = first_photos(splits, 5)
+    assert few == {"train": ["a", "b", "c", "d"], "val": ["q"], "test": ["s"]}
+    assert first_photos(splits, 1000) == splits
+
+
+def test_a_first_try_trains_on_few_and_says_that_it_is_little(photos, encoder_dir):
+    result = run("train.py", *small_flags(photos, encoder_dir), "--max_images", 10, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert "data      7 photos with 14 captions to train on, 3 to validate" in result.stdout
+    assert "updates: captions will be poor" in result.stdout
