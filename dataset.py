@@ -115,7 +115,8 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     table = _read_table(path, PLAIN)
     for name, captions in table.items():
         check_captions(path, name, captions)
-    return table
+    # Half characters, of an emoji cut in two, can't be encoded.
+    return {name: [SURROGATES.sub("\ufffd", text) for text in table[name]] for name in table}
 
 
 def check_captions(path: Path, name: str, captions: object) -> None:
@@ -171,7 +172,6 @@ def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool)
     texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
     if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
         raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
-    # Half characters, of an emoji cut in two, can't be encoded.
     question, answer, kind = (SURROGATES.sub("\ufffd", text) for text in texts)
     answers = [SURROGATES.sub("\ufffd", text) for text in answers]
     if not question.strip():
