@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
-from dataset import Text
+from dataset import Batch, Text
 from decoder import DecoderConfig
-from device import choose_dtype, seed_everything
+from device import autocast, choose_dtype, seed_everything
 from distributed import Team, share_gradients
 from hub import locate_checkpoint
 from model import CaptionModel
@@ -115,6 +115,31 @@ class Run:
     @property
     def self_critical(self) -> bool:
         return self.progress.epoch >= self.settings.NUM_EPOCHS
+
+    # --- what an update needs ---
+
+    def loss(
+        self,
+        model: CaptionModel,
+        batch: Batch,
+        features: Tensor,
+        smoothing: float = 0.0,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy summed over a batch's targets, in nats, computed in the run's precision."""
+        with autocast(self.device, self.dtype):
+            return model.loss(features.float(), batch, smoothing, scales)
+
+    @torch.no_grad()
+    def update_ema(self, bad: Tensor) -> None:
+        """Move the averaged weights towards the model's; early on faster: there is little past."""
+        if self.average is self.model:
+            return
+        step = self.progress.step
+        decay = min(self.settings.EMA_DECAY, (1 + step) / (10 + step))
+        share = (1 - decay) * (1 - bad)
+        for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(weight, share)
 
     # --- what was best ---
 

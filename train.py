@@ -152,7 +152,7 @@ def update(
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
     run.optimizer.step()
     run.optimizer.zero_grad()
-    update_ema(run, bad)
+    run.update_ema(bad)
     run.progress.step += 1
     names = [name for batch, _ in group for name in batch.names]
     step, batches = run.progress.step, len(group)
@@ -180,18 +180,6 @@ def learning_rate(run: Run, data: Data) -> float:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, updates - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@torch.no_grad()
-def update_ema(run: Run, bad: Tensor) -> None:
-    """Move the averaged weights towards the model's; early on faster, as there is little past."""
-    if run.average is run.model:
-        return
-    step = run.progress.step
-    decay = min(run.settings.EMA_DECAY, (1 + step) / (10 + step))
-    share = (1 - decay) * (1 - bad)
-    for average, weight in zip(run.average.parameters(), run.model.parameters(), strict=True):
-        average.lerp_(weight, share)
 
 
 def batch_groups(run: Run, data: Data) -> Iterator[list[tuple[Batch, Tensor]]]:
@@ -239,11 +227,11 @@ def step_loss(
     if run.self_critical:
         return self_critical_loss(run, data, batch, features)
     if not batch.names:
-        return no_loss(run), 0.0, 0
+        return no_loss(run.model), 0.0, 0
     scales = None
     if "questions" in data.tasks and settings.QUESTION_WEIGHT != 1:
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
-    loss = cross_entropy(run, run.model, batch, features, settings.LABEL_SMOOTHING, scales)
+    loss = run.loss(run.model, batch, features, settings.LABEL_SMOOTHING, scales)
     return loss, loss.detach(), len(batch.targets)
 
 
@@ -256,13 +244,13 @@ def self_critical_loss(
     """
     rows = [row for row, name in enumerate(batch.names) if name in data.critic.names]
     if not rows:
-        loss, reward, count = no_loss(run), 0.0, 0
+        loss, reward, count = no_loss(run.model), 0.0, 0
     else:
         names = [batch.names[row] for row in rows]
         with autocast(run.device, run.dtype):
             beams, scales, rewards = data.critic.search(run.model, names, features[rows])
         beams, scales = beams.to(run.device), scales.to(run.device)
-        loss = cross_entropy(run, run.model, beams, features[rows], scales=scales)
+        loss = run.loss(run.model, beams, features[rows], scales=scales)
         reward, count = sum(map(sum, rewards)), sum(map(len, rewards))
     if "questions" in data.tasks:
         answered, tokens = answers_loss(run, data, batch, features)
@@ -280,26 +268,13 @@ def answers_loss(run: Run, data: Data, batch: Batch, features: Tensor) -> tuple[
         return torch.zeros((), device=run.device), 0
     asked = make_batch([batch.names[row] for row in rows], [groups[row] for row in rows])
     smoothing = run.settings.LABEL_SMOOTHING
-    loss = cross_entropy(run, run.model, asked.to(run.device), features[rows], smoothing)
+    loss = run.loss(run.model, asked.to(run.device), features[rows], smoothing)
     return loss, len(asked.targets)
 
 
-def cross_entropy(
-    run: Run,
-    model: CaptionModel,
-    batch: Batch,
-    features: Tensor,
-    smoothing: float = 0.0,
-    scales: Tensor | None = None,
-) -> Tensor:
-    """Summed over a batch's targets, in nats, computed in the run's precision."""
-    with autocast(run.device, run.dtype):
-        return model.loss(features.float(), batch, smoothing, scales)
-
-
-def no_loss(run: Run) -> Tensor:
+def no_loss(model: CaptionModel) -> Tensor:
     """A loss of 0 with a gradient for each weight, as the other processes wait for all of them."""
-    return 0 * sum(parameter.sum() for parameter in run.model.parameters())
+    return 0 * sum(parameter.sum() for parameter in model.parameters())
 
 
 # --- Validation -----------------------------------------------------------------------------
@@ -342,7 +317,7 @@ def validation_loss(run: Run, data: Data) -> float:
     batches = (batch for batch in batches if batch.names)
     totals = torch.zeros(2, device=run.device)
     for batch, features in with_features(run.device, data.val, batches, None):
-        totals[0] += cross_entropy(run, run.average, batch, features)
+        totals[0] += run.loss(run.average, batch, features)
         totals[1] += len(batch.targets)
     summed, tokens = run.team.all_reduce(totals).tolist()
     return summed / tokens
