@@ -29,9 +29,9 @@ KEEP_SHARD_FEATURES = True  # on disk; False: each epoch reads the tars and enco
 SHUFFLE_BUFFER = 5000  # photos, one of which is drawn next; in memory if features aren't kept
 
 # --- Frozen image encoder -------------------------------------------------------------------
-ENCODER_MODEL_NAME = "google/vit-base-patch16-224-in21k"  # Hub name or local folder
+ENCODER_MODEL_NAME = "openai/clip-vit-base-patch16"  # Hub name or local folder
 ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest
-ENCODER_LAYERS = "-1"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
+ENCODER_LAYERS = "-1,-4"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
 FEATURES_DIR = None  # the feature cache; None: features/ in DATA_DIR
 FEATURE_VIEWS = 1  # cached views per training photo: 1 plain, 2 adds its mirror image, more: crops
 FEATURE_BATCH_SIZE = 32  # photos per encoder pass while the cache is built
@@ -93,7 +93,6 @@ HF_REPO_ID = "wazzuck/multimodal_image_transformer"  # where each new best is pu
 # Several settings at once, by `python train.py --preset small`; a flag given as well counts.
 presets = {
     "small": {  # for some thousand photos: Flickr8k's recipe, see docs/results.md
-        "ENCODER_LAYERS": "-1,-4",
         "FEATURE_VIEWS": 2,
         "DECODER_EMBED_DIM": 256,
         "DECODER_LAYERS": 3,

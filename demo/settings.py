@@ -14,6 +14,7 @@ DEMO = {
     "SPLIT": "karpathy",
     "KARPATHY_FILE": str(OUTPUT / "dataset_demo.json"),
     "ENCODER_MODEL_NAME": str(HERE / "encoder"),
+    "ENCODER_LAYERS": "-1",
     "DECODER_EMBED_DIM": 128,
     "DECODER_LAYERS": 3,
     "DECODER_HEADS": 4,

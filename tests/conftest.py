@@ -172,6 +172,7 @@ def small_flags(data: Path, encoder: Path) -> list[str]:
         "split": "ratio",
         "train_split_ratio": 0.7,
         "encoder_model_name": encoder,
+        "encoder_layers": "-1",
         "decoder_embed_dim": 32,
         "decoder_layers": 2,
         "decoder_heads": 4,
