@@ -58,6 +58,8 @@ class Captions:
             self.passed.append(f"{where}: {ascii(name)} can't be the name of a photo")
             return
         name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+        # Where the photo lay on somebody's disk: `match_names` looks for its last part.
+        name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(Path(str(where)), name)
         for text in captions:
             whole = SURROGATES.sub("\ufffd", text)
@@ -193,10 +195,10 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
             texts = next(row[key] for key in CAPTION_KEYS if key in row)
         except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = [texts or ""] if isinstance(texts, str | None) else texts
         if not isinstance(name, str) or not is_photo(name):
             raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")
         found.add(name, texts, where)
     return found
@@ -241,7 +243,8 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
         if name:
             found.add(name, [text], where)
     if not found.texts:
-        raise UserError(f"{path} has a header but no rows like photo.jpg,A caption")
+        why = "".join(f": {line}" for line in found.passed[:1])
+        raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
     return found
 
 
@@ -250,7 +253,8 @@ def _read_columns(
 ) -> Captions:
     """A table of more columns than photo and caption; quoted fields may hold line ends."""
     others = [name for i, name in enumerate(names) if i != photo and i not in captions]
-    found = Captions(f"a table, of which the columns {', '.join(others)} are ignored")
+    ignored = f", of which the columns {', '.join(others)} are ignored" if others else ""
+    found = Captions(f"a table{ignored}")
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
         next(row for row in reader if row)
@@ -311,8 +315,6 @@ def _read_row(
     elif caption.startswith('"') and caption.count('"') % 2:
         raise UserError(f"{where}: a quoted caption isn't closed on its line: join the lines")
     caption = caption or EMPTY_IN_THE_WILD.get(name, "")
-    if not caption:
-        raise UserError(f"{where}: {name!r} has no caption: write one, or take the row out")
     return name, caption
 
 
@@ -342,6 +344,18 @@ def read_texts_beside(folder: Path) -> Captions:
                 continue
         found.passed.append(f"{folder / name}: no text beside it")
     return found
+
+
+def read_nested(folder: Path) -> Captions:
+    """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
+    them; names are relative to each one's own."""
+    merged = Captions("image folders with their metadata")
+    for table in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
+        found, place = read_captions(table), table.parent.relative_to(folder)
+        merged.texts |= {str(place / name): texts for name, texts in found.texts.items()}
+        merged.passed += found.passed
+        merged.mended += found.mended
+    return merged
 
 
 def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:

@@ -43,6 +43,7 @@ from captions_file import (
     find_table,
     match_names,
     read_captions,
+    read_nested,
     read_texts_beside,
 )
 from check_data import check
@@ -174,7 +175,8 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
     for file in (karpathy, *sorted(paths.data_dir.glob("dataset_*.json"))):
         if file and file.is_file() and (found := read_captions(file)).texts:
             return file, found
-    found = read_texts_beside(paths.images)
+    found = read_nested(paths.images)
+    found = found if found.texts else read_texts_beside(paths.images)
     if not found.texts:
         raise UserError(
             f'{source} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '

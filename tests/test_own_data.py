@@ -14,9 +14,9 @@ import captions_file
 import commands
 import config
 import prepare_dataset
-from captions_file import read_table
+from captions_file import read_captions, read_table
 from dataset import data_paths, load_captions, load_questions, load_splits, split_by_karpathy
-from tests.conftest import run, small_flags
+from tests.conftest import run, small_flags, write_photos
 from utils import UserError, load_settings
 
 
@@ -47,7 +47,6 @@ def test_each_form_of_captions_gives_the_same(tmp_path, name):
         ("not json", "line 2 names no photo and caption"),
         ('{"image": "1.jpg"}', "line 2 names no photo and caption"),
         ('{"image": 7, "caption": "x"}', "7 is not the name of a photo"),
-        ('{"image": "1.jpg", "caption": " "}', "a caption that is no text"),
         ('{"image": "1.jpg", "captions": ["x", 3]}', "a caption that is no text"),
         ('{"image": "../1.jpg", "caption": "x"}', "is not a name within"),
         ("[]", "line 2 names no photo and caption"),
@@ -371,3 +370,46 @@ def test_from_json_lines_to_a_training(photos, encoder_dir):
     assert result.returncode == 0, result.stderr
     assert json.loads((photos / "captions.json").read_text()) == captions
     assert re.search(r"features  [\d.]+ kB in \S+features/", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.csv", "image,caption\n0.jpg,a dog\n1.jpg,\n"),
+        ("captions.tsv", "image\tsize\tcaption\n0.jpg\t3\ta dog\n1.jpg\t3\t \n"),
+        ("captions.txt", "0.jpg,a dog\n1.jpg,\n"),
+        ("a.jsonl", '{"image": "0.jpg", "text": "a dog"}\n{"image": "1.jpg", "text": null}'),
+        ("a.json", '[{"image": "0.jpg", "text": "a dog"}, {"image": "1.jpg", "text": " "}]'),
+    ],
+)
+def test_a_photo_without_a_caption_is_passed_over_and_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    found = read_captions(tmp_path / name)
+    assert found.texts == {"0.jpg": ["a dog"]}
+    (line,) = found.passed
+    assert "1.jpg" in line and str(tmp_path / name) in line
+
+
+@pytest.mark.parametrize("root", ["/home/me/photos/", "C:\\photos\\", "D:/"])
+def test_names_that_were_absolute_elsewhere_find_their_photos(tmp_path, root):
+    data = write_photos(tmp_path / "data", 4)
+    (data / "captions.json").unlink()
+    rows = "".join(f"{root}{i:03d}.png,a dog\n" for i in range(4))
+    (data / "captions.csv").write_text("image,caption\n" + rows)
+    assert list(prepared(data)) == [f"{i:03d}.png" for i in range(4)]
+
+
+def test_metadata_in_sub_folders_is_read(tmp_path):
+    data = write_photos(tmp_path / "data", 6)
+    (data / "captions.json").unlink()
+    for number, split in enumerate(("train", "validation")):
+        (data / "images" / split).mkdir()
+        rows = []
+        for i in range(3 * number, 3 * number + 3):
+            name = f"{i:03d}.png"
+            (data / "images" / name).rename(data / "images" / split / name)
+            rows.append(json.dumps({"file_name": name, "text": f"a dog {i}"}))
+        (data / "images" / split / "metadata.jsonl").write_text("\n".join(rows))
+    found = prepared(data)
+    assert found["train/002.png"] == ["a dog 2"] and found["validation/003.png"] == ["a dog 3"]
+    assert len(found) == 6
