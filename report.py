@@ -111,7 +111,7 @@ class Report:
                 '("a man is a the a"); raise --num_epochs, or lower --batch_size'
             )
         if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:
-            print("small     for so few photos, --preset small is faster, and may well be better")
+            print(f"small     --preset small is meant for fewer than {FEW_PHOTOS:,} photos")
         if run.progress.step:
             print(f"resumed   after {run.progress.epoch} epochs and {run.progress.batch} batches")
         if run.progress.epoch >= run.epochs:
