@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -58,6 +59,8 @@ def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
         text=True,
         capture_output=True,
         timeout=15,
+        # What runs in the background may have been told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
