@@ -44,8 +44,8 @@ from demo.scenes import (  # noqa: E402
     outline,
     paint,
 )
-from device import autocast, choose_device, choose_dtype
-from utils import run_script, seed_everything  # noqa: E402
+from device import autocast, choose_device, choose_dtype, seed_everything
+from utils import run_script  # noqa: E402
 
 PATCH = 12  # pixels
 GRID = IMAGE_SIZE // PATCH
