@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import fcntl
 import io
 import itertools
 import os
@@ -21,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from captions_file import TABLES, is_photo, read_captions
-from utils import UserError, size_text, write_error
+from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
@@ -156,16 +155,13 @@ def extract_photos(
     temporary = folder / f".unpacking.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".unpacking.*.tmp"):
-            with contextlib.suppress(OSError), open(leftover, "rb") as left:
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
-                leftover.unlink()
+        remove_leftovers(folder, ".unpacking.*.tmp")
         for name, info in tqdm(photos.items(), desc="unpacking", unit=" photos", disable=None):
             # zipfile reads no more than the declared size, and raises if there is less or the
             # checksum is another.
             with archive.open(info) as source, open(temporary, "wb") as target:
                 with contextlib.suppress(OSError):  # some network disks know no locks
-                    fcntl.flock(target, fcntl.LOCK_EX)
+                    lock(target)
                 shutil.copyfileobj(source, target)
                 target.flush()
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -95,11 +95,6 @@ def find_table(*folders: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_table(path: Path) -> dict[str, list[str]]:
-    """`read_captions` without what it tells."""
-    return read_captions(path).texts
-
-
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
     if path.suffix.lower() == ".json":

@@ -170,14 +170,24 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     )
 
 
-def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `captioner_of` reads."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which checkpoint it is, and where its encoder."""
     add = parser.add_argument
     add("--checkpoint", required=True, help=".safetensors, .pt, or user/repo on the Hub")
     add("--revision", help="branch, tag or commit on the Hub [newest]")
     add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
     add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+
+
+def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `captioner_of` reads."""
+    add_checkpoint_flags(parser)
+    add_device_flags(parser)
 
 
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -223,9 +233,7 @@ def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """tools/export.py's flags."""
     parser = script_parser(document("tools/export.py"))
-    parser.add_argument("--checkpoint", required=True, help=".safetensors, .pt, or user/repo")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub [newest]")
-    parser.add_argument("--encoder", help="where the encoder is, if no longer where it was")
+    add_checkpoint_flags(parser)
     parser.add_argument("--format", choices=("onnx", "transformers"), default="onnx")
     parser.add_argument(
         "--with-encoder",
@@ -250,8 +258,7 @@ def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(document("tools/benchmark.py"))
     parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu [%(default)s]")
-    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
+    add_device_flags(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
     parser.add_argument(
         "--scaling",

@@ -264,8 +264,8 @@ def load_scored(settings: SimpleNamespace) -> Scored:
     """Load the checkpoint, what the task is scored against, and the features of its photos."""
     checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
     checkpoint.require(settings.task)
-    usual = checkpoint.generation if settings.task == "captions" else GenerationOptions()
-    options = change_options(usual, **given_options(settings))
+    asked = settings.task == "questions"
+    options = change_options(checkpoint.generation, asked, **given_options(settings))
     paths = data_paths(
         settings.DATA_DIR,
         settings.IMAGE_DIR,

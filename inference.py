@@ -128,8 +128,7 @@ class Captioner:
         stands several times in a row, with other questions, is encoded once.
         """
         self.require("captions" if questions is None else "questions")
-        usual = self.options if questions is None else GenerationOptions()
-        chosen = change_options(usual, **options)
+        chosen = change_options(self.options, questions is not None, **options)
         asked = itertools.repeat("") if questions is None else questions
         pairs = zip(pictures, asked, strict=False)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
@@ -158,7 +157,7 @@ class Captioner:
         problems: list[str],
         options: GenerationOptions,
     ) -> Iterator[Written]:
-        features = encode(self.encoder, [inputs], self.dtype).float() if inputs else None
+        features = self._encode(inputs) if inputs else None
         good = iter(range(len(chunk)))
         places = [None if problem else next(good) for problem in problems]
         rows = [
@@ -197,8 +196,11 @@ class Captioner:
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
+        return self._encode(self.encoder.preprocess(images))
+
+    def _encode(self, inputs: dict[str, Tensor]) -> Tensor:
         # As in the feature cache, half precision included: what the decoder was trained on.
-        return encode(self.encoder, [self.encoder.preprocess(images)], self.dtype).float()
+        return encode(self.encoder, [inputs], self.dtype).float()
 
     def explain(
         self, image: Image.Image, question: str | None = None, **options: Any
@@ -213,8 +215,7 @@ class Captioner:
             UserError: the checkpoint wasn't trained for that, or its encoder has no patches.
         """
         self.require("captions" if question is None else "questions")
-        usual = self.options if question is None else GenerationOptions()
-        chosen = change_options(usual, **options)
+        chosen = change_options(self.options, question is not None, **options)
         (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
         features = self.features([image])
         grid = patch_grid(self.encoder, image.size, features.shape[1])
@@ -341,8 +342,7 @@ def write_all(
     """Write about photos, as it goes to the terminal and to files; returns the exit code."""
     asked = any(question for _, question in items)
     options = given_options(args)
-    usual = GenerationOptions() if asked else captioner.options
-    if not 1 <= args.n_best <= change_options(usual, **options).beam_size:
+    if not 1 <= args.n_best <= change_options(captioner.options, asked, **options).beam_size:
         count = args.n_best
         raise UserError(f"--n_best {count} wants as many beams: add --beam_size {max(1, count)}")
     folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None

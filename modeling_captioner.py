@@ -41,13 +41,13 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
         num_hidden_layers: int = 6,
         num_attention_heads: int = 8,
         ff_dim: int = 2048,
-        max_length: int = 100,
+        max_position_embeddings: int = 100,
         **others: Any,
     ):
         self.tower, self.layers, self.feature_width = tower, layers, feature_width
         self.vocab_size, self.hidden_size, self.ff_dim = vocab_size, hidden_size, ff_dim
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.max_position_embeddings = max_length
+        self.max_position_embeddings = max_position_embeddings
         for key in ("encoder", "decoder", "hidden_act", "activation_function"):
             others.pop(key, None)  # there to make other classes refuse these weights
         super().__init__(**others)
@@ -128,7 +128,6 @@ class NoTokenTwice:
 
 class VisionCaptioner(PreTrainedModel, GenerationMixin):
     config_class = VisionCaptionerConfig
-    main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules = ["Block"]
 
@@ -174,14 +173,6 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             )
         return loaded
 
-    @property
-    def all_tied_weights_keys(self) -> dict[str, str]:
-        return {}
-
-    @all_tied_weights_keys.setter
-    def all_tied_weights_keys(self, _: Any) -> None:
-        """The output layer is the embedding itself: nothing to tie."""
-
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.token_embedding
 
@@ -202,7 +193,6 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
         past_key_values=None,
-        labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         memory = self.memory(pixel_values) if memory is None else memory
@@ -221,10 +211,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         for layer, block in enumerate(decoder.blocks):
             x = block(x, mask, memory[:, layer], layer, past_key_values)
         logits = F.linear(decoder.norm(x), decoder.token_embedding.weight)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss, logits, past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):

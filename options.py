@@ -98,12 +98,17 @@ def given_options(flags: Any) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
 
 
-def change_options(usual: GenerationOptions, **given: Any) -> GenerationOptions:
+def change_options(own: GenerationOptions, asked: bool, **given: Any) -> GenerationOptions:
     """The usual options with some replaced.
+
+    Args:
+        own: a checkpoint's, by which its captions are written; answers are greedy.
+        asked: whether questions are answered.
 
     Raises:
         UserError: the options don't fit each other.
     """
+    usual = GenerationOptions() if asked else own
     try:
         return dataclasses.replace(usual, **given)
     except ValueError as error:

@@ -13,7 +13,6 @@ if __name__ == "__main__":
     commands.begin(commands.prepare_dataset)
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -65,7 +64,16 @@ from features import check_bad
 from options import SPLITS, parse_tasks
 from shards import say_samples
 from tars import expand_shards, read_shard
-from utils import UserError, atomic_write, interpreter, read_json, redact, require_room, run_script
+from utils import (
+    UserError,
+    atomic_write,
+    interpreter,
+    lock,
+    read_json,
+    redact,
+    require_room,
+    run_script,
+)
 
 # The parts of each data set's zip, in order. No checksums are published for them: a part's size
 # is checked against the server's word, and each photo against the checksum (CRC) in the zip.
@@ -418,11 +426,7 @@ def sole_preparer(folder: Path) -> Iterator[None]:
         yield  # nobody can write here: what is prepared already is used, the rest is refused
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process to prepare {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, f"waiting for another process to prepare {folder}")
         yield
 
 

@@ -104,10 +104,10 @@ class Report:
             print(
                 "scores    none: CIDEr compares photos, and fewer than 2 validate; the loss chooses"
             )
-        updates = data.train.count(settings.BATCH_SIZE) // settings.GRADIENT_ACCUMULATION_STEPS
-        if 0 < updates * settings.NUM_EPOCHS < FEW_UPDATES:
+        updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
+        if 0 < updates < FEW_UPDATES:
             print(
-                f"few       only {updates * settings.NUM_EPOCHS} updates: captions will be poor "
+                f"few       only {updates} updates: captions will be poor "
                 '("a man is a the a"); raise --num_epochs, or lower --batch_size'
             )
         if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
-from dataset import Batch, Text
+from dataset import Batch, CaptionRows, Text
 from decoder import DecoderConfig
 from device import autocast, choose_dtype, seed_everything
 from distributed import Team, share_gradients
@@ -27,6 +28,7 @@ from hub import locate_checkpoint
 from model import CaptionModel
 from options import GenerationOptions, parse_tasks
 from self_critical import critical_epochs
+from shards import StreamedRows
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, redact
 
@@ -140,6 +142,10 @@ class Run:
         share = (1 - decay) * (1 - bad)
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, share)
+
+    def updates_per_epoch(self, rows: CaptionRows | StreamedRows) -> int:
+        batches = rows.count(self.settings.BATCH_SIZE)
+        return math.ceil(batches / self.settings.GRADIENT_ACCUMULATION_STEPS)
 
     # --- what was best ---
 

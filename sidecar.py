@@ -7,7 +7,6 @@ the next one goes on where it stopped.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, atomic_write, write_error
+from utils import UserError, atomic_write, lock, write_error
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,8 @@ class Table:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "a+", encoding="utf-8", newline="")  # noqa: SIM115 - see close
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {path}: give another --output") from None
+            if not lock(self.file):
+                raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
             raise write_error(error, path) from error
         there = path.read_bytes()

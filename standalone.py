@@ -15,11 +15,13 @@ TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True
 AUTO = {"AutoConfig": "Config", "AutoModelForImageTextToText": "", "AutoModel": ""}
 
 
-def repository_files(checkpoint: Checkpoint, tower: dict[str, Any], processor: str):
+def repository_files(
+    checkpoint: Checkpoint, tower: dict[str, Any], processor: str
+) -> dict[str, str]:
     """All that stands beside `model.safetensors`, by name: {file: text}.
 
     Args:
-        tower: `FrozenEncoder.tower_for_others()`: the encoder, by its name or by its configuration.
+        tower: `FrozenEncoder.for_others()`: the encoder, by its name or by its configuration.
         processor: its preprocessor_config.json.
     """
     size, options = checkpoint.model.config, checkpoint.generation
@@ -31,6 +33,7 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any], processor: s
         if not (isinstance(value, str) and os.path.isabs(value))  # nobody's business
     }
     del described["tokenizer"]  # it has files of its own
+    special = {"pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID}
     config = {
         "model_type": "vision_captioner",
         "architectures": ["VisionCaptioner"],
@@ -45,16 +48,12 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any], processor: s
         "ff_dim": size.ff_dim,
         "max_position_embeddings": size.max_length,
         "tie_word_embeddings": False,  # the output layer is the embedding itself
-        "pad_token_id": PAD_ID,
-        "bos_token_id": START_ID,
-        "eos_token_id": END_ID,
         "dtype": "float32",
         "trained": described,
+        **special,
     }
     generation = {
-        "pad_token_id": PAD_ID,
-        "bos_token_id": START_ID,
-        "eos_token_id": END_ID,
+        **special,
         "suppress_tokens": [PAD_ID, START_ID, ANSWER_ID],
         "num_beams": options.beam_size,
         "length_penalty": options.length_penalty,

@@ -166,8 +166,7 @@ def learning_rate(run: Run, data: Data) -> float:
     in the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
     """
     settings, step = run.settings, run.progress.step
-    batches = data.train.count(settings.BATCH_SIZE)
-    per_epoch = math.ceil(batches / settings.GRADIENT_ACCUMULATION_STEPS)
+    per_epoch = run.updates_per_epoch(data.train)
     updates, critical = per_epoch * settings.NUM_EPOCHS, per_epoch * critical_epochs(settings)
     if critical and step >= updates:
         peak = settings.SCST_LEARNING_RATE

@@ -1,4 +1,4 @@
-"""Settings with command-line overrides, seeds, devices, progress, whole-or-absent file writes."""
+"""Settings with command-line overrides, what is said, progress, whole-or-absent file writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from tqdm import tqdm
 
@@ -194,12 +194,12 @@ def check_ranges(settings: SimpleNamespace | argparse.Namespace) -> None:
             raise UserError(f"{name} is {value}: it must be {bound}")
 
 
-def require_extra(module: str, requirements: str) -> ModuleType:
+def require_extra(module: str, requirements: str, use: str = "this") -> ModuleType:
     """Import what only some of the project's uses need."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs {error.name}: run pip install -r {requirements}") from None
+        raise UserError(f"{use} needs {error.name}: run pip install -r {requirements}") from None
 
 
 def interpreter() -> str:
@@ -415,7 +415,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
         temporary = Path(name)
         with contextlib.suppress(OSError):  # some network disks know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed: a sign that the writer lives
+            lock(handle)  # until it is closed: a sign that the writer lives
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -443,21 +443,34 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise write_error(error, folder) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(
-                    f"another run is writing to {folder}: wait for it to end, or choose another "
-                    "folder with --output_dir"
-                ) from None
-            print(f"waiting for another process to leave {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for leftover in folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError), open(leftover, "rb") as left:
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer may be at work
-                leftover.unlink()
+        if not lock(file, f"waiting for another process to leave {folder}" if wait else None):
+            raise UserError(
+                f"another run is writing to {folder}: wait for it to end, or choose another "
+                "folder with --output_dir"
+            )
+        remove_leftovers(folder, ".*.tmp")
         yield
+
+
+def lock(file: IO | int, waiting: str | None = None) -> bool:
+    """Lock an open file until it is closed; of another process's lock `waiting` is said, and its
+    end awaited, or without that False returned."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            return False
+        print(waiting, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return True
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files of writers that are dead."""
+    for leftover in folder.glob(pattern):
+        with contextlib.suppress(OSError), open(leftover, "rb") as left:
+            if lock(left):  # its writer may be at work
+                leftover.unlink()
 
 
 def write_error(error: OSError, path: Path) -> Exception:

@@ -14,7 +14,7 @@ import captions_file
 import commands
 import config
 import prepare_dataset
-from captions_file import read_captions, read_table
+from captions_file import read_captions
 from dataset import data_paths, load_captions, load_questions, load_splits, split_by_karpathy
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError, load_settings
@@ -38,7 +38,7 @@ def rows_of(captions: dict[str, list[str]]) -> dict[str, str]:
 def test_each_form_of_captions_gives_the_same(tmp_path, name):
     captions = {"a/1.jpg": ["A dog , running .", "Two dogs"], "2.PNG": ["Schnee, überall"]}
     (tmp_path / name).write_text(rows_of(captions)[name], encoding="utf-8")
-    assert read_table(tmp_path / name) == captions
+    assert read_captions(tmp_path / name).texts == captions
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line, says):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"image": "0.jpg", "caption": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match=re.escape(says)):
-        read_table(path)
+        read_captions(path)
 
 
 # --- Every form, from the file to what is trained on -------------------------------------------
@@ -244,7 +244,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
 )
 def test_the_header_decides(tmp_path, text, expected):
     (tmp_path / "table.csv").write_text(text)
-    assert read_table(tmp_path / "table.csv") == expected
+    assert read_captions(tmp_path / "table.csv").texts == expected
 
 
 def test_two_tables_are_said(tmp_path, capsys):

@@ -28,7 +28,7 @@ import config
 import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
-from captions_file import read_table
+from captions_file import read_captions
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
@@ -132,7 +132,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 )
 def test_tables_in_the_wild(tmp_path: Path, text: str, expected: dict[str, list[str]]) -> None:
     (tmp_path / "captions.txt").write_bytes(text.encode())
-    assert read_table(tmp_path / "captions.txt") == expected
+    assert read_captions(tmp_path / "captions.txt").texts == expected
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,14 @@ def test_tables_in_the_wild(tmp_path: Path, text: str, expected: dict[str, list[
 def test_unreadable_row_is_named(tmp_path: Path, text: str, line: int) -> None:
     (tmp_path / "results.csv").write_bytes(text.encode())
     with pytest.raises(UserError, match=rf"results\.csv, line {line}: "):
-        read_table(tmp_path / "results.csv")
+        read_captions(tmp_path / "results.csv")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"image,caption\n", b"a.jpg,caf\xe9\n"])
 def test_table_without_rows_or_not_utf8(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "captions.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"captions\.txt"):
-        read_table(tmp_path / "captions.txt")
+        read_captions(tmp_path / "captions.txt")
 
 
 ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"))
@@ -197,7 +197,7 @@ def test_table_round_trip(
         expected.setdefault(name, []).append(caption.strip())
     path = tmp_path_factory.getbasetemp() / "round_trip.txt"
     path.write_bytes(buffer.getvalue().encode("utf-8-sig" if bom else "utf-8"))
-    assert read_table(path) == expected
+    assert read_captions(path).texts == expected
 
 
 @pytest.mark.fault(count=200)
@@ -213,7 +213,7 @@ def test_any_table_is_read_or_refused(
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
-        captions = read_table(path)
+        captions = read_captions(path).texts
     except UserError as error:
         assert str(path) in str(error)
     else:

@@ -54,6 +54,7 @@ from tools.rivals import (
     cached_rivals,
     flickr_like_captions,
     our_model,
+    padded,
     rival_model,
 )
 from utils import resident_kilobytes, run_script
@@ -147,7 +148,8 @@ def measure_training(
     device: torch.device, dtype: torch.dtype, repeats: int, compiled: bool
 ) -> dict[str, object]:
     """Captions a second over 20 epochs, ours beside the rival's, and how near the limit."""
-    rows = CaptionRows(flickr_like_captions(2048), None)
+    texts = flickr_like_captions(2048)
+    rows = CaptionRows(texts, None)
     batches = list(rows.batches(32, 0, 0))
     ours, rival = our_model(device).train(), rival_model(device).train()
     if compiled:
@@ -169,11 +171,8 @@ def measure_training(
         our_optimizer.zero_grad()
 
     pairs = [ids for group in flickr_like_captions(2).values() for ids in group][:8]
-    labels = torch.full((8, max(map(len, pairs)) - 1), -100)  # what the rival's loss leaves out
-    for row, ids in enumerate(pairs):
-        labels[row, : len(ids) - 1] = torch.tensor(ids[1:])
+    _, labels = padded(pairs)
     processor = transformers.ViTImageProcessorPil()
-    texts = flickr_like_captions(2048)
     others = iter(batches * 10)  # the same captions, in the same order
     cached = cached_rivals(
         features, lambda: [ids for name in next(others).names for ids in texts[name]], dtype

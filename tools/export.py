@@ -14,6 +14,7 @@ import commands
 if __name__ == "__main__":
     commands.begin(commands.export)
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, atomic_write, run_script, size_text
+from utils import UserError, atomic_write, require_extra, run_script, size_text
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -86,41 +87,50 @@ def logits_difference(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = commands.export(argv)
+    return {"onnx": as_onnx, "transformers": as_folder}[args.format](args)
+
+
+def as_folder(args: argparse.Namespace) -> int:
+    """The folder for `transformers`, with the encoder unless told otherwise."""
+    out, checkpoint = Path(args.out).expanduser(), checkpoint_of(args)
+    encoder = encoder_of(args, checkpoint)
+    difference = to_transformers(checkpoint, encoder, out, args.with_encoder is not False)
+    if not difference <= LIMIT:
+        raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
+    size = size_text(sum(file.stat().st_size for file in out.iterdir()))
+    print(f"{out}: {size}, logits within {difference:.1g} of ours")
+    print(
+        f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True)'
+        '("photo.jpg", text="")'
+    )
+    return 0
+
+
+def as_onnx(args: argparse.Namespace) -> int:
+    """The decoder as an ONNX file, and if wanted the encoder as another."""
     out = Path(args.out).expanduser()
-    as_folder = args.format == "transformers"
-    if not as_folder and out.is_dir():
+    if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of a file")
-    if not as_folder:
-        try:
-            from tools import onnx_graph  # heavy, and an extra
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"the export needs {error.name}: run pip install -r requirements-export.txt"
-            ) from None
-    checkpoint = load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
-    encoder = None
-    if as_folder or args.with_encoder:
-        width = checkpoint.model.feature_width
-        encoder = FrozenEncoder.load_as_trained(checkpoint.encoder, width, args.encoder)
-    if as_folder:
-        difference = to_transformers(checkpoint, encoder, out, args.with_encoder is not False)
-        size = sum(file.stat().st_size for file in out.iterdir())
-        if not difference <= LIMIT:
-            raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
-        print(f"{out}: {size_text(size)}, logits within {difference:.1g} of ours")
-        print(
-            f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True)'
-            '("photo.jpg", text="")'
-        )
-        return 0
-    difference = onnx_graph.export(checkpoint, out)
+    graphs = require_extra("tools.onnx_graph", "requirements-export.txt", "the export")
+    checkpoint = checkpoint_of(args)
+    encoder = encoder_of(args, checkpoint) if args.with_encoder else None
+    difference = graphs.export(checkpoint, out)
     print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
     if encoder:
         path = out.with_suffix(f".encoder{out.suffix}")
-        difference = onnx_graph.export_encoder(encoder, path)
+        difference = graphs.export_encoder(encoder, path)
         size = size_text(path.stat().st_size)
         print(f"{path}: {size}, features within {difference:.1g} of PyTorch's")
     return 0
+
+
+def checkpoint_of(args: argparse.Namespace) -> Checkpoint:
+    return load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
+
+
+def encoder_of(args: argparse.Namespace, checkpoint: Checkpoint) -> FrozenEncoder:
+    width = checkpoint.model.feature_width
+    return FrozenEncoder.load_as_trained(checkpoint.encoder, width, args.encoder)
 
 
 if __name__ == "__main__":
