@@ -68,11 +68,7 @@ class JoinedFiles(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
-    """Open a zip that stands in one or several files.
-
-    Raises:
-        DamagedArchive: it is no zip, or an entry that is read within the block is damaged.
-    """
+    """Open a zip in one or several files; what is damaged within the block is a DamagedArchive."""
     name = " + ".join(str(part) for part in parts)
     try:
         with io.BufferedReader(JoinedFiles(parts)) as file, zipfile.ZipFile(file) as archive:
@@ -90,11 +86,7 @@ def select_entries(
     """The photos and captions tables of a zip of `packed` bytes, by name.
 
     A photo's name is the longest end of its path that is among the `known` ones, which captions
-    are of, and otherwise its last part.
-
-    Raises:
-        UserError: an entry would leave the folder, is a link, encrypted, or stands there twice;
-            or the zip is a compression bomb. Nothing has been written then.
+    are of, and otherwise its last part. What is unsafe is refused before anything is written.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     names: dict[str, zipfile.ZipInfo] = {}

@@ -418,9 +418,6 @@ def convert_vqa(
     """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
 
     Files of that form that other people made may lack all but questions, ids and an answer.
-
-    Raises:
-        UserError: files don't pair, or they are not of VQA's form.
     """
     if len(questions) != len(annotations):
         raise UserError(

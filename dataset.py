@@ -107,11 +107,7 @@ def _read_table(path: Path, form: str) -> dict[str, Any]:
 
 
 def load_captions(path: Path) -> dict[str, list[str]]:
-    """Read captions.json: `{"photo.jpg": ["caption", ...]}`, names relative to the photo folder.
-
-    Raises:
-        UserError: the file or an entry is not of that form; the message names the entry.
-    """
+    """Read captions.json: `{"photo.jpg": ["caption", ...]}`, names relative to the photo folder."""
     table = _read_table(path, PLAIN)
     for name, captions in table.items():
         check_captions(path, name, captions)
@@ -154,9 +150,6 @@ def load_questions(path: Path, answered: bool = True) -> dict[str, list[Text]]:
 
     Args:
         answered: whether each question needs an answer.
-
-    Raises:
-        UserError: the file or an entry is not of that form; the message names the entry.
     """
     form = '{"photo.jpg": [{"question": "...", "answer": "..."}, ...]}'
     questions = {}
@@ -231,11 +224,7 @@ def encode_rows(
 
 
 def check_name(path: Path, name: str) -> None:
-    """Refuse a photo's name that leads out of the photo folder.
-
-    Raises:
-        UserError: the name is empty, absolute, or holds `..`, a backslash or a zero byte.
-    """
+    """Refuse a photo's name that leads out of the photo folder."""
     parts = name.split("/")
     drive = re.fullmatch("[A-Za-z]:", parts[0])
     if parts[0] == "" or drive or ".." in parts or re.search("[\\\\\0\ud800-\udfff]", name):
@@ -245,12 +234,7 @@ def check_name(path: Path, name: str) -> None:
 def find_images(
     names: Iterable[str], image_dir: Path, max_missing: int, follow_links: bool = False
 ) -> list[str]:
-    """Return the names whose file is there, within the folder, links followed.
-
-    Raises:
-        UserError: the folder is missing, a link leads out of it though `follow_links` doesn't
-            allow that, or more than `max_missing` photos are missing; the message names some.
-    """
+    """Return the names whose file is there, within the folder, links followed."""
     if not image_dir.is_dir():
         raise UserError(
             f"the photo folder {image_dir} is missing: run {interpreter()} prepare_dataset.py"
@@ -291,9 +275,6 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
 
     A share `train_ratio` is for training; the rest is half for validation, half for testing. Of
     so few photos that none falls to training or validation, the one nearest to it does.
-
-    Raises:
-        UserError: the ratio is not between 0 and 1, or there is only one photo.
     """
     if not 0 < train_ratio < 1:
         raise UserError(f"TRAIN_SPLIT_RATIO is {train_ratio}: it must lie between 0 and 1")
@@ -325,9 +306,6 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
 
     A photo is known by its name with its folder, or else by its name alone. Photos that the file
     doesn't know belong to no split.
-
-    Raises:
-        UserError: the file is not of that format, or a split that training needs is empty.
     """
     table = read_json(path)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -357,11 +335,7 @@ def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
 
 
 def load_splits(path: Path) -> dict[str, list[str]]:
-    """Read splits.json as `prepare_dataset.py` wrote it: `{"train": [names], "val": ..., ...}`.
-
-    Raises:
-        UserError: the file is missing or not of that form.
-    """
+    """Read splits.json as `prepare_dataset.py` wrote it: `{"train": [names], "val": ..., ...}`."""
     table = read_json(path)
     if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
         raise UserError(f"{path} is not a table of splits: run {interpreter()} prepare_dataset.py")

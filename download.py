@@ -32,9 +32,6 @@ def download(urls: Sequence[str], folder: Path, unpack_to: Path, unpacked: int =
 
     Says beforehand how much there is to download. The disks must have room for it, and for as
     much again in `unpack_to`, less the `unpacked` bytes that are there already.
-
-    Raises:
-        UserError: no room, no connection, or an answer that is not the file.
     """
     targets = [folder / url.rsplit("/", 1)[1] for url in urls]
     here = [_size_here(target) for target in targets]

@@ -115,11 +115,7 @@ def java_scores(
 def clip_score(
     name: str, files: Sequence[Path], captions: Sequence[str], device: torch.device
 ) -> float:
-    """CLIPScore without references (Hessel et al. 2021): 2.5 times the mean cosine, times 100.
-
-    Raises:
-        UserError: `name` is no CLIP model that can be loaded.
-    """
+    """CLIPScore without references (Hessel et al. 2021): 2.5 times the mean cosine, times 100."""
     try:
         options = loading_options(name)
         model = transformers.CLIPModel.from_pretrained(name, **options).to(device).eval()

@@ -54,9 +54,6 @@ def generate(
 
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
-
-    Raises:
-        UserError: max_length is beyond what the decoder can write.
     """
     prefixes = prefixes or [[START_ID]] * len(features)
     longest = model.config.max_length - max(map(len, prefixes))

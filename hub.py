@@ -66,11 +66,7 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 
 
 def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The file of a checkpoint that is here, or on the Hub as `user/repo`.
-
-    Raises:
-        UserError: it is neither, or can't be had from the Hub.
-    """
+    """The file of a checkpoint that is here, or on the Hub as `user/repo`."""
     name = os.fspath(checkpoint)
     if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
         return Path(name)
@@ -80,11 +76,7 @@ def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None =
 
 
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a repository's weights into the Hub cache; without a network, use what is there.
-
-    Raises:
-        UserError: bad name, no such repository, revision or file, no access, no network, no room.
-    """
+    """Fetch a repository's weights into the Hub cache; without a network, use what is there."""
     name = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
         validate_repo_id(repo_id)
@@ -129,9 +121,6 @@ class HubPusher:
     one that can't write to the repository, or with an empty `repo_id`, nothing is pushed. `report`
     receives lines for the user, from either thread; `stall_timeout` is how many seconds the Hub may
     stay silent in one request.
-
-    Raises:
-        UserError: `repo_id` can't be a repository's name.
     """
 
     def __init__(
@@ -391,9 +380,6 @@ def model_card(
 
     `scores` holds measured values only ({"CIDEr": 35.3}), on `split` of `dataset` by `scorer`;
     `samples` maps photos' names to the captions that the model gave them.
-
-    Raises:
-        ValueError: a score is not finite.
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")

@@ -209,10 +209,7 @@ class Captioner:
 
         Args:
             image: as `encoder.open` gives it.
-            options: as in `hypotheses`, or for a question as in `answer`.
-
-        Raises:
-            UserError: the checkpoint wasn't trained for that, or its encoder has no patches.
+            options: as in `caption`, or for a question as in `answer`.
         """
         self.require("captions" if question is None else "questions")
         chosen = change_options(self.options, question is not None, **options)

@@ -14,11 +14,7 @@ TASKS = ("captions", "questions")
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """TASKS, such as "captions" or "captions,questions", as a tuple.
-
-    Raises:
-        UserError: it names something else, or nothing.
-    """
+    """TASKS, such as "captions" or "captions,questions", as a tuple."""
     named = [part.strip() for part in text.split(",")]
     if not set(named) <= set(TASKS):
         raise UserError(f'TASKS is {text!r}: use captions, questions, or "captions,questions"')
@@ -104,9 +100,6 @@ def change_options(own: GenerationOptions, asked: bool, **given: Any) -> Generat
     Args:
         own: a checkpoint's, by which its captions are written; answers are greedy.
         asked: whether questions are answered.
-
-    Raises:
-        UserError: the options don't fit each other.
     """
     usual = GenerationOptions() if asked else own
     try:

@@ -111,9 +111,6 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
 
     prepared.json says before the first photo is written that the data set is unfinished, and
     after the last one which photos it has.
-
-    Raises:
-        UserError: the archive is damaged or unsafe, or lacks photos or captions; or no room.
     """
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
@@ -154,11 +151,7 @@ def photo_sizes(folder: Path) -> dict[str, int]:
 
 
 def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Captions]:
-    """Read the captions that are there, from the first place that has any, in whatever form.
-
-    Raises:
-        UserError: there are none, or they can't be read.
-    """
+    """Read the captions that are there, from the first place that has any, in whatever form."""
     source = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
@@ -228,9 +221,6 @@ def ensure_photos(
     """Unpack what IMAGE_DIR lacks, from the archive or else a download; a marker says when whole.
 
     Photos that were there before the first run are the user's own and are left alone.
-
-    Raises:
-        UserError: another data set is there, or the download or the archive fails.
     """
     marker = read_marker(paths)
     present = photo_sizes(paths.images)
@@ -270,11 +260,7 @@ def ensure_photos(
 
 
 def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
-    """Make a data set of which all photos validate, of the photos in WebDataset shards.
-
-    Raises:
-        UserError: DATA_DIR holds another data set, or a shard can't be read or used.
-    """
+    """Make a data set of which all photos validate, of the photos in WebDataset shards."""
     label = f"the shards {redact(pattern)}"
     marker = read_marker(paths)
     if marker is None and (paths.captions.exists() or photo_sizes(paths.images)):
@@ -317,11 +303,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
 
 
 def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) -> Path:
-    """The file with Karpathy's split: the one given, or the data set's own, downloaded once.
-
-    Raises:
-        UserError: there is none; the message says how to go on.
-    """
+    """The file with Karpathy's split: the one given, or the data set's own, downloaded once."""
     remedy = "use --split ratio, or name the file with --karpathy_file PATH"
     if settings.KARPATHY_FILE:
         path = Path(settings.KARPATHY_FILE).expanduser()
@@ -358,11 +340,7 @@ def _extract_karpathy(archive: Path, name: str, path: Path) -> None:
 def write_splits(
     settings: SimpleNamespace, paths: DataPaths, names: Iterable[str], karpathy_url: str
 ) -> None:
-    """Split the photos as SPLIT says and write splits.json, if that changes it.
-
-    Raises:
-        UserError: the split can't be made.
-    """
+    """Split the photos as SPLIT says and write splits.json, if that changes it."""
     if settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
         source, splits = file.name, split_by_karpathy(names, file)
@@ -391,8 +369,7 @@ def prepare(
         sources: for each data set the addresses of the parts of its zip.
         karpathy_url: the zip with the files of Karpathy's splits.
 
-    Raises:
-        UserError: something is missing or unsound; what is done is kept for the next run.
+    What is done when something turns out missing or unsound is kept for the next run.
     """
     names = (*sources, "custom")
     if settings.DATASET not in names:

@@ -391,9 +391,6 @@ def draw_samples(
     Args:
         history: as for `draw_curves`; each entry's "samples" are {photo: text}.
         humans: captions by people, of which each photo shows the first, if it has any.
-
-    Raises:
-        UserError: a photo can't be read, or the file can't be written.
     """
     from matplotlib.figure import Figure
 
