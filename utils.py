@@ -28,54 +28,29 @@ PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
 
 # What settings and flags of all scripts may be, both ends allowed.
-RANGES = {
-    "MAX_BAD_IMAGES": (0, ANY),
-    "QUESTION_WEIGHT": (0, ANY),
-    "SHUFFLE_BUFFER": (1, ANY),
-    "FEATURE_VIEWS": (1, ANY),
-    "FEATURE_BATCH_SIZE": (1, ANY),
-    "VOCAB_SIZE": (1, ANY),
-    "MAX_CAPTION_LENGTH": (3, ANY),
-    "DECODER_EMBED_DIM": (1, ANY),
-    "DECODER_LAYERS": (1, ANY),
-    "DECODER_HEADS": (1, ANY),
-    "DECODER_FF_DIM": (1, ANY),
-    "DROPOUT": (0, 0.95),
-    "NUM_EPOCHS": (0, ANY),
-    "BATCH_SIZE": (1, ANY),
-    "GRADIENT_ACCUMULATION_STEPS": (1, ANY),
-    "LEARNING_RATE": (1e-12, 100),
-    "MIN_LEARNING_RATE": (0, 100),
-    "WARMUP_STEPS": (0, ANY),
-    "WEIGHT_DECAY": (0, 100),
-    "GRADIENT_CLIP": (1e-12, ANY),
-    "MAX_BAD_STEPS": (1, ANY),
-    "LABEL_SMOOTHING": (0, 0.95),
-    "EMA_DECAY": (0, 0.999999),
-    "SEED": (0, 2**63 - 1),
-    "SCST_EPOCHS": (0, ANY),
-    "SCST_BEAM_SIZE": (2, 100),
-    "SCST_LEARNING_RATE": (0, 100),
-    "MAX_IMAGES": (0, ANY),
-    "KEEP_CHECKPOINTS": (0, ANY),
-    "SAMPLE_IMAGES": (0, ANY),
-    "SCORED_IMAGES": (0, ANY),
-    # Of writing, and of the other scripts
-    "BEAM_SIZE": (1, 1000),
-    "LENGTH_PENALTY": (-100, 100),
-    "NO_REPEAT_NGRAM": (0, ANY),
-    "MIN_LENGTH": (1, ANY),
-    "MAX_LENGTH": (1, ANY),
-    "GROUPS": (1, 1000),
-    "DIVERSITY": (0, 1000),
-    "TEMPERATURE": (1e-3, 1000),
-    "TOP_K": (0, ANY),
-    "TOP_P": (1e-6, 1),
-    "N_BEST": (1, 1000),
-    "MAX_MEGABYTES": (0.01, 1000),
-    "REPEATS": (1, ANY),
-    "PORT": (0, 65535),
+BOUNDS = {
+    (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES QUESTION_WEIGHT NUM_EPOCHS "
+    "SCST_EPOCHS WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM TOP_K",
+    (1, ANY): "SHUFFLE_BUFFER FEATURE_VIEWS FEATURE_BATCH_SIZE VOCAB_SIZE DECODER_EMBED_DIM "
+    "DECODER_LAYERS DECODER_HEADS DECODER_FF_DIM BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
+    "MAX_BAD_STEPS MIN_LENGTH MAX_LENGTH REPEATS",
+    (3, ANY): "MAX_CAPTION_LENGTH",
+    (1, 1000): "BEAM_SIZE GROUPS N_BEST",
+    (2, 100): "SCST_BEAM_SIZE",
+    (0, 0.95): "DROPOUT LABEL_SMOOTHING",
+    (0, 0.999999): "EMA_DECAY",
+    (0, 100): "MIN_LEARNING_RATE SCST_LEARNING_RATE WEIGHT_DECAY",
+    (1e-12, 100): "LEARNING_RATE",
+    (1e-12, ANY): "GRADIENT_CLIP",
+    (0, 2**63 - 1): "SEED",
+    (-100, 100): "LENGTH_PENALTY",
+    (0, 1000): "DIVERSITY",
+    (1e-3, 1000): "TEMPERATURE",
+    (1e-6, 1): "TOP_P",
+    (0.01, 1000): "MAX_MEGABYTES",
+    (0, 65535): "PORT",
 }
+RANGES = {name: bounds for bounds, names in BOUNDS.items() for name in names.split()}
 
 
 class UserError(Exception):
@@ -93,7 +68,7 @@ def constants(config: ModuleType) -> dict[str, Any]:
 def constant_comments(config: ModuleType) -> dict[str, str]:
     """The comment at the end of each constant's line: it is the flag's help text."""
     source = Path(config.__file__).read_text(encoding="utf-8")
-    return dict(re.findall(r"^([A-Z\d_]+) = .*?  # (.+)$", source, re.M))
+    return dict(re.findall(r"^ *(\w+)(?:: [^=]+)? = .*?  # (.+)$", source, re.M))
 
 
 def _boolean(text: str) -> bool:
