@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from utils import UserError
+from utils import UserError, constant_comments
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
@@ -23,33 +24,20 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to write. The defaults are greedy.
+    """How to write. The defaults are greedy. Flags are made of these lines, comments included."""
 
-    Args:
-        beam_size: beams, or samples, per photo.
-        length_penalty: a hypothesis scores log-probability / length ** length_penalty.
-        min_length, max_length: in tokens, END counted; None: as long as the decoder can.
-        no_repeat_ngram: no n-gram of this size stands twice in a caption, and no token twice in
-            a row; 0: both allowed.
-        groups: diverse beam search (Vijayakumar et al. 2016): beams in this many groups.
-        diversity: what a token loses per earlier group that took it at the same step.
-        sample: draw tokens instead of searching; beam_size independent samples.
-        temperature, top_k, top_p: shape the distribution that is drawn from; 0 and 1 are off.
-        seed: of the draws.
-    """
-
-    beam_size: int = 1
-    length_penalty: float = 1.0
-    min_length: int = 1
-    max_length: int | None = None
-    no_repeat_ngram: int = 0
-    groups: int = 1
-    diversity: float = 0.5
-    sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    beam_size: int = 1  # beams of the search, or samples; 1: greedy
+    length_penalty: float = 1.0  # scores are divided by length ** this; higher: longer captions
+    min_length: int = 1  # fewest tokens of a caption, END counted
+    max_length: int | None = None  # most tokens of a caption, END counted; None: all that fit
+    no_repeat_ngram: int = 0  # no n-gram of this size twice, no token twice in a row; 0: allowed
+    groups: int = 1  # diverse beam search (Vijayakumar et al. 2016): beams in this many groups
+    diversity: float = 0.5  # what a token loses per earlier group that took it at the same step
+    sample: bool = False  # draw tokens instead of searching: beam_size independent samples
+    temperature: float = 1.0  # of the draws; lower: safer
+    top_k: int = 0  # draw from this many tokens at most; 0: all
+    top_p: float = 1.0  # draw from the fewest tokens of this probability; 1: all
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         if self.beam_size < 1 or self.groups < 1 or self.beam_size % self.groups:
@@ -60,32 +48,16 @@ class GenerationOptions:
             raise ValueError("min_length must be at least 1 and at most max_length")
 
 
-OPTION_HELP = {
-    "beam_size": "beams of the search, or samples; 1: greedy",
-    "length_penalty": "higher: longer captions",
-    "min_length": "fewest tokens of a caption",
-    "max_length": "most tokens of a caption",
-    "no_repeat_ngram": "no n-gram of this size twice, no token twice in a row; 0: allowed",
-    "groups": "diverse beam search: beams in this many groups",
-    "diversity": "what a token loses per earlier group that took it",
-    "sample": "draw tokens instead of searching",
-    "temperature": "of the draws; lower: safer",
-    "top_k": "draw from this many tokens at most; 0: all",
-    "top_p": "draw from the fewest tokens of this probability; 1: all",
-    "seed": "of the draws",
-}
-
-
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of `GenerationOptions`; what isn't given keeps its usual value."""
     group = parser.add_argument_group("how to write (defaults: what the checkpoint says)")
+    comments = constant_comments(sys.modules[__name__])
     for field in dataclasses.fields(GenerationOptions):
-        text = OPTION_HELP[field.name]
         if isinstance(field.default, bool):
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             kind = {"type": int if field.default is None else type(field.default)}
-        group.add_argument(f"--{field.name}", default=None, help=text, **kind)
+        group.add_argument(f"--{field.name}", default=None, help=comments[field.name], **kind)
 
 
 def given_options(flags: Any) -> dict[str, Any]:
