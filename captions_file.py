@@ -20,7 +20,7 @@ from typing import Any
 
 from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, atomic_write, read_json
+from utils import UserError, read_json, write_file
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -432,8 +432,7 @@ def convert_vqa(
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
     if images and images.is_dir():
         table = match_names(table, images)
-    with atomic_write(target) as path:
-        path.write_text(json.dumps(table), encoding="utf-8")
+    write_file(target, json.dumps(table))
     print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from utils import UserError, atomic_write, require_room, size_text, write_error
+from utils import UserError, require_room, size_text, write_error, write_file
 
 ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
@@ -142,8 +142,7 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
         }
         # Emptied first: the new validator must never stand beside the old file's bytes.
         partial.write_bytes(b"")
-        with atomic_write(_state_path(partial)) as temporary:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
+        write_file(_state_path(partial), json.dumps(state))
     total = state["total"]
     bar = tqdm(
         desc=partial.stem,

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import html
 import importlib.util
 import io
@@ -46,7 +45,7 @@ from dataset import (
 )
 from device import choose_device, choose_dtype
 from encoder import FrozenEncoder, loading_options, open_image
-from features import FeatureCache, build_features
+from features import FeatureCache, build_features, file_digest
 from generation import Hypothesis, generate_cached
 from metrics import (
     SCORER,
@@ -58,12 +57,8 @@ from metrics import (
     tokenize,
     vqa_accuracy,
 )
-from options import (
-    GenerationOptions,
-    change_options,
-    given_options,
-)
-from utils import UserError, atomic_write, first_line, run_script
+from options import GenerationOptions, change_options, given_options
+from utils import UserError, first_line, run_script, write_file
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 
@@ -141,11 +136,6 @@ def clip_score(
     return 100 * 2.5 * total / len(files)
 
 
-def file_hash(path: Path) -> str:
-    """The first 16 digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 # --- The report -----------------------------------------------------------------------------
 
 EXPLAINED = {
@@ -211,8 +201,7 @@ def write_report(
                 f"<div><b>{html.escape(captions[name])}</b><p>CIDEr-D {values[name]:.1f}, "
                 f"{html.escape(name)}<ul>{items}</ul></div></article>"
             )
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    write_file(path, "\n".join(parts))
 
 
 def _thumbnail(file: Path) -> str:
@@ -326,8 +315,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
     report = Path(settings.report or usual)
     write_report(report, images, captions, references, values, summary)
     if settings.save_captions:
-        with atomic_write(Path(settings.save_captions)) as path:
-            path.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_file(settings.save_captions, json.dumps(captions, ensure_ascii=False, indent=1))
     print(summary)
     beams, rate = scored.options.beam_size, len(names) / seconds
     print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s\nreport: {report}")
@@ -431,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": len(scored.names),
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
-        "checkpoint": file_hash(Path(settings.checkpoint).expanduser()),
+        "checkpoint": file_digest(Path(settings.checkpoint).expanduser())[:16],
     }
     print(json.dumps(scores | how))
     return 0

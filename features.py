@@ -36,7 +36,16 @@ from torch import Tensor
 from device import autocast
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError
-from utils import Bar, UserError, atomic_write, read_json, require_room, size_text, sole_user
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    read_json,
+    require_room,
+    size_text,
+    sole_user,
+    write_file,
+)
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
@@ -432,5 +441,4 @@ def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(table), encoding="utf-8")
+    write_file(path, json.dumps(table))

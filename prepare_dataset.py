@@ -66,13 +66,13 @@ from shards import say_samples
 from tars import expand_shards, read_shard
 from utils import (
     UserError,
-    atomic_write,
     interpreter,
     lock,
     read_json,
     redact,
     require_room,
     run_script,
+    write_file,
 )
 
 # The parts of each data set's zip, in order. No checksums are published for them: a part's size
@@ -102,8 +102,8 @@ def read_marker(paths: DataPaths) -> dict[str, Any] | None:
 
 def write_marker(paths: DataPaths, dataset: str, photos: dict[str, int]) -> None:
     """Note that these photos are all there, or, with {}, that unpacking has begun."""
-    with atomic_write(paths.data_dir / "prepared.json") as temporary:
-        temporary.write_text(json.dumps({"dataset": dataset, "photos": photos}), encoding="utf-8")
+    marker = {"dataset": dataset, "photos": photos}
+    write_file(paths.data_dir / "prepared.json", json.dumps(marker))
 
 
 def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
@@ -130,8 +130,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         extract_photos(archive, missing, paths.images)
         if tables and not find_table(paths.data_dir, paths.images):
             name = next(name for name in TABLES if name.lower() in tables)
-            with atomic_write(paths.data_dir / name) as temporary:
-                temporary.write_bytes(archive.read(tables[name.lower()]))
+            write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
 
 
@@ -207,8 +206,7 @@ def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
     found.tell(source)
     content = json.dumps(texts, ensure_ascii=False, indent=1).encode()
     if not target.exists() or target.read_bytes() != content:
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(content)
+        write_file(target, content)
     return replace(paths, captions=target)
 
 
@@ -284,8 +282,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
             # A key may hold a path; photos of several shards may share one.
             key = re.sub(r"[^\w.-]", "_", PurePosixPath(sample.key).name)[:40]
             name = f"{len(captions):06d}_{key}.{sample.suffix}"
-            with atomic_write(paths.images / name) as temporary:
-                temporary.write_bytes(sample.photo)
+            write_file(paths.images / name, sample.photo)
             captions[name] = sample.captions
         bad += unreadable.values()
     say_samples(len(captions), passed, len(bad))
@@ -293,9 +290,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     if not captions:
         raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
     splits = {"train": [], "val": list(captions), "test": []}
-    for path, content in ((paths.captions, captions), (paths.splits, splits)):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write_file(paths.captions, json.dumps(captions, ensure_ascii=False))
+    write_file(paths.splits, json.dumps(splits, ensure_ascii=False))
     write_marker(paths, label, photo_sizes(paths.images))
 
 
@@ -330,8 +326,7 @@ def _extract_karpathy(archive: Path, name: str, path: Path) -> None:
             info = next((i for i in zipped.infolist() if i.filename.split("/")[-1] == name), None)
             if info is None or info.file_size > MAX_ENTRY_BYTES:
                 raise UserError(f"{archive} holds no sound {name}")
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(zipped.read(info))
+            write_file(path, zipped.read(info))
     except DamagedArchive:
         archive.unlink()
         raise
@@ -348,10 +343,8 @@ def write_splits(
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
     text = json.dumps({"method": settings.SPLIT, "source": source, **splits}, ensure_ascii=False)
-    if paths.splits.exists() and paths.splits.read_bytes() == text.encode():
-        return
-    with atomic_write(paths.splits) as temporary:
-        temporary.write_bytes(text.encode())
+    if not paths.splits.exists() or paths.splits.read_bytes() != text.encode():
+        write_file(paths.splits, text)
 
 
 # --- Everything -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, atomic_write, lock, write_error
+from utils import UserError, lock, write_error, write_file
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class TextFiles:
             target = self.target(photo)
             if self.existing == "append" and target.exists():
                 text = target.read_text(encoding="utf-8").rstrip("\n") + "\n" + text
-            with atomic_write(target) as path:
-                path.write_text(text + "\n", encoding="utf-8")
+            write_file(target, text + "\n")
 
     def close(self) -> None:
         """Nothing is open."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from utils import UserError, atomic_write
+from utils import UserError, write_file
 
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
@@ -76,9 +76,8 @@ class CaptionTokenizer:
     def save(self, vocab_file: Path, merges_file: Path) -> None:
         """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""
         files = self.to_files()
-        for target, name in ((vocab_file, "vocab.json"), (merges_file, "merges.txt")):
-            with atomic_write(target) as path:
-                path.write_text(files[name], encoding="utf-8")
+        write_file(vocab_file, files["vocab.json"])
+        write_file(merges_file, files["merges.txt"])
 
     def to_files(self) -> dict[str, str]:
         """The tokenizer in the files that other programs read, by name.

@@ -405,6 +405,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
 
 
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a whole file as `atomic_write` does; text as UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process; the lock goes with the process, however it ends.

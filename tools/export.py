@@ -29,7 +29,7 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, atomic_write, require_extra, run_script, size_text
+from utils import UserError, atomic_write, require_extra, run_script, size_text, write_file
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -56,8 +56,7 @@ def to_transformers(
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, text in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
     named = {} if weights else {"encoder": encoder.source["name"]}
     return logits_difference(checkpoint, encoder, folder, named)
 
