@@ -13,14 +13,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, read_json, write_file
+from utils import UserError, files_in, read_json, write_file
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -316,14 +316,10 @@ def _read_row(
 # --- Texts beside photos, and names of photos --------------------------------------------------
 
 
-def photos_in(folder: Path) -> Iterator[str]:
-    """The names of the photos in a folder and its sub-folders, hidden ones passed over."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            # A name in another encoding than UTF-8 can't stand in a JSON file.
-            if is_photo(name) and not name.startswith(".") and not SURROGATES.search(name):
-                yield os.path.relpath(os.path.join(place, name), folder)
+def photos_in(folder: Path) -> list[str]:
+    """The names of the photos in a folder and those below."""
+    # A name in another encoding than UTF-8 can't stand in a JSON file.
+    return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
 
 
 def read_texts_beside(folder: Path) -> Captions:
@@ -362,7 +358,7 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
     """
     if all((folder / name).is_file() for name in texts):
         return texts
-    there = list(photos_in(folder))
+    there = photos_in(folder)
     if not there:
         return texts
     real = {name: name for name in texts if (folder / name).is_file()}

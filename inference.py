@@ -41,7 +41,7 @@ from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from sidecar import Photo, open_output
-from utils import Bar, UserError, atomic_write, run_script
+from utils import Bar, UserError, atomic_write, files_in, run_script
 
 ROWS = 64  # captions or answers searched for at a time
 
@@ -288,14 +288,12 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             found.append(Photo(path, path.name if len(paths) == 1 else text))
             continue
         shown = "" if len(paths) == 1 else text
-        for folder, folders, files in os.walk(path):
-            folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
-            for name in sorted(file for file in files if not file.startswith(".")):
-                file = Path(folder, name)
-                if file.suffix.lower() in PHOTO_SUFFIXES:
-                    found.append(Photo(file, os.path.join(shown, os.path.relpath(file, path))))
-                else:
-                    others[file.suffix.lower() or "no suffix"] += 1
+        for name in files_in(path, recursive):
+            suffix = Path(name).suffix.lower()
+            if suffix in PHOTO_SUFFIXES:
+                found.append(Photo(path / name, os.path.join(shown, name)))
+            else:
+                others[suffix or "no suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         print(f"passed over, as no photos: {kinds}", file=sys.stderr)

@@ -66,6 +66,7 @@ from shards import say_samples
 from tars import expand_shards, read_shard
 from utils import (
     UserError,
+    files_in,
     interpreter,
     lock,
     read_json,
@@ -135,15 +136,9 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
 
 
 def photo_sizes(folder: Path) -> dict[str, int]:
-    """The files in a folder, which need not exist, and in those below; no hidden ones."""
-    sizes = {}
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = os.path.join(place, name)
-            if not name.startswith(".") and os.path.exists(path):
-                sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
-    return sizes
+    """The files in a folder, which need not exist, and in those below, with their sizes."""
+    there = (name for name in files_in(folder) if os.path.exists(folder / name))
+    return {name: os.path.getsize(folder / name) for name in there}
 
 
 # --- Captions -------------------------------------------------------------------------------

@@ -372,6 +372,16 @@ def resident_kilobytes() -> int | None:
 # --- Files ----------------------------------------------------------------------------------
 
 
+def files_in(folder: Path, recursive: bool = True) -> Iterator[str]:
+    """The files in a folder, which need not exist, and in those below, by their names relative to
+    it, in order; hidden ones are passed over."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; once the block has ended well, it becomes `path`.
