@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,24 +52,18 @@ class DataPaths:
     features: Path
 
 
-def data_paths(
-    data_dir: str | os.PathLike[str],
-    image_dir: str | None = None,
-    captions_file: str | None = None,
-    questions_file: str | None = None,
-    vocab_file: str | None = None,
-    merges_file: str | None = None,
-    features_dir: str | None = None,
-) -> DataPaths:
-    """Resolve a data set's files: what is None has its usual name within `data_dir`."""
-    root = Path(data_dir).expanduser()
+def data_paths(settings: SimpleNamespace) -> DataPaths:
+    """Where a data set's files are: what is set nowhere has its usual name within DATA_DIR."""
+    root = Path(settings.DATA_DIR).expanduser()
 
-    def place(given: str | None, usual: str) -> Path:
+    def place(setting: str, usual: str) -> Path:
+        given = vars(settings).get(setting)
         return Path(given).expanduser() if given else root / usual
 
-    images, captions = place(image_dir, "images"), place(captions_file, "captions.json")
+    images, captions = place("IMAGE_DIR", "images"), place("CAPTIONS_FILE", "captions.json")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
-    if not (image_dir or images.exists() or (root / "prepared.json").exists()) and root.is_dir():
+    known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
+    if not known and root.is_dir():
         photo = (entry.suffix.lower() in PHOTO_SUFFIXES for entry in root.iterdir())
         images = root if any(photo) else images
     # Captions in another form than captions.json's have been converted by prepare_dataset.py.
@@ -77,11 +72,11 @@ def data_paths(
         data_dir=root,
         images=images,
         captions=converted if converted.exists() else captions,
-        questions=place(questions_file, "questions.json"),
+        questions=place("QUESTIONS_FILE", "questions.json"),
         splits=root / "splits.json",
-        vocab=place(vocab_file, "vocab.json"),
-        merges=place(merges_file, "merges.txt"),
-        features=place(features_dir, "features"),
+        vocab=place("VOCAB_FILE", "vocab.json"),
+        merges=place("MERGES_FILE", "merges.txt"),
+        features=place("FEATURES_DIR", "features"),
     )
 
 

@@ -251,13 +251,7 @@ def load_scored(settings: SimpleNamespace) -> Scored:
     checkpoint.require(settings.task)
     asked = settings.task == "questions"
     options = change_options(checkpoint.generation, asked, **given_options(settings))
-    paths = data_paths(
-        settings.DATA_DIR,
-        settings.IMAGE_DIR,
-        settings.CAPTIONS_FILE,
-        settings.QUESTIONS_FILE,
-        features_dir=settings.FEATURES_DIR,
-    )
+    paths = data_paths(settings)
     splits, texts = load_splits(paths.splits), load_texts(paths, [settings.task])
     names = [name for name in splits[settings.split] if name in texts]
     if not names:

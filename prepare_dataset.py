@@ -352,29 +352,42 @@ def prepare(
 ) -> DataPaths:
     """Make sure that photos, captions.json and splits.json are there, and say where.
 
+    What is done before something turns out missing or unsound is kept for the next run.
+
     Args:
-        settings: the namespace of `load_settings`, with `add_arguments` of this module.
+        settings: those of `commands.prepare_dataset`.
         sources: for each data set the addresses of the parts of its zip.
         karpathy_url: the zip with the files of Karpathy's splits.
-
-    What is done when something turns out missing or unsound is kept for the next run.
     """
     names = (*sources, "custom")
     if settings.DATASET not in names:
         raise UserError(f"DATASET is {settings.DATASET!r}: use one of {', '.join(names)}")
     if settings.SPLIT not in ("karpathy", "ratio"):
         raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy or ratio")
-    paths = data_paths(
-        settings.DATA_DIR,
-        settings.IMAGE_DIR,
-        settings.CAPTIONS_FILE,
-        settings.QUESTIONS_FILE,
-        settings.VOCAB_FILE,
-        settings.MERGES_FILE,
-        settings.FEATURES_DIR,
-    )
+    paths = data_paths(settings)
     with sole_preparer(paths.data_dir):
-        return _prepare(settings, paths, sources, karpathy_url)
+        if settings.VAL_SHARDS:
+            unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
+            return paths
+        if settings.DATASET != "custom" or settings.archive:
+            urls = sources.get(settings.DATASET, ())
+            ensure_photos(paths, settings.DATASET, urls, settings.archive)
+        elif not paths.images.is_dir():
+            raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
+        vqa = settings.vqa_questions, settings.vqa_annotations
+        if any(vqa):
+            convert_vqa(*vqa, paths.questions, paths.images)
+        tasks = parse_tasks(settings.TASKS)
+        if "captions" in tasks:
+            paths = ensure_captions(settings, paths)
+        names = list(load_texts(paths, tasks))
+        found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
+        write_splits(settings, paths, found, karpathy_url)
+        temporary = paths.data_dir / "temp_download"
+        kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
+        if settings.DATASET != "custom" and temporary.is_dir() and not kept:
+            shutil.rmtree(temporary)
+        return paths
 
 
 @contextlib.contextmanager
@@ -393,34 +406,6 @@ def sole_preparer(folder: Path) -> Iterator[None]:
     with file:
         lock(file, f"waiting for another process to prepare {folder}")
         yield
-
-
-def _prepare(
-    settings: SimpleNamespace,
-    paths: DataPaths,
-    sources: Mapping[str, Sequence[str]],
-    karpathy_url: str,
-) -> DataPaths:
-    if settings.VAL_SHARDS:
-        unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
-        return paths
-    if settings.DATASET != "custom" or settings.archive:
-        ensure_photos(paths, settings.DATASET, sources.get(settings.DATASET, ()), settings.archive)
-    elif not paths.images.is_dir():
-        raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
-    if settings.vqa_questions or settings.vqa_annotations:
-        convert_vqa(settings.vqa_questions, settings.vqa_annotations, paths.questions, paths.images)
-    tasks = parse_tasks(settings.TASKS)
-    if "captions" in tasks:
-        paths = ensure_captions(settings, paths)
-    names = list(load_texts(paths, tasks))
-    found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
-    write_splits(settings, paths, found, karpathy_url)
-    temporary = paths.data_dir / "temp_download"
-    kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
-    if settings.DATASET != "custom" and temporary.is_dir() and not kept:
-        shutil.rmtree(temporary)
-    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:

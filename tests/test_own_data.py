@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -15,7 +16,14 @@ import commands
 import config
 import prepare_dataset
 from captions_file import read_captions
-from dataset import data_paths, load_captions, load_questions, load_splits, split_by_karpathy
+from dataset import (
+    DataPaths,
+    data_paths,
+    load_captions,
+    load_questions,
+    load_splits,
+    split_by_karpathy,
+)
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError, load_settings
 
@@ -109,9 +117,13 @@ def lay_out(folder: Path, files: dict[str, str], names: list[str] | None = None)
     return folder
 
 
+def paths_in(folder: Path, **others: str) -> DataPaths:
+    return data_paths(SimpleNamespace(DATA_DIR=folder, **others))
+
+
 def prepared(folder: Path, *flags: object) -> dict[str, list[str]]:
     assert check(folder, *flags) == 0
-    return load_captions(data_paths(folder).captions)
+    return load_captions(paths_in(folder).captions)
 
 
 EXPECTED = {name: [text for n, text in PAIRS if n == name] for name in IDS}
@@ -143,7 +155,7 @@ def test_captions_file_names_any_form_anywhere(tmp_path, file):
     folder = lay_out(tmp_path / "data", {"captions.json": json.dumps(mine)})
     flags = ("--captions_file", tmp_path / file)
     assert check(folder, *flags) == 0 and check(folder, *flags) == 0
-    found = load_captions(data_paths(folder, captions_file=str(tmp_path / file)).captions)
+    found = load_captions(paths_in(folder, CAPTIONS_FILE=str(tmp_path / file)).captions)
     assert found == EXPECTED
     assert prepared(folder) == mine
 
@@ -177,7 +189,7 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
     check_one = ["--train_split_ratio", 0.5, "--max_bad_images", 0]
     with pytest.raises(UserError, match="leaves no photo"):  # of one photo no two splits are made
         check(folder, *check_one)
-    assert load_captions(data_paths(folder).captions) == {there: ["One"]}
+    assert load_captions(paths_in(folder).captions) == {there: ["One"]}
 
 
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):

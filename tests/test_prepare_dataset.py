@@ -525,7 +525,7 @@ def test_altered_archive_is_refused_or_harmless(
     for place, value in edits:
         content[place] = value
     archive = write_archive(base, bytes(content[:end]))
-    paths = prepare_dataset.data_paths(base / "data")
+    paths = prepare_dataset.data_paths(SimpleNamespace(DATA_DIR=base / "data"))
     try:
         extract([archive], paths, "flickr8k")
         photos = json.loads((base / "data" / "prepared.json").read_text())["photos"]
