@@ -27,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ from tools.rivals import (
 )
 from utils import resident_kilobytes, run_script
 
+T = TypeVar("T")
 REPO = Path(__file__).resolve().parents[1]
 EPOCHS = 20
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
@@ -66,11 +68,7 @@ FLICKR30K = 29000  # photos to train on
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-    }
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -204,13 +202,9 @@ def measure_training(
         **{f"{name}_step_seconds": median(times[name]) for name in cached},
         "best_rival": best,
         "train_vs_best_rival": took[best] / took["ours"],
-        "our_captions_per_second_decoder": 32 * CAPTIONS / statistics.median(times["ours"]),
-        "rival_captions_per_second": 8 / statistics.median(times["rival"]),
-        "flickr30k_20_epochs_minutes": statistics.median(times["ours"])
-        * FLICKR30K
-        / 32
-        * EPOCHS
-        / 60,
+        "our_captions_per_second_decoder": 32 * CAPTIONS / took["ours"],
+        "rival_captions_per_second": 8 / took["rival"],
+        "flickr30k_20_epochs_minutes": took["ours"] * FLICKR30K / 32 * EPOCHS / 60,
         "matmul_gflops": 2 * limit / 1e9,
         "train_matmul_share": statistics.median(rates) / limit,
         "padding_share": statistics.mean(padding),
@@ -269,18 +263,10 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
         inputs = encoder.preprocess([image] * batch_size)
 
         def build() -> None:
-            with (
-                tempfile.TemporaryDirectory(dir=folder) as root,
-                contextlib.redirect_stdout(None),
-            ):
-                build_features(
-                    encoder,
-                    photos,
-                    [(name, 0) for name in names],
-                    Path(root),
-                    dtype=dtype,
-                    batch_size=batch_size,
-                )
+            items = [(name, 0) for name in names]
+            how = {"dtype": dtype, "batch_size": batch_size}
+            with tempfile.TemporaryDirectory(dir=folder) as root, contextlib.redirect_stdout(None):
+                build_features(encoder, photos, items, Path(root), **how)
 
         def bare() -> None:
             for _ in range(count // batch_size):
@@ -300,23 +286,35 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
 STEPS = 128
 
 
-def resident_after_steps(photos: int, result) -> None:
-    """Train a small decoder on a synthetic cache; report the most MB held and seconds a step."""
+def resident_after_steps(photos: int) -> tuple[float, float]:
+    """Train a small decoder on a synthetic cache; the most MB held, and seconds a step."""
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         cache = synthetic_cache(Path(folder), photos)
         rows = CaptionRows(flickr_like_captions(photos), cache)
-        model = CaptionModel(64, DecoderConfig(VOCAB, width=64, layers=1, heads=1, ff_dim=64))
         epochs = itertools.count()
         batches = itertools.chain.from_iterable(rows.batches(32, 0, epoch) for epoch in epochs)
-        started, most = time.perf_counter(), 0.0
-        for batch in itertools.islice(batches, STEPS):
-            batch, features = rows.load(batch, None)
+        return held(rows, itertools.islice(batches, STEPS), 64, VOCAB)
+
+
+def held(
+    rows: CaptionRows | StreamedRows,
+    batches: Iterable[Batch],
+    feature_width: int,
+    vocab: int,
+    every: int = 1,
+) -> tuple[float, float]:
+    """Load batches and train a small decoder on `every` so-manieth; see `resident_after_steps`."""
+    size = DecoderConfig(vocab, width=64, layers=1, heads=1, ff_dim=64)
+    model = CaptionModel(feature_width, size)
+    started, most = time.perf_counter(), 0.0
+    for step, batch in enumerate(batches):
+        batch, features = rows.load(batch, None)
+        if step % every == 0:
             model.loss(features.float(), batch).backward()
             model.zero_grad()
             most = max(most, resident_kilobytes() / 1024)
-        taken = (time.perf_counter() - started) / STEPS
-    result.put((most, taken))
+    return most, (time.perf_counter() - started) / (step + 1)
 
 
 def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
@@ -330,33 +328,30 @@ def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
     return FeatureCache(folder, entries)
 
 
-def resident_after_streaming(photos: int, result) -> None:
-    """Meet every photo of a synthetic stock of shards once, and train on some; report as above."""
+def resident_after_streaming(photos: int) -> tuple[float, float]:
+    """Meet every photo of a synthetic stock of shards once, and train on some; found as above."""
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
         stock = synthetic_stock(Path(folder), photos)
         tokenizer = CaptionTokenizer.train(stock.first_texts(20000), VOCAB)
         rows = StreamedRows(stock, tokenizer, max_length=40, buffer=5000)
-        size = DecoderConfig(len(tokenizer), width=64, layers=1, heads=1, ff_dim=64)
-        model = CaptionModel(32, size)
-        started, most = time.perf_counter(), 0.0
-        for step, batch in enumerate(rows.batches(32, 0, 0)):
-            batch, features = rows.load(batch)
-            if step % 50 == 0:
-                model.loss(features.float(), batch).backward()
-                model.zero_grad()
-                most = max(most, resident_kilobytes() / 1024)
-        result.put((most, (time.perf_counter() - started) / (step + 1)))
+        return held(rows, rows.batches(32, 0, 0), 32, len(tokenizer), every=50)
+
+
+def sentences(dice: np.random.Generator, count: int) -> list[str]:
+    """Captions of 11 words, as often as words are in a language."""
+    letters = np.random.default_rng(0)
+    words = ["".join(letters.choice(list("etaoinshrdlu"), 5)) for _ in range(8000)]
+    return [" ".join(words[rank] for rank in row) for row in dice.zipf(1.2, (count, 11)) % 8000]
 
 
 def synthetic_stock(folder: Path, photos: int, each: int = 10000) -> Stock:
     """Shards of `each` photos with a caption and features of 2 vectors of 32, as if encoded."""
     dice = np.random.default_rng(0)
-    words = np.array(["".join(dice.choice(list("etaoinshrdlu"), 5)) for _ in range(8000)])
     shards = []
     for start in range(0, photos, each):
-        ranks = dice.zipf(1.2, (each, 11)) % 8000
-        labels = [(f"{start + i:09d}", [" ".join(row)]) for i, row in enumerate(words[ranks])]
+        captions = sentences(dice, each)
+        labels = [(f"{start + i:09d}", [text]) for i, text in enumerate(captions)]
         block = dice.random((each, 2, 32)).astype(np.float16)
         url = f"pipe:{start // each:05d}"
         table = table_path(folder, url)
@@ -380,17 +375,10 @@ def measure_memory() -> dict[str, object]:
     }
 
 
-def alone_each(work: Callable[..., None], sizes: Sequence[int]) -> list[tuple[float, float]]:
-    """What `work(size, queue)` puts into the queue, each size in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    found = []
-    for size in sizes:
-        result = context.Queue()
-        process = context.Process(target=work, args=(size, result))
-        process.start()
-        found.append(result.get())
-        process.join()
-    return found
+def alone_each(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
+    """What `work` finds for each size, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.map(work, sizes, chunksize=1)
 
 
 def measure_startup() -> dict[str, object]:
@@ -398,48 +386,25 @@ def measure_startup() -> dict[str, object]:
     count = 30000
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "image_size": 32,
-            "patch_size": 16,
-        }
-        tower = transformers.ViTModel(transformers.ViTConfig(**size), add_pooling_layer=False)
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 32)
+        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 16}
+        tower = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False)
         tower.save_pretrained(folder / "encoder")
         side = {"height": 32, "width": 32}
         transformers.ViTImageProcessorPil(size=side).save_pretrained(folder / "encoder")
         (folder / "images").mkdir()
-        dice = np.random.default_rng(0)
-        letters = list("etaoinshrdlu")
-        words = ["".join(dice.choice(letters, dice.integers(2, 9))) for _ in range(8000)]
+        texts = iter(sentences(np.random.default_rng(0), CAPTIONS * count))
         captions = {}
         for i in range(count):
             Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"images/{i}.png")
-            ranks = dice.zipf(1.2, (CAPTIONS, 11)) % 8000  # as often as words are in a language
-            captions[f"{i}.png"] = [" ".join(words[rank] for rank in row) for row in ranks]
+            captions[f"{i}.png"] = list(itertools.islice(texts, CAPTIONS))
         (folder / "captions.json").write_text(json.dumps(captions))
-        command = [
-            sys.executable,
-            str(REPO / "train.py"),
-            "--dataset",
-            "custom",
-            "--split",
-            "ratio",
-            "--data_dir",
-            name,
-            "--encoder_model_name",
-            f"{name}/encoder",
-            "--epochs",
-            "0",
-            "--scst_epochs",
-            "0",
-            "--wandb_project",
-            "",
-            "--hf_repo_id",
-            "",
-        ]
+        flags = (
+            "--dataset custom --split ratio --epochs 0 --scst_epochs 0 --encoder_layers=-1".split()
+        )
+        flags += ["--data_dir", name, "--encoder_model_name", f"{name}/encoder"]
+        flags += ["--wandb_project", "", "--hf_repo_id", ""]
+        command = [sys.executable, REPO / "train.py", *flags]
         taken = []
         for _ in range(3):  # the first makes the cache
             started = time.perf_counter()
@@ -474,8 +439,7 @@ def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
             batch = next(batches).to(device)
             own = features[: len(batch.names)]
             with autocast(device, dtype):
-                work = (model.loss, own, batch, 0.1)
-                loss = shared(*work) if shared else work[0](*work[1:])
+                loss = shared(model.loss, own, batch, 0.1)
             (loss / 2000).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -484,9 +448,8 @@ def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
 
         works = {"step": step, "all_reduce": lambda: team.all_reduce(gradients)}
         times = interleaved(works, repeats, device)
-        times["processor"] = [sum(each) for each in zip(*team.all_gather(processor), strict=True)][
-            1:
-        ]
+        summed = [sum(each) for each in zip(*team.all_gather(processor), strict=True)]
+        times["processor"] = summed[1:]
         print(json.dumps({name: median(taken) for name, taken in times.items()}))
 
 
@@ -496,27 +459,13 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
     sizes = [size for size in (1, 2, 4, 8) if size <= count]
     found: dict[str, object] = {}
     for size in sizes:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={size}",
-            "-m",
-            "tools.benchmark",
-            "--worker",
-            "--repeats",
-            str(repeats),
-            "--device",
-            device.type,
-            "--precision",
-            precision,
-        ]
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={size}"
+        worker = f"-m tools.benchmark --worker --repeats {repeats}"
+        where = f"--device {device.type} --precision {precision}"
+        command = [sys.executable, *f"{torchrun} {worker} {where}".split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        times = json.loads(result.stdout.splitlines()[-1])
+        said = subprocess.check_output(command, text=True, env=environment)
+        times = json.loads(said.splitlines()[-1])
         taken = times["step"]["median"]
         found |= {
             f"scaling_{size}_step_seconds": times["step"],
@@ -569,11 +518,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The encoder runs once a photo, for all of its captions in all epochs.
         once = 1 / (result["features_images_per_second"] * EPOCHS * CAPTIONS)
         ours = 1 / (1 / result["our_captions_per_second_decoder"] + once)
-        together = {
-            "our_captions_per_second": ours,
-            "train_vs_hf": ours / result["rival_captions_per_second"],
-        }
-        show(together)
+        ratio = ours / result["rival_captions_per_second"]
+        show(together := {"our_captions_per_second": ours, "train_vs_hf": ratio})
         result |= together
     print(json.dumps(result))
     return 0
