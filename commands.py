@@ -19,29 +19,12 @@ PREPARED = (
     "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
 ).split()
 SCORED = (
-    "DATA_DIR",
-    "IMAGE_DIR",
-    "CAPTIONS_FILE",
-    "QUESTIONS_FILE",
-    "FEATURES_DIR",
-    "FEATURE_BATCH_SIZE",
-    "MAX_BAD_IMAGES",
-    "DEVICE",
-    "PRECISION",
-)
+    "DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE FEATURES_DIR FEATURE_BATCH_SIZE "
+    "MAX_BAD_IMAGES DEVICE PRECISION"
+).split()
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
 EXISTING = ("skip", "overwrite", "append", "error")
-
-TRAIN_EXAMPLES = """examples:
-  python train.py --demo
-  python train.py --dataset flickr8k --split ratio --preset small
-  python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
-"""
-PREPARE_EXAMPLES = """examples:
-  python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
-  python prepare_dataset.py --dataset custom --data_dir my_photos --split ratio --check
-"""
 
 
 def begin(read: Callable[[], Any]) -> None:
@@ -87,10 +70,9 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
     settings = load_settings(
         config,
         argv,
-        document("train.py").splitlines()[0],
+        document("train.py"),
         add_arguments=add_arguments,
         preset=preset,
-        epilog=TRAIN_EXAMPLES,
     )
     settings.arguments = list(sys.argv[1:] if argv is None else argv)
     return settings
@@ -98,32 +80,14 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where things come from, and are not settings."""
-    parser.add_argument(
-        "--archive",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="zip of the data set that you have already (or its parts, in order): no download",
-    )
-    parser.add_argument(
-        "--vqa_questions",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="VQAv2's question files (of train and val): questions.json is made from them",
-    )
-    parser.add_argument(
-        "--vqa_annotations",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="VQAv2's annotation files, in the same order",
-    )
-    parser.add_argument(
-        "--follow_links",
-        action="store_true",
-        help="allow photos that are links to files outside the photo folder",
-    )
+    add, files = parser.add_argument, {"nargs": "+", "default": [], "metavar": "PATH"}
+    text = "zip of the data set that you have already (or its parts, in order): no download"
+    add("--archive", **files, help=text)
+    text = "VQAv2's question files (of train and val): questions.json is made from them"
+    add("--vqa_questions", **files, help=text)
+    add("--vqa_annotations", **files, help="VQAv2's annotation files, in the same order")
+    text = "allow photos that are links to files outside the photo folder"
+    add("--follow_links", action="store_true", help=text)
 
 
 def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
@@ -132,20 +96,11 @@ def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_sources(parser)
-        parser.add_argument(
-            "--check",
-            action="store_true",
-            help="look at every photo and caption; code 1 if training would refuse them",
-        )
+        text = "look at every photo and caption; code 1 if training would refuse them"
+        parser.add_argument("--check", action="store_true", help=text)
 
-    return load_settings(
-        config,
-        argv,
-        document("prepare_dataset.py"),
-        only=PREPARED,
-        add_arguments=add_arguments,
-        epilog=PREPARE_EXAMPLES,
-    )
+    text = document("prepare_dataset.py")
+    return load_settings(config, argv, text, only=PREPARED, add_arguments=add_arguments)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
@@ -164,10 +119,8 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
         add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
         add_option_flags(parser)
 
-    first, _, *rest = document("evaluate.py").splitlines()
-    return load_settings(
-        config, argv, first, only=SCORED, add_arguments=add_arguments, epilog="\n".join(rest)
-    )
+    text = document("evaluate.py")
+    return load_settings(config, argv, text, only=SCORED, add_arguments=add_arguments)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -234,20 +187,13 @@ def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """tools/export.py's flags."""
     parser = script_parser(document("tools/export.py"))
     add_checkpoint_flags(parser)
-    parser.add_argument("--format", choices=("onnx", "transformers"), default="onnx")
-    parser.add_argument(
-        "--with-encoder",
-        action="store_true",
-        default=None,
-        help="for onnx: the frozen encoder too, as a second file",
-    )
-    parser.add_argument(
-        "--without-encoder",
-        dest="with_encoder",
-        action="store_false",
-        help="for transformers: the encoder's name in place of its weights",
-    )
-    parser.add_argument("--out", help="what to write [captioner.onnx, or the folder captioner]")
+    add = parser.add_argument
+    add("--format", choices=("onnx", "transformers"), default="onnx")
+    text = "for onnx: the frozen encoder too, as a second file"
+    add("--with-encoder", action="store_true", default=None, help=text)
+    text = "for transformers: the encoder's name in place of its weights"
+    add("--without-encoder", dest="with_encoder", action="store_false", help=text)
+    add("--out", help="what to write [captioner.onnx, or the folder captioner]")
     args = parser.parse_args(argv)
     args.out = args.out or ("captioner.onnx" if args.format == "onnx" else "captioner")
     return args
@@ -256,16 +202,12 @@ def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """tools/benchmark.py's flags."""
     parser = script_parser(document("tools/benchmark.py"))
-    parser.add_argument("--only", choices=PARTS, help="measure one part [all]")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
+    add = parser.add_argument
+    add("--only", choices=PARTS, help="measure one part [all]")
+    add("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
     add_device_flags(parser)
-    parser.add_argument("--compile", action="store_true", help="torch.compile our decoder")
-    parser.add_argument(
-        "--scaling",
-        dest="only",
-        action="store_const",
-        const="scaling",
-        help="the same as --only scaling",
-    )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--compile", action="store_true", help="torch.compile our decoder")
+    text = "the same as --only scaling"
+    add("--scaling", dest="only", action="store_const", const="scaling", help=text)
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

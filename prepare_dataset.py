@@ -3,6 +3,9 @@
 Flickr30k and Flickr8k are downloaded, checked, unpacked and converted; a data set of your own is
 checked where it stands. Interrupted at any point, the next run goes on from there; a data set
 that is complete is recognised at once and left alone.
+
+    python prepare_dataset.py --dataset flickr8k --archive flickr8k.zip
+    python prepare_dataset.py --dataset custom --data_dir my_photos --split ratio --check
 """
 
 from __future__ import annotations

@@ -92,10 +92,9 @@ class Parser(argparse.ArgumentParser):
         return flags
 
 
-def script_parser(description: str, epilog: str | None = None) -> Parser:
+def script_parser(document: str) -> Parser:
     """A parser for a script's own flags; its `__doc__` begins and ends what `--help` says."""
-    if epilog is None:
-        description, _, epilog = description.partition("\n\n")
+    description, _, epilog = document.partition("\n\n")
     return Parser(
         description=description,
         epilog=epilog,
@@ -107,24 +106,23 @@ def script_parser(description: str, epilog: str | None = None) -> Parser:
 def load_settings(
     config: ModuleType,
     argv: Sequence[str] | None,
-    description: str,
+    document: str,
     *,
     only: Sequence[str] | None = None,
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     preset: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
-    epilog: str | None = None,
 ) -> SimpleNamespace:
     """Read the settings of one run: `config`, then a preset, then command-line flags.
 
-    `only` names the constants that are flags of this script (all by default). `add_arguments`
-    adds the script's own flags, which arrive in lower case (`settings.demo`). `preset` maps the
-    parsed flags to values that replace the configuration's, but not the flags given.
+    `document` is the script's docstring. `only` names the constants that are its flags (all by
+    default). `add_arguments` adds flags of its own, which arrive in lower case (`settings.demo`).
+    `preset` maps the parsed flags to values that replace the configuration's, but not those given.
 
     The module is never changed. An unknown or ill-typed flag ends the program with code 2.
     """
     defaults = constants(config)
     comments = constant_comments(config)
-    parser = script_parser(description, epilog)
+    parser = script_parser(document)
     if add_arguments:
         add_arguments(parser)
     group = parser.add_argument_group("settings (defaults stand in config.py)")
