@@ -95,9 +95,7 @@ class Captioner:
             ImageError: one can't be read; `stream` goes on instead.
             UserError: the checkpoint was trained for questions only.
         """
-        alone = isinstance(pictures, Picture)
-        found = self._all([pictures] if alone else pictures, None, options)
-        return found[0] if alone else found
+        return self._best(pictures, None, options)
 
     def answer(
         self,
@@ -109,10 +107,7 @@ class Captioner:
 
         Greedy unless `options` say otherwise; raises as `caption`.
         """
-        alone = isinstance(pictures, Picture)
-        pictures, questions = ([pictures], [questions]) if alone else (pictures, questions)
-        found = self._all(pictures, questions, options)
-        return found[0] if alone else found
+        return self._best(pictures, questions, options)
 
     def stream(
         self,
@@ -144,7 +139,8 @@ class Captioner:
         opened, problems = [], []
         for (picture, _), *_ in chunk:
             try:
-                opened.append(self._open(picture))
+                given = isinstance(picture, Image.Image)
+                opened.append(as_rgb(picture) if given else self.encoder.open(picture))
                 problems.append("")
             except ImageError as error:
                 problems.append(str(error))
@@ -184,9 +180,13 @@ class Captioner:
             with autocast(self.device, self.dtype):
                 yield from generate(self.model, features[rows], options, prefixes)
 
-    def _all(
-        self, pictures: Sequence[Picture], questions: Sequence[str] | None, options: dict[str, Any]
-    ) -> list[str]:
+    def _best(
+        self, pictures: Any, questions: str | Sequence[str] | None, options: dict[str, Any]
+    ) -> str | list[str]:
+        """The best text about a picture, or about each of several."""
+        if isinstance(pictures, Picture):
+            questions = None if questions is None else [questions]
+            return self._best([pictures], questions, options)[0]
         found = []
         for each in self.stream(pictures, questions, **options):
             if each.problem:
@@ -223,11 +223,6 @@ class Captioner:
         texts = [tokenizer.decode(h.tokens) for h in found]
         return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]
 
-    def _open(self, picture: Picture) -> Image.Image:
-        if isinstance(picture, Image.Image):
-            return as_rgb(picture)
-        return self.encoder.open(picture)
-
 
 def _key(picture: Picture) -> object:
     """What tells two pictures apart: Pillow would compare every pixel."""
@@ -263,13 +258,8 @@ def load_captioner(
 
 def captioner_of(args: argparse.Namespace) -> Captioner:
     """The captioner that the flags name; raises as `load_captioner`."""
-    return load_captioner(
-        args.checkpoint,
-        revision=args.revision,
-        encoder=args.encoder,
-        device=args.device,
-        precision=args.precision,
-    )
+    flags = ("checkpoint", "revision", "encoder", "device", "precision")
+    return load_captioner(**{flag: getattr(args, flag) for flag in flags})
 
 
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
