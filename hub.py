@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +43,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
-from utils import UserError, write_error
+from utils import UserError, first_line, link_or_copy, write_error
 
 WEIGHTS = "model.safetensors"
 LOGIN = "run hf auth login"
@@ -102,7 +101,6 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
 
 # --- Upload ---------------------------------------------------------------------------------
 
-UPLOAD_ERRORS = (UserError, HTTPError, OSError, ValueError, LookupError, RuntimeError)
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
 
 
@@ -140,20 +138,24 @@ class HubPusher:
         self._waiting: _Upload | None = None
         self._newest: Path | None = None
         self._numbers = itertools.count()
-        self._may_write = self._repo_exists = False
-        self._arrivals = 0
-        self._problem: str | None = None
+        self._ready = False  # the repository is there, and ours to write to
+        self._problem: str | None = None  # of the last push; "" once it has arrived
         if not repo_id:
             return
-        _check_pushable(repo_id)
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise UserError(
+                f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: "
+                "write user/name, or leave it empty to push nowhere"
+            ) from error
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {LOGIN}")
             return
-        account = _account(LOGIN_TIMEOUT)
+        account = _account(LOGIN_TIMEOUT)  # the first push asks again, should it be renewed or late
         if account and (refusal := _refusal(repo_id, account)):
             report(f"Hub: nothing is pushed: {refusal}")
             return
-        self._may_write = account is not None  # if not known yet, the first push asks again
         self.active = True
         # The client's bars and retry notices would break into the training's own bar.
         disable_progress_bars()
@@ -167,9 +169,12 @@ class HubPusher:
         if not self.active:
             return
         self._newest = Path(checkpoint)
+        number = next(self._numbers)
+        weights = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
         try:
-            weights = _keep(self._newest, next(self._numbers))
+            link_or_copy(checkpoint, weights)  # so that it outlives its name
         except OSError as error:
+            weights.unlink(missing_ok=True)
             self._failed(error)
             return
         safe = {name: redact(text) for name, text in files.items()}
@@ -208,7 +213,7 @@ class HubPusher:
             was_active, self.active = self.active, False
         for upload in left:
             upload.weights.unlink(missing_ok=True)
-        arrived = not left and self._problem is None
+        arrived = not left and not self._problem
         if was_active and not arrived:
             self._report(
                 "Hub: the last checkpoint has not arrived "
@@ -222,51 +227,44 @@ class HubPusher:
             thread.join(left)
 
     def _upload(self, upload: _Upload) -> None:
-        arrived = False
+        failed = False
         try:
             url = self._commit(upload)
-            arrived = True
-            self._succeeded(url)
-        except UPLOAD_ERRORS as error:
+            if self._problem != "":
+                self._tell(f"Hub: pushed, see {url}")
+            self._problem = ""
+        except Exception as error:  # noqa: BLE001 - what the client raises has no common base
             self._failed(error)
-        finally:
-            with self._lock:
-                newer = self._waiting is not None
-                if not (arrived or newer or not self.active):
-                    self._waiting = upload
-                self._thread = self._uploading = None
-            if self._waiting is not upload:
-                upload.weights.unlink(missing_ok=True)
-            if newer:
-                self.retry()
+            failed = True
+        with self._lock:
+            newer = self._waiting is not None
+            if failed and self.active and not newer:
+                self._waiting = upload
+            self._thread = self._uploading = None
+        if self._waiting is not upload:
+            upload.weights.unlink(missing_ok=True)
+        if newer:
+            self.retry()
 
     def _commit(self, upload: _Upload) -> str:
         """Make one commit; returns its address."""
         # The client has no limit of its own for uploads: a silent Hub would hold us for ever.
         get_session().timeout = self._stall_timeout
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
-        if not self._may_write:
+        if not self._ready:
             if refusal := _refusal(self.repo_id, api.whoami()):
                 raise UserError(refusal)
-            self._may_write = True
-        if not self._repo_exists:
             api.create_repo(self.repo_id, exist_ok=True)
-            self._repo_exists = True
+            self._ready = True
         files = {name: text.encode() for name, text in upload.files.items()}
         files[WEIGHTS] = upload.weights
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(self.repo_id, operations, commit_message=upload.message)
         return commit.commit_url
 
-    def _succeeded(self, url: str) -> None:
-        if self._arrivals == 0 or self._problem:
-            self._tell(f"Hub: pushed, see {url}")
-        self._arrivals += 1
-        self._problem = None
-
     def _failed(self, error: Exception) -> None:
-        first, self._problem = self._problem is None, _reason(error)
-        if first:
+        before, self._problem = self._problem, _reason(error)
+        if not before:
             self._tell(f"Hub: checkpoint not pushed: {self._problem}; the next push tries again")
 
     def _tell(self, line: str) -> None:
@@ -275,22 +273,12 @@ class HubPusher:
             self._report(line)
 
 
-def _check_pushable(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(
-            f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: "
-            "write user/name, or leave it empty to push nowhere"
-        ) from error
-
-
 def _account(seconds: float) -> dict[str, Any] | None:
     """Whose login this is, as the Hub tells it; None if it doesn't within `seconds`."""
     told: list[dict[str, Any]] = []
 
     def ask() -> None:
-        with contextlib.suppress(*UPLOAD_ERRORS):
+        with contextlib.suppress(Exception):
             told.append(HfApi(token=True).whoami())
 
     # The client's own limits are per attempt, and none holds for the look-up of a name.
@@ -315,20 +303,6 @@ def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
         f"{name}, who is logged in, can't write to {repo_id}: set HF_REPO_ID (--hf_repo_id) "
         f"to a repository of yours, such as {name}/{repo_id.split('/')[-1]}, or to nothing"
     )
-
-
-def _keep(checkpoint: Path, number: int) -> Path:
-    """Give the file a second name beside it, so that it outlives the first; else copy it."""
-    kept = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
-    try:
-        os.link(checkpoint, kept)
-    except OSError:  # a file system without links
-        try:
-            shutil.copyfile(checkpoint, kept)
-        except OSError:
-            kept.unlink(missing_ok=True)
-            raise
-    return kept
 
 
 def redact(text: str) -> str:
@@ -357,8 +331,7 @@ def _reason(error: Exception) -> str:
         return f"the Hub answered {status}"
     if isinstance(error, HTTPError):
         return f"the Hub can't be reached ({type(error).__name__})"
-    first_line = redact(str(error)).partition("\n")[0]
-    return re.sub(r"\bhf_\w+", "hf_***", f"{type(error).__name__}: {first_line}")
+    return redact(f"{type(error).__name__}: {first_line(error)}")
 
 
 # --- Model card -----------------------------------------------------------------------------

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from options import GenerationOptions, parse_tasks
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, redact
+from utils import UserError, atomic_write, link_or_copy, redact
 
 
 @dataclass(frozen=True)
@@ -475,13 +473,10 @@ def set_aside(paths: Iterable[Path]) -> None:
 
 
 def name_again(file: Path, path: Path) -> None:
-    """Give a file a second name, in place of what is there; a copy, where it can have but one."""
+    """Give a file a second name, in place of what is there."""
     with atomic_write(path) as temporary:
         temporary.unlink()
-        try:
-            os.link(file, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(file, temporary)
+        link_or_copy(file, temporary)
 
 
 def check_finite_weights(checkpoint: Checkpoint, source: str) -> None:

@@ -419,6 +419,14 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def link_or_copy(file: Path, path: Path) -> None:
+    """Give a file a second name; where the file system knows no links, make a copy."""
+    try:
+        os.link(file, path)
+    except OSError:
+        shutil.copyfile(file, path)
+
+
 @contextlib.contextmanager
 def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep a folder for this process; the lock goes with the process, however it ends.
