@@ -400,14 +400,12 @@ def sole_preparer(folder: Path) -> Iterator[None]:
     The lock is another than `sole_user`'s: training holds that one while it prepares, where its
     OUTPUT_DIR is the same folder.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".prepare.lock", "a")  # noqa: SIM115 - closed below, with the lock
-    except OSError:
-        yield  # nobody can write here: what is prepared already is used, the rest is refused
-        return
-    with file:
-        lock(file, f"waiting for another process to prepare {folder}")
+    with contextlib.ExitStack() as held:
+        # Where nobody can write, what is prepared already is used, and the rest is refused.
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(folder / ".prepare.lock", "a"))
+            lock(file, f"waiting for another process to prepare {folder}")
         yield
 
 
