@@ -20,7 +20,7 @@ from typing import Any
 
 from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, files_in, read_json, write_file
+from utils import UserError, files_in, read_json, read_text, write_file
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -37,7 +37,7 @@ NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: 
 BARE = re.compile(r"[\w-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
-MISSING_DELIMITER = re.compile(r"\d+\s+(\S.*)")
+MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
 # Tables made from it with pandas have an empty caption there instead.
 EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
 
@@ -99,16 +99,9 @@ def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
     if path.suffix.lower() == ".json":
         return _read_object(path, read_json(path))
-    try:
-        content = path.read_bytes()
-        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
-        text = content.decode("utf-16" if wide else "utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    text = read_text(path)
     # All three kinds of line ends, and no others: some stand within captions.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = MISSING_DELIMITER.sub(r"\1|", text.replace("\r\n", "\n").replace("\r", "\n"))
     rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
@@ -299,11 +292,9 @@ def _read_row(
             return "", ""
         raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")
     if numbered:
-        number, rest = _field(caption, delimiter)
-        known = MISSING_DELIMITER.fullmatch(number)
-        if not number.isdigit() and not (known and not rest and name in EMPTY_IN_THE_WILD):
+        number, caption = _field(caption, delimiter)
+        if not number.isdigit():
             raise UserError(f"{where}: {number!r} is not the number of a caption")
-        caption = rest if number.isdigit() else known[1]
     caption = caption.strip()
     if quoted := re.fullmatch(r'"((?:[^"]|"")*)"', caption):
         caption = quoted[1].replace('""', '"').strip()

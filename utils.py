@@ -479,8 +479,22 @@ def write_error(error: OSError, path: Path) -> Exception:
     return error
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one."""
+    try:
+        content = path.read_bytes()
+        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file, with or without a byte order mark, in which no key stands twice."""
+    """Read a JSON file in which no key stands twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, count in Counter(key for key, _ in pairs).items():
@@ -489,13 +503,7 @@ def read_json(path: Path) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        return json.loads(read_text(path), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
