@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import DecoderConfig
+from encoder import FrozenEncoder
 from model import CaptionModel
 from options import GenerationOptions
 from tokenizer import CaptionTokenizer
@@ -35,28 +36,23 @@ T = TypeVar("T")
 
 @dataclass
 class Checkpoint:
-    """A trained captioner, all but the encoder.
-
-    Args:
-        encoder: `FrozenEncoder.identity()` of the encoder it was trained on.
-        generation: options to caption with unless others are asked for.
-        tasks: what it learned, of `dataset.TASKS`.
-        settings: the configuration it was trained with, for the record.
-        scores: what was measured of it, e.g. {"val_loss": 2.5}.
-        training: what going on with training needs; None in a `.safetensors`.
-    """
+    """A trained captioner, all but the encoder."""
 
     model: CaptionModel
     tokenizer: CaptionTokenizer
-    encoder: dict[str, Any]
-    generation: GenerationOptions
-    tasks: tuple[str, ...]
-    settings: dict[str, Any]
-    scores: dict[str, float]
-    training: dict[str, Any] | None = None
+    encoder: dict[str, Any]  # FrozenEncoder.identity() of what it was trained on
+    generation: GenerationOptions  # to caption with unless others are asked for
+    tasks: tuple[str, ...]  # what it learned, of `options.TASKS`
+    settings: dict[str, Any]  # the configuration it was trained with, for the record
+    scores: dict[str, float]  # what was measured of it, e.g. {"val_loss": 2.5}
+    training: dict[str, Any] | None = None  # for going on with training; None in a `.safetensors`
+
+    def load_encoder(self, moved_to: str | None = None) -> FrozenEncoder:
+        """The encoder that it was trained on, from where it is now, if no longer where it was."""
+        return FrozenEncoder.load_as_trained(self.encoder, self.model.feature_width, moved_to)
 
     def require(self, task: str) -> None:
-        """Refuse a task of `dataset.TASKS` that it never learned."""
+        """Refuse a task that it never learned."""
         if task not in self.tasks:
             raise UserError(
                 f"this checkpoint was not trained for {task}, only for {' and '.join(self.tasks)}: "

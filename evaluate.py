@@ -44,7 +44,7 @@ from dataset import (
     references_of,
 )
 from device import choose_device, choose_dtype
-from encoder import FrozenEncoder, loading_options, open_image
+from encoder import loading_options, open_image
 from features import FeatureCache, build_features, file_digest
 from generation import Hypothesis, generate_cached
 from metrics import (
@@ -258,11 +258,8 @@ def load_scored(settings: SimpleNamespace) -> Scored:
         raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
     device = choose_device(settings.DEVICE)
     dtype = choose_dtype(settings.PRECISION, device)
-    encoder = FrozenEncoder.load_as_trained(
-        checkpoint.encoder, checkpoint.model.feature_width, settings.encoder
-    ).to(device)
     cache, bad = build_features(
-        encoder,
+        checkpoint.load_encoder(settings.encoder).to(device),
         paths.images,
         [(name, 0) for name in names],
         paths.features,

@@ -248,9 +248,8 @@ def load_captioner(
         UserError: the checkpoint or its encoder can't be loaded, or they don't fit each other.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
-    where = torch.device(choose_device(device))
-    tower = FrozenEncoder.load_as_trained(loaded.encoder, loaded.model.feature_width, encoder)
-    return Captioner(loaded, tower, where, choose_dtype(precision, where))
+    where = choose_device(device)
+    return Captioner(loaded, loaded.load_encoder(encoder), where, choose_dtype(precision, where))
 
 
 # --- Command line ---------------------------------------------------------------------------
@@ -327,9 +326,9 @@ def write_all(
     """Write about photos, as it goes to the terminal and to files; returns the exit code."""
     asked = any(question for _, question in items)
     options = given_options(args)
-    if not 1 <= args.n_best <= change_options(captioner.options, asked, **options).beam_size:
-        count = args.n_best
-        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {max(1, count)}")
+    count = args.n_best
+    if count > change_options(captioner.options, asked, **options).beam_size:
+        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
     folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
     folder = folder if folder and folder.is_dir() else None
     writer = (
@@ -344,19 +343,19 @@ def write_all(
     found = captioner.stream(
         [photo.file for photo, _ in left],
         [question for _, question in left] if asked else None,
-        batch_size=max(1, args.batch_size),
+        batch_size=args.batch_size,
         **options,
     )
     pairs = zip(left, found, strict=True)
     with Bar(len(left), "photos", "photo", quiet=alone) as bar:
-        while part := list(itertools.islice(pairs, max(1, args.batch_size))):
+        while part := list(itertools.islice(pairs, args.batch_size)):
             rows = []
             for (photo, question), each in part:
                 if each.problem:
                     bad[photo.name] = each.problem
                     tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
                     continue
-                texts = list(dict.fromkeys(each.texts))[: args.n_best]
+                texts = list(dict.fromkeys(each.texts))[:count]
                 texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
                 rows += [(photo, question, text) for text in texts]
                 about = f"{photo.name}: {question}".strip() if question else f"{photo.name}:"
@@ -366,7 +365,7 @@ def write_all(
                     pair = {"question": question, "answer": texts[0]}
                     table.setdefault(photo.name, []).append(pair)
                 else:
-                    table[photo.name] = texts if args.n_best > 1 else texts[0]
+                    table[photo.name] = texts if count > 1 else texts[0]
             if writer:
                 writer.write(rows)
             bar.step(len(part))

@@ -39,9 +39,7 @@ def to_transformers(
 ) -> float:
     """Write the folder and load it as others will; returns the logits' largest difference.
 
-    Args:
-        weights: whether the encoder's are written too; without them its name is, from which it
-            will be loaded.
+    Without the encoder's `weights` its name is written, from which it will be loaded.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder} is there already: give the name of a new folder")
@@ -65,11 +63,7 @@ def to_transformers(
 def logits_difference(
     checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, options: dict[str, str]
 ) -> float:
-    """How far the folder's logits are from ours, about a photo of noise.
-
-    Args:
-        options: of the folder's `from_pretrained`.
-    """
+    """How far the folder's logits, loaded with such `options`, are from ours, about noise."""
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, **options
@@ -92,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def as_folder(args: argparse.Namespace) -> int:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out, checkpoint = Path(args.out).expanduser(), checkpoint_of(args)
-    encoder = encoder_of(args, checkpoint)
+    encoder = checkpoint.load_encoder(args.encoder)
     difference = to_transformers(checkpoint, encoder, out, args.with_encoder is not False)
     if not difference <= LIMIT:
         raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
@@ -112,7 +106,7 @@ def as_onnx(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out} is a folder: give the name of a file")
     graphs = require_extra("tools.onnx_graph", "requirements-export.txt", "the export")
     checkpoint = checkpoint_of(args)
-    encoder = encoder_of(args, checkpoint) if args.with_encoder else None
+    encoder = checkpoint.load_encoder(args.encoder) if args.with_encoder else None
     difference = graphs.export(checkpoint, out)
     print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
     if encoder:
@@ -125,11 +119,6 @@ def as_onnx(args: argparse.Namespace) -> int:
 
 def checkpoint_of(args: argparse.Namespace) -> Checkpoint:
     return load_checkpoint(locate_checkpoint(args.checkpoint, args.revision))
-
-
-def encoder_of(args: argparse.Namespace, checkpoint: Checkpoint) -> FrozenEncoder:
-    width = checkpoint.model.feature_width
-    return FrozenEncoder.load_as_trained(checkpoint.encoder, width, args.encoder)
 
 
 if __name__ == "__main__":
