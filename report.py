@@ -44,7 +44,6 @@ class Report:
     ):
         """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
         self.run, self.data, self.at_the_end = run, data, at_the_end
-        self.pusher: HubPusher | None = None
 
     def __enter__(self) -> Report:
         run, settings = self.run, self.run.settings
@@ -60,8 +59,7 @@ class Report:
             report=say,
         )
         run.progress.wandb_id = self.tracker.run_id
-        if settings.HF_REPO_ID and leads:
-            self.pusher = HubPusher(settings.HF_REPO_ID, report=say)
+        self.pusher = HubPusher(settings.HF_REPO_ID if leads else "", report=say)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,9 +67,7 @@ class Report:
 
     def _close(self) -> None:
         self.tracker.close()
-        if self.pusher:
-            self.pusher.close()
-            self.pusher = None
+        self.pusher.close()
 
     def _describe(self) -> None:
         """The summary at the start: what is trained on what, and where the output goes."""
@@ -127,11 +123,8 @@ class Report:
         """Tell of the epoch that has ended and been saved; `best` is its checkpoint, if it won."""
         run, progress = self.run, self.run.progress
         entry = progress.history[-1]
-        stage = (
-            f"train loss {entry['train_loss']:.4f}"
-            if "train_loss" in entry
-            else (f"CIDEr of beams {entry['train_beam_cider']:.1f}")
-        )
+        learned, beams = entry.get("train_loss"), entry.get("train_beam_cider")
+        stage = f"CIDEr of beams {beams:.1f}" if learned is None else f"train loss {learned:.4f}"
         parts = [m.line.format(entry[name]) for name, m in MEASURES.items() if name in entry]
         parts = [stage, *parts, f"{progress.seconds / 60:.1f} min"]
         say(f"epoch {progress.epoch}/{run.epochs}: {', '.join(parts)}")
@@ -146,13 +139,15 @@ class Report:
         rows = [(e["epoch"], *pair) for e in progress.history for pair in e["samples"].items()]
         if rows:
             self.tracker.log_captions(rows, self.data.paths.images, progress.step)
-        if best and self.pusher:
+        if best:
             self._push(best, entry)
-        elif self.pusher:
+        else:
             self.pusher.retry()
 
     def _push(self, path: Path, entry: Mapping[str, Any]) -> None:
         """Hand the checkpoint of an epoch to the uploader, with all that makes it of use there."""
+        if not self.pusher.active:
+            return
         run, data, settings = self.run, self.data, self.run.settings
         scored = min(settings.SCORED_IMAGES, len(data.splits["val"]))
         card = model_card(
@@ -194,7 +189,7 @@ class Report:
         path, entry = best
         self.tracker.log_checkpoint(path, scores_of(entry))
         losses = run.bests("val_loss")
-        if self.pusher and losses and entry is not losses[-1]:
+        if losses and entry is not losses[-1]:
             self._push(path, entry)  # the newest on the Hub shall be the best
         self._close()
         self._draw()

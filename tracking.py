@@ -25,9 +25,6 @@ class Tracker:
     """Tracks one run: on the server where there is a login and a network, in files where not.
 
     Tracking never stops training: a failure is said once, and nothing is tracked from there on.
-
-    Attributes:
-        run_id: what a resumed run gives again as `run_id`; empty without tracking.
     """
 
     def __init__(
@@ -43,12 +40,9 @@ class Tracker:
     ):
         """Begin a run, or go on with `run_id`; its files stand in `folder`/wandb.
 
-        Args:
-            project: empty for no tracking at all.
-            config: the settings to show.
-            report: receives lines for the user.
+        Without a `project` nothing is tracked. `report` receives lines for the user.
         """
-        self.run_id = run_id
+        self.run_id = run_id  # for a resumed run to give again; empty without tracking
         self._report = report
         self._run: Any = None
         self._photos: dict[str, Any] = {}
@@ -158,6 +152,7 @@ class Tracker:
             if self.offline:
                 command = f"wandb login && {self.sync_command}"
                 self._report(f"tracking: to see this run online: {command}")
+            self._run = None
 
     @contextlib.contextmanager
     def _careful(self) -> Iterator[None]:
