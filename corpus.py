@@ -79,17 +79,20 @@ def load_data(
         settings.ENCODER_REVISION or None,
         parse_layers(settings.ENCODER_LAYERS),
     ).to(device)
-    stock = load_shards(settings, paths, encoder, team) if settings.TRAIN_SHARDS else None
+    how = {
+        "dtype": choose_dtype(settings.PRECISION, device),
+        "batch_size": settings.FEATURE_BATCH_SIZE,
+        "max_bad": settings.MAX_BAD_IMAGES,
+        "team": team,
+    }
+    stock = load_shards(settings, paths, encoder, how) if settings.TRAIN_SHARDS else None
     views = range(settings.FEATURE_VIEWS)
     cache, bad = build_features(
         encoder,
         paths.images,
         [(n, v) for v in views for n in splits["train"]] + [(n, 0) for n in splits["val"]],
         paths.features,
-        dtype=choose_dtype(settings.PRECISION, device),
-        batch_size=settings.FEATURE_BATCH_SIZE,
-        max_bad=settings.MAX_BAD_IMAGES,
-        team=team,
+        **how,
     )
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     check_splits(settings, splits, "can be read")
@@ -160,7 +163,7 @@ def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: 
 
 
 def load_shards(
-    settings: SimpleNamespace, paths: DataPaths, encoder: FrozenEncoder, team: Team
+    settings: SimpleNamespace, paths: DataPaths, encoder: FrozenEncoder, how: dict[str, Any]
 ) -> Stock:
     """What TRAIN_SHARDS hold: their features on disk, or the photos as they come."""
     if settings.FEATURE_VIEWS != 1 or settings.TASKS.strip() != "captions":
@@ -168,16 +171,8 @@ def load_shards(
             "TRAIN_SHARDS are learned from in one view and for captions only: use "
             "--feature_views 1 --tasks captions"
         )
-    return take_stock(
-        encoder,
-        expand_shards(settings.TRAIN_SHARDS),
-        paths.features,
-        keep_features=settings.KEEP_SHARD_FEATURES,
-        dtype=choose_dtype(settings.PRECISION, next(encoder.parameters()).device),
-        batch_size=settings.FEATURE_BATCH_SIZE,
-        max_bad=settings.MAX_BAD_IMAGES,
-        team=team,
-    )
+    urls, keep = expand_shards(settings.TRAIN_SHARDS), settings.KEEP_SHARD_FEATURES
+    return take_stock(encoder, urls, paths.features, keep_features=keep, **how)
 
 
 def texts_to_learn(

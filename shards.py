@@ -121,11 +121,7 @@ def take_stock(
 ) -> Stock:
     """Read the shards that the store under `root` knows nothing of yet, a share in each process.
 
-    Args:
-        encoder: on the device where it shall run.
-        keep_features: whether photos are encoded now, and their features kept.
-        dtype: the precision of the encoder's matrix products.
-        max_bad: how many photos, or their captions, may be unreadable.
+    With `keep_features` photos are encoded now; the rest is as in `build_features`.
     """
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype)) / "shards"
 
