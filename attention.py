@@ -27,18 +27,12 @@ PAPER, INK, GLOW = (255, 255, 255), (32, 33, 36), (255, 176, 32)
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Where an encoder's vectors lie on a photo.
+    """Where an encoder's vectors lie on a photo."""
 
-    Args:
-        rows, columns: of the patches, which stand in reading order.
-        first: place of the first patch in the sequence; before it stand CLS and the like.
-        area: left, top, right and bottom of what the encoder saw, as fractions of the photo.
-    """
-
-    rows: int
+    rows: int  # of the patches, which stand in reading order
     columns: int
-    first: int
-    area: tuple[float, float, float, float]
+    first: int  # place of the first patch in the sequence; before it stand CLS and the like
+    area: tuple[float, float, float, float]  # left, top, right, bottom seen; 0 to 1 of the photo
 
 
 @dataclass(frozen=True)

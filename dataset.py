@@ -141,10 +141,7 @@ def load_questions(path: Path, answered: bool = True) -> dict[str, list[Text]]:
     """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
 
     An entry may also have "answers" (a list of several people's, of which the most frequent one
-    is the answer if none is given) and "type".
-
-    Args:
-        answered: whether each question needs an answer.
+    is the answer if none is given) and "type". With `answered` each needs an answer.
     """
     form = '{"photo.jpg": [{"question": "...", "answer": "..."}, ...]}'
     questions = {}

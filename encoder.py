@@ -72,10 +72,9 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
 def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):
     """A picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white."""
     with _named(name):
-        pixels = image.width * image.height
         if least and not image.info.get("progressive"):
             image.draft(None, (least, least))
-            pixels = image.width * image.height
+        pixels = image.width * image.height
         most = LARGEST_OF.get(image.format, LARGEST)
         if pixels > most:
             raise ImageError(
@@ -204,12 +203,7 @@ class FrozenEncoder(nn.Module):
     def load_as_trained(
         cls, identity: dict[str, Any], width: int, moved_to: str | None = None
     ) -> FrozenEncoder:
-        """Load the encoder that a checkpoint was trained on, by its `identity()`.
-
-        Args:
-            width: of the features that its decoder reads.
-            moved_to: where it is now, if no longer where it was.
-        """
+        """Load the encoder of this `identity()` and width, from where it `moved_to`, if it has."""
         name = moved_to or identity["name"]
         revision = None if moved_to else identity.get("revision")
         encoder = cls.load(name, revision, identity.get("layers"))

@@ -382,6 +382,9 @@ def model_card(
             for metric, value in scores.items()
         ],
     )
+    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
+    measured = f"On the {split} split of {dataset}, measured with {scorer}:\n\n"
+    measured += f"| metric | value |\n|---|---|\n{rows}"
     at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
     body = CARD.format(
         name=data.model_name,
@@ -390,7 +393,7 @@ def model_card(
         needs=" (here a folder of its trainer's: give yours as `encoder=...`)" if local else "",
         dataset=dataset,
         command=command,
-        scores=_score_table(scores, split, dataset, scorer),
+        scores=measured if scores else "Not measured yet.",
         samples="\n".join(f"- `{photo}`: {caption}" for photo, caption in samples.items())
         or "None were made.",
     )
@@ -450,13 +453,3 @@ The decoder's weights were learned from the photos and captions of {dataset}, on
 {encoder}. No licence of their own is granted beyond what those of the photos, the captions and
 the encoder allow: check them before you use these weights.
 """
-
-
-def _score_table(scores: Mapping[str, float], split: str, dataset: str, scorer: str) -> str:
-    if not scores:
-        return "Not measured yet."
-    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
-    return (
-        f"On the {split} split of {dataset}, measured with {scorer}:\n\n"
-        f"| metric | value |\n|---|---|\n{rows}"
-    )

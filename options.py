@@ -62,17 +62,12 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
 
 def given_options(flags: Any) -> dict[str, Any]:
     """The fields of `GenerationOptions` that were given as flags."""
-    names = [field.name for field in dataclasses.fields(GenerationOptions)]
-    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(GenerationOptions)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def change_options(own: GenerationOptions, asked: bool, **given: Any) -> GenerationOptions:
-    """The usual options with some replaced.
-
-    Args:
-        own: a checkpoint's, by which its captions are written; answers are greedy.
-        asked: whether questions are answered.
-    """
+    """A checkpoint's `own` options, or for answers the greedy ones, with some replaced."""
     usual = GenerationOptions() if asked else own
     try:
         return dataclasses.replace(usual, **given)

@@ -28,7 +28,7 @@ from options import GenerationOptions, parse_tasks
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, link_or_copy, redact
+from utils import UserError, atomic_write, constants, link_or_copy, redact
 
 
 @dataclass(frozen=True)
@@ -446,8 +446,8 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
 
 def on_record(settings: SimpleNamespace) -> dict[str, Any]:
     """The settings as checkpoints and trackers keep them: an address may hold a key."""
-    values = {name: value for name, value in vars(settings).items() if name.isupper()}
-    return {name: redact(v) if isinstance(v, str) else v for name, v in values.items()}
+    values = constants(settings).items()
+    return {name: redact(v) if isinstance(v, str) else v for name, v in values}
 
 
 def output_dir(settings: SimpleNamespace) -> Path:

@@ -61,8 +61,7 @@ class Table:
     def __init__(self, path: Path, existing: str, asked: bool):
         """Open it, less a last line that a killed run left half-written.
 
-        Args:
-            asked: whether questions are answered, which then have a column.
+        Where questions are answered (`asked`), they have a column.
         """
         self.path, self.existing = path, existing
         self.columns = ["file_name", "question", "answer"] if asked else ["file_name", "text"]
@@ -134,9 +133,7 @@ def open_output(
 ) -> TextFiles | Table:
     """What `--write kind --output PATH --existing ...` names.
 
-    Args:
-        folder: the one that was given to be captioned, where a table stands unless told otherwise.
-        asked: whether questions are answered.
+    A table stands in the `folder` that was given to be captioned, unless told otherwise.
     """
     place = Path(output).expanduser() if output else None
     if kind == "txt":

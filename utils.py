@@ -60,8 +60,8 @@ class UserError(Exception):
 # --- Settings -------------------------------------------------------------------------------
 
 
-def constants(config: ModuleType) -> dict[str, Any]:
-    """The UPPER_CASE values of a configuration module, in the order in which they stand."""
+def constants(config: ModuleType | SimpleNamespace) -> dict[str, Any]:
+    """The UPPER_CASE values of a configuration, in the order in which they stand."""
     return {name: value for name, value in vars(config).items() if name.isupper()}
 
 

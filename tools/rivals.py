@@ -88,13 +88,10 @@ class TorchDecoder(nn.Module):
 
 def padded(captions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Captions as tokens and targets (captions, longest - 1)."""
-    longest = max(map(len, captions)) - 1
-    tokens = torch.full((len(captions), longest), PAD_ID)
-    targets = torch.full((len(captions), longest), IGNORED)
-    for row, ids in enumerate(captions):
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
-    return tokens, targets
+    tokens = [torch.tensor(ids[:-1]) for ids in captions]
+    targets = [torch.tensor(ids[1:]) for ids in captions]
+    pad = nn.utils.rnn.pad_sequence
+    return pad(tokens, True, padding_value=PAD_ID), pad(targets, True, padding_value=IGNORED)
 
 
 def cached_rivals(
