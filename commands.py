@@ -51,7 +51,6 @@ def document(script: str) -> str:
 
 
 def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    """train.py's settings."""
     import config  # here, as inference needs none
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +90,6 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    """prepare_dataset.py's settings."""
     import config
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +102,6 @@ def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    """evaluate.py's settings."""
     import config
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +141,6 @@ def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """inference.py's flags."""
     parser = script_parser(document("inference.py"))
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
@@ -173,7 +169,6 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """tools/app.py's flags."""
     parser = script_parser(document("tools/app.py"))
     add = parser.add_argument
     add_captioner_flags(parser)
@@ -184,7 +179,6 @@ def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """tools/export.py's flags."""
     parser = script_parser(document("tools/export.py"))
     add_checkpoint_flags(parser)
     add = parser.add_argument
@@ -200,7 +194,6 @@ def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """tools/benchmark.py's flags."""
     parser = script_parser(document("tools/benchmark.py"))
     add = parser.add_argument
     add("--only", choices=PARTS, help="measure one part [all]")

@@ -56,7 +56,7 @@ class TextFiles:
 
 
 class Table:
-    """One file of rows: `metadata.jsonl` as image folders have it, or a CSV with a header."""
+    """As `TextFiles`, one file of rows: `metadata.jsonl`, or a CSV with a header."""
 
     def __init__(self, path: Path, existing: str, asked: bool):
         """Open it, less a last line that a killed run left half-written.
@@ -99,11 +99,9 @@ class Table:
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
-        """Whether something is to be written about the photo."""
         return (photo.name, question) not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
-        """Write a batch of (photo, question, text)."""
         asked = len(self.columns) == 3
         self._append(
             [[p.name, question, text] if asked else [p.name, text] for p, question, text in rows]

@@ -322,7 +322,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 # --- Progress -------------------------------------------------------------------------------
 
 
-class Bar:
+class Bar(contextlib.AbstractContextManager):
     """A progress bar on a terminal; elsewhere a plain line now and then."""
 
     PAUSE = 30.0  # seconds between two lines
@@ -353,9 +353,6 @@ class Bar:
 
     def close(self) -> None:
         self.bar.close()
-
-    def __enter__(self) -> Bar:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
