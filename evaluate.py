@@ -118,17 +118,11 @@ def clip_score(
         words = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
-    total = 0.0
+    most, total = model.config.text_config.max_position_embeddings, 0.0
     for start in range(0, len(files), 32):
         images = [open_image(file) for file in files[start : start + 32]]
         texts = [f"A photo depicts {text}" for text in captions[start : start + 32]]
-        tokens = words(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=model.config.text_config.max_position_embeddings,
-        )
+        tokens = words(texts, return_tensors="pt", padding=True, truncation=True, max_length=most)
         pixels = pictures(images=images, return_tensors="pt")
         output = model(**tokens.to(device), pixel_values=pixels["pixel_values"].to(device))
         cosines = (output.image_embeds * output.text_embeds).sum(-1)

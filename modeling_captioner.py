@@ -159,18 +159,10 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             tower = model.config.tower
             name, revision = (given, None) if given else (tower["name"], tower["revision"])
             auto = transformers.AutoConfig.from_pretrained(name, revision=revision)
-            model.tower = (
-                getattr(transformers, tower["class"])
-                .from_pretrained(
-                    name,
-                    revision=revision,
-                    config=getattr(auto, "vision_config", auto),
-                    dtype=model.dtype,
-                    **tower["options"],
-                )
-                .to(model.device)
-                .eval()
-            )
+            vision = getattr(auto, "vision_config", auto)
+            how = {"revision": revision, "config": vision, "dtype": model.dtype} | tower["options"]
+            loaded_tower = getattr(transformers, tower["class"]).from_pretrained(name, **how)
+            model.tower = loaded_tower.to(model.device).eval()
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:

@@ -32,15 +32,14 @@ class Tracker:
         folder: Path,
         *,
         project: str,
-        entity: str | None = None,
-        name: str | None = None,
         run_id: str = "",
-        config: Mapping[str, Any],
         report: Callable[[str], None] = print,
+        **options: Any,
     ):
         """Begin a run, or go on with `run_id`; its files stand in `folder`/wandb.
 
-        Without a `project` nothing is tracked. `report` receives lines for the user.
+        Without a `project` nothing is tracked. `report` receives lines for the user; `options`
+        are the library's: entity, name, config.
         """
         self.run_id = run_id  # for a resumed run to give again; empty without tracking
         self._report = report
@@ -50,15 +49,7 @@ class Tracker:
             return
         with self._careful():
             folder.mkdir(parents=True, exist_ok=True)
-            options = {
-                "project": project,
-                "entity": entity,
-                "name": name,
-                "id": run_id or None,
-                "resume": "allow",
-                "dir": folder,
-                "config": dict(config),
-            }
+            options |= {"project": project, "id": run_id or None, "resume": "allow", "dir": folder}
             self._run = self._begin(options)
             if self._run.settings.mode == "disabled":  # by the user, in WANDB_MODE
                 self._run = None
