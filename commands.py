@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from utils import UserError, guard_output, load_settings, say_error, script_parser
+from utils import Parser, UserError, guard_output, load_settings, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -141,7 +141,7 @@ def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(document("inference.py"))
+    parser = Parser(document("inference.py"))
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
     add("--image_path", help="a photo or a folder of photos, as PATH")
@@ -169,7 +169,7 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(document("tools/app.py"))
+    parser = Parser(document("tools/app.py"))
     add = parser.add_argument
     add_captioner_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
@@ -179,7 +179,7 @@ def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(document("tools/export.py"))
+    parser = Parser(document("tools/export.py"))
     add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--format", choices=("onnx", "transformers"), default="onnx")
@@ -194,7 +194,7 @@ def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(document("tools/benchmark.py"))
+    parser = Parser(document("tools/benchmark.py"))
     add = parser.add_argument
     add("--only", choices=PARTS, help="measure one part [all]")
     add("--repeats", type=int, default=5, help="of each measurement [%(default)s]")

@@ -84,23 +84,19 @@ def _flag_type(default: object) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that knows the ranges of flags."""
+    """A parser that knows the ranges of flags; `document` begins and ends what `--help` says."""
+
+    def __init__(self, document: str):
+        description, _, epilog = document.partition("\n\n")
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            description=description, epilog=epilog, formatter_class=form, allow_abbrev=False
+        )
 
     def parse_args(self, *given: Any) -> argparse.Namespace:
         flags = super().parse_args(*given)
         check_ranges(flags)
         return flags
-
-
-def script_parser(document: str) -> Parser:
-    """A parser for a script's own flags; its `__doc__` begins and ends what `--help` says."""
-    description, _, epilog = document.partition("\n\n")
-    return Parser(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def load_settings(
@@ -122,7 +118,7 @@ def load_settings(
     """
     defaults = constants(config)
     comments = constant_comments(config)
-    parser = script_parser(document)
+    parser = Parser(document)
     if add_arguments:
         add_arguments(parser)
     group = parser.add_argument_group("settings (defaults stand in config.py)")
