@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name, decoded
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, atomic_write, read_json
 
@@ -34,6 +34,7 @@ NAME_KEYS = (
 CAPTION_KEYS = (*TEXT_KEYS, "comment", "title", "sentence", "sentences", "description", "raw")
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
+LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
@@ -107,8 +108,7 @@ def read_captions(path: Path) -> Captions:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    # All three kinds of line ends, and no others: some stand within captions.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = LINE_END.sub("\n", text)
     rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
@@ -326,15 +326,15 @@ def photos_in(folder: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
-def read_texts_beside(folder: Path) -> Captions:
-    """The captions in `photo.txt` (or `.caption`) beside `photo.jpg`, one a line."""
+def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
+    """The captions, one a line, in `photo.txt` (or `.caption`) beside `photo.jpg` or in `place`."""
     found = Captions("a text beside each photo")
     for name in photos_in(folder):
-        photo = folder / name
-        files = (photo.with_suffix(".txt"), Path(f"{photo}.txt"), photo.with_suffix(".caption"))
-        if file := next((file for file in files if file.is_file()), None):
-            text = file.read_text(encoding="utf-8-sig", errors="replace")
-            if lines := [line for line in text.splitlines() if line.strip()]:
+        photo = (place or folder) / name
+        ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT")
+        if file := next((f for end in ends if (f := photo.with_suffix(end)).is_file()), None):
+            text = decoded(file.read_bytes())
+            if lines := [line for line in LINE_END.split(text) if line.strip()]:
                 found.add(name, lines, file)
                 continue
         found.passed.append(f"{folder / name}: no text beside it")

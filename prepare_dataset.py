@@ -163,7 +163,7 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
         if source.is_dir():
-            return source, read_texts_beside(source)
+            return source, read_texts_beside(paths.images, source)
         if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return source, read_captions(source)

@@ -135,6 +135,28 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
     assert "3.jpg: no text beside it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("images/1.txt", "Café".encode("latin-1")),
+        ("images/1.txt", "Café".encode("utf-16")),
+        ("images/1.TXT", "Café".encode("utf-8-sig")),
+        ("images/1.txt", "\r\rCaf\u00e9\u2028\r".encode()),
+        ("texts/1.txt", "Café".encode()),
+    ],
+)
+def test_a_text_in_any_encoding_beside_a_photo_or_in_a_folder_of_texts(tmp_path, file, content):
+    folder = lay_out(tmp_path, {"images/2.txt": "Two", "images/3.txt": "Three"})
+    (folder / "texts").mkdir()
+    (folder / file).write_bytes(content)
+    source = folder / Path(file).parent
+    for name in ("2.txt", "3.txt"):
+        (folder / "images" / name).rename(source / name)
+    assert check(folder, "--captions_file", source) == 0
+    found = load_captions(data_paths(folder, captions_file=str(source)).captions)
+    assert found["1.jpg"] == ["Café"] and set(found) == set(IDS)
+
+
 @pytest.mark.parametrize("file", ["coco_val.json", "my.tsv", "notes"])
 def test_captions_file_names_any_form_anywhere(tmp_path, file):
     texts = {"coco_val.json": json.dumps(COCO), "my.tsv": rows("image\tcaption", "{}\t{}")}
