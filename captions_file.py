@@ -99,7 +99,11 @@ def find_table(*folders: Path) -> Path | None:
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
     if path.suffix.lower() == ".json":
-        return _read_object(path, read_json(path))
+        try:
+            return _read_object(path, read_json(path))
+        except UserError as error:
+            if "Extra data: line 2 column 1 " not in str(error):  # what JSON lines begin with
+                raise
     try:
         content = path.read_bytes()
         wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
@@ -131,8 +135,11 @@ def _read_object(path: Path, table: Any) -> Captions:
             return _read_coco(path, images, annotations)
         if isinstance(images, list):
             return _read_karpathy(path, images)
-        if isinstance(table.get("data"), list):
-            return _read_textcaps(path, table["data"])
+        entries = table.get("data", annotations)
+        if isinstance(entries, list) and {"caption_str", "reference_strs"} & set(*entries[:1]):
+            return _read_textcaps(path, entries)
+        if isinstance(entries, list):
+            return _read_object(path, entries)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if not isinstance(table, dict) or not table:
@@ -140,21 +147,22 @@ def _read_object(path: Path, table: Any) -> Captions:
     found = Captions("a table of photos")
     for name, texts in table.items():
         if isinstance(texts, dict):  # as kohya's: {"photo.jpg": {"caption": ..., "tags": ...}}
-            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), None)
+            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), [""])
         texts = [texts] if isinstance(texts, str) else texts
-        check_captions(path, name, texts)
+        check_captions(path, name, texts, blank=True)
         found.add(name, texts, path)
     return found
 
 
 def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
-    names = {image["id"]: image["file_name"] for image in images}
+    names = {str(image["id"]): image["file_name"] for image in images}
     found = Captions("COCO's captions")
     for entry in annotations:
-        if entry.get("image_id") not in names or not str(entry.get("caption", "")).strip():
+        name, text = names.get(str(entry.get("image_id"))), str(entry.get("caption") or "")
+        if name is None or not text.strip():
             found.passed.append(f"annotation {entry.get('id')}: no such image, or no caption")
         else:
-            found.add(names[entry["image_id"]], [str(entry["caption"])], path)
+            found.add(name, [text], path)
     return found
 
 
@@ -162,8 +170,9 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     found = Captions("Karpathy's captions and split")
     for image in images:
         folder, name = image.get("filepath"), image["filename"]
-        texts = [sentence["raw"] for sentence in image.get("sentences", []) if sentence.get("raw")]
-        if texts:
+        sentences = image.get("sentences") or []
+        texts = [each.get("raw") or " ".join(each.get("tokens") or []) for each in sentences]
+        if any(texts):
             found.add(f"{folder}/{name}" if folder else name, texts, path)
         else:
             found.passed.append(f"{name}: it has no sentence")
@@ -174,7 +183,8 @@ def _read_textcaps(path: Path, entries: list[dict]) -> Captions:
     found = Captions("TextCaps' captions")
     for entry in entries:
         texts = [entry["caption_str"]] if "caption_str" in entry else entry["reference_strs"]
-        found.add(f"{entry['image_id']}.jpg", texts, path)
+        name = str(entry["image_id"])
+        found.add(name if is_photo(name) else f"{name}.jpg", texts, path)
     return found
 
 
@@ -186,12 +196,14 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
         try:
             row = json.loads(entry) if isinstance(entry, str) else entry
             row = {key.lower(): value for key, value in row.items()}
-            name = next(row[key] for key in NAME_KEYS if key in row)
-            texts = next(row[key] for key in CAPTION_KEYS if key in row)
+            key = next(key for key in NAME_KEYS if key in row)
+            name, texts = row[key], next(row[key] for key in CAPTION_KEYS if key in row)
         except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
         texts = [texts or ""] if isinstance(texts, str | None) else texts
-        if not isinstance(name, str) or not is_photo(name):
+        if key == "image_id" and isinstance(name, str | int) and BARE.fullmatch(str(name)):
+            name = str(name)  # COCO's number
+        elif not isinstance(name, str) or not is_photo(name):
             raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")

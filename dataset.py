@@ -128,12 +128,12 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     return {name: [SURROGATES.sub("\ufffd", text) for text in table[name]] for name in table}
 
 
-def check_captions(path: Path, name: str, captions: object) -> None:
-    """Refuse what is no list of a photo's captions."""
+def check_captions(path: Path, name: str, captions: object, blank: bool = False) -> None:
+    """Refuse what is no list of a photo's captions, some of which may be `blank`."""
     if not isinstance(captions, list) or not captions:
         raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
+        if not isinstance(caption, str) or not (blank or caption.strip()):
             raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
 
 

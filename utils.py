@@ -492,7 +492,7 @@ def read_json(path: Path) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:

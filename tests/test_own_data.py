@@ -269,6 +269,40 @@ def test_the_header_decides(tmp_path, text, expected):
     assert read_captions(tmp_path / "table.csv").texts == expected
 
 
+COCO_OF_STRINGS = {**COCO, "images": [i | {"id": str(i["id"])} for i in COCO["images"]]}
+ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (COCO_OF_STRINGS, EXPECTED),
+        ({**COCO, "annotations": [{"image_id": 1, "caption": None}]}, {}),
+        ({"annotations": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
+        ({"data": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
+        ({"data": [{"image_id": "1.jpg", "caption_str": "A"}]}, {"1.jpg": ["A"]}),
+        ({"data": [{"image_id": "1", "reference_strs": ["A", "B"]}]}, {"1.jpg": ["A", "B"]}),
+        ({"images": [{"filename": "1.jpg", "sentences": None}]}, {}),
+        (
+            {"images": [{"filename": "1.jpg", "sentences": [{"tokens": ["a", "dog"]}]}]},
+            {"1.jpg": ["a dog"]},
+        ),
+        ({"1.jpg": ["A", ""], "2.jpg": {"tags": "x"}}, {"1.jpg": ["A"]}),
+    ],
+)
+def test_json_of_other_people(tmp_path, table, expected):
+    path = tmp_path / "table.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(table), encoding=encoding)
+        found = read_captions(path)
+        assert found.texts == expected and (expected or found.passed)
+
+
+def test_json_lines_in_a_file_of_another_name(tmp_path):
+    (tmp_path / "table.json").write_text("\n".join(json.dumps(row) for row in ROWS))
+    assert read_captions(tmp_path / "table.json").texts == {"1.jpg": ["A"], "42": ["B"]}
+
+
 def test_two_tables_are_said(tmp_path, capsys):
     table = rows("image,caption", "{},{}")
     folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
