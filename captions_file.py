@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -370,21 +371,22 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
 
     Where a name is not there, tried are, as far as only one photo fits that nothing else names:
     Unicode's other spelling or another case, and another suffix; and, where no name at all is
-    there, the name without its folders, and COCO's number.
+    there, the name without the first of its folders, without all, and COCO's number.
     """
     if all((folder / name).is_file() for name in texts):
         return texts
     there = list(photos_in(folder))
     if not there:
-        return texts
+        suffixes = ", ".join(sorted(PHOTO_SUFFIXES))
+        raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
     real = {name: name for name in texts if (folder / name).is_file()}
-    for way in (_spelled, lambda name: os.path.splitext(_spelled(name))[0], _last, _numbered):
-        if way in (_last, _numbered) and real:
-            break  # photos of one name may stand in several folders: theirs may just be missing
+    for way in (_spelled, _stem):
         taken = set(real.values())
-        free = _index((name for name in there if name not in taken), way)
-        wanted = _index((name for name in texts if name not in real), way)
-        real |= {name: free[key] for key, name in wanted.items() if key in free}
+        free = [name for name in there if name not in taken]
+        real |= _alike([name for name in texts if name not in real], free, way)
+    # Photos of one name may stand in several folders: where any is there, theirs may be missing.
+    real = real or _ending(texts, there)
+    real = real or _alike(texts, there, _last) or _alike(texts, there, _numbered)
     if not real:
         raise UserError(
             f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
@@ -395,6 +397,28 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
         name, file = changed[0]
         print(f"{len(changed):,} names are read as those of photos, {name!r} as {file!r}")
     return {real.get(name, name): captions for name, captions in texts.items()}
+
+
+def _alike(
+    wanted: Iterable[str], there: Iterable[str], way: Callable[[str], str]
+) -> dict[str, str]:
+    free = _index(there, way)
+    return {name: free[key] for key, name in _index(wanted, way).items() if key in free}
+
+
+def _ending(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
+    pairs = set()
+    for names, others, turn in ((wanted, there, 1), (there, wanted, -1)):
+        groups = defaultdict(list)
+        for other in others:
+            groups[_stem(other)].append(other)
+        for name in names:
+            parts = _stem(name).split("/")
+            ends = ("/".join(parts[start:]) for start in range(len(parts)))
+            pairs |= {(name, other)[::turn] for end in ends for other in groups.get(end, ())}
+    counts = Counter(itertools.chain(*pairs))
+    return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
 
 
 def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
@@ -408,8 +432,12 @@ def _spelled(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(_spelled(name))[0]
+
+
 def _last(name: str) -> str:
-    return os.path.splitext(os.path.basename(_spelled(name)))[0]
+    return os.path.basename(_stem(name))
 
 
 def _numbered(name: str) -> str:

@@ -210,6 +210,24 @@ def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
         prepare_dataset.prepare(settings_of(folder, "--max_bad_images", 0))
 
 
+@pytest.mark.parametrize("root", ["C:\\me\\photos\\", "/data/", "data/images/"])
+def test_folders_tell_photos_of_one_name_apart(tmp_path, root):
+    table = {f"{root}{name}": [name] for name in ("a/1.jpg", "b/1.jpg", "c/2.jpg", "3.jpg")}
+    there = ["a/1.jpg", "b/1.jpg", "d/2.jpg", "3.JPG"]
+    found = prepared(lay_out(tmp_path, {"captions.json": json.dumps(table)}, there))
+    photos = {name: captions for name, captions in found.items() if name in there}
+    assert photos == {"a/1.jpg": ["a/1.jpg"], "b/1.jpg": ["b/1.jpg"], "3.JPG": ["3.jpg"]}
+    assert len(found) == 4  # nor is another folder's photo taken for the one that is missing
+
+
+def test_a_folder_without_photos_is_said(tmp_path):
+    files = {"captions.json": '{"1.jpg": ["A"]}', "images/1.heic": "x"}
+    folder = lay_out(tmp_path, files, ["1.jpg"])
+    (folder / "images" / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"images holds no photo \(\.avif, .*--image_dir"):
+        check(folder)
+
+
 def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
     folder = lay_out(tmp_path, {"captions.json": '{"x.jpg": ["X"]}'})
     with pytest.raises(UserError, match=r"'x\.jpg' is wanted, and .* holds '1\.jpg'.*--image_dir"):
