@@ -32,7 +32,11 @@ TABLES = (
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id".split()
 )
-CAPTION_KEYS = (*TEXT_KEYS, "comment", "title", "sentence", "sentences", "description", "raw")
+CAPTION_KEYS = (
+    *TEXT_KEYS,
+    *"comment title sentence sentences description raw caption_str reference_strs".split(),
+)
+NUMBERS = ("image_id", "image_name")  # where an object may have COCO's number, or no suffix
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
@@ -136,10 +140,7 @@ def _read_object(path: Path, table: Any) -> Captions:
             return _read_coco(path, images, annotations)
         if isinstance(images, list):
             return _read_karpathy(path, images)
-        entries = table.get("data", annotations)
-        if isinstance(entries, list) and {"caption_str", "reference_strs"} & set(*entries[:1]):
-            return _read_textcaps(path, entries)
-        if isinstance(entries, list):
+        if isinstance(entries := table.get("data", annotations), list):  # as TextCaps has them
             return _read_object(path, entries)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
@@ -180,15 +181,6 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     return found
 
 
-def _read_textcaps(path: Path, entries: list[dict]) -> Captions:
-    found = Captions("TextCaps' captions")
-    for entry in entries:
-        texts = [entry["caption_str"]] if "caption_str" in entry else entry["reference_strs"]
-        name = str(entry["image_id"])
-        found.add(name if is_photo(name) else f"{name}.jpg", texts, path)
-    return found
-
-
 def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
@@ -202,8 +194,8 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
         except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
         texts = [texts or ""] if isinstance(texts, str | None) else texts
-        if key == "image_id" and isinstance(name, str | int) and BARE.fullmatch(str(name)):
-            name = str(name)  # COCO's number
+        if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
+            name = str(name)
         elif not isinstance(name, str) or not is_photo(name):
             raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -483,18 +475,21 @@ def convert_vqa(
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
+    texts = {str(e["question_id"]): str(e["question"] or "") for e in asked["questions"]}
     passed = 0
     for entry in answered["annotations"]:
         people = entry.get("answers") or []
-        answers = [given if isinstance(given, str) else given["answer"] for given in people]
-        answer = entry.get("multiple_choice_answer") or entry.get("answer") or ""
-        if entry["question_id"] not in texts or not (answer or answers):
+        answers = [str(given["answer"] if isinstance(given, dict) else given) for given in people]
+        own = [entry.get(key) for key in ("multiple_choice_answer", "answer")]
+        answer = next((str(text) for text in own if text not in (None, "")), "")
+        question = texts.get(str(entry["question_id"]), "")
+        common = max(answers, key=answers.count, default="")
+        if not question.strip() or not (answer or common).strip():
             passed += 1
             continue
         number = str(entry["image_id"])
         name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
-        row = {"question": texts[entry["question_id"]], "answer": answer, "answers": answers}
-        table.setdefault(name, []).append(row | {"type": entry.get("question_type", "")})
+        row = {"question": question, "answer": answer, "answers": answers}
+        table.setdefault(name, []).append(row | {"type": str(entry.get("question_type") or "")})
     if passed:
         print(f"  passed over: {passed:,} annotations without a question or an answer")

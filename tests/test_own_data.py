@@ -299,7 +299,7 @@ ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
         ({"annotations": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
         ({"data": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
         ({"data": [{"image_id": "1.jpg", "caption_str": "A"}]}, {"1.jpg": ["A"]}),
-        ({"data": [{"image_id": "1", "reference_strs": ["A", "B"]}]}, {"1.jpg": ["A", "B"]}),
+        ({"data": [{"image_id": "1", "reference_strs": ["A", "B"]}]}, {"1": ["A", "B"]}),
         ({"images": [{"filename": "1.jpg", "sentences": None}]}, {}),
         (
             {"images": [{"filename": "1.jpg", "sentences": [{"tokens": ["a", "dog"]}]}]},
@@ -334,7 +334,7 @@ def settings_of(folder: Path, *flags: object):
     return load_settings(config, [str(text) for text in argv], "", add_arguments=adds)
 
 
-def test_vqa_files_of_other_people(tmp_path):
+def test_vqa_files_of_other_people(tmp_path, capsys):
     asked = {"questions": [{"question_id": 1, "question": "Which?", "image_id": 42}]}
     answered = {
         "annotations": [
@@ -342,13 +342,20 @@ def test_vqa_files_of_other_people(tmp_path):
             {"question_id": 2, "image_id": 42, "answer": "lost"},
         ]
     }
+    asked["questions"] += [{"question_id": n, "question": "How many?"} for n in (3, 4, "5")]
+    asked["questions"] += [{"question_id": 6, "question": None}]
+    own = ({"answer": 0}, {"answers": [{"answer": ""}]}, {"answers": [2]}, {"answer": "x"})
+    answered["annotations"] += [
+        {"question_id": n, "image_id": 42} | answer for n, answer in enumerate(own, 3)
+    ]
     folder = lay_out(tmp_path / "d", {}, ["COCO_val2014_000000000042.jpg"])
     for name, table in (("q", asked), ("a", answered)):
         (tmp_path / name).write_text(json.dumps(table))
     files = [str(tmp_path / "q")], [str(tmp_path / "a")]
     captions_file.convert_vqa(*files, folder / "questions.json", folder / "images")
     found = load_questions(folder / "questions.json")
-    assert found["COCO_val2014_000000000042.jpg"][0].target == "red"
+    assert [text.target for text in found["COCO_val2014_000000000042.jpg"]] == ["red", "0", "2"]
+    assert "passed over: 3 annotations" in capsys.readouterr().out
 
 
 def test_karpathy_splits_photos_in_folders(tmp_path):
