@@ -6,6 +6,8 @@ list or lines of JSON objects, a table with or without a header, or a text besid
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
 import io
 import itertools
@@ -67,7 +69,7 @@ class Captions:
         # Where the photo lay on somebody's disk: `match_names` looks for its last part.
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(Path(str(where)), name)
-        for text in captions:
+        for text in itertools.chain.from_iterable(map(_listed, captions)):
             whole = SURROGATES.sub("\ufffd", text)
             self.mended += whole != text
             # A caption of signs alone would be an empty target: no letter, number, mark or symbol.
@@ -86,6 +88,17 @@ class Captions:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:
             print(f"  and {len(self.passed) - 10:,} more")
+
+
+def _listed(text: str) -> list[str]:
+    """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
+    for read in (json.loads, ast.literal_eval) if re.match(r"\[\s*['\"]", commas) else ():
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            texts = read(text if read is json.loads else commas)
+            if all(isinstance(each, str) for each in texts):
+                return texts
+    return [text]
 
 
 def is_photo(name: str) -> bool:
@@ -117,8 +130,8 @@ def read_captions(path: Path) -> Captions:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    text = LINE_END.sub("\n", text)
-    rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
+    text = re.sub(r"\Asep=.\n", "\n", LINE_END.sub("\n", text))  # which Excel begins with
+    rows = [(n, row) for n, row in enumerate(text.split("\n"), 1) if row.strip(" \t,;|")]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     if path.suffix.lower() in (".jsonl", ".ndjson") or rows[0][1].lstrip().startswith("{"):
@@ -216,8 +229,11 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     """
     number, first = rows[0]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
+    if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
+        delimiter = " "  # where tabs were lost
     try:
-        names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter))]
+        names = next(csv.reader([first], delimiter=delimiter))
+        names = [re.sub("[ -]+", "_", name.strip().lower()) for name in names]
     except csv.Error as error:
         raise UserError(f"{path}, line {number}: {error}") from None
     photo = next((i for key in NAME_KEYS for i, name in enumerate(names) if name == key), None)
@@ -225,7 +241,7 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     captions = captions or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
     if photo is None and not captions and any(is_photo(_plain(name)) for name in names):
         start, second = 0, _field(_field(first, delimiter)[1], delimiter)
-        numbered = second[0].isdigit() and second[1] != ""
+        numbered = second[0].isdigit() and second[1] != "" and delimiter != " "
     elif photo is None or not captions:
         raise UserError(
             f"{path}, line {number}: no column is known to name "
@@ -252,7 +268,7 @@ def _read_columns(
     path: Path, text: str, delimiter: str, names: list[str], photo: int, captions: list[int]
 ) -> Captions:
     """A table of more columns than photo and caption; quoted fields may hold line ends."""
-    others = [name for i, name in enumerate(names) if i != photo and i not in captions]
+    others = [n for i, n in enumerate(names) if n and i != photo and i not in captions]
     ignored = f", of which the columns {', '.join(others)} are ignored" if others else ""
     found = Captions(f"a table{ignored}")
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
@@ -281,7 +297,7 @@ def _read_columns(
 
 def _plain(name: str) -> str:
     """A photo's name without the number of its caption: `photo.jpg#0`."""
-    return re.sub(r"#\w+$", "", name.strip())
+    return re.sub(r"(#\w+)+$", "", name.strip())
 
 
 def _field(text: str, delimiter: str) -> tuple[str, str]:

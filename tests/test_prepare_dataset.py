@@ -119,6 +119,16 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("a.jpg#0\tA , dog\na.jpg#1\tB", {"a.jpg": ["A , dog", "B"]}),
         ("a.jpg#0,A dog\na.jpg#1,B", {"a.jpg": ["A dog", "B"]}),
         ("image,caption\na.jpg,2 dogs", {"a.jpg": ["2 dogs"]}),
+        ("Image Name,Caption\na.jpg,A dog\n,\n ,\n", {"a.jpg": ["A dog"]}),
+        ("sep=;\nimage-name;caption;;\na.jpg;A dog;;\n;;;\n", {"a.jpg": ["A dog"]}),
+        ("a.jpg#0 2 dogs , one red\na.jpg#1 B", {"a.jpg": ["2 dogs , one red", "B"]}),
+        ("a.jpg#zhm#0\tEins\na.jpg#zhb#1\tZwei", {"a.jpg": ["Eins", "Zwei"]}),
+        ('raw,filename\n"[""A \\ud83d\\ude00"", ""B""]",a.jpg', {"a.jpg": ["A \U0001f600", "B"]}),
+        ('image,caption\na.jpg,"[\'A, b\', ""It\'s""]"', {"a.jpg": ["A, b", "It's"]}),
+        (
+            "image,caption\na.jpg,[sic] 'A'\nb.jpg,['A' 'B']",
+            {"a.jpg": ["[sic] 'A'"], "b.jpg": ["A", "B"]},
+        ),
         (
             "image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n"
             "2199200615.jpg| 4   A dog runs across the grass .\n",
