@@ -416,17 +416,16 @@ def _alike(
 
 def _ending(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
     """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
-    pairs = set()
-    for names, others, turn in ((wanted, there, 1), (there, wanted, -1)):
-        groups = defaultdict(list)
-        for other in others:
-            groups[_stem(other)].append(other)
-        for name in names:
-            parts = _stem(name).split("/")
-            ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            pairs |= {(name, other)[::turn] for end in ends for other in groups.get(end, ())}
+    names, files = _index(wanted, _stem), _index(there, _stem)
+    pairs = {(name, files[end]) for name in wanted for end in _ends(name) if end in files}
+    pairs |= {(names[end], file) for file in there for end in _ends(file) if end in names}
     counts = Counter(itertools.chain(*pairs))
     return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
+
+
+def _ends(name: str) -> list[str]:
+    parts = _stem(name).split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:

@@ -131,8 +131,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
-        if tables and not find_table(paths.data_dir, paths.images):
-            name = next(name for name in TABLES if name.lower() in tables)
+        if tables and not (paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+            name = next(n for n in ("captions.json", *TABLES) if n.lower() in tables)
             with atomic_write(paths.data_dir / name) as temporary:
                 temporary.write_bytes(archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})

@@ -799,6 +799,19 @@ def test_a_living_writers_file_is_not_removed(tmp_path: Path) -> None:
     assert (tmp_path / "captions.json").read_text() == "{}"
 
 
+def test_an_archive_with_captions_json_and_odd_names(tmp_path: Path) -> None:
+    names = ["12:30.jpg", "a.jpg"]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    texts = [{"image_id": n, "caption": name} for n, name in enumerate(names)]
+    table = json.dumps({"images": images, "annotations": texts})
+    photos = {f"Images/{n}": b for n, b in zip(names, PHOTOS.values(), strict=False)}
+    archive = write_archive(tmp_path, make_zip({"set/captions.json": table, **photos}))
+    for _ in range(2):
+        paths = prepare(settings_for(tmp_path / "data", "--archive", archive))
+        assert load_captions(paths.captions) == {name: [name] for name in names}
+    assert (tmp_path / "data" / "captions.json").read_text() == table
+
+
 def test_folders_of_an_archive_stay_where_the_table_names_them(tmp_path: Path) -> None:
     photos = {"cats/1.jpg": b"a cat", "dogs/1.jpg": b"a dog"}
     table = "".join(f"{name},A photo\n" for name in photos)
