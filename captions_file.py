@@ -72,8 +72,7 @@ class Captions:
         for text in itertools.chain.from_iterable(map(_listed, captions)):
             whole = SURROGATES.sub("\ufffd", text)
             self.mended += whole != text
-            # A caption of signs alone would be an empty target: no letter, number, mark or symbol.
-            if any(unicodedata.category(sign)[0] in "LNMS" for sign in whole):
+            if has_word(whole):
                 self.texts.setdefault(name, []).append(whole.strip())
             else:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
@@ -99,6 +98,11 @@ def _listed(text: str) -> list[str]:
             if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
+
+
+def has_word(text: str) -> bool:
+    """Has it a letter, number, mark or symbol? A caption of signs alone is an empty target."""
+    return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)
 
 
 def is_photo(name: str) -> bool:
@@ -353,7 +357,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     for name in photos_in(folder):
         photo = (place or folder) / name
         ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT")
-        if file := next((f for end in ends if (f := photo.with_suffix(end)).is_file()), None):
+        if file := next((f for end in ends if os.path.isfile(f := photo.with_suffix(end))), None):
             text = decoded(file.read_bytes())
             if lines := [line for line in LINE_END.split(text) if line.strip()]:
                 found.add(name, lines, file)
@@ -381,13 +385,13 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
     Unicode's other spelling or another case, and another suffix; and, where no name at all is
     there, the name without the first of its folders, without all, and COCO's number.
     """
-    if all((folder / name).is_file() for name in texts):
+    if all(os.path.isfile(folder / name) for name in texts):  # of too long a name too
         return texts
     there = list(photos_in(folder))
     if not there:
         suffixes = ", ".join(sorted(PHOTO_SUFFIXES))
         raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
-    real = {name: name for name in texts if (folder / name).is_file()}
+    real = {name: name for name in texts if os.path.isfile(folder / name)}
     for way in (_spelled, _stem):
         taken = set(real.values())
         free = [name for name in there if name not in taken]

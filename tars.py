@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from captions_file import has_word
 from dataset import TEXT_KEYS, decoded
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, first_line, hide_keys, redact, require_extra, size_text
@@ -199,12 +200,12 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
         if content is None and kind in MOST_BYTES:
             raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
     texts = [_line(decoded(files["txt"][1]))] if "txt" in files else [""]
-    if "json" in files and not texts[0]:
+    if "json" in files and not has_word(texts[0]):
         # Numbers don't matter, and Python refuses long ones.
         table = json.loads(decoded(files["json"][1]), parse_int=float)
         texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
         texts = [texts] if isinstance(texts, str) else texts
-    captions = [caption for caption in map(_line, texts) if caption]
+    captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
     if "photo" not in files or not captions:
         return "without a caption" if "photo" in files else "without a photo"
     return Sample(key, *files["photo"], captions)
