@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import html
 import io
 import itertools
 import json
@@ -58,7 +59,7 @@ class Captions:
     texts: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
 
-    mended: int = 0  # captions with half an emoji or the like, which is replaced
+    mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
 
     def add(self, name: str, captions: Iterable[str], where: object) -> None:
         """Add a photo's captions; the name is relative to the photo folder."""
@@ -70,7 +71,7 @@ class Captions:
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(Path(str(where)), name)
         for text in itertools.chain.from_iterable(map(_listed, captions)):
-            whole = SURROGATES.sub("\ufffd", text)
+            whole = html.unescape(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
                 self.texts.setdefault(name, []).append(whole.strip())
@@ -82,7 +83,7 @@ class Captions:
         count = sum(map(len, self.texts.values()))
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
         if self.mended:
-            print(f"  mended: {self.mended:,} captions that held half a character")
+            print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -213,5 +214,5 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
 
 def _line(text: str) -> str:
     """A text in one line, less control characters, and halves of them, which no file can hold."""
-    whole = text.encode("utf-8", "replace").decode()
+    whole = html.unescape(text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())

@@ -239,6 +239,7 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
     ("text", "kept", "says"),
     [
         ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        ('{"1.jpg": ["A &amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),

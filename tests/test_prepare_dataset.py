@@ -118,6 +118,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("a.jpg|0|A dog|\na.jpg|1|B", {"a.jpg": ["A dog|", "B"]}),
         ("a.jpg#0\tA , dog\na.jpg#1\tB", {"a.jpg": ["A , dog", "B"]}),
         ("a.jpg#0,A dog\na.jpg#1,B", {"a.jpg": ["A dog", "B"]}),
+        ("image,caption\na.jpg,R&D &quot;A &amp; B&#39;s&quot;", {"a.jpg": ['R&D "A & B\'s"']}),
         ("image,caption\na.jpg,2 dogs", {"a.jpg": ["2 dogs"]}),
         ("Image Name,Caption\na.jpg,A dog\n,\n ,\n", {"a.jpg": ["A dog"]}),
         ("sep=;\nimage-name;caption;;\na.jpg;A dog;;\n;;;\n", {"a.jpg": ["A dog"]}),

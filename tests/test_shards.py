@@ -157,7 +157,7 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("null.txt", b"!"),
         ("null.json", b'{"captions": [null, "one", "?"]}'),
         ("z.WEBP", b"Z"),
-        ("z.TXT", b"last"),
+        ("z.TXT", b"the &quot;last&quot;"),
     ]
     path = tmp_path / "odd.tar"
     path.write_bytes(pack(files))
@@ -172,7 +172,7 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("json", "jfif", b"M", ["half ? of an emoji"]),
         ("été", "jpeg", b"N", ["with a zero"]),
         ("null", "jpg", b"P", ["one"]),
-        ("z", "webp", b"Z", ["last"]),
+        ("z", "webp", b"Z", ['the "last"']),
     ]
     assert passed == {"without a photo": 1, "without a caption": 5, "with another's name": 1}
     assert list(bad) == ["odd", "list", "broken", "deep", "large"]
