@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shutil
 import stat
 import struct
@@ -24,7 +25,7 @@ from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
-TABLE_NAMES = tuple(name.lower() for name in TABLES)
+TABLE_NAMES = ("captions.json", *(name.lower() for name in TABLES))
 
 
 class DamagedArchive(UserError):
@@ -93,7 +94,7 @@ def select_entries(
     for info in archive.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
-        if path.is_absolute() or ".." in path.parts or ":" in info.filename:
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")

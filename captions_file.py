@@ -6,19 +6,23 @@ list or lines of JSON objects, a table with or without a header, or a text besid
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
+import html
 import io
+import itertools
 import json
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name, decoded
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, files_in, read_json, read_text, write_file
 
@@ -31,9 +35,14 @@ TABLES = (
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id".split()
 )
-CAPTION_KEYS = (*TEXT_KEYS, "comment", "title", "sentence", "sentences", "description", "raw")
+CAPTION_KEYS = (
+    *TEXT_KEYS,
+    *"comment title sentence sentences description raw caption_str reference_strs".split(),
+)
+NUMBERS = ("image_id", "image_name")  # where an object may have COCO's number, or no suffix
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
+LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
@@ -50,7 +59,7 @@ class Captions:
     texts: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
 
-    mended: int = 0  # captions with half an emoji or the like, which is replaced
+    mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
 
     def add(self, name: str, captions: Iterable[str], where: object) -> None:
         """Add a photo's captions; the name is relative to the photo folder."""
@@ -61,11 +70,10 @@ class Captions:
         # Where the photo lay on somebody's disk: `match_names` looks for its last part.
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(Path(str(where)), name)
-        for text in captions:
-            whole = SURROGATES.sub("\ufffd", text)
+        for text in itertools.chain.from_iterable(map(_listed, captions)):
+            whole = html.unescape(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
-            # A caption of signs alone would be an empty target: no letter, number, mark or symbol.
-            if any(unicodedata.category(sign)[0] in "LNMS" for sign in whole):
+            if has_word(whole):
                 self.texts.setdefault(name, []).append(whole.strip())
             else:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
@@ -75,11 +83,27 @@ class Captions:
         count = sum(map(len, self.texts.values()))
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
         if self.mended:
-            print(f"  mended: {self.mended:,} captions that held half a character")
+            print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:
             print(f"  and {len(self.passed) - 10:,} more")
+
+
+def _listed(text: str) -> list[str]:
+    """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
+    for read in (json.loads, ast.literal_eval) if re.match(r"\[\s*['\"]", commas) else ():
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            texts = read(text if read is json.loads else commas)
+            if all(isinstance(each, str) for each in texts):
+                return texts
+    return [text]
+
+
+def has_word(text: str) -> bool:
+    """Has it a letter, number, mark or symbol? A caption of signs alone is an empty target."""
+    return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)
 
 
 def is_photo(name: str) -> bool:
@@ -98,11 +122,15 @@ def find_table(*folders: Path) -> Path | None:
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
     if path.suffix.lower() == ".json":
-        return _read_object(path, read_json(path))
-    text = read_text(path)
-    # All three kinds of line ends, and no others: some stand within captions.
-    text = MISSING_DELIMITER.sub(r"\1|", text.replace("\r\n", "\n").replace("\r", "\n"))
-    rows = [(number, row) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
+        try:
+            return _read_object(path, read_json(path))
+        except UserError as error:
+            if "Extra data: line 2 column 1 " not in str(error):  # what JSON lines begin with
+                raise
+    text = LINE_END.sub("\n", read_text(path))
+    text = re.sub(r"\Asep=.\n", "\n", text)  # which Excel begins with
+    text = MISSING_DELIMITER.sub(r"\1|", text)
+    rows = [(n, row) for n, row in enumerate(text.split("\n"), 1) if row.strip(" \t,;|")]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     if path.suffix.lower() in (".jsonl", ".ndjson") or rows[0][1].lstrip().startswith("{"):
@@ -124,8 +152,8 @@ def _read_object(path: Path, table: Any) -> Captions:
             return _read_coco(path, images, annotations)
         if isinstance(images, list):
             return _read_karpathy(path, images)
-        if isinstance(table.get("data"), list):
-            return _read_textcaps(path, table["data"])
+        if isinstance(entries := table.get("data", annotations), list):  # as TextCaps has them
+            return _read_object(path, entries)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if not isinstance(table, dict) or not table:
@@ -133,21 +161,22 @@ def _read_object(path: Path, table: Any) -> Captions:
     found = Captions("a table of photos")
     for name, texts in table.items():
         if isinstance(texts, dict):  # as kohya's: {"photo.jpg": {"caption": ..., "tags": ...}}
-            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), None)
+            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), [""])
         texts = [texts] if isinstance(texts, str) else texts
-        check_captions(path, name, texts)
+        check_captions(path, name, texts, blank=True)
         found.add(name, texts, path)
     return found
 
 
 def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
-    names = {image["id"]: image["file_name"] for image in images}
+    names = {str(image["id"]): image["file_name"] for image in images}
     found = Captions("COCO's captions")
     for entry in annotations:
-        if entry.get("image_id") not in names or not str(entry.get("caption", "")).strip():
+        name, text = names.get(str(entry.get("image_id"))), str(entry.get("caption") or "")
+        if name is None or not text.strip():
             found.passed.append(f"annotation {entry.get('id')}: no such image, or no caption")
         else:
-            found.add(names[entry["image_id"]], [str(entry["caption"])], path)
+            found.add(name, [text], path)
     return found
 
 
@@ -155,19 +184,12 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     found = Captions("Karpathy's captions and split")
     for image in images:
         folder, name = image.get("filepath"), image["filename"]
-        texts = [sentence["raw"] for sentence in image.get("sentences", []) if sentence.get("raw")]
-        if texts:
+        sentences = image.get("sentences") or []
+        texts = [each.get("raw") or " ".join(each.get("tokens") or []) for each in sentences]
+        if any(texts):
             found.add(f"{folder}/{name}" if folder else name, texts, path)
         else:
             found.passed.append(f"{name}: it has no sentence")
-    return found
-
-
-def _read_textcaps(path: Path, entries: list[dict]) -> Captions:
-    found = Captions("TextCaps' captions")
-    for entry in entries:
-        texts = [entry["caption_str"]] if "caption_str" in entry else entry["reference_strs"]
-        found.add(f"{entry['image_id']}.jpg", texts, path)
     return found
 
 
@@ -179,12 +201,14 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
         try:
             row = json.loads(entry) if isinstance(entry, str) else entry
             row = {key.lower(): value for key, value in row.items()}
-            name = next(row[key] for key in NAME_KEYS if key in row)
-            texts = next(row[key] for key in CAPTION_KEYS if key in row)
+            key = next(key for key in NAME_KEYS if key in row)
+            name, texts = row[key], next(row[key] for key in CAPTION_KEYS if key in row)
         except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
         texts = [texts or ""] if isinstance(texts, str | None) else texts
-        if not isinstance(name, str) or not is_photo(name):
+        if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
+            name = str(name)
+        elif not isinstance(name, str) or not is_photo(name):
             raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")
@@ -204,8 +228,11 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     """
     number, first = rows[0]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
+    if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
+        delimiter = " "  # where tabs were lost
     try:
-        names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter))]
+        names = next(csv.reader([first], delimiter=delimiter))
+        names = [re.sub("[ -]+", "_", name.strip().lower()) for name in names]
     except csv.Error as error:
         raise UserError(f"{path}, line {number}: {error}") from None
     photo = next((i for key in NAME_KEYS for i, name in enumerate(names) if name == key), None)
@@ -213,7 +240,7 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     captions = captions or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
     if photo is None and not captions and any(is_photo(_plain(name)) for name in names):
         start, second = 0, _field(_field(first, delimiter)[1], delimiter)
-        numbered = second[0].isdigit() and second[1] != ""
+        numbered = second[0].isdigit() and second[1] != "" and delimiter != " "
     elif photo is None or not captions:
         raise UserError(
             f"{path}, line {number}: no column is known to name "
@@ -240,7 +267,7 @@ def _read_columns(
     path: Path, text: str, delimiter: str, names: list[str], photo: int, captions: list[int]
 ) -> Captions:
     """A table of more columns than photo and caption; quoted fields may hold line ends."""
-    others = [name for i, name in enumerate(names) if i != photo and i not in captions]
+    others = [n for i, n in enumerate(names) if n and i != photo and i not in captions]
     ignored = f", of which the columns {', '.join(others)} are ignored" if others else ""
     found = Captions(f"a table{ignored}")
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
@@ -269,7 +296,7 @@ def _read_columns(
 
 def _plain(name: str) -> str:
     """A photo's name without the number of its caption: `photo.jpg#0`."""
-    return re.sub(r"#\w+$", "", name.strip())
+    return re.sub(r"(#\w+)+$", "", name.strip())
 
 
 def _field(text: str, delimiter: str) -> tuple[str, str]:
@@ -313,15 +340,15 @@ def photos_in(folder: Path) -> list[str]:
     return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
 
 
-def read_texts_beside(folder: Path) -> Captions:
-    """The captions in `photo.txt` (or `.caption`) beside `photo.jpg`, one a line."""
+def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
+    """The captions, one a line, in `photo.txt` (or `.caption`) beside `photo.jpg` or in `place`."""
     found = Captions("a text beside each photo")
     for name in photos_in(folder):
-        photo = folder / name
-        files = (photo.with_suffix(".txt"), Path(f"{photo}.txt"), photo.with_suffix(".caption"))
-        if file := next((file for file in files if file.is_file()), None):
-            text = file.read_text(encoding="utf-8-sig", errors="replace")
-            if lines := [line for line in text.splitlines() if line.strip()]:
+        photo = (place or folder) / name
+        ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT")
+        if file := next((f for end in ends if os.path.isfile(f := photo.with_suffix(end))), None):
+            text = decoded(file.read_bytes())
+            if lines := [line for line in LINE_END.split(text) if line.strip()]:
                 found.add(name, lines, file)
                 continue
         found.passed.append(f"{folder / name}: no text beside it")
@@ -345,21 +372,22 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
 
     Where a name is not there, tried are, as far as only one photo fits that nothing else names:
     Unicode's other spelling or another case, and another suffix; and, where no name at all is
-    there, the name without its folders, and COCO's number.
+    there, the name without the first of its folders, without all, and COCO's number.
     """
-    if all((folder / name).is_file() for name in texts):
+    if all(os.path.isfile(folder / name) for name in texts):  # of too long a name too
         return texts
     there = photos_in(folder)
     if not there:
-        return texts
-    real = {name: name for name in texts if (folder / name).is_file()}
-    for way in (_spelled, lambda name: os.path.splitext(_spelled(name))[0], _last, _numbered):
-        if way in (_last, _numbered) and real:
-            break  # photos of one name may stand in several folders: theirs may just be missing
+        suffixes = ", ".join(sorted(PHOTO_SUFFIXES))
+        raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
+    real = {name: name for name in texts if os.path.isfile(folder / name)}
+    for way in (_spelled, _stem):
         taken = set(real.values())
-        free = _index((name for name in there if name not in taken), way)
-        wanted = _index((name for name in texts if name not in real), way)
-        real |= {name: free[key] for key, name in wanted.items() if key in free}
+        free = [name for name in there if name not in taken]
+        real |= _alike([name for name in texts if name not in real], free, way)
+    # Photos of one name may stand in several folders: where any is there, theirs may be missing.
+    real = real or _ending(texts, there)
+    real = real or _alike(texts, there, _last) or _alike(texts, there, _numbered)
     if not real:
         raise UserError(
             f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
@@ -370,6 +398,27 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
         name, file = changed[0]
         print(f"{len(changed):,} names are read as those of photos, {name!r} as {file!r}")
     return {real.get(name, name): captions for name, captions in texts.items()}
+
+
+def _alike(
+    wanted: Iterable[str], there: Iterable[str], way: Callable[[str], str]
+) -> dict[str, str]:
+    free = _index(there, way)
+    return {name: free[key] for key, name in _index(wanted, way).items() if key in free}
+
+
+def _ending(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
+    names, files = _index(wanted, _stem), _index(there, _stem)
+    pairs = {(name, files[end]) for name in wanted for end in _ends(name) if end in files}
+    pairs |= {(names[end], file) for file in there for end in _ends(file) if end in names}
+    counts = Counter(itertools.chain(*pairs))
+    return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
+
+
+def _ends(name: str) -> list[str]:
+    parts = _stem(name).split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
@@ -383,8 +432,12 @@ def _spelled(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(_spelled(name))[0]
+
+
 def _last(name: str) -> str:
-    return os.path.splitext(os.path.basename(_spelled(name)))[0]
+    return os.path.basename(_stem(name))
 
 
 def _numbered(name: str) -> str:
@@ -426,18 +479,21 @@ def convert_vqa(
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {entry["question_id"]: entry["question"] for entry in asked["questions"]}
+    texts = {str(e["question_id"]): str(e["question"] or "") for e in asked["questions"]}
     passed = 0
     for entry in answered["annotations"]:
         people = entry.get("answers") or []
-        answers = [given if isinstance(given, str) else given["answer"] for given in people]
-        answer = entry.get("multiple_choice_answer") or entry.get("answer") or ""
-        if entry["question_id"] not in texts or not (answer or answers):
+        answers = [str(given["answer"] if isinstance(given, dict) else given) for given in people]
+        own = [entry.get(key) for key in ("multiple_choice_answer", "answer")]
+        answer = next((str(text) for text in own if text not in (None, "")), "")
+        question = texts.get(str(entry["question_id"]), "")
+        common = max(answers, key=answers.count, default="")
+        if not question.strip() or not (answer or common).strip():
             passed += 1
             continue
         number = str(entry["image_id"])
         name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
-        row = {"question": texts[entry["question_id"]], "answer": answer, "answers": answers}
-        table.setdefault(name, []).append(row | {"type": entry.get("question_type", "")})
+        row = {"question": question, "answer": answer, "answers": answers}
+        table.setdefault(name, []).append(row | {"type": str(entry.get("question_type") or "")})
     if passed:
         print(f"  passed over: {passed:,} annotations without a question or an answer")

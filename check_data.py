@@ -28,7 +28,7 @@ def check(
     if captions:
         describe_captions(captions, splits, settings)
     wanted = list(dict.fromkeys((*captions, *questions)))
-    missing = [name for name in wanted if not (paths.images / name).is_file()]
+    missing = [name for name in wanted if not os.path.isfile(paths.images / name)]
     unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
     print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
     split_of = {name: split for split in SPLITS for name in splits[split]}

@@ -89,6 +89,15 @@ def converted_captions(data_dir: Path, source: Path) -> Path:
 # --- captions.json --------------------------------------------------------------------------
 
 
+def decoded(content: bytes) -> str:
+    """A text in UTF-8, UTF-16 with its mark, or else Windows' encoding of old."""
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace")
+
+
 def _read_table(path: Path, form: str) -> dict[str, Any]:
     """Read a file of `form`, an object of at least one photo; what it says of one is unchecked."""
     table = read_json(path)
@@ -110,12 +119,12 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     return {name: [SURROGATES.sub("\ufffd", text) for text in table[name]] for name in table}
 
 
-def check_captions(path: Path, name: str, captions: object) -> None:
-    """Refuse what is no list of a photo's captions."""
+def check_captions(path: Path, name: str, captions: object, blank: bool = False) -> None:
+    """Refuse what is no list of a photo's captions, some of which may be `blank`."""
     if not isinstance(captions, list) or not captions:
         raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
+        if not isinstance(caption, str) or not (blank or caption.strip()):
             raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
 
 

@@ -132,8 +132,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
-        if tables and not find_table(paths.data_dir, paths.images):
-            name = next(name for name in TABLES if name.lower() in tables)
+        if tables and not (paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+            name = next(n for n in ("captions.json", *TABLES) if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
 
@@ -153,7 +153,7 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
         if source.is_dir():
-            return source, read_texts_beside(source)
+            return source, read_texts_beside(paths.images, source)
         if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return source, read_captions(source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -21,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset import TEXT_KEYS
+from captions_file import has_word
+from dataset import TEXT_KEYS, decoded
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, first_line, hide_keys, redact, require_extra, size_text
 
@@ -150,7 +152,7 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
     for info in tar:
         tar.members = []  # or all stay in RAM
         # Names may be of any bytes, and in some headers hold a zero, which no file's may.
-        name = _decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
+        name = decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
         found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
         if not info.isreg() or not found:
             continue
@@ -198,27 +200,19 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
     for kind, (suffix, content) in files.items():
         if content is None and kind in MOST_BYTES:
             raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")
-    texts = [_line(_decoded(files["txt"][1]))] if "txt" in files else [""]
-    if "json" in files and not texts[0]:
+    texts = [_line(decoded(files["txt"][1]))] if "txt" in files else [""]
+    if "json" in files and not has_word(texts[0]):
         # Numbers don't matter, and Python refuses long ones.
-        table = json.loads(_decoded(files["json"][1]), parse_int=float)
+        table = json.loads(decoded(files["json"][1]), parse_int=float)
         texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
         texts = [texts] if isinstance(texts, str) else texts
-    captions = [caption for caption in map(_line, texts) if caption]
+    captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
     if "photo" not in files or not captions:
         return "without a caption" if "photo" in files else "without a photo"
     return Sample(key, *files["photo"], captions)
 
 
-def _decoded(content: bytes) -> str:
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
-
-
 def _line(text: str) -> str:
     """A text in one line, less control characters, and halves of them, which no file can hold."""
-    whole = text.encode("utf-8", "replace").decode()
+    whole = html.unescape(text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())

@@ -147,6 +147,28 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
     assert "3.jpg: no text beside it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("images/1.txt", "Café".encode("latin-1")),
+        ("images/1.txt", "Café".encode("utf-16")),
+        ("images/1.TXT", "Café".encode("utf-8-sig")),
+        ("images/1.txt", "\r\rCaf\u00e9\u2028\r".encode()),
+        ("texts/1.txt", "Café".encode()),
+    ],
+)
+def test_a_text_in_any_encoding_beside_a_photo_or_in_a_folder_of_texts(tmp_path, file, content):
+    folder = lay_out(tmp_path, {"images/2.txt": "Two", "images/3.txt": "Three"})
+    (folder / "texts").mkdir()
+    (folder / file).write_bytes(content)
+    source = folder / Path(file).parent
+    for name in ("2.txt", "3.txt"):
+        (folder / "images" / name).rename(source / name)
+    assert check(folder, "--captions_file", source) == 0
+    found = load_captions(data_paths(folder, captions_file=str(source)).captions)
+    assert found["1.jpg"] == ["Café"] and set(found) == set(IDS)
+
+
 @pytest.mark.parametrize("file", ["coco_val.json", "my.tsv", "notes"])
 def test_captions_file_names_any_form_anywhere(tmp_path, file):
     texts = {"coco_val.json": json.dumps(COCO), "my.tsv": rows("image\tcaption", "{}\t{}")}
@@ -193,11 +215,30 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
 
 
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
-    table = json.dumps({"a/1.jpg": ["A"], "b/1.jpg": ["B"], "c/2.jpg": ["C"]})
+    names = ["a/1.jpg", "b/1.jpg", "c/2.jpg", "n" * 300 + ".jpg"]
+    table = json.dumps({name: ["A"] for name in names})
     folder = lay_out(tmp_path, {"captions.json": table}, ["a/1.jpg", "c/2.jpg"])
-    assert set(prepared(folder)) == {"a/1.jpg", "b/1.jpg", "c/2.jpg"}
+    assert set(prepared(folder)) == set(names)
     with pytest.raises(UserError, match="b/1.jpg"):
         prepare_dataset.prepare(settings_of(folder, "--max_bad_images", 0))
+
+
+@pytest.mark.parametrize("root", ["C:\\me\\photos\\", "/data/", "data/images/"])
+def test_folders_tell_photos_of_one_name_apart(tmp_path, root):
+    table = {f"{root}{name}": [name] for name in ("a/1.jpg", "b/1.jpg", "c/2.jpg", "3.jpg")}
+    there = ["a/1.jpg", "b/1.jpg", "d/2.jpg", "3.JPG"]
+    found = prepared(lay_out(tmp_path, {"captions.json": json.dumps(table)}, there))
+    photos = {name: captions for name, captions in found.items() if name in there}
+    assert photos == {"a/1.jpg": ["a/1.jpg"], "b/1.jpg": ["b/1.jpg"], "3.JPG": ["3.jpg"]}
+    assert len(found) == 4  # nor is another folder's photo taken for the one that is missing
+
+
+def test_a_folder_without_photos_is_said(tmp_path):
+    files = {"captions.json": '{"1.jpg": ["A"]}', "images/1.heic": "x"}
+    folder = lay_out(tmp_path, files, ["1.jpg"])
+    (folder / "images" / "1.jpg").unlink()
+    with pytest.raises(UserError, match=r"images holds no photo \(\.avif, .*--image_dir"):
+        check(folder)
 
 
 def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
@@ -210,6 +251,7 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
     ("text", "kept", "says"),
     [
         ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        ('{"1.jpg": ["A &amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),
@@ -259,6 +301,40 @@ def test_the_header_decides(tmp_path, text, expected):
     assert read_captions(tmp_path / "table.csv").texts == expected
 
 
+COCO_OF_STRINGS = {**COCO, "images": [i | {"id": str(i["id"])} for i in COCO["images"]]}
+ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (COCO_OF_STRINGS, EXPECTED),
+        ({**COCO, "annotations": [{"image_id": 1, "caption": None}]}, {}),
+        ({"annotations": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
+        ({"data": ROWS}, {"1.jpg": ["A"], "42": ["B"]}),
+        ({"data": [{"image_id": "1.jpg", "caption_str": "A"}]}, {"1.jpg": ["A"]}),
+        ({"data": [{"image_id": "1", "reference_strs": ["A", "B"]}]}, {"1": ["A", "B"]}),
+        ({"images": [{"filename": "1.jpg", "sentences": None}]}, {}),
+        (
+            {"images": [{"filename": "1.jpg", "sentences": [{"tokens": ["a", "dog"]}]}]},
+            {"1.jpg": ["a dog"]},
+        ),
+        ({"1.jpg": ["A", ""], "2.jpg": {"tags": "x"}}, {"1.jpg": ["A"]}),
+    ],
+)
+def test_json_of_other_people(tmp_path, table, expected):
+    path = tmp_path / "table.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(table), encoding=encoding)
+        found = read_captions(path)
+        assert found.texts == expected and (expected or found.passed)
+
+
+def test_json_lines_in_a_file_of_another_name(tmp_path):
+    (tmp_path / "table.json").write_text("\n".join(json.dumps(row) for row in ROWS))
+    assert read_captions(tmp_path / "table.json").texts == {"1.jpg": ["A"], "42": ["B"]}
+
+
 def test_two_tables_are_said(tmp_path, capsys):
     table = rows("image,caption", "{},{}")
     folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
@@ -272,7 +348,7 @@ def settings_of(folder: Path, *flags: object):
     return load_settings(config, [str(text) for text in argv], "", add_arguments=adds)
 
 
-def test_vqa_files_of_other_people(tmp_path):
+def test_vqa_files_of_other_people(tmp_path, capsys):
     asked = {"questions": [{"question_id": 1, "question": "Which?", "image_id": 42}]}
     answered = {
         "annotations": [
@@ -280,13 +356,20 @@ def test_vqa_files_of_other_people(tmp_path):
             {"question_id": 2, "image_id": 42, "answer": "lost"},
         ]
     }
+    asked["questions"] += [{"question_id": n, "question": "How many?"} for n in (3, 4, "5")]
+    asked["questions"] += [{"question_id": 6, "question": None}]
+    own = ({"answer": 0}, {"answers": [{"answer": ""}]}, {"answers": [2]}, {"answer": "x"})
+    answered["annotations"] += [
+        {"question_id": n, "image_id": 42} | answer for n, answer in enumerate(own, 3)
+    ]
     folder = lay_out(tmp_path / "d", {}, ["COCO_val2014_000000000042.jpg"])
     for name, table in (("q", asked), ("a", answered)):
         (tmp_path / name).write_text(json.dumps(table))
     files = [str(tmp_path / "q")], [str(tmp_path / "a")]
     captions_file.convert_vqa(*files, folder / "questions.json", folder / "images")
     found = load_questions(folder / "questions.json")
-    assert found["COCO_val2014_000000000042.jpg"][0].target == "red"
+    assert [text.target for text in found["COCO_val2014_000000000042.jpg"]] == ["red", "0", "2"]
+    assert "passed over: 3 annotations" in capsys.readouterr().out
 
 
 def test_karpathy_splits_photos_in_folders(tmp_path):

@@ -118,7 +118,18 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("a.jpg|0|A dog|\na.jpg|1|B", {"a.jpg": ["A dog|", "B"]}),
         ("a.jpg#0\tA , dog\na.jpg#1\tB", {"a.jpg": ["A , dog", "B"]}),
         ("a.jpg#0,A dog\na.jpg#1,B", {"a.jpg": ["A dog", "B"]}),
+        ("image,caption\na.jpg,R&D &quot;A &amp; B&#39;s&quot;", {"a.jpg": ['R&D "A & B\'s"']}),
         ("image,caption\na.jpg,2 dogs", {"a.jpg": ["2 dogs"]}),
+        ("Image Name,Caption\na.jpg,A dog\n,\n ,\n", {"a.jpg": ["A dog"]}),
+        ("sep=;\nimage-name;caption;;\na.jpg;A dog;;\n;;;\n", {"a.jpg": ["A dog"]}),
+        ("a.jpg#0 2 dogs , one red\na.jpg#1 B", {"a.jpg": ["2 dogs , one red", "B"]}),
+        ("a.jpg#zhm#0\tEins\na.jpg#zhb#1\tZwei", {"a.jpg": ["Eins", "Zwei"]}),
+        ('raw,filename\n"[""A \\ud83d\\ude00"", ""B""]",a.jpg', {"a.jpg": ["A \U0001f600", "B"]}),
+        ('image,caption\na.jpg,"[\'A, b\', ""It\'s""]"', {"a.jpg": ["A, b", "It's"]}),
+        (
+            "image,caption\na.jpg,[sic] 'A'\nb.jpg,['A' 'B']",
+            {"a.jpg": ["[sic] 'A'"], "b.jpg": ["A", "B"]},
+        ),
         (
             "image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n"
             "2199200615.jpg| 4   A dog runs across the grass .\n",
@@ -787,6 +798,19 @@ def test_a_living_writers_file_is_not_removed(tmp_path: Path) -> None:
         with sole_user(tmp_path):
             assert [path.name for path in tmp_path.glob(".*.tmp")] == [temporary.name]
     assert (tmp_path / "captions.json").read_text() == "{}"
+
+
+def test_an_archive_with_captions_json_and_odd_names(tmp_path: Path) -> None:
+    names = ["12:30.jpg", "a.jpg"]
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    texts = [{"image_id": n, "caption": name} for n, name in enumerate(names)]
+    table = json.dumps({"images": images, "annotations": texts})
+    photos = {f"Images/{n}": b for n, b in zip(names, PHOTOS.values(), strict=False)}
+    archive = write_archive(tmp_path, make_zip({"set/captions.json": table, **photos}))
+    for _ in range(2):
+        paths = prepare(settings_for(tmp_path / "data", "--archive", archive))
+        assert load_captions(paths.captions) == {name: [name] for name in names}
+    assert (tmp_path / "data" / "captions.json").read_text() == table
 
 
 def test_folders_of_an_archive_stay_where_the_table_names_them(tmp_path: Path) -> None:

@@ -151,8 +151,13 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("\udce9t\udce9.JPEG", b"N"),  # as tarfile gives bytes that aren't UTF-8
         ("\udce9t\udce9.txt", b"with\0 a zero"),
         ("._in.jpg", b"of a Mac"),
+        ("signs.jpg", b"O"),
+        ("signs.txt", b"..."),
+        ("null.jpg", b"P"),
+        ("null.txt", b"!"),
+        ("null.json", b'{"captions": [null, "one", "?"]}'),
         ("z.WEBP", b"Z"),
-        ("z.TXT", b"last"),
+        ("z.TXT", b"the &quot;last&quot;"),
     ]
     path = tmp_path / "odd.tar"
     path.write_bytes(pack(files))
@@ -166,9 +171,10 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("wide", "avif", b"L", ["ein Käfer"]),
         ("json", "jfif", b"M", ["half ? of an emoji"]),
         ("été", "jpeg", b"N", ["with a zero"]),
-        ("z", "webp", b"Z", ["last"]),
+        ("null", "jpg", b"P", ["one"]),
+        ("z", "webp", b"Z", ['the "last"']),
     ]
-    assert passed == {"without a photo": 1, "without a caption": 4, "with another's name": 1}
+    assert passed == {"without a photo": 1, "without a caption": 5, "with another's name": 1}
     assert list(bad) == ["odd", "list", "broken", "deep", "large"]
     assert "odd.tar: large can't be read: its .jpg is larger than 67.1 MB" in bad["large"]
 
