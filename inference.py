@@ -41,7 +41,7 @@ from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from sidecar import Photo, open_output
-from utils import Bar, UserError, atomic_write, run_script
+from utils import Bar, UserError, atomic_write, run_script, shown
 
 ROWS = 64  # captions or answers searched for at a time
 
@@ -278,12 +278,14 @@ def captioner_of(args: argparse.Namespace) -> Captioner:
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     """The photos named, and those in the folders named, by folder and name.
 
-    Names are relative to the folder; of several paths, as these were given. What is no photo is
-    counted aloud, hidden files are passed over.
+    Names are relative to the folder; of several paths, as these were given. Each is named once.
+    What is no photo is counted aloud, hidden files are passed over.
     """
     found: list[Photo] = []
     others: Counter[str] = Counter()
     for text in paths:
+        if not text:
+            raise UserError("a path is empty: is a variable of your shell not set?")
         if "://" in text:
             raise UserError(f"{text} is an address: download the photo, and give the file")
         path = Path(text).expanduser()
@@ -291,8 +293,9 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             found.append(Photo(path, path.name if len(paths) == 1 else text))
             continue
         shown = "" if len(paths) == 1 else text
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in os.walk(path, onerror=_say_unread):
             folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
+            others.update("links to folders" for f in folders if Path(folder, f).is_symlink())
             for name in sorted(file for file in files if not file.startswith(".")):
                 file = Path(folder, name)
                 if file.suffix.lower() in PHOTO_SUFFIXES:
@@ -304,7 +307,14 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
         print(f"passed over, as no photos: {kinds}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no photo in {', '.join(paths)}")
-    return found
+    once: dict[str, Photo] = {}
+    for photo in found:
+        once.setdefault(os.path.abspath(photo.file), photo)
+    return [*once.values()]
+
+
+def _say_unread(error: OSError) -> None:
+    print(f"can't be read: {error.filename}: {error.strerror}", file=sys.stderr)
 
 
 def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple[Photo, str]]:
@@ -345,15 +355,15 @@ def write_all(
     if not 1 <= args.n_best <= change_options(captioner.options, asked, **options).beam_size:
         count = args.n_best
         raise UserError(f"--n_best {count} wants as many beams: add --beam_size {max(1, count)}")
-    folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
-    folder = folder if folder and folder.is_dir() else None
+    given = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
+    folder = given.parent if given and not given.is_dir() else given
     writer = (
         open_output(args.write, args.output, args.existing, folder, asked) if args.write else None
     )
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
-    alone = len(items) == 1 and not folder
+    alone = len(items) == 1 and folder is not given
     table: dict[str, Any] = {}
     bad: dict[str, str] = {}
     found = captioner.stream(
@@ -374,14 +384,15 @@ def write_all(
                 texts = list(dict.fromkeys(each.texts))[: args.n_best]
                 texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
                 rows += [(photo, question, text) for text in texts]
-                about = f"{photo.name}: {question}".strip() if question else f"{photo.name}:"
+                about = f"{shown(photo.name)}: {question}".rstrip()
                 for text in texts:
                     tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
+                said = texts if args.n_best > 1 else texts[0]
                 if question:
-                    pair = {"question": question, "answer": texts[0]}
+                    pair = {"question": question, "answer": said}
                     table.setdefault(photo.name, []).append(pair)
                 else:
-                    table[photo.name] = texts if args.n_best > 1 else texts[0]
+                    table[photo.name] = said
             if writer:
                 writer.write(rows)
             bar.step(len(part))

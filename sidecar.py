@@ -6,15 +6,19 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils import UserError, atomic_write, lock, write_error
+
+ODD = "backslashreplace"  # bytes of a name that are no UTF-8, which JSON so reads as they were
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,17 @@ class Photo:
 
 
 class TextFiles:
-    """`photo.txt` beside `photo.jpg`, or in the same place under `folder`."""
+    """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
 
     def __init__(self, folder: Path | None, existing: str):
         self.folder, self.existing = folder, existing
+        self.begun: set[Path] = set()  # by this run: `photo.png` adds to what `photo.jpg` has
 
     def target(self, photo: Photo) -> Path:
-        place = self.folder / photo.name if self.folder else photo.file
+        place = photo.file
+        if self.folder:  # which an absolute name, or one with "..", would lead out of
+            parts = Path(photo.name).parts
+            place = self.folder.joinpath(*(part for part in parts if part not in ("/", "..")))
         return place.with_suffix(".txt")
 
     def wanted(self, photo: Photo, question: str) -> bool:
@@ -45,12 +53,16 @@ class TextFiles:
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
+        texts: dict[Path, list[str]] = {}
         for photo, _, text in rows:
-            target = self.target(photo)
-            if self.existing == "append" and target.exists():
-                text = target.read_text(encoding="utf-8").rstrip("\n") + "\n" + text
+            texts.setdefault(self.target(photo), []).append(text)
+        for target, lines in texts.items():
             with atomic_write(target) as path:
-                path.write_text(text + "\n", encoding="utf-8")
+                added = self.existing == "append" or target in self.begun
+                there = target.read_bytes().rstrip(b"\r\n") if added and target.exists() else b""
+                new = "\n".join([*lines, ""]).encode(errors=ODD)
+                path.write_bytes(there + b"\n" + new if there else new)
+            self.begun.add(target)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -69,40 +81,52 @@ class Table:
         self.columns = ["file_name", "question", "answer"] if asked else ["file_name", "text"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+", encoding="utf-8", newline="")  # noqa: SIM115 - see close
+            self.file = open(path, "a+", encoding="utf-8", errors=ODD, newline="")  # noqa: SIM115
             if not lock(self.file):
                 raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
             raise write_error(error, path) from error
         there = path.read_bytes()
-        whole = there[: there.rfind(b"\n") + 1]
-        if whole and existing == "error":
+        if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
-        if existing == "overwrite":
-            whole = b""
-        self.file.truncate(len(whole))
-        self.done = self._read(whole) if existing == "skip" else set()
-        if not whole and path.suffix == ".csv":
-            self._append([self.columns])
+        whole, self.begin = self._whole(b"" if existing == "overwrite" else there)
+        rows = self._read(whole)
+        self.done = rows if existing == "skip" else set()
+        self.keep: int | None = len(whole)  # what is there stays until there is more
+
+    def _whole(self, there: bytes) -> tuple[bytes, str]:
+        """The whole lines that are there, and what must follow them before others do."""
+        end = there.rfind(b"\n") + 1
+        if self.path.suffix == ".jsonl":
+            with contextlib.suppress(ValueError):
+                json.loads(there[end:])
+                return there, "\n"  # an editor's last line
+        if there[end:]:
+            last = there[end:].decode(errors="replace")
+            print(f"{self.path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
+        header = ",".join(self.columns) + "\n" if self.path.suffix == ".csv" else ""
+        return there[:end], "" if end else header
 
     def _read(self, content: bytes) -> set[tuple[str, str]]:
         """What is in the file already, as (name, question)."""
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")  # with Excel's mark or without
             if self.path.suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(text)))
+                rows = csv.DictReader(io.StringIO(text), strict=True)
+                if text and rows.fieldnames != self.columns:
+                    raise ValueError
             else:
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return {(row["file_name"], row.get("question", "")) for row in rows}
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            return {(_plain(row["file_name"]), row.get("question") or "") for row in rows}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise UserError(
-                f"{self.path} is not a file that this script wrote: give another --output, or "
-                "--existing overwrite"
+                f"{self.path} holds other rows than this run would write: give another --output, "
+                "or --existing overwrite"
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
-        return (photo.name, question) not in self.done
+        return (_plain(photo.name), question) not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
@@ -112,7 +136,10 @@ class Table:
         )
 
     def _append(self, rows: Sequence[Sequence[str]]) -> None:
+        if not rows:
+            return
         content = io.StringIO()
+        content.write(self.begin)
         if self.path.suffix == ".csv":
             csv.writer(content, lineterminator="\n").writerows(rows)
         else:
@@ -120,6 +147,9 @@ class Table:
                 record = dict(zip(self.columns, row, strict=True))
                 content.write(json.dumps(record, ensure_ascii=False) + "\n")
         try:
+            if self.keep is not None:
+                self.file.truncate(self.keep)
+            self.keep, self.begin = None, ""
             self.file.write(content.getvalue())
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -128,6 +158,11 @@ class Table:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _plain(name: str) -> str:
+    """A name as it is written."""
+    return name.encode(errors=ODD).decode()
 
 
 def open_output(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
+WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 # What settings and flags of all scripts may be, both ends allowed.
 RANGES = {
@@ -477,7 +478,7 @@ def write_error(error: OSError, path: Path) -> Exception:
     """Say in a user's words that `path` can't be written; other errors come back as they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"no room left to write {path}: free some space there and run again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in WRONG_PLACE:
         return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
     return error
 
