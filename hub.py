@@ -71,7 +71,7 @@ def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None =
     Raises:
         UserError: it is neither, or can't be had from the Hub.
     """
-    name = os.fspath(checkpoint)
+    name = os.path.expanduser(checkpoint)  # in --checkpoint=~/... no shell does
     if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

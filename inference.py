@@ -105,32 +105,37 @@ class Captioner:
         questions: str | Sequence[str],
         **options: Any,
     ) -> str | list[str]:
-        """The answer to a question about a picture, or to one about each of several.
+        """The answer to a question about a picture; a list, where there are several of either.
 
         Greedy unless `options` say otherwise; raises as `caption`.
         """
-        alone = isinstance(pictures, Picture)
-        pictures, questions = ([pictures], [questions]) if alone else (pictures, questions)
+        alone, same = isinstance(pictures, Picture), isinstance(questions, str)
+        if alone:
+            pictures = [pictures] * (1 if same else len(questions))
         found = self._all(pictures, questions, options)
-        return found[0] if alone else found
+        return found[0] if alone and same else found
 
     def stream(
         self,
         pictures: Iterable[Picture],
-        questions: Iterable[str] | None = None,
+        questions: str | Iterable[str] | None = None,
         *,
         batch_size: int = 16,
         **options: Any,
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
 
+        One question is asked about all, of several the next about each.
         Pictures are read on threads while others are encoded, `batch_size` at a time; one that
         stands several times in a row, with other questions, is encoded once.
         """
         self.require("captions" if questions is None else "questions")
         chosen = change_options(self.options, questions is not None, **options)
-        asked = itertools.repeat("") if questions is None else questions
-        pairs = zip(pictures, asked, strict=False)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        same = questions is None or isinstance(questions, str)
+        asked = itertools.repeat(questions or "") if same else questions
+        pairs = zip(pictures, asked, strict=not same)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
         chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
@@ -185,7 +190,10 @@ class Captioner:
                 yield from generate(self.model, features[rows], options, prefixes)
 
     def _all(
-        self, pictures: Sequence[Picture], questions: Sequence[str] | None, options: dict[str, Any]
+        self,
+        pictures: Sequence[Picture],
+        questions: str | Sequence[str] | None,
+        options: dict[str, Any],
     ) -> list[str]:
         found = []
         for each in self.stream(pictures, questions, **options):
@@ -229,12 +237,14 @@ class Captioner:
     def _open(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):
             return as_rgb(picture)
+        if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+            raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
         return self.encoder.open(picture)
 
 
 def _key(picture: Picture) -> object:
     """What tells two pictures apart: Pillow would compare every pixel."""
-    return id(picture) if isinstance(picture, Image.Image) else picture
+    return picture if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def load_captioner(
@@ -256,7 +266,7 @@ def load_captioner(
         UserError: the checkpoint or its encoder can't be loaded, or they don't fit each other.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
-    where = torch.device(choose_device(device))
+    where = choose_device(str(device))
     tower = FrozenEncoder.load_as_trained(loaded.encoder, loaded.model.feature_width, encoder)
     return Captioner(loaded, tower, where, choose_dtype(precision, where))
 
@@ -369,15 +379,17 @@ def write_all(
     found = captioner.stream(
         [photo.file for photo, _ in left],
         [question for _, question in left] if asked else None,
-        batch_size=max(1, args.batch_size),
+        batch_size=args.batch_size,
         **options,
     )
     pairs = zip(left, found, strict=True)
     with Bar(len(left), "photos", "photo", quiet=alone) as bar:
-        while part := list(itertools.islice(pairs, max(1, args.batch_size))):
+        while part := list(itertools.islice(pairs, args.batch_size)):
             rows = []
             for (photo, question), each in part:
                 if each.problem:
+                    if photo.name in bad:  # asked about before
+                        continue
                     bad[photo.name] = each.problem
                     tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
                     continue
@@ -402,7 +414,8 @@ def write_all(
         print(json.dumps(table, ensure_ascii=False))
     if bad:
         listing = "\n  ".join(bad.values())
-        raise UserError(f"{len(bad)} of {len(items)} photos can't be read:\n  {listing}")
+        count = len({photo for photo, _ in items})
+        raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
     return 0
 
 
@@ -415,6 +428,8 @@ def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
         )
     if Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--attention {args.attention}: the name must end in .png or .jpg")
+    if os.path.realpath(Path(args.attention).expanduser()) == os.path.realpath(photos[0].file):
+        raise UserError(f"--attention {args.attention} is the photo itself: give another name")
 
 
 def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> int:

@@ -107,8 +107,8 @@ class Table:
         header = ",".join(self.columns) + "\n" if self.path.suffix == ".csv" else ""
         return there[:end], "" if end else header
 
-    def _read(self, content: bytes) -> set[tuple[str, str]]:
-        """What is in the file already, as (name, question)."""
+    def _read(self, content: bytes) -> set[tuple[str, ...]]:
+        """What is in the file already, as (name,) or (name, question)."""
         try:
             text = content.decode("utf-8-sig")  # with Excel's mark or without
             if self.path.suffix == ".csv":
@@ -117,7 +117,8 @@ class Table:
                     raise ValueError
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            return {(_plain(row["file_name"]), row.get("question") or "") for row in rows}
+            found = [[row[column] for column in self.columns] for row in rows]
+            return {(_plain(name), *question) for name, *question, _ in found}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise UserError(
                 f"{self.path} holds other rows than this run would write: give another --output, "
@@ -126,7 +127,7 @@ class Table:
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
-        return (_plain(photo.name), question) not in self.done
+        return (_plain(photo.name), question)[: len(self.columns) - 1] not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""

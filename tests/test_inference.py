@@ -145,6 +145,7 @@ ROW, CELLS = '{"file_name": "a.jpg", "text": "mine"}\n', "file_name,text\na.jpg,
         ("jsonl", "\ufeff" + ROW.replace("}", ', "question": null}'), "1 of 4 are written"),
         ("jsonl", ROW.replace("mine", "\u2028\x85"), "1 of 4 are written"),
         ("jsonl", ROW.replace("file_name", "image"), "holds other rows"),
+        ("jsonl", ROW.replace("text", "answer"), "holds other rows"),
         ("csv", "\ufeff" + CELLS.replace("\n", "\r\n"), "1 of 4 are written"),  # as Excel does
         ("csv", CELLS.strip(), "has no end, and is dropped: a.jpg,mine"),
         ("csv", CELLS.replace("text", "question,answer"), "holds other rows"),
@@ -226,13 +227,15 @@ def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
         (["https://example.org/a.jpg"], "is an address: download the photo"),
         ([folder, "--attention", "x.png"], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
+        ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is the photo itself"),
         ([folder, ""], "a path is empty"),
         ([folder / "none"], "there is no such picture"),
         ([folder / "a.jpg", "--write", "txt", "--question", "why?"], "--write txt is for captions"),
     ):
         result = caption(*args)
         assert result.returncode == 1 and message in result.stderr, result.stderr
-    for args in ([], [folder, "--output", "x.csv"]):
+    both = [folder, "--question", "why?", "--questions_file", "q.json"]
+    for args in ([], [folder, "--output", "x.csv"], both):
         assert caption(*args).returncode == 2
 
 
@@ -274,6 +277,11 @@ def test_from_python(trained, joint, folder, monkeypatch):
         captioner.caption(folder / "bad.jpg")
     with pytest.raises(UserError, match="not trained for questions"):
         captioner.answer(paths[0], "why?")
+    for wrong in (np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))] * 2, [None]):
+        with pytest.raises(TypeError, match="a picture is a file or a Pillow image, not"):
+            captioner.caption(wrong)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        captioner.caption(paths, batch_size=0)
 
 
 def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
@@ -293,6 +301,10 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     answers = captioner.answer(pictures, questions * 3)
     assert sum(encoded) == 3
     assert answers == [captioner.answer(p, q) for p in photos for q in questions]
+    assert answers == [a for photo in photos for a in captioner.answer(photo, questions)]
+    assert answers[::2] == captioner.answer(iter(photos), questions[0])
+    with pytest.raises(ValueError, match="shorter"):
+        captioner.answer(photos, questions)
 
 
 def odd_pictures(folder: Path) -> list[Path]:
