@@ -125,9 +125,9 @@ class Captioner:
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
 
-        One question is asked about all, of several the next about each.
-        Pictures are read on threads while others are encoded, `batch_size` at a time; one that
-        stands several times in a row, with other questions, is encoded once.
+        One question is asked about all, of several the next about each. Pictures are read on
+        threads while others are encoded, `batch_size` at a time; one that stands several times in
+        a row, with other questions, is encoded once.
         """
         self.require("captions" if questions is None else "questions")
         chosen = change_options(self.options, questions is not None, **options)
@@ -190,10 +190,7 @@ class Captioner:
                 yield from generate(self.model, features[rows], options, prefixes)
 
     def _all(
-        self,
-        pictures: Sequence[Picture],
-        questions: str | Sequence[str] | None,
-        options: dict[str, Any],
+        self, pictures: Sequence[Picture], questions: Sequence[str] | None, options: dict[str, Any]
     ) -> list[str]:
         found = []
         for each in self.stream(pictures, questions, **options):
@@ -291,8 +288,13 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     Names are relative to the folder; of several paths, as these were given. Each is named once.
     What is no photo is counted aloud, hidden files are passed over.
     """
-    found: list[Photo] = []
+    found: dict[str, Photo] = {}
     others: Counter[str] = Counter()
+
+    def add(file: Path, name: str) -> None:
+        plain = name.encode(errors="backslashreplace").decode()  # bytes may be no UTF-8
+        found.setdefault(os.path.abspath(file), Photo(file, plain))
+
     for text in paths:
         if not text:
             raise UserError("a path is empty: is a variable of your shell not set?")
@@ -300,16 +302,16 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             raise UserError(f"{text} is an address: download the photo, and give the file")
         path = Path(text).expanduser()
         if not path.is_dir():
-            found.append(Photo(path, path.name if len(paths) == 1 else text))
+            add(path, path.name if len(paths) == 1 else text)
             continue
         shown = "" if len(paths) == 1 else text
-        for folder, folders, files in os.walk(path, onerror=_say_unread):
+        for folder, folders, files in os.walk(path, onerror=lambda e: print(e, file=sys.stderr)):
             folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
             others.update("links to folders" for f in folders if Path(folder, f).is_symlink())
             for name in sorted(file for file in files if not file.startswith(".")):
                 file = Path(folder, name)
                 if file.suffix.lower() in PHOTO_SUFFIXES:
-                    found.append(Photo(file, os.path.join(shown, os.path.relpath(file, path))))
+                    add(file, os.path.join(shown, os.path.relpath(file, path)))
                 else:
                     others[file.suffix.lower() or "no suffix"] += 1
     if others:
@@ -317,14 +319,7 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
         print(f"passed over, as no photos: {kinds}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no photo in {', '.join(paths)}")
-    once: dict[str, Photo] = {}
-    for photo in found:
-        once.setdefault(os.path.abspath(photo.file), photo)
-    return [*once.values()]
-
-
-def _say_unread(error: OSError) -> None:
-    print(f"can't be read: {error.filename}: {error.strerror}", file=sys.stderr)
+    return [*found.values()]
 
 
 def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple[Photo, str]]:
@@ -388,8 +383,6 @@ def write_all(
             rows = []
             for (photo, question), each in part:
                 if each.problem:
-                    if photo.name in bad:  # asked about before
-                        continue
                     bad[photo.name] = each.problem
                     tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
                     continue
@@ -401,8 +394,7 @@ def write_all(
                     tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
                 said = texts if args.n_best > 1 else texts[0]
                 if question:
-                    pair = {"question": question, "answer": said}
-                    table.setdefault(photo.name, []).append(pair)
+                    table.setdefault(photo.name, []).append({"question": question, "answer": said})
                 else:
                     table[photo.name] = said
             if writer:

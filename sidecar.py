@@ -6,7 +6,6 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import UserError, atomic_write, lock, write_error
-
-ODD = "backslashreplace"  # bytes of a name that are no UTF-8, which JSON so reads as they were
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,9 @@ class TextFiles:
         self.begun: set[Path] = set()  # by this run: `photo.png` adds to what `photo.jpg` has
 
     def target(self, photo: Photo) -> Path:
-        place = photo.file
-        if self.folder:  # which an absolute name, or one with "..", would lead out of
-            parts = Path(photo.name).parts
-            place = self.folder.joinpath(*(part for part in parts if part not in ("/", "..")))
+        # An absolute name, or one with "..", would lead out of the folder.
+        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+        place = self.folder.joinpath(*parts) if self.folder else photo.file
         return place.with_suffix(".txt")
 
     def wanted(self, photo: Photo, question: str) -> bool:
@@ -60,7 +56,7 @@ class TextFiles:
             with atomic_write(target) as path:
                 added = self.existing == "append" or target in self.begun
                 there = target.read_bytes().rstrip(b"\r\n") if added and target.exists() else b""
-                new = "\n".join([*lines, ""]).encode(errors=ODD)
+                new = "\n".join([*lines, ""]).encode(errors="backslashreplace")
                 path.write_bytes(there + b"\n" + new if there else new)
             self.begun.add(target)
 
@@ -81,7 +77,7 @@ class Table:
         self.columns = ["file_name", "question", "answer"] if asked else ["file_name", "text"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+", encoding="utf-8", errors=ODD, newline="")  # noqa: SIM115
+            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
             if not lock(self.file):
                 raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
@@ -89,23 +85,17 @@ class Table:
         there = path.read_bytes()
         if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
-        whole, self.begin = self._whole(b"" if existing == "overwrite" else there)
-        rows = self._read(whole)
+        there = b"" if existing == "overwrite" else there
+        table = path.suffix == ".csv"
+        # What is there stays until more is written; an editor leaves a last line without its end.
+        self.begin = "\n" if there.endswith(b"}") and not table else ""
+        self.keep: int | None = len(there) if self.begin else there.rfind(b"\n") + 1
+        if last := there[self.keep :].decode(errors="replace"):
+            print(f"{path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
+        if table and not self.keep:
+            self.begin = ",".join(self.columns) + "\n"
+        rows = self._read(there[: self.keep])
         self.done = rows if existing == "skip" else set()
-        self.keep: int | None = len(whole)  # what is there stays until there is more
-
-    def _whole(self, there: bytes) -> tuple[bytes, str]:
-        """The whole lines that are there, and what must follow them before others do."""
-        end = there.rfind(b"\n") + 1
-        if self.path.suffix == ".jsonl":
-            with contextlib.suppress(ValueError):
-                json.loads(there[end:])
-                return there, "\n"  # an editor's last line
-        if there[end:]:
-            last = there[end:].decode(errors="replace")
-            print(f"{self.path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
-        header = ",".join(self.columns) + "\n" if self.path.suffix == ".csv" else ""
-        return there[:end], "" if end else header
 
     def _read(self, content: bytes) -> set[tuple[str, ...]]:
         """What is in the file already, as (name,) or (name, question)."""
@@ -117,8 +107,7 @@ class Table:
                     raise ValueError
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            found = [[row[column] for column in self.columns] for row in rows]
-            return {(_plain(name), *question) for name, *question, _ in found}
+            return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise UserError(
                 f"{self.path} holds other rows than this run would write: give another --output, "
@@ -127,7 +116,7 @@ class Table:
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
-        return (_plain(photo.name), question)[: len(self.columns) - 1] not in self.done
+        return (photo.name, question)[: len(self.columns) - 1] not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
@@ -137,10 +126,7 @@ class Table:
         )
 
     def _append(self, rows: Sequence[Sequence[str]]) -> None:
-        if not rows:
-            return
         content = io.StringIO()
-        content.write(self.begin)
         if self.path.suffix == ".csv":
             csv.writer(content, lineterminator="\n").writerows(rows)
         else:
@@ -150,8 +136,8 @@ class Table:
         try:
             if self.keep is not None:
                 self.file.truncate(self.keep)
+            self.file.write(self.begin + content.getvalue())
             self.keep, self.begin = None, ""
-            self.file.write(content.getvalue())
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -159,11 +145,6 @@ class Table:
 
     def close(self) -> None:
         self.file.close()
-
-
-def _plain(name: str) -> str:
-    """A name as it is written."""
-    return name.encode(errors=ODD).decode()
 
 
 def open_output(

@@ -246,6 +246,8 @@ def test_several_answers_and_answers_in_a_table(joint, tmp_path):
         *command, photo, "--question", "what color is the square?", "--n_best", 2, "--beam_size", 3
     )
     assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 2, asked.stderr
+    told = run(*command, photo, "--question", "why?", "--n_best", 2, "--beam_size", 3, "--json")
+    assert len(json.loads(told.stdout.splitlines()[-1])["000.png"][0]["answer"]) == 2
     table = tmp_path / "answers.csv"
     many = run(
         *command,
