@@ -327,10 +327,10 @@ def score_captions(scored: Scored) -> dict[str, object]:
     checkpoint = Path(settings.checkpoint).expanduser()
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
     usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
-    report = Path(settings.report or usual)
+    report = Path(settings.report or usual).expanduser()
     write_report(report, images, captions, references, values, summary)
     if settings.save_captions:
-        with atomic_write(Path(settings.save_captions)) as path:
+        with atomic_write(Path(settings.save_captions).expanduser()) as path:
             path.write_text(json.dumps(captions, ensure_ascii=False, indent=1), encoding="utf-8")
     print(summary)
     beams, rate = scored.options.beam_size, len(names) / seconds
@@ -428,6 +428,9 @@ def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = commands.evaluate(argv)
+    unused = settings.report, settings.save_captions, settings.clip
+    if settings.task == "questions" and any(unused):
+        raise UserError("--report, --save_captions and --clip are for captions, not for answers")
     scored = load_scored(settings)
     scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
     how = {
