@@ -146,8 +146,9 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
     add("--image_path", help="a photo or a folder of photos, as PATH")
     add_captioner_flags(parser)
-    add("--question", help="answer this question about each photo instead of captioning it")
-    add("--questions_file", help="answer many: a questions.json, with or without answers")
+    ask = parser.add_mutually_exclusive_group().add_argument
+    ask("--question", help="answer this question about each photo instead of captioning it")
+    ask("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
     add("--n_best", type=int, default=1, help="texts about each photo, best first [%(default)s]")
     add("--batch_size", type=int, default=16, help="photos at once [%(default)s]")
@@ -165,6 +166,8 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
     if not args.paths:
         parser.error("which photos? give files or folders")
+    if args.output and not args.write:
+        parser.error("--output needs --write txt, jsonl or csv")
     return args
 
 

@@ -297,10 +297,11 @@ def score_captions(scored: Scored) -> dict[str, object]:
     checkpoint = Path(settings.checkpoint).expanduser()
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
     usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
-    report = Path(settings.report or usual)
+    report = Path(settings.report or usual).expanduser()
     write_report(report, images, captions, references, values, summary)
     if settings.save_captions:
-        write_file(settings.save_captions, json.dumps(captions, ensure_ascii=False, indent=1))
+        content = json.dumps(captions, ensure_ascii=False, indent=1)
+        write_file(Path(settings.save_captions).expanduser(), content)
     print(summary)
     beams, rate = scored.options.beam_size, len(names) / seconds
     print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s\nreport: {report}")
@@ -397,6 +398,9 @@ def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = commands.evaluate(argv)
+    unused = settings.report, settings.save_captions, settings.clip
+    if settings.task == "questions" and any(unused):
+        raise UserError("--report, --save_captions and --clip are for captions, not for answers")
     scored = load_scored(settings)
     scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
     how = {

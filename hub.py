@@ -66,7 +66,7 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 
 def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The file of a checkpoint that is here, or on the Hub as `user/repo`."""
-    name = os.fspath(checkpoint)
+    name = os.path.expanduser(checkpoint)  # in --checkpoint=~/... no shell does
     if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

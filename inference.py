@@ -41,7 +41,7 @@ from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from sidecar import Photo, open_output
-from utils import Bar, UserError, atomic_write, files_in, run_script
+from utils import Bar, UserError, atomic_write, files_in, run_script, shown
 
 ROWS = 64  # captions or answers searched for at a time
 
@@ -103,29 +103,35 @@ class Captioner:
         questions: str | Sequence[str],
         **options: Any,
     ) -> str | list[str]:
-        """The answer to a question about a picture, or to one about each of several.
+        """The answer to a question about a picture; a list, where there are several of either.
 
         Greedy unless `options` say otherwise; raises as `caption`.
         """
+        if isinstance(pictures, Picture) and not isinstance(questions, str):
+            pictures = [pictures] * len(questions)
         return self._best(pictures, questions, options)
 
     def stream(
         self,
         pictures: Iterable[Picture],
-        questions: Iterable[str] | None = None,
+        questions: str | Iterable[str] | None = None,
         *,
         batch_size: int = 16,
         **options: Any,
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
 
-        Pictures are read on threads while others are encoded, `batch_size` at a time; one that
-        stands several times in a row, with other questions, is encoded once.
+        One question is asked about all, of several the next about each. Pictures are read on
+        threads while others are encoded, `batch_size` at a time; one that stands several times in
+        a row, with other questions, is encoded once.
         """
         self.require("captions" if questions is None else "questions")
         chosen = change_options(self.options, questions is not None, **options)
-        asked = itertools.repeat("") if questions is None else questions
-        pairs = zip(pictures, asked, strict=False)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        same = questions is None or isinstance(questions, str)
+        asked = itertools.repeat(questions or "") if same else questions
+        pairs = zip(pictures, asked, strict=not same)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
         chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
@@ -139,8 +145,7 @@ class Captioner:
         opened, problems = [], []
         for (picture, _), *_ in chunk:
             try:
-                given = isinstance(picture, Image.Image)
-                opened.append(as_rgb(picture) if given else self.encoder.open(picture))
+                opened.append(self._open(picture))
                 problems.append("")
             except ImageError as error:
                 problems.append(str(error))
@@ -223,10 +228,17 @@ class Captioner:
         texts = [tokenizer.decode(h.tokens) for h in found]
         return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]
 
+    def _open(self, picture: Picture) -> Image.Image:
+        if isinstance(picture, Image.Image):
+            return as_rgb(picture)
+        if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+            raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
+        return self.encoder.open(picture)
+
 
 def _key(picture: Picture) -> object:
     """What tells two pictures apart: Pillow would compare every pixel."""
-    return id(picture) if isinstance(picture, Image.Image) else picture
+    return picture if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def load_captioner(
@@ -248,7 +260,7 @@ def load_captioner(
         UserError: the checkpoint or its encoder can't be loaded, or they don't fit each other.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
-    where = choose_device(device)
+    where = choose_device(str(device))
     return Captioner(loaded, loaded.load_encoder(encoder), where, choose_dtype(precision, where))
 
 
@@ -264,23 +276,30 @@ def captioner_of(args: argparse.Namespace) -> Captioner:
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     """The photos named, and those in the folders named, by folder and name.
 
-    Names are relative to the folder; of several paths, as these were given. What is no photo is
-    counted aloud, hidden files are passed over.
+    Names are relative to the folder; of several paths, as these were given. Each is named once.
+    What is no photo is counted aloud, hidden files are passed over.
     """
-    found: list[Photo] = []
+    found: dict[str, Photo] = {}
     others: Counter[str] = Counter()
+
+    def add(file: Path, name: str) -> None:
+        plain = name.encode(errors="backslashreplace").decode()  # bytes may be no UTF-8
+        found.setdefault(os.path.abspath(file), Photo(file, plain))
+
     for text in paths:
+        if not text:
+            raise UserError("a path is empty: is a variable of your shell not set?")
         if "://" in text:
             raise UserError(f"{text} is an address: download the photo, and give the file")
         path = Path(text).expanduser()
         if not path.is_dir():
-            found.append(Photo(path, path.name if len(paths) == 1 else text))
+            add(path, path.name if len(paths) == 1 else text)
             continue
         shown = "" if len(paths) == 1 else text
-        for name in files_in(path, recursive):
+        for name in files_in(path, recursive, others):
             suffix = Path(name).suffix.lower()
             if suffix in PHOTO_SUFFIXES:
-                found.append(Photo(path / name, os.path.join(shown, name)))
+                add(path / name, os.path.join(shown, name))
             else:
                 others[suffix or "no suffix"] += 1
     if others:
@@ -288,7 +307,7 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
         print(f"passed over, as no photos: {kinds}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no photo in {', '.join(paths)}")
-    return found
+    return [*found.values()]
 
 
 def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple[Photo, str]]:
@@ -329,15 +348,15 @@ def write_all(
     count = args.n_best
     if count > change_options(captioner.options, asked, **options).beam_size:
         raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
-    folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
-    folder = folder if folder and folder.is_dir() else None
+    given = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
+    folder = given.parent if given and not given.is_dir() else given
     writer = (
         open_output(args.write, args.output, args.existing, folder, asked) if args.write else None
     )
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
-    alone = len(items) == 1 and not folder
+    alone = len(items) == 1 and folder is not given
     table: dict[str, Any] = {}
     bad: dict[str, str] = {}
     found = captioner.stream(
@@ -358,14 +377,14 @@ def write_all(
                 texts = list(dict.fromkeys(each.texts))[:count]
                 texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
                 rows += [(photo, question, text) for text in texts]
-                about = f"{photo.name}: {question}".strip() if question else f"{photo.name}:"
+                about = f"{shown(photo.name)}: {question}".rstrip()
                 for text in texts:
                     tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
+                said = texts if count > 1 else texts[0]
                 if question:
-                    pair = {"question": question, "answer": texts[0]}
-                    table.setdefault(photo.name, []).append(pair)
+                    table.setdefault(photo.name, []).append({"question": question, "answer": said})
                 else:
-                    table[photo.name] = texts if count > 1 else texts[0]
+                    table[photo.name] = said
             if writer:
                 writer.write(rows)
             bar.step(len(part))
@@ -375,7 +394,8 @@ def write_all(
         print(json.dumps(table, ensure_ascii=False))
     if bad:
         listing = "\n  ".join(bad.values())
-        raise UserError(f"{len(bad)} of {len(items)} photos can't be read:\n  {listing}")
+        count = len({photo for photo, _ in items})
+        raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
     return 0
 
 
@@ -388,6 +408,8 @@ def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
         )
     if Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--attention {args.attention}: the name must end in .png or .jpg")
+    if os.path.realpath(Path(args.attention).expanduser()) == os.path.realpath(photos[0].file):
+        raise UserError(f"--attention {args.attention} is the photo itself: give another name")
 
 
 def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> int:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
@@ -54,22 +55,25 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
 
 
 class VisionCaptionerProcessor(ProcessorMixin):
-    """Photos and questions (an empty one asks for a caption) -> what the model takes."""
+    """Photos, and questions about each (none or an empty one asks for a caption) -> what the model
+    takes."""
 
     def __init__(self, image_processor=None, tokenizer=None, **others: Any):
         super().__init__(image_processor, tokenizer, **others)
 
-    def __call__(self, images=None, text="", return_tensors="pt", **_: Any):
-        texts = [text] if isinstance(text, str) else list(text or [""])
+    def __call__(self, images=None, text=None, return_tensors="pt", **_: Any):
+        photos = [] if images is None else list(make_flat_list_of_images(images))
+        texts = [text] if isinstance(text, str) else list(text or [""] * max(1, len(photos)))
+        if photos and len(photos) != len(texts):
+            raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
         start, answer = self.tokenizer.convert_tokens_to_ids(["<start>", "<answer>"])
         encode = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         rows = [[start, *ids, answer] if ids else [start] for ids in encode["input_ids"]]
         inputs = self.tokenizer.pad(
             {"input_ids": rows}, padding_side="left", return_tensors=return_tensors
         )
-        if images is not None:
-            images = images if isinstance(images, (list, tuple)) else [images]
-            images = [image.convert("RGB") for image in images]
+        if photos:
+            images = [x.convert("RGB") if hasattr(x, "convert") else x for x in photos]
             inputs |= self.image_processor(images, return_tensors=return_tensors)
         return transformers.BatchFeature(inputs)
 
@@ -130,6 +134,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
     config_class = VisionCaptionerConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["Block"]
+    _supports_sdpa = True
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__(config)
@@ -163,6 +168,10 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             how = {"revision": revision, "config": vision, "dtype": model.dtype} | tower["options"]
             loaded_tower = getattr(transformers, tower["class"]).from_pretrained(name, **how)
             model.tower = loaded_tower.to(model.device).eval()
+            # `save_pretrained` writes its weights along.
+            options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
+            model.config.tower = {"class": tower["class"], "options": options}
+            model.config.tower["config"] = model.tower.config.to_dict()
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:
@@ -170,6 +179,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
 
     def memory(self, pixel_values: Tensor) -> Tensor:
         """(photos, 3, height, width) -> keys and values (photos, layers, patches, 2 width)."""
+        if pixel_values is None:
+            raise ValueError("give pixel_values: without a photo there is nothing to write about")
         deep = list(self.config.layers) != [-1]
         output = self.tower(pixel_values=pixel_values, output_hidden_states=deep)
         last, hidden = output.last_hidden_state, output.hidden_states

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,16 @@ class Photo:
 
 
 class TextFiles:
-    """`photo.txt` beside `photo.jpg`, or in the same place under `folder`."""
+    """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
 
     def __init__(self, folder: Path | None, existing: str):
         self.folder, self.existing = folder, existing
+        self.begun: set[Path] = set()  # by this run: `photo.png` adds to what `photo.jpg` has
 
     def target(self, photo: Photo) -> Path:
-        place = self.folder / photo.name if self.folder else photo.file
+        # An absolute name, or one with "..", would lead out of the folder.
+        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+        place = self.folder.joinpath(*parts) if self.folder else photo.file
         return place.with_suffix(".txt")
 
     def wanted(self, photo: Photo, question: str) -> bool:
@@ -45,11 +49,15 @@ class TextFiles:
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
+        texts: dict[Path, list[str]] = {}
         for photo, _, text in rows:
-            target = self.target(photo)
-            if self.existing == "append" and target.exists():
-                text = target.read_text(encoding="utf-8").rstrip("\n") + "\n" + text
-            write_file(target, text + "\n")
+            texts.setdefault(self.target(photo), []).append(text)
+        for target, lines in texts.items():
+            added = self.existing == "append" or target in self.begun
+            there = target.read_bytes().rstrip(b"\r\n") if added and target.exists() else b""
+            new = "\n".join([*lines, ""]).encode(errors="backslashreplace")
+            write_file(target, there + b"\n" + new if there else new)
+            self.begun.add(target)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -67,39 +75,45 @@ class Table:
         self.columns = ["file_name", "question", "answer"] if asked else ["file_name", "text"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+", encoding="utf-8", newline="")  # noqa: SIM115 - see close
+            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
             if not lock(self.file):
                 raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
             raise write_error(error, path) from error
         there = path.read_bytes()
-        whole = there[: there.rfind(b"\n") + 1]
-        if whole and existing == "error":
+        if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
-        if existing == "overwrite":
-            whole = b""
-        self.file.truncate(len(whole))
-        self.done = self._read(whole) if existing == "skip" else set()
-        if not whole and path.suffix == ".csv":
-            self._append([self.columns])
+        there = b"" if existing == "overwrite" else there
+        table = path.suffix == ".csv"
+        # What is there stays until more is written; an editor leaves a last line without its end.
+        self.begin = "\n" if there.endswith(b"}") and not table else ""
+        self.keep: int | None = len(there) if self.begin else there.rfind(b"\n") + 1
+        if last := there[self.keep :].decode(errors="replace"):
+            print(f"{path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
+        if table and not self.keep:
+            self.begin = ",".join(self.columns) + "\n"
+        rows = self._read(there[: self.keep])
+        self.done = rows if existing == "skip" else set()
 
-    def _read(self, content: bytes) -> set[tuple[str, str]]:
-        """What is in the file already, as (name, question)."""
+    def _read(self, content: bytes) -> set[tuple[str, ...]]:
+        """What is in the file already, as (name,) or (name, question)."""
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")  # with Excel's mark or without
             if self.path.suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(text)))
+                rows = csv.DictReader(io.StringIO(text), strict=True)
+                if text and rows.fieldnames != self.columns:
+                    raise ValueError
             else:
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return {(row["file_name"], row.get("question", "")) for row in rows}
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise UserError(
-                f"{self.path} is not a file that this script wrote: give another --output, or "
-                "--existing overwrite"
+                f"{self.path} holds other rows than this run would write: give another --output, "
+                "or --existing overwrite"
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
-        return (photo.name, question) not in self.done
+        return (photo.name, question)[: len(self.columns) - 1] not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         asked = len(self.columns) == 3
@@ -116,7 +130,10 @@ class Table:
                 record = dict(zip(self.columns, row, strict=True))
                 content.write(json.dumps(record, ensure_ascii=False) + "\n")
         try:
-            self.file.write(content.getvalue())
+            if self.keep is not None:
+                self.file.truncate(self.keep)
+            self.file.write(self.begin + content.getvalue())
+            self.keep, self.begin = None, ""
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:

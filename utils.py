@@ -26,6 +26,7 @@ from tqdm import tqdm
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
+WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 # What settings and flags of all scripts may be, both ends allowed.
 BOUNDS = {
@@ -363,11 +364,24 @@ def resident_kilobytes() -> int | None:
 # --- Files ----------------------------------------------------------------------------------
 
 
-def files_in(folder: Path, recursive: bool = True) -> Iterator[str]:
+def files_in(
+    folder: Path, recursive: bool = True, passed: Counter[str] | None = None
+) -> Iterator[str]:
     """The files in a folder, which need not exist, and in those below, by their names relative to
-    it, in order; hidden ones are passed over."""
-    for place, folders, files in os.walk(folder):
+    it, in order; hidden ones are passed over.
+
+    With `passed`, folders that can't be read are said, and links to folders counted in it.
+    """
+
+    def unread(error: OSError) -> None:
+        if passed is not None:
+            print(shown(str(error)), file=sys.stderr)
+
+    for place, folders, files in os.walk(folder, onerror=unread):
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        if passed is not None:
+            links = sum(os.path.islink(os.path.join(place, name)) for name in folders)
+            passed.update({"links to folders": links} if links else {})
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(place, name), folder)
@@ -467,7 +481,7 @@ def write_error(error: OSError, path: Path) -> Exception:
     """Say in a user's words that `path` can't be written; other errors come back as they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"no room left to write {path}: free some space there and run again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in WRONG_PLACE:
         return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
     return error
 

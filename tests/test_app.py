@@ -186,6 +186,8 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
         ({"top_p": 2}, "top_p"),
         ({"seed": -1}, "seed"),
         ({"question": " "}, "empty"),
+        ({"sample": "yes"}, "sample=yes is no option"),
+        ({"beams": 3}, "beams=3 is no option"),
     ],
 )
 def test_wrong_options_are_said(server, photo, query, expected):
@@ -198,6 +200,10 @@ def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
         status, answer = server.caption(body)
         assert status == 400 and "Try a JPEG or a PNG" in answer["error"]
         assert not re.search(r"BytesIO|0x|/|Traceback", answer["error"])
+    form = b'--X\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + photo + b"\r\n--X--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=X"}
+    status, _, content = server.ask("POST", "/caption", form, **kind)
+    assert status == 400 and "not in a form" in json.loads(content)["error"]
     assert server.caption(photo)[0] == 200
 
 

@@ -214,7 +214,8 @@ def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatc
 
 # What people without this project write, in a process that can't import it.
 ELSEWHERE = """
-import json, sys
+import json, sys, tempfile
+import numpy as np
 import transformers
 from PIL import Image
 folder, encoder, asked, *photos = sys.argv[1:]
@@ -223,13 +224,32 @@ model = transformers.AutoModelForImageTextToText.from_pretrained(
     folder, trust_remote_code=True, **options
 )
 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(images=[Image.open(name) for name in photos], text=[asked] * len(photos))
+opened = [Image.open(name) for name in photos]
+inputs = processor(images=opened, text=[asked] * len(photos) if asked else None)
+for images, text in ((opened, asked or "why?"), (opened[:1], ["a?", "b?"])):
+    try:
+        processor(images=images, text=text)
+        raise AssertionError
+    except ValueError as error:
+        assert "give one for each" in str(error)
+assert (processor(images=np.asarray(opened[0]))["pixel_values"] == inputs["pixel_values"][:1]).all()
 ids = model.generate(**inputs, num_beams=1)
 written = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 captioner = transformers.pipeline(
     "image-text-to-text", folder, trust_remote_code=True, model_kwargs=options
 )
 piped = captioner(photos[0], text=asked, return_full_text=False, generate_kwargs={"num_beams": 1})
+with tempfile.TemporaryDirectory() as saved:  # the encoder's weights included
+    model.save_pretrained(saved)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        saved, trust_remote_code=True, attn_implementation="sdpa"
+    )
+assert (model.generate(**inputs, num_beams=1) == ids).all()
+try:
+    model.generate(input_ids=ids)
+    raise AssertionError
+except ValueError as error:
+    assert "give pixel_values" in str(error)
 assert not {"model", "decoder", "checkpoint", "encoder"} & sys.modules.keys()
 print(json.dumps([[text.strip() for text in written], piped[0]["generated_text"].strip()]))
 """
@@ -260,6 +280,8 @@ def folder(joint, tmp_path_factory):
     assert float(re.search(r"logits within (\S+) of ours", result.stdout)[1]) < 1e-4
     again = run("-m", "tools.export", *command)
     assert again.returncode == 1 and "is there already" in again.stderr
+    inside = run("-m", "tools.export", *command[:-1], path / "config.json" / "inside")
+    assert inside.returncode == 1 and "choose another folder" in inside.stderr, inside.stderr
     return path
 
 

@@ -106,6 +106,83 @@ def test_tables_name_each_photo_once(folder, caption, kind, tmp_path):
     assert named.returncode == 1 and "must end in" in named.stderr
 
 
+def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption, tmp_path):
+    paint("red", "left", 9).save(folder / "a.png")  # a namesake, in a batch of its own
+    (folder / "b.txt").write_bytes(b"caf\xe9\r\n")
+    (folder / "sub" / "c.txt").write_bytes(b"")
+    kind = "--write", "txt", "--existing"
+    best = "--batch_size", 1, "--n_best", 2, "--beam_size", 3
+    assert caption(folder, *kind, "append", *best).returncode == 0
+    a, b, c = (folder / name for name in ("a.txt", "b.txt", "sub/c.txt"))
+    assert len(a.read_text().splitlines()) == 4 and len(c.read_text().splitlines()) == 2
+    assert b.read_bytes().startswith(b"caf\xe9\na ") and b.read_bytes().count(b"\n") == 3
+    before = sorted(folder.rglob("*"))
+    out = tmp_path / "out"
+    result = caption(folder / "b.PNG", folder / "sub", *kind, "overwrite", "--output", out)
+    assert result.returncode == 0, result.stderr
+    assert sorted(folder.rglob("*")) == before
+    assert len([*out.rglob("b.txt")]) == 1 and len([*out.rglob("*.txt")]) == 3
+    result = caption(folder, *kind, "skip", "--output", folder / "a.jpg")
+    assert result.returncode == 1 and "choose another folder" in result.stderr
+
+
+def test_a_photo_that_is_named_twice_is_captioned_once(folder, caption):
+    (folder / "linked").symlink_to(folder / "sub")
+    result = caption(folder / "sub" / "c.jfif", folder, folder, "--json")
+    assert len(json.loads(result.stdout.splitlines()[-1])) == len(NAMES)
+    assert len(result.stdout.splitlines()) == len(NAMES) + 1
+    assert "2 links to folders" in result.stderr
+
+
+ROW, CELLS = '{"file_name": "a.jpg", "text": "mine"}\n', "file_name,text\na.jpg,mine\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "says"),
+    [
+        ("jsonl", ROW, "1 of 4 are written"),
+        ("jsonl", ROW.strip(), "1 of 4 are written"),  # as an editor leaves it
+        ("jsonl", "\ufeff" + ROW.replace("}", ', "question": null}'), "1 of 4 are written"),
+        ("jsonl", ROW.replace("mine", "\u2028\x85"), "1 of 4 are written"),
+        ("jsonl", ROW.replace("file_name", "image"), "holds other rows"),
+        ("jsonl", ROW.replace("text", "answer"), "holds other rows"),
+        ("csv", "\ufeff" + CELLS.replace("\n", "\r\n"), "1 of 4 are written"),  # as Excel does
+        ("csv", CELLS.strip(), "has no end, and is dropped: a.jpg,mine"),
+        ("csv", CELLS.replace("text", "question,answer"), "holds other rows"),
+        ("csv", "text,file_name\nmine,a.jpg\n", "holds other rows"),
+        ("csv", CELLS.replace("mine", '"mi'), "holds other rows"),
+    ],
+)
+def test_what_a_table_holds_already_is_kept_or_said(folder, caption, kind, there, says):
+    file = folder / {"jsonl": "metadata.jsonl", "csv": "captions.csv"}[kind]
+    file.write_bytes(there.encode())
+    wrong = caption(folder, "--write", kind, "--existing", "overwrite", "--max_length", 10_000)
+    assert wrong.returncode == 1 and file.read_bytes() == there.encode()
+    again = caption(folder, "--write", kind, "--existing", "error")
+    assert again.returncode == 1 and "is there" in again.stderr
+    result = caption(folder, "--write", kind)
+    assert says in result.stderr, result.stderr
+    if "other" in says:
+        assert result.returncode == 1 and file.read_bytes() == there.encode()
+        return
+    assert file.read_text().startswith(there.replace("\r", "") if "1 of" in says else CELLS[:15])
+    names = file.read_text().count(".jfif"), file.read_text().count("a.jpg")
+    assert result.returncode == 0 and names == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_table_goes_on_whatever_the_names(tmp_path, caption, kind):
+    photo = tmp_path / "a.png"
+    paint("red", "left", 1).save(photo)
+    for name in (b"caf\xe9.png", "a\u2028b.png".encode(), b"two\nlines.png"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).symlink_to(photo)
+    first = caption(tmp_path, "--write", kind)
+    assert first.returncode == 0 and len(first.stdout.splitlines()) == 4, first.stderr
+    assert "4 of 4 are written" in caption(tmp_path, "--write", kind).stderr
+    alone = caption(photo, "--write", kind)  # its table stands beside it
+    assert "1 of 1 are written" in alone.stderr and alone.stdout == ""
+
+
 @pytest.mark.fault(count=2)
 def test_a_killed_run_goes_on_with_nothing_twice_and_nothing_missing(tmp_path, trained):
     folder = tmp_path / "many"
@@ -150,12 +227,16 @@ def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
         (["https://example.org/a.jpg"], "is an address: download the photo"),
         ([folder, "--attention", "x.png"], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
+        ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is the photo itself"),
+        ([folder, ""], "a path is empty"),
         ([folder / "none"], "there is no such picture"),
         ([folder / "a.jpg", "--write", "txt", "--question", "why?"], "--write txt is for captions"),
     ):
         result = caption(*args)
         assert result.returncode == 1 and message in result.stderr, result.stderr
-    assert caption().returncode == 2
+    both = [folder, "--question", "why?", "--questions_file", "q.json"]
+    for args in ([], [folder, "--output", "x.csv"], both):
+        assert caption(*args).returncode == 2
 
 
 def test_several_answers_and_answers_in_a_table(joint, tmp_path):
@@ -165,6 +246,8 @@ def test_several_answers_and_answers_in_a_table(joint, tmp_path):
         *command, photo, "--question", "what color is the square?", "--n_best", 2, "--beam_size", 3
     )
     assert asked.returncode == 0 and len(asked.stdout.splitlines()) == 2, asked.stderr
+    told = run(*command, photo, "--question", "why?", "--n_best", 2, "--beam_size", 3, "--json")
+    assert len(json.loads(told.stdout.splitlines()[-1])["000.png"][0]["answer"]) == 2
     table = tmp_path / "answers.csv"
     many = run(
         *command,
@@ -196,6 +279,11 @@ def test_from_python(trained, joint, folder, monkeypatch):
         captioner.caption(folder / "bad.jpg")
     with pytest.raises(UserError, match="not trained for questions"):
         captioner.answer(paths[0], "why?")
+    for wrong in (np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))] * 2, [None]):
+        with pytest.raises(TypeError, match="a picture is a file or a Pillow image, not"):
+            captioner.caption(wrong)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        captioner.caption(paths, batch_size=0)
 
 
 def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
@@ -215,6 +303,10 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     answers = captioner.answer(pictures, questions * 3)
     assert sum(encoded) == 3
     assert answers == [captioner.answer(p, q) for p in photos for q in questions]
+    assert answers == [a for photo in photos for a in captioner.answer(photo, questions)]
+    assert answers[::2] == captioner.answer(iter(photos), questions[0])
+    with pytest.raises(ValueError, match="shorter"):
+        captioner.answer(photos, questions)
 
 
 def odd_pictures(folder: Path) -> list[Path]:

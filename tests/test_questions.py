@@ -235,7 +235,7 @@ def test_one_model_captions_and_answers(joint):
 
 
 def test_evaluate_gives_accuracy_beside_its_baselines(joint):
-    result = run(
+    command = [
         "evaluate.py",
         "--checkpoint",
         joint / "captioner_best_accuracy.safetensors",
@@ -243,7 +243,10 @@ def test_evaluate_gives_accuracy_beside_its_baselines(joint):
         joint,
         "--task",
         "questions",
-    )
+    ]
+    unused = run(*command, "--save_captions", "captions.json")
+    assert unused.returncode == 1 and "are for captions" in unused.stderr
+    result = run(*command)
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout.splitlines()[-1])
     assert set(scores["accuracies"]) == {"all", "color", "side"}

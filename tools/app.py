@@ -114,6 +114,8 @@ class Service:
 
     async def caption(self, request: Request) -> Response:
         async with self.received(request) as photo:
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                raise HTTPException(400, "Send the photo alone as the body, not in a form.")
             task = write, self.captioner, photo, request.query_params
             async with self.turn:
                 if await request.is_disconnected():
@@ -222,6 +224,9 @@ def _is_address(name: str) -> bool:
 
 def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
+    for name in query.keys() - LIMITS.keys() - {"question"}:
+        if name not in ("sample", "maps") or query[name] not in ("true", "false"):
+            raise UserError(f"{name}={query[name]} is no option.")
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
         try:

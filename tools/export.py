@@ -50,7 +50,6 @@ def to_transformers(
     if weights:
         tensors |= {f"tower.{name}": x for name, x in encoder.tower.state_dict().items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, text in files.items():
