@@ -46,6 +46,7 @@ DECODER_LAYERS = 6  # Transformer blocks
 DECODER_HEADS = 8  # attention heads; must divide DECODER_EMBED_DIM
 DECODER_FF_DIM = 2048  # hidden width of the feed-forward layers
 DROPOUT = 0.1  # on embeddings, residual branches and the memory
+PATCH_DROPOUT = 0.0  # share of a photo's vectors left out while training, others each time
 
 # --- Training -------------------------------------------------------------------------------
 NUM_EPOCHS = 20  # passes over the training photos, each with all of its captions
@@ -99,12 +100,13 @@ presets = {
         "DECODER_HEADS": 4,
         "DECODER_FF_DIM": 1024,
         "DROPOUT": 0.2,
-        "NUM_EPOCHS": 12,
+        "PATCH_DROPOUT": 0.5,
+        "NUM_EPOCHS": 8,
         "LEARNING_RATE": 1e-3,
         "WARMUP_STEPS": 200,
         "EMA_DECAY": 0.995,
         "QUESTION_WEIGHT": 4.0,
-        "SCST_EPOCHS": 5,
+        "SCST_EPOCHS": 4,
         "SCST_LEARNING_RATE": 4e-5,
     },
 }

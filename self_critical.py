@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
-from dataset import Batch, make_batch
 from generation import Hypothesis, generate
 from metrics import CiderD, tokenize
 from model import CaptionModel
@@ -53,8 +52,8 @@ class Critic:
 
     def search(
         self, model: CaptionModel, names: Sequence[str], features: Tensor
-    ) -> tuple[Batch, Tensor, list[list[float]]]:
-        """The model's own beams for some photos, as a batch to learn from.
+    ) -> dict[str, Beams]:
+        """The model's own beams for some photos.
 
         The beams of a search stand for samples, each measured against the others (Cornia et al.
         2020): what they differ in is what the choice of a caption depends on. Samples proper are
@@ -62,21 +61,28 @@ class Critic:
 
         Args:
             names, features: photos with references, and (images, patches, feature_width).
-
-        Returns:
-            The beams; what the cross-entropy of each of their targets is to be multiplied with,
-            (targets), so that its gradient is the policy's; and their rewards, by photo.
         """
-        beams = generate(model, features.float(), self.options)
-        rewards = [self.rewards(*pair) for pair in zip(names, beams, strict=True)]
-        ids = [[[START_ID, *h.tokens] + [END_ID] * h.ended for h in group] for group in beams]
-        scales = [
-            advantage / 100
-            for group, captions in zip(rewards, ids, strict=True)
-            for advantage, caption in zip(advantages(group), captions, strict=True)
-            for _ in caption[1:]
-        ]
-        return make_batch(names, ids), torch.tensor(scales), rewards
+        found = {}
+        for name, beams in zip(names, generate(model, features.float(), self.options), strict=True):
+            ids = [[START_ID, *h.tokens] + [END_ID] * h.ended for h in beams]
+            rewards = self.rewards(name, beams)
+            pairs = zip(advantages(rewards), ids, strict=True)
+            scales = [gain / 100 for gain, caption in pairs for _ in caption[1:]]
+            found[name] = Beams(ids, rewards, scales)
+        return found
+
+
+@dataclass(frozen=True)
+class Beams:
+    """A photo's beams as ids, and their rewards.
+
+    `scales` are what the cross-entropy of each of their targets is to be multiplied with, so that
+    its gradient is the policy's.
+    """
+
+    ids: list[list[int]]
+    rewards: list[float]
+    scales: list[float]
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

@@ -223,6 +223,7 @@ def step_loss(
         self-critical stage CIDEr-D and captions.
     """
     settings = run.settings
+    features = drop_patches(features, settings.PATCH_DROPOUT)
     if run.self_critical:
         return self_critical_loss(run, data, batch, features)
     if not batch.names:
@@ -239,36 +240,44 @@ def self_critical_loss(
 ) -> tuple[Tensor, float, int]:
     """The policy gradient's loss on the model's own beams, their summed rewards, and their number.
 
-    Where there are questions, the answers' cross-entropy is added, or answering would be forgotten.
+    Where there are questions, the answers' cross-entropy is added, or answering would be forgotten:
+    in one pass with the beams, as they share the photos' memory.
     """
     rows = [row for row, name in enumerate(batch.names) if name in data.critic.names]
-    if not rows:
-        loss, reward, count = no_loss(run.model), 0.0, 0
-    else:
-        names = [batch.names[row] for row in rows]
-        with autocast(run.device, run.dtype):
-            beams, scales, rewards = data.critic.search(run.model, names, features[rows])
-        beams, scales = beams.to(run.device), scales.to(run.device)
-        loss = run.loss(run.model, beams, features[rows], scales=scales)
-        reward, count = sum(map(sum, rewards)), sum(map(len, rewards))
-    if "questions" in data.tasks:
-        answered, tokens = answers_loss(run, data, batch, features)
-        counts = run.team.all_reduce(torch.tensor([count, tokens], dtype=torch.float32))
-        weight = run.settings.QUESTION_WEIGHT * max(1.0, counts[0].item())
-        loss = loss + weight / max(1.0, counts[1].item()) * answered
-    return loss, reward, count
+    names = [batch.names[row] for row in rows]
+    with autocast(run.device, run.dtype):
+        beams = data.critic.search(run.model, names, features[rows]) if rows else {}
+    answers = {n: [ids for ids in data.train.groups[n] if ANSWER_ID in ids] for n in batch.names}
+    own = [beams[name].ids if name in beams else [] for name in batch.names]
+    taught = make_batch(
+        batch.names, [o + answers[n] for o, n in zip(own, batch.names, strict=True)]
+    )
+    rewards = [reward for name in names for reward in beams[name].rewards]
+    counts = [len(rewards), int(taught.asked.sum())]
+    captions, tokens = run.team.all_reduce(torch.tensor(counts, dtype=torch.float32)).tolist()
+    if not len(taught.targets):
+        return no_loss(run.model), 0.0, 0
+    weight = run.settings.QUESTION_WEIGHT * max(1.0, captions) / max(1.0, tokens)
+    scales = torch.full([len(taught.targets)], weight)
+    scales[~taught.asked] = torch.tensor([scale for name in names for scale in beams[name].scales])
+    scales = scales.to(run.device)
+    loss = run.loss(run.model, taught.to(run.device), features, scales=scales)
+    return loss, sum(rewards), len(rewards)
 
 
-def answers_loss(run: Run, data: Data, batch: Batch, features: Tensor) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the answers about a batch's photos, in nats, and their tokens."""
-    groups = [[i for i in data.train.groups[name] if ANSWER_ID in i] for name in batch.names]
-    rows = [row for row, group in enumerate(groups) if group]
-    if not rows:
-        return torch.zeros((), device=run.device), 0
-    asked = make_batch([batch.names[row] for row in rows], [groups[row] for row in rows])
-    smoothing = run.settings.LABEL_SMOOTHING
-    loss = run.loss(run.model, asked.to(run.device), features[rows], smoothing)
-    return loss, len(asked.targets)
+def drop_patches(features: Tensor, share: float) -> Tensor:
+    """Leave out a random share of each photo's vectors, but never the first, which may be CLS.
+
+    Features are (images, patches, width). Each photo then looks different each time, so that it is
+    not learned by heart, and the memory takes that much less time (docs/results.md).
+    """
+    images, patches, _ = features.shape
+    if not share:
+        return features
+    kept = round((patches - 1) * (1 - share))
+    order = torch.rand(images, patches - 1, device=features.device).argsort(1)[:, :kept]
+    places = torch.cat([order.new_zeros(images, 1), order.sort(1).values + 1], dim=1)
+    return features[torch.arange(images, device=features.device).unsqueeze(1), places]
 
 
 def no_loss(model: CaptionModel) -> Tensor:

@@ -165,7 +165,7 @@ def test_a_text_in_any_encoding_beside_a_photo_or_in_a_folder_of_texts(tmp_path,
     for name in ("2.txt", "3.txt"):
         (folder / "images" / name).rename(source / name)
     assert check(folder, "--captions_file", source) == 0
-    found = load_captions(data_paths(folder, captions_file=str(source)).captions)
+    found = load_captions(paths_in(folder, CAPTIONS_FILE=str(source)).captions)
     assert found["1.jpg"] == ["Café"] and set(found) == set(IDS)
 
 

@@ -213,6 +213,21 @@ def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encod
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+def test_patches_are_left_out_at_random_and_never_the_first():
+    features = torch.arange(2 * 9.0).view(2, 9, 1).expand(-1, -1, 3)
+    torch.manual_seed(0)
+    first, other = (train.drop_patches(features, 0.5) for _ in range(2))
+    assert first.shape == (2, 5, 3) and not torch.equal(first, other)
+    for kept, given in zip(first, features, strict=True):
+        assert torch.equal(kept[0], given[0]) and set(kept[:, 0].tolist()) <= set(
+            given[:, 0].tolist()
+        )
+        assert (kept[1:, 0] > kept[:-1, 0]).all()  # once each, in order
+    assert train.drop_patches(features, 0) is features
+    assert train.drop_patches(features[:, :1], 0.5).shape == (2, 1, 3)  # one vector a photo
+    assert train.drop_patches(features[:0], 0.5).shape[0] == 0
+
+
 def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
     """Of captions of some skill, those that are rewarded become likelier."""
     state, data = start_state(tmp_path, encoder_dir, "--epochs", 8, "--scst_epochs", 8)
