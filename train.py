@@ -271,9 +271,9 @@ def drop_patches(features: Tensor, share: float) -> Tensor:
     Features are (images, patches, width). Each photo then looks different each time, so that it is
     not learned by heart, and the memory takes that much less time (docs/results.md).
     """
-    images, patches, _ = features.shape
-    if not share:
+    if not share or not len(features):  # a process of a team may have no photo
         return features
+    images, patches, _ = features.shape
     kept = round((patches - 1) * (1 - share))
     order = torch.rand(images, patches - 1, device=features.device).argsort(1)[:, :kept]
     places = torch.cat([order.new_zeros(images, 1), order.sort(1).values + 1], dim=1)

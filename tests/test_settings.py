@@ -89,7 +89,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["file"]
     assert path.stat().st_mode & 0o044 or os.umask(os.umask(0)) & 0o044
     (tmp_path / "plain").touch()
-    with pytest.raises(UserError, match="can.t be written"), atomic_write(tmp_path / "plain" / "file") as temporary:
+    with (
+        pytest.raises(UserError, match="can.t be written"),
+        atomic_write(tmp_path / "plain" / "file") as temporary,
+    ):
         temporary.write_text("x")
 
 
