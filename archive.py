@@ -25,7 +25,8 @@ from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
-TABLE_NAMES = ("captions.json", *(name.lower() for name in TABLES))
+CAPTION_FILES = ("captions.json", *TABLES)  # the first that a zip holds counts
+TABLE_NAMES = tuple(name.lower() for name in CAPTION_FILES)
 
 
 class DamagedArchive(UserError):

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name, decoded
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, files_in, read_json, read_text, write_file
+from utils import UserError, decoded, files_in, read_json, read_text, write_file
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (

@@ -89,15 +89,6 @@ def converted_captions(data_dir: Path, source: Path) -> Path:
 # --- captions.json --------------------------------------------------------------------------
 
 
-def decoded(content: bytes) -> str:
-    """A text in UTF-8, UTF-16 with its mark, or else Windows' encoding of old."""
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
-
-
 def _read_table(path: Path, form: str) -> dict[str, Any]:
     """Read a file of `form`, an object of at least one photo; what it says of one is unchecked."""
     table = read_json(path)

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from archive import (
+    CAPTION_FILES,
     MAX_ENTRY_BYTES,
     TABLE_NAMES,
     DamagedArchive,
@@ -133,7 +134,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
         if tables and not (paths.captions.exists() or find_table(paths.data_dir, paths.images)):
-            name = next(n for n in ("captions.json", *TABLES) if n.lower() in tables)
+            name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
 

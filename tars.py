@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captions_file import has_word
-from dataset import TEXT_KEYS, decoded
+from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, first_line, hide_keys, redact, require_extra, size_text
+from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further

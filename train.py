@@ -3,6 +3,8 @@
 python train.py --demo                  # the built-in demo, minutes on a laptop
 python train.py                         # what config.py says
 python train.py --batch_size 64         # any setting, for one run
+python train.py --preset small          # several at once, for some thousand photos
+python train.py --resume_checkpoint_path ../assets/multimodal_image_transformer/last.pt
 torchrun --nproc_per_node=4 train.py    # on four GPUs
 """
 
@@ -243,25 +245,24 @@ def self_critical_loss(
     Where there are questions, the answers' cross-entropy is added, or answering would be forgotten:
     in one pass with the beams, as they share the photos' memory.
     """
-    rows = [row for row, name in enumerate(batch.names) if name in data.critic.names]
-    names = [batch.names[row] for row in rows]
+    known = [row for row, name in enumerate(batch.names) if name in data.critic.names]
+    names = [batch.names[row] for row in known]
     with autocast(run.device, run.dtype):
-        beams = data.critic.search(run.model, names, features[rows]) if rows else {}
+        beams = data.critic.search(run.model, names, features[known]) if known else {}
     answers = {n: [ids for ids in data.train.groups[n] if ANSWER_ID in ids] for n in batch.names}
-    own = [beams[name].ids if name in beams else [] for name in batch.names]
-    taught = make_batch(
-        batch.names, [o + answers[n] for o, n in zip(own, batch.names, strict=True)]
-    )
+    rows = [(beams[n].ids if n in beams else []) + answers[n] for n in batch.names]
+    taught = make_batch(batch.names, rows)
     rewards = [reward for name in names for reward in beams[name].rewards]
-    counts = [len(rewards), int(taught.asked.sum())]
-    captions, tokens = run.team.all_reduce(torch.tensor(counts, dtype=torch.float32)).tolist()
+    weight = 0.0
+    if "questions" in data.tasks:
+        counts = torch.tensor([len(rewards), taught.asked.sum()], dtype=torch.float32)
+        captions, tokens = run.team.all_reduce(counts).clamp(min=1).tolist()
+        weight = run.settings.QUESTION_WEIGHT * captions / tokens
     if not len(taught.targets):
         return no_loss(run.model), 0.0, 0
-    weight = run.settings.QUESTION_WEIGHT * max(1.0, captions) / max(1.0, tokens)
     scales = torch.full([len(taught.targets)], weight)
     scales[~taught.asked] = torch.tensor([scale for name in names for scale in beams[name].scales])
-    scales = scales.to(run.device)
-    loss = run.loss(run.model, taught.to(run.device), features, scales=scales)
+    loss = run.loss(run.model, taught.to(run.device), features, scales=scales.to(run.device))
     return loss, sum(rewards), len(rewards)
 
 

@@ -486,12 +486,21 @@ def write_error(error: OSError, path: Path) -> Exception:
     return error
 
 
+def decoded(content: bytes, older: bool = True) -> str:
+    """A text in UTF-8, UTF-16 with its mark, or else, unless refused, Windows' `older` encoding."""
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        if not older:
+            raise
+        return content.decode("cp1252", "replace")
+
+
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one."""
     try:
-        content = path.read_bytes()
-        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return decoded(path.read_bytes(), older=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
     except OSError as error:
