@@ -71,7 +71,7 @@ class Captions:
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(Path(str(where)), name)
         for text in itertools.chain.from_iterable(map(_listed, captions)):
-            whole = html.unescape(SURROGATES.sub("\ufffd", text))
+            whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
                 self.texts.setdefault(name, []).append(whole.strip())
@@ -99,6 +99,11 @@ def _listed(text: str) -> list[str]:
             if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
+
+
+def unescaped(text: str) -> str:
+    """With `&amp;` and the like as what they mean; without its semicolon `&not` is no such sign."""
+    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
 
 
 def has_word(text: str) -> bool:

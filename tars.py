@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import html
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captions_file import has_word
+from captions_file import has_word, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
@@ -214,5 +213,5 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
 
 def _line(text: str) -> str:
     """A text in one line, less control characters, and halves of them, which no file can hold."""
-    whole = html.unescape(text.encode("utf-8", "replace").decode())
+    whole = unescaped(text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\0-\x1f\x7f]", " ", whole).split())
