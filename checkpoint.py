@@ -27,10 +27,12 @@ from decoder import DecoderConfig
 from encoder import FrozenEncoder
 from model import CaptionModel
 from options import GenerationOptions
+from rerank import Reranker
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, check_ranges, first_line, write_error
 
-FORMAT = 1
+FORMAT = 2
+RERANKER = "reranker."  # what the names of its tensors begin with
 T = TypeVar("T")
 
 
@@ -46,6 +48,7 @@ class Checkpoint:
     settings: dict[str, Any]  # the configuration it was trained with, for the record
     scores: dict[str, float]  # what was measured of it, e.g. {"val_loss": 2.5}
     training: dict[str, Any] | None = None  # for going on with training; None in a `.safetensors`
+    reranker: Reranker | None = None  # to choose among the captions of a search
 
     def load_encoder(self, moved_to: str | None = None) -> FrozenEncoder:
         """The encoder that it was trained on, from where it is now, if no longer where it was."""
@@ -58,6 +61,12 @@ class Checkpoint:
                 f"this checkpoint was not trained for {task}, only for {' and '.join(self.tasks)}: "
                 f'train one with --tasks "captions,questions"'
             )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights and, by names that begin with `RERANKER`, what the reranker holds."""
+        more = self.reranker.tensors() if self.reranker else {}
+        tensors = self.model.state_dict() | {RERANKER + name: more[name] for name in more}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def description(self) -> dict[str, Any]:
         """All but weights and training state, as plain values."""
@@ -104,7 +113,7 @@ def digest(content: Any) -> str:
 
 def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
     """Write a `.safetensors` that `inference.py` can use, whole or not at all; its digest."""
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    weights = checkpoint.tensors()
     text = json.dumps(checkpoint.description())
     metadata = {"captioner": text, "digest": digest([text, weights]), "format": "pt"}  # as HF asks
     with atomic_write(path) as temporary:
@@ -122,7 +131,7 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
     """Write a `.pt` from which training goes on, whole or not at all; its digest."""
     content = {
         "captioner": json.dumps(checkpoint.description()),
-        "model": checkpoint.model.state_dict(),
+        "model": checkpoint.tensors(),
         "training": checkpoint.training,
     }
     content["digest"] = digest(content)
@@ -162,7 +171,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if description["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer version: update this project")
         tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
-        model = _restore_model(description, content["model"])
+        weights, held = content["model"], {}
+        for name in [name for name in weights if name.startswith(RERANKER)]:
+            held[name.removeprefix(RERANKER)] = weights.pop(name)
+        model = _restore_model(description, weights)
+        reranker = Reranker.restored(held, model.feature_width) if held else None
         if sorted(tokenizer.vocab.values()) != list(range(model.config.vocab_size)):
             raise ValueError("the tokenizer has another vocabulary than the decoder")
         generation = _typed(GenerationOptions, description["generation"])
@@ -174,7 +187,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if kinds != ({str}, {dict}):
             raise TypeError("its tasks, encoder, settings or scores are of another kind")
         training = content.get("training")
-        return Checkpoint(model, tokenizer, tables[0], generation, tasks, *tables[1:], training)
+        return Checkpoint(
+            model, tokenizer, tables[0], generation, tasks, *tables[1:], training, reranker
+        )
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
         if isinstance(error, UserError) and str(path) in str(error):
             raise

@@ -80,8 +80,9 @@ RESUME_CHECKPOINT_PATH = None  # a .pt to go on from, e.g. OUTPUT_DIR/last.pt; N
 # --- Captions while training and by default afterwards ---------------------------------------
 SAMPLE_IMAGES = 4  # validation photos whose captions are shown after each epoch
 SCORED_IMAGES = 1000  # validation photos captioned greedily and scored (CIDEr) each epoch; 0: none
-BEAM_SIZE = 5  # beams of the search; 1: greedy
+BEAM_SIZE = 10  # beams of the search; 1: greedy
 LENGTH_PENALTY = 1.0  # scores are divided by length ** LENGTH_PENALTY; higher: longer captions
+RERANK = 0.04  # what a point of the CIDEr that a photo's look promises adds to a score; 0: no say
 NO_REPEAT_NGRAM = 3  # no n-gram of this size twice, nor a token twice in a row; 0: allowed
 
 # --- Tracking and sharing -------------------------------------------------------------------

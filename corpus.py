@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,10 +25,11 @@ from distributed import ALONE, Team
 from encoder import FrozenEncoder, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
 from options import parse_tasks
+from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
 from tars import expand_shards
-from tokenizer import END_ID, CaptionTokenizer
+from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError, interpreter
 
 
@@ -52,6 +54,18 @@ class Data:
     train: CaptionRows | StreamedRows
     val: CaptionRows
     critic: Critic | None  # where there is a self-critical stage
+
+    @functools.cached_property
+    def reranker(self) -> Reranker | None:
+        """What chooses among captions found, where photos and captions are at hand to fit it."""
+        if isinstance(self.train, StreamedRows):
+            return None
+        captions = {
+            name: [ids[1:] for ids in group if ANSWER_ID not in ids]
+            for name, group in self.train.groups.items()
+        }
+        captions = {name: group for name, group in captions.items() if group}
+        return fit_reranker(self.features, captions) if len(captions) > 1 else None
 
 
 def load_data(

@@ -232,6 +232,7 @@ class Scored:
             [shown[name] if shown else name for name, _ in self.prompts],
             self.options,
             tokenizer.prefixes(questions, model.config.max_length),
+            reranker=self.checkpoint.reranker,
             dtype=self.dtype,
             batch_size=self.settings.batch_size,
         )

@@ -8,7 +8,7 @@ when beams are reordered, and the memory's keys and values exist once per photo.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from device import autocast
 from features import FeatureCache, ResidentFeatures, prefetch
 from model import CaptionModel
 from options import GenerationOptions
+from rerank import Reranker
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
 from utils import UserError
 
@@ -29,7 +30,8 @@ class Hypothesis:
     """A caption as ids, without START and END, and what the model thinks of it.
 
     `log_probability` is the model's own, END included, whatever the options were; `score` is
-    that over length ** length_penalty; `ended` is False where max_length cut it short.
+    that over length ** length_penalty, with what a `Reranker` added; `ended` is False where
+    max_length cut it short.
     """
 
     tokens: list[int]
@@ -44,6 +46,7 @@ def generate(
     features: Tensor,
     options: GenerationOptions,
     prefixes: Sequence[Sequence[int]] | None = None,
+    reranker: Reranker | None = None,
 ) -> list[list[Hypothesis]]:
     """Captions of photos, or answers about them, best first.
 
@@ -51,6 +54,7 @@ def generate(
         features: (images, patches, feature_width), on the model's device.
         prefixes: what each row begins with, such as a question: ids from START to ANSWER, of any
             lengths. None: START alone, for a caption.
+        reranker: has a say in which captions are best, as much as the options tell.
 
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
@@ -66,9 +70,18 @@ def generate(
         rows = _Rows(model, features, options, limit, prefixes)
         while rows.images:
             rows.step()
-        return [_ranked(found, options.beam_size) for found in rows.found]
+        found = rows.found
     finally:
         model.train(training)
+    if options.rerank:
+        if not reranker:
+            raise UserError(
+                "--rerank needs a checkpoint that holds what people said of the training photos, "
+                "as training with RERANK makes it: leave it out"
+            )
+        captions = [len(prefix) == 1 for prefix in prefixes]
+        found = _reranked(found, captions, reranker, features, options.rerank)
+    return [_ranked(group, options.beam_size) for group in found]
 
 
 def generate_cached(
@@ -78,6 +91,7 @@ def generate_cached(
     options: GenerationOptions,
     prefixes: Sequence[Sequence[int]],
     *,
+    reranker: Reranker | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Iterator[Hypothesis]:
@@ -94,8 +108,29 @@ def generate_cached(
     for start, features in prefetch(load, range(0, len(names), batch_size)):
         part = prefixes[start : start + batch_size]
         with autocast(device, dtype):
-            found = generate(model, features.to(device, torch.float32), options, part)
+            found = generate(model, features.to(device, torch.float32), options, part, reranker)
         yield from (group[0] for group in found)
+
+
+def _reranked(
+    found: list[list[Hypothesis]],
+    captions: list[bool],
+    reranker: Reranker,
+    features: Tensor,
+    weight: float,
+) -> list[list[Hypothesis]]:
+    """Hypotheses with the CIDEr they may expect in their scores, where they are `captions`."""
+    ids = [
+        [h.tokens + [END_ID] * h.ended for h in group] if caption else []
+        for group, caption in zip(found, captions, strict=True)
+    ]
+    return [
+        [
+            replace(h, score=h.score + weight * cider)
+            for h, cider in zip(group, ciders or [0.0] * len(group), strict=True)
+        ]
+        for group, ciders in zip(found, reranker.expected(features, ids), strict=True)
+    ]
 
 
 def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:

@@ -80,7 +80,7 @@ class Captioner:
     ):
         self.model = checkpoint.model.to(device).eval()
         self.tokenizer = checkpoint.tokenizer
-        self.options = checkpoint.generation
+        self.reranker, self.options = checkpoint.reranker, checkpoint.generation
         self.tasks, self.require = checkpoint.tasks, checkpoint.require
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
@@ -183,7 +183,7 @@ class Captioner:
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
             with autocast(self.device, self.dtype):
-                yield from generate(self.model, features[rows], options, prefixes)
+                yield from generate(self.model, features[rows], options, prefixes, self.reranker)
 
     def _best(
         self, pictures: Any, questions: str | Sequence[str] | None, options: dict[str, Any]
@@ -223,7 +223,7 @@ class Captioner:
         grid = patch_grid(self.encoder, image.size, features.shape[1])
         model, tokenizer = self.model, self.tokenizer
         with autocast(self.device, self.dtype):
-            (found,) = generate(model, features, chosen, [prefix])
+            (found,) = generate(model, features, chosen, [prefix], self.reranker)
             maps = [word_maps(model, tokenizer, features, prefix, h.tokens, grid) for h in found]
         texts = [tokenizer.decode(h.tokens) for h in found]
         return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]

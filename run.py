@@ -25,6 +25,7 @@ from distributed import Team, share_gradients
 from hub import locate_checkpoint
 from model import CaptionModel
 from options import GenerationOptions, parse_tasks
+from rerank import Reranker
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import CaptionTokenizer
@@ -107,6 +108,7 @@ class Run:
     average: CaptionModel  # its moving average, or itself; this is validated and saved
     optimizer: torch.optim.Optimizer
     progress: Progress
+    reranker: Reranker | None = None  # what chooses among captions found with these weights
 
     @property
     def epochs(self) -> int:
@@ -194,7 +196,10 @@ class Run:
         """The averaged weights as a `Checkpoint`, with what resuming needs or without it."""
         settings = self.settings
         options = GenerationOptions(
-            settings.BEAM_SIZE, settings.LENGTH_PENALTY, no_repeat_ngram=settings.NO_REPEAT_NGRAM
+            settings.BEAM_SIZE,
+            settings.LENGTH_PENALTY,
+            no_repeat_ngram=settings.NO_REPEAT_NGRAM,
+            rerank=settings.RERANK if self.reranker else 0.0,
         )
         return Checkpoint(
             self.average,
@@ -205,6 +210,7 @@ class Run:
             on_record(settings),
             scores,
             training,
+            self.reranker,
         )
 
     def save(self, scores: dict[str, float]) -> Path | None:
@@ -338,6 +344,7 @@ def start_run(
         run.optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY  # as is set now
         run.progress = Progress.restored(saved["progress"])
         run.progress = team.on_rank0(lambda: keep_apart(run))
+        run.reranker = begun.reranker  # until it is fitted to what is trained on now
     run.progress.job = team.job
     set_random_state(run, saved)
     return run

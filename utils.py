@@ -45,7 +45,7 @@ BOUNDS = {
     (1e-12, ANY): "GRADIENT_CLIP",
     (0, 2**63 - 1): "SEED",
     (-100, 100): "LENGTH_PENALTY",
-    (0, 1000): "DIVERSITY",
+    (0, 1000): "DIVERSITY RERANK",
     (1e-3, 1000): "TEMPERATURE",
     (1e-6, 1): "TOP_P",
     (0.01, 1000): "MAX_MEGABYTES",

@@ -1,0 +1,203 @@
+"""Which of the captions found is best, by what people said about photos that look alike.
+
+A ridge regression, in closed form, from what the frozen encoder makes of a whole photo to the
+TF-IDF vectors of people's captions, in which CIDEr is the cosine (Vedantam et al. 2015): so each
+candidate has an expected CIDEr. The search knows a caption's words one by one; this sees it whole,
+and what was learned by heart weighs little in it. Retrieval of captions to choose among candidates
+goes back to Devlin et al. 2015 ("Exploring Nearest Neighbor Approaches"); here all training photos
+are neighbours, with the weights that the regression gives them (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from features import FeatureCache, ResidentFeatures, prefetch
+from metrics import MAX_N
+
+RIDGE = 0.05  # added to the photos' mean square of 1
+RANK = 1024  # principal components of the photos that are kept
+MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 2 kB each
+PHOTOS = 64  # read at a time
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """The training photos' looks and captions, as the regression needs them.
+
+    `pool` makes `looks` (images, 2 * feature_width); a photo's weights for the training photos
+    are `(looks - mean) @ query @ photos.T`.
+    """
+
+    mean: Tensor  # (looks)
+    query: Tensor  # (looks, rank)
+    photos: Tensor  # (photos, rank)
+    grams: Tensor  # (grams): keys of the n-grams that captions of several photos share, ascending
+    weights: Tensor  # (grams): their inverse document frequencies, logarithmic
+    starts: Tensor  # (grams + 1): where each one's entries begin
+    places: Tensor  # (entries): which photo's captions hold it
+    values: Tensor  # (entries): how much of their TF-IDF vectors' length it is, on average
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], feature_width: int) -> Reranker:
+        """From what `tensors` gave; raises where they can't have been a reranker's."""
+        made = cls(**tensors)
+        looks, (photos, rank) = 2 * feature_width, made.photos.shape
+        grams, entries = len(made.grams), len(made.places)
+        expected = {
+            "mean": (torch.float32, looks),
+            "query": (torch.float16, looks, rank),
+            "photos": (torch.float16, photos, rank),
+            "grams": (torch.int64, grams),
+            "weights": (torch.float32, grams),
+            "starts": (torch.int64, grams + 1),
+            "places": (torch.int32, entries),
+            "values": (torch.float16, entries),
+        }
+        wrong = [n for n, want in expected.items() if (tensors[n].dtype, *tensors[n].shape) != want]
+        if wrong or not grams or not 0 <= made.places.min() <= made.places.max() < photos:
+            raise ValueError(f"the reranker doesn't fit together {wrong}")
+        if made.starts[0] != 0 or made.starts[-1] != entries or made.starts.diff().min() < 1:
+            raise ValueError("the reranker's n-grams overlap")
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def expected(
+        self, features: Tensor, captions: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """The CIDEr, times 100, that captions of photos may expect.
+
+        Args:
+            features: (images, patches, feature_width).
+            captions: candidates for each photo, as ids with END.
+        """
+        looks = (pool(features).cpu() - self.mean).numpy()
+        query, photos = self._matrices
+        shares = looks @ query @ photos.T
+        return [
+            self._expected(*each).tolist() if each[1] else []
+            for each in zip(shares, captions, strict=True)
+        ]
+
+    @functools.cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.query.float().numpy(), self.photos.float().numpy()
+
+    def _expected(self, share: np.ndarray, captions: Sequence[Sequence[int]]) -> np.ndarray:
+        """As `expected`, of one photo, by its weights for the training photos."""
+        grams, places, values = (x.numpy() for x in (self.grams, self.places, self.values))
+        owners, keys, levels, times = _terms(captions)
+        numbers = np.searchsorted(grams, keys).clip(max=len(grams) - 1)
+        known = grams[numbers] == keys
+        rare = np.log(len(self.photos))  # what no caption holds, or one photo's alone
+        weights = times * np.where(known, self.weights.numpy()[numbers], rare)
+        squares = np.bincount(owners * MAX_N + levels, weights**2, len(captions) * MAX_N)
+        norms = np.sqrt(squares).clip(min=1e-9)
+        shared, which = np.unique(np.where(known, numbers, -1), return_inverse=True)
+        promised = np.zeros(len(shared), np.float32)
+        starts = self.starts.numpy()
+        for place, number in enumerate(shared):
+            if number >= 0:
+                part = slice(starts[number], starts[number + 1])
+                promised[place] = share[places[part]] @ values[part].astype(np.float32)
+        gains = weights * promised[which] / norms[owners * MAX_N + levels]
+        return 1000 / MAX_N * np.bincount(owners, gains, len(captions))
+
+
+def pool(features: Tensor) -> Tensor:
+    """Features (images, patches, width) -> the directions of the first vector, which may be CLS,
+    and of the mean, (images, 2 * width)."""
+    features = features.float()
+    return F.normalize(torch.stack([features[:, 0], features.mean(1)], dim=1), dim=2).flatten(1)
+
+
+def fit_reranker(
+    store: FeatureCache | ResidentFeatures, captions: Mapping[str, Sequence[Sequence[int]]]
+) -> Reranker | None:
+    """Fit the regression on training photos; None where no two photos' captions share anything.
+
+    Args:
+        captions: each photo's, as ids with END.
+    """
+    names = [*captions][:: -(-len(captions) // MOST_PHOTOS)]
+    parts = [names[start : start + PHOTOS] for start in range(0, len(names), PHOTOS)]
+    looks = torch.cat(
+        [
+            pool(features).cpu()
+            for features in prefetch(lambda part: store.read([(n, 0) for n in part]), parts)
+        ]
+    )
+    mean = looks.mean(0)
+    looks -= mean
+    size = looks.square().sum(1).mean().sqrt().clamp(min=1e-6)
+    squares, axes = (x.flip(-1) for x in torch.linalg.eigh(looks.T @ looks / size**2))
+    rank = min(RANK, int((squares > 1e-5 * squares[0]).sum()))
+    squares, axes = squares[:rank], axes[:, :rank]
+    query = axes / size * squares.sqrt() / (squares + RIDGE)
+    photos = looks @ axes / size / squares.sqrt()
+    table = _table([captions[name] for name in names])
+    if not len(table[0]):
+        return None
+    return Reranker(mean, query.half(), photos.half(), *map(torch.from_numpy, table))
+
+
+def _table(captions: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, ...]:
+    """`grams` to `values` of a `Reranker`, from each photo's captions."""
+    owners, keys, levels, times = _terms([ids for group in captions for ids in group])
+    sizes = np.array([len(group) for group in captions])
+    photos = np.repeat(np.arange(len(sizes)), sizes)[owners]
+    grams, numbers = np.unique(keys, return_inverse=True)
+    entries, entry = np.unique(numbers * len(sizes) + photos, return_inverse=True)
+    frequencies = np.bincount(entries // len(sizes), minlength=len(grams))
+    inverse = np.log(len(sizes) / frequencies)
+    weights = times * inverse[numbers]
+    norms = np.sqrt(np.bincount(owners * MAX_N + levels, weights**2)).clip(min=1e-9)
+    shares = weights / norms[owners * MAX_N + levels] / sizes[photos]
+    values = np.bincount(entry, shares)
+    # What one photo's captions alone hold is promised by no other photo, and is half of all.
+    kept = frequencies > 1
+    several = kept[entries // len(sizes)]
+    starts = np.concatenate([[0], np.cumsum(frequencies[kept])])
+    places = (entries % len(sizes))[several].astype(np.int32)
+    return (
+        grams[kept],
+        inverse[kept].astype(np.float32),
+        starts,
+        places,
+        values[several].astype(np.float16),
+    )
+
+
+def _terms(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
+    """Each caption's different n-grams: which caption, a key, n - 1, and how often it is there.
+
+    A key is the n-gram's ids as the digits of a number, which wraps beyond 64 bits.
+    """
+    sizes = [len(ids) for ids in captions]
+    ids = np.fromiter((i for group in captions for i in group), np.int64, sum(sizes)) + 1
+    caption = np.repeat(np.arange(len(sizes)), sizes)
+    owners, keys, levels = [], [], []
+    key = np.zeros(len(ids) + 1, np.int64)
+    for level in range(MAX_N):
+        length = max(0, len(ids) - level)
+        key = key[:length] * 0x100003 + ids[level:]
+        whole = caption[:length] == caption[level:]
+        owners.append(caption[:length][whole])
+        keys.append(key[whole])
+        levels.append(np.full(whole.sum(), level))
+    owner, key, level = map(np.concatenate, (owners, keys, levels))
+    order = np.lexsort((key, owner))
+    owner, key, level = owner[order], key[order], level[order]
+    new = np.ones(len(key), bool)
+    new[1:] = (owner[1:] != owner[:-1]) | (key[1:] != key[:-1])
+    firsts = np.flatnonzero(new)
+    return owner[new], key[new], level[new], np.diff(np.append(firsts, len(key)))
