@@ -135,6 +135,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     _no_split_modules = ["Block"]
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"^reranker\."]  # the project's own way to choose
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__(config)

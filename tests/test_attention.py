@@ -261,7 +261,8 @@ def test_the_command_draws_captions_and_answers(joint, tmp_path):
     captioner = load_captioner(checkpoint)
     image = captioner.encoder.open(photo)
     grid, found = captioner.explain(image)
-    (same,) = generate(captioner.model, captioner.features([image]), captioner.options)
+    features, options = captioner.features([image]), captioner.options
+    (same,) = generate(captioner.model, features, options, None, captioner.reranker)
     assert [each.hypothesis.tokens for each in found] == [h.tokens for h in same]
     assert " ".join(word.word for word in found[0].words) == found[0].text
     assert (grid.rows, grid.columns, grid.first) == (4, 4, 1)

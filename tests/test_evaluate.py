@@ -62,7 +62,7 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     captions = json.loads(written.read_text())
     assert len(captions) == scores["images"] and all(map(str.strip, captions.values()))
     assert scores["length"] <= 2 and scores["options"]["max_length"] == 2
-    wrong = run(*flags, "--groups", 2)  # of 3 beams
+    wrong = run(*flags, "--groups", 3)  # of 10 beams
     assert wrong.returncode == 1 and "multiple of groups" in wrong.stderr
     too_long = run(*flags, "--max_length", 99)
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
