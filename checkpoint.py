@@ -171,9 +171,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if description["format"] > FORMAT:
             raise UserError(f"{path} was written by a newer version: update this project")
         tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
-        weights, held = content["model"], {}
-        for name in [name for name in weights if name.startswith(RERANKER)]:
-            held[name.removeprefix(RERANKER)] = weights.pop(name)
+        weights = content["model"]
+        held = [name for name in weights if name.startswith(RERANKER)]
+        held = {name.removeprefix(RERANKER): weights.pop(name) for name in held}
         model = _restore_model(description, weights)
         reranker = Reranker.restored(held, model.feature_width) if held else None
         if sorted(tokenizer.vocab.values()) != list(range(model.config.vocab_size)):

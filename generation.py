@@ -39,6 +39,11 @@ class Hypothesis:
     score: float
     ended: bool
 
+    @property
+    def ids(self) -> list[int]:
+        """The tokens, and END where it ended: what the model chose, one after the other."""
+        return self.tokens + [END_ID] * self.ended
+
 
 @torch.no_grad()  # not inference mode, in which autocast would convert the weights at each step
 def generate(
@@ -79,8 +84,12 @@ def generate(
                 "--rerank needs a checkpoint that holds what people said of the training photos, "
                 "as training with RERANK makes it: leave it out"
             )
-        captions = [len(prefix) == 1 for prefix in prefixes]
-        found = _reranked(found, captions, reranker, features, options.rerank)
+        weights = [options.rerank if len(prefix) == 1 else 0.0 for prefix in prefixes]
+        expected = reranker.expected(features, [[h.ids for h in group] for group in found])
+        found = [
+            [replace(h, score=h.score + weight * cider) for h, cider in zip(*each, strict=True)]
+            for weight, *each in zip(weights, found, expected, strict=True)
+        ]
     return [_ranked(group, options.beam_size) for group in found]
 
 
@@ -110,27 +119,6 @@ def generate_cached(
         with autocast(device, dtype):
             found = generate(model, features.to(device, torch.float32), options, part, reranker)
         yield from (group[0] for group in found)
-
-
-def _reranked(
-    found: list[list[Hypothesis]],
-    captions: list[bool],
-    reranker: Reranker,
-    features: Tensor,
-    weight: float,
-) -> list[list[Hypothesis]]:
-    """Hypotheses with the CIDEr they may expect in their scores, where they are `captions`."""
-    ids = [
-        [h.tokens + [END_ID] * h.ended for h in group] if caption else []
-        for group, caption in zip(found, captions, strict=True)
-    ]
-    return [
-        [
-            replace(h, score=h.score + weight * cider)
-            for h, cider in zip(group, ciders or [0.0] * len(group), strict=True)
-        ]
-        for group, ciders in zip(found, reranker.expected(features, ids), strict=True)
-    ]
 
 
 def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:

@@ -83,10 +83,7 @@ class Reranker:
         looks = (pool(features).cpu() - self.mean).numpy()
         query, photos = self._matrices
         shares = looks @ query @ photos.T
-        return [
-            self._expected(*each).tolist() if each[1] else []
-            for each in zip(shares, captions, strict=True)
-        ]
+        return [self._expected(*each).tolist() for each in zip(shares, captions, strict=True)]
 
     @functools.cached_property
     def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
@@ -100,8 +97,6 @@ class Reranker:
         known = grams[numbers] == keys
         rare = np.log(len(self.photos))  # what no caption holds, or one photo's alone
         weights = times * np.where(known, self.weights.numpy()[numbers], rare)
-        squares = np.bincount(owners * MAX_N + levels, weights**2, len(captions) * MAX_N)
-        norms = np.sqrt(squares).clip(min=1e-9)
         shared, which = np.unique(np.where(known, numbers, -1), return_inverse=True)
         promised = np.zeros(len(shared), np.float32)
         starts = self.starts.numpy()
@@ -109,7 +104,7 @@ class Reranker:
             if number >= 0:
                 part = slice(starts[number], starts[number + 1])
                 promised[place] = share[places[part]] @ values[part].astype(np.float32)
-        gains = weights * promised[which] / norms[owners * MAX_N + levels]
+        gains = _unit(owners, levels, weights) * promised[which]
         return 1000 / MAX_N * np.bincount(owners, gains, len(captions))
 
 
@@ -129,6 +124,9 @@ def fit_reranker(
         captions: each photo's, as ids with END.
     """
     names = [*captions][:: -(-len(captions) // MOST_PHOTOS)]
+    table = _table([captions[name] for name in names])
+    if not len(table[0]):
+        return None
     parts = [names[start : start + PHOTOS] for start in range(0, len(names), PHOTOS)]
     looks = torch.cat(
         [
@@ -144,9 +142,6 @@ def fit_reranker(
     squares, axes = squares[:rank], axes[:, :rank]
     query = axes / size * squares.sqrt() / (squares + RIDGE)
     photos = looks @ axes / size / squares.sqrt()
-    table = _table([captions[name] for name in names])
-    if not len(table[0]):
-        return None
     return Reranker(mean, query.half(), photos.half(), *map(torch.from_numpy, table))
 
 
@@ -159,10 +154,7 @@ def _table(captions: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, ...
     entries, entry = np.unique(numbers * len(sizes) + photos, return_inverse=True)
     frequencies = np.bincount(entries // len(sizes), minlength=len(grams))
     inverse = np.log(len(sizes) / frequencies)
-    weights = times * inverse[numbers]
-    norms = np.sqrt(np.bincount(owners * MAX_N + levels, weights**2)).clip(min=1e-9)
-    shares = weights / norms[owners * MAX_N + levels] / sizes[photos]
-    values = np.bincount(entry, shares)
+    values = np.bincount(entry, _unit(owners, levels, times * inverse[numbers]) / sizes[photos])
     # What one photo's captions alone hold is promised by no other photo, and is half of all.
     kept = frequencies > 1
     several = kept[entries // len(sizes)]
@@ -175,6 +167,12 @@ def _table(captions: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, ...
         places,
         values[several].astype(np.float16),
     )
+
+
+def _unit(owners: np.ndarray, levels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights of n-grams, with each caption's vector of each n brought to length 1."""
+    vectors = owners * MAX_N + levels
+    return weights / np.sqrt(np.bincount(vectors, weights**2)).clip(min=1e-9)[vectors]
 
 
 def _terms(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:

@@ -12,7 +12,7 @@ from generation import Hypothesis, generate
 from metrics import CiderD, tokenize
 from model import CaptionModel
 from options import GenerationOptions, parse_tasks
-from tokenizer import END, END_ID, START_ID, CaptionTokenizer
+from tokenizer import END, START_ID, CaptionTokenizer
 from utils import UserError
 
 
@@ -64,7 +64,7 @@ class Critic:
         """
         found = {}
         for name, beams in zip(names, generate(model, features.float(), self.options), strict=True):
-            ids = [[START_ID, *h.tokens] + [END_ID] * h.ended for h in beams]
+            ids = [[START_ID, *h.ids] for h in beams]
             rewards = self.rewards(name, beams)
             pairs = zip(advantages(rewards), ids, strict=True)
             scales = [gain / 100 for gain, caption in pairs for _ in caption[1:]]

@@ -38,7 +38,6 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from rerank import Reranker
 from run import (
     Run,
     Written,
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ended = train_epoch(run, data, report.ledger(), stop)
                 if ended:
                     scores, written = validate(run, data)
-                    run.reranker = fitted(run, data)
+                    run.reranker = team.on_rank0(lambda: data.reranker) if settings.RERANK else None
                     run.end_epoch(scores, written, learning_rate(run, data))
                 run.progress.seconds += time.monotonic() - started
                 if not ended:
@@ -345,11 +344,6 @@ def write(
     found = generate_cached(run.average, data.features, names, options, prefixes, dtype=run.dtype)
     said = run.team.gather([run.tokenizer.decode(each.tokens) for each in found])
     return [Written(*prompt, text) for prompt, text in zip(prompts, said, strict=True)]
-
-
-def fitted(run: Run, data: Data) -> Reranker | None:
-    """What chooses among the captions of a search, if that is wanted; the same in each epoch."""
-    return run.team.on_rank0(lambda: data.reranker) if run.settings.RERANK else None
 
 
 # --- Beginning and stopping -----------------------------------------------------------------
