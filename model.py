@@ -14,10 +14,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T`, without the logits of all tokens at once.
 
     A block of tokens at a time, the logits become probabilities and at once the gradient, while
-    they are in the processor's cache; only the gradients of `hidden` and `weight` are kept.
+    they are in the processor's cache; after some blocks it is multiplied to the gradients of
+    `hidden` and `weight`, which alone are kept.
     """
 
     BLOCK = 256  # tokens; their logits in fp32 take 10 MB at a vocabulary of 10,000
+    BLOCKS = 8  # whose gradients are multiplied at once, as sums over the whole `weight` are slow
+    ON_GPU = 8  # times as many tokens fill a GPU
     ROUND = 64  # the last block is padded to a multiple of this: few shapes, as in `ROW_MULTIPLE`
 
     @staticmethod
@@ -45,24 +48,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         more = -count % LinearCrossEntropy.ROUND
         hidden = F.pad(hidden, (0, 0, 0, more))
         targets, scales = F.pad(targets, (0, more)), F.pad(scales, (0, more))
-        for part, target, scale in zip(
-            *(x.split(LinearCrossEntropy.BLOCK) for x in (hidden, targets, scales)), strict=True
-        ):
-            log_p = F.linear(part, weight).float().log_softmax(-1)
-            chosen = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-            total -= (1 - smoothing) * chosen.dot(scale)
-            if smoothing:
-                total -= smoothing * log_p.mean(-1).dot(scale)
-            if not wanted:
-                continue
-            gradient = log_p.exp_().sub_(smoothing / weight.shape[0])
-            gradient.scatter_add_(
-                1, target.unsqueeze(1), gradient.new_full((len(target), 1), smoothing - 1)
-            ).mul_(scale.unsqueeze(1))
-            gradient = gradient.to(weight.dtype)
-            hidden_gradients.append(gradient @ weight)
-            share = gradient.T @ part
-            weight_gradient = share.float() if weight_gradient is None else weight_gradient + share
+        block = LinearCrossEntropy.BLOCK * (1 if kind == "cpu" else LinearCrossEntropy.ON_GPU)
+        several = block * LinearCrossEntropy.BLOCKS
+        for group in zip(*(x.split(several) for x in (hidden, targets, scales)), strict=True):
+            gradients = []
+            for part in zip(*(x.split(block) for x in group), strict=True):
+                loss, log_p = block_loss(weight, smoothing, *part)
+                total += loss
+                if wanted:
+                    gradients.append(block_gradient(log_p, smoothing, *part[1:]).to(weight.dtype))
+            if wanted:
+                gradient = torch.cat(gradients)
+                hidden_gradients.append(gradient @ weight)
+                share = (gradient.T @ group[0]).float()
+                weight_gradient = share if weight_gradient is None else weight_gradient.add_(share)
         if wanted:
             ctx.save_for_backward(torch.cat(hidden_gradients)[:count].to(given), weight_gradient)
         return total
@@ -71,6 +70,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * scale, weight_gradient * scale, None, None, None
+
+
+def block_loss(
+    weight: Tensor, smoothing: float, hidden: Tensor, targets: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of a block of tokens, a scalar, and its log-probabilities (tokens, vocab)."""
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    loss = (smoothing - 1) * log_p.gather(1, targets.unsqueeze(1)).squeeze(1).dot(scales)
+    if smoothing:
+        loss -= smoothing * log_p.mean(-1).dot(scales)
+    return loss, log_p
+
+
+def block_gradient(log_p: Tensor, smoothing: float, targets: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of `block_loss` by the logits (tokens, vocab), in the place of `log_p`."""
+    gradient = log_p.exp_().sub_(smoothing / log_p.shape[1])
+    chosen = gradient.new_full((len(targets), 1), smoothing - 1)
+    return gradient.scatter_add_(1, targets.unsqueeze(1), chosen).mul_(scales.unsqueeze(1))
 
 
 class CaptionModel(nn.Module):
