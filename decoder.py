@@ -56,9 +56,11 @@ class KeyValueCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        """Keep only these rows; of the room beyond what was seen nothing is copied."""
+        for parts in (self.keys, self.values):
+            for layer, part in enumerate(parts):
+                parts[layer] = part.new_empty(len(rows), *part.shape[1:])
+                parts[layer][:, :, : self.seen] = part[:, :, : self.seen][rows]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
