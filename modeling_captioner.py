@@ -11,6 +11,7 @@ imported by nothing in it. The layers have the names that they have in the weigh
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,12 +44,15 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
         num_attention_heads: int = 8,
         ff_dim: int = 2048,
         max_position_embeddings: int = 100,
+        rerank: float = 0.0,
+        reranker: dict[str, int] | None = None,
         **others: Any,
     ):
         self.tower, self.layers, self.feature_width = tower, layers, feature_width
         self.vocab_size, self.hidden_size, self.ff_dim = vocab_size, hidden_size, ff_dim
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.max_position_embeddings = max_position_embeddings
+        self.rerank, self.reranker = rerank, reranker
         for key in ("encoder", "decoder", "hidden_act", "activation_function"):
             others.pop(key, None)  # there to make other classes refuse these weights
         super().__init__(**others)
@@ -123,6 +127,66 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)
 
 
+class Reranker(nn.Module):
+    """The CIDEr that a photo's look promises captions, by what people said of training photos.
+
+    A ridge regression from features to the n-grams of people's captions, weighted by TF-IDF.
+    """
+
+    def __init__(self, feature_width: int, photos: int, rank: int, grams: int, entries: int):
+        super().__init__()
+        looks, half, whole = 2 * feature_width, torch.float16, torch.int64
+        shapes = {
+            "mean": ((looks,), torch.float32),
+            "query": ((looks, rank), half),
+            "photos": ((photos, rank), half),
+            "grams": ((grams,), whole),  # keys of n-grams, ascending
+            "weights": ((grams,), torch.float32),  # their inverse document frequencies
+            "starts": ((grams + 1,), whole),  # of each one's places and values
+            "places": ((entries,), torch.int32),  # the photos whose captions hold it
+            "values": ((entries,), half),  # and its share of them
+        }
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    def forward(self, features: Tensor, captions: list[list[list[int]]]) -> list[list[float]]:
+        """Features (photos, patches, width), each photo's captions as ids -> CIDEr times 100."""
+        features = features.float()
+        looks = torch.stack([features[:, 0], features.mean(1)], dim=1)
+        looks = F.normalize(looks, dim=2).flatten(1) - self.mean.float()
+        shares = looks @ self.query.float() @ self.photos.float().T
+        return [
+            [self.promised(share, Counter(n_grams(ids))) for ids in group]
+            for share, group in zip(shares, captions, strict=True)
+        ]
+
+    def promised(self, share: Tensor, grams: Counter[tuple[int, int]]) -> float:
+        lengths, sums = [1e-18] * 4, [0.0] * 4
+        for (n, key), times in grams.items():
+            place = int(torch.searchsorted(self.grams, key).clamp(max=len(self.grams) - 1))
+            known = int(self.grams[place]) == key
+            # What no caption holds is as rare as what one photo's alone hold.
+            rare = self.weights[place] if known else torch.tensor(len(self.photos)).log()
+            weight = times * float(rare)
+            lengths[n] += weight**2
+            if known:
+                part = slice(*self.starts[place : place + 2].tolist())
+                said = share[self.places[part].long()] @ self.values[part].float()
+                sums[n] += weight * float(said)
+        return 250 * sum(total / length**0.5 for total, length in zip(sums, lengths, strict=True))
+
+
+def n_grams(ids: list[int]) -> list[tuple[int, int]]:
+    """(n - 1, key) of each n-gram of up to four ids; a key wraps beyond 64 bits."""
+    found = []
+    for start in range(len(ids)):
+        key = 0
+        for n, token in enumerate(ids[start : start + 4]):
+            key = (key * 0x100003 + token + 1 + 2**63) % 2**64 - 2**63
+            found.append((n, key))
+    return found
+
+
 class NoTokenTwice:
     """Forbids a token right after itself, which `no_repeat_ngram_size` alone allows."""
 
@@ -135,7 +199,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     _no_split_modules = ["Block"]
     _supports_sdpa = True
-    _keys_to_ignore_on_load_unexpected = [r"^reranker\."]  # the project's own way to choose
+    _keys_to_ignore_on_load_unexpected = [r"^reranker\."]  # where the configuration has none
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__(config)
@@ -148,6 +212,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         self.project = nn.Linear(config.feature_width, config.hidden_size)
         self.memory_norm = nn.LayerNorm(config.hidden_size)
         self.decoder = Decoder(config)
+        held = config.reranker
+        self.reranker = Reranker(config.feature_width, **held) if held else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -178,16 +244,19 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.token_embedding
 
-    def memory(self, pixel_values: Tensor) -> Tensor:
-        """(photos, 3, height, width) -> keys and values (photos, layers, patches, 2 width)."""
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """(photos, 3, height, width) -> what the encoder says (photos, patches, feature_width)."""
         if pixel_values is None:
             raise ValueError("give pixel_values: without a photo there is nothing to write about")
         deep = list(self.config.layers) != [-1]
         output = self.tower(pixel_values=pixel_values, output_hidden_states=deep)
         last, hidden = output.last_hidden_state, output.hidden_states
         features = [last if i == -1 else hidden[i] for i in self.config.layers]
-        features = self.feature_norm(torch.cat(features, dim=-1))
-        memory = self.memory_norm(self.project(features))
+        return torch.cat(features, dim=-1)
+
+    def memory(self, features: Tensor) -> Tensor:
+        """Features -> each layer's keys and values (photos, layers, patches, 2 width)."""
+        memory = self.memory_norm(self.project(self.feature_norm(features)))
         return torch.stack([block.cross_kv(memory) for block in self.decoder.blocks], dim=1)
 
     def forward(
@@ -199,7 +268,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         past_key_values=None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        memory = self.memory(pixel_values) if memory is None else memory
+        memory = self.memory(self.features(pixel_values)) if memory is None else memory
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = input_ids.shape[1]
         if attention_mask is None:
@@ -219,8 +288,13 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):
-        """Captions, or answers after a question; the photo passes the encoder once."""
-        memory = self.memory(pixel_values)
+        """Captions, or answers after a question; the photo passes the encoder once.
+
+        Captions that a beam search finds are ordered by their score and, `config.rerank` times,
+        the CIDEr that the photo promises them.
+        """
+        features = self.features(pixel_values)
+        memory = self.memory(features)
         if input_ids is None:
             start = self.generation_config.bos_token_id
             input_ids = torch.full((len(memory), 1), start, device=memory.device)
@@ -233,4 +307,36 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         if options.get("no_repeat_ngram_size", settings.no_repeat_ngram_size):
             rules = options.get("logits_processor") or LogitsProcessorList()
             options["logits_processor"] = LogitsProcessorList([*rules, NoTokenTwice()])
-        return super().generate(input_ids, memory=memory, **options)
+        beams = options.get("num_beams", settings.num_beams) or 1
+        sampled = options.get("do_sample", settings.do_sample)
+        if self.reranker is None or not self.config.rerank or beams == 1 or sampled:
+            return super().generate(input_ids, memory=memory, **options)
+        wanted = options.pop("num_return_sequences", settings.num_return_sequences) or 1
+        whole = options.pop("return_dict_in_generate", settings.return_dict_in_generate)
+        options |= {"num_return_sequences": beams, "return_dict_in_generate": True}
+        found = super().generate(input_ids, memory=memory, **options | {"output_scores": True})
+        order = self.best_first(features, input_ids, found).view(-1, beams)[:, :wanted].flatten()
+        for name in ("sequences", "sequences_scores", "beam_indices"):
+            found[name] = found[name][order]
+        return found if whole else found.sequences
+
+    def best_first(self, features: Tensor, input_ids: Tensor, found) -> Tensor:
+        """Each photo's sequences in their new order, as indices; `sequences_scores` are raised.
+
+        Answers, whose prompt is more than one token, stay in theirs.
+        """
+        photos, (pad, end) = len(features), (self.config.pad_token_id, self.config.eos_token_id)
+        scores = found.sequences_scores.view(photos, -1)
+        captions = []
+        for ids in found.sequences[:, input_ids.shape[1] :].tolist():
+            ids = ids[: ids.index(end) + 1] if end in ids else [i for i in ids if i != pad]
+            captions.append(ids)
+        groups = [
+            captions[i : i + scores.shape[1]] for i in range(0, len(captions), scores.shape[1])
+        ]
+        promised = scores.new_tensor(self.reranker(features, groups))
+        plain = (input_ids != pad).sum(1, keepdim=True) == 1
+        scores = scores + torch.where(plain, self.config.rerank * promised, 0.0)
+        found["sequences_scores"] = scores.flatten()
+        best = scores.sort(dim=1, descending=True, stable=True).indices
+        return best + torch.arange(0, scores.numel(), scores.shape[1], device=best.device)[:, None]

@@ -63,6 +63,10 @@ def repository_files(
     # own configuration and give random weights, stumble over these.
     config |= dict.fromkeys(("hidden_act", "activation_function"), TRUST)
     config |= {part: {"model_type": TRUST} for part in ("encoder", "decoder")}
+    if held := checkpoint.reranker:
+        sizes = (*held.photos.shape, len(held.grams), len(held.places))
+        config["reranker"] = dict(zip(("photos", "rank", "grams", "entries"), sizes, strict=True))
+        config["rerank"] = options.rerank
     ours = {
         "processor_class": "VisionCaptionerProcessor",
         "auto_map": {"AutoProcessor": f"{CODE.stem}.VisionCaptionerProcessor"},

@@ -51,7 +51,7 @@ from run import (
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
-from utils import UserError, run_script, sole_user
+from utils import UserError, release_memory, run_script, sole_user
 
 # --- The whole run --------------------------------------------------------------------------
 
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run.save_training({})
                     return report.stopped()
                 report.epoch(run.save(scores), written)
+                release_memory()
             return report.finished()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from checkpoint import load_checkpoint
 from encoder import FrozenEncoder
@@ -294,6 +295,36 @@ def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path, asked)
     )
     assert len(set(ours)) > 1
     assert elsewhere(folder, tmp_path, asked, photos) == [ours, ours[0]]
+
+
+def test_beams_are_reranked_there_as_here(folder, joint):
+    """By what is expected of each, captions and not answers, however many are asked for."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    checkpoint = load_checkpoint(joint / "captioner_best_cider.safetensors")
+    photos = [Image.open(path) for path in sorted((joint / "images").iterdir())[:2]]
+    asked = processor(images=photos, text=["", "What color is the square?"])
+    with torch.no_grad():
+        features = model.features(asked["pixel_values"])
+
+    def beams(rerank: float, count: int):
+        model.config.rerank = rerank
+        how = {"num_beams": 5, "num_return_sequences": count, "output_scores": True}
+        found = model.generate(**asked, **how, return_dict_in_generate=True)
+        texts = [ids[asked["input_ids"].shape[1] :] for ids in found.sequences.tolist()]
+        texts = [ids[: ids.index(2) + 1] if 2 in ids else ids for ids in texts]
+        return texts, found.sequences_scores
+
+    texts, scores = beams(0.0, 5)
+    expected = checkpoint.reranker.expected(features[:1], [texts[:5]])[0]
+    assert len({round(each) for each in expected}) > 1
+    raised = scores[:5] + 100 * torch.tensor(expected)
+    again, ranked = beams(100.0, 5)
+    order = raised.argsort(descending=True).tolist()
+    assert again[:5] == [texts[i] for i in order] != texts[:5]
+    torch.testing.assert_close(ranked[:5], raised[order], rtol=1e-3, atol=1e-2)
+    assert again[5:] == texts[5:] and torch.equal(ranked[5:], scores[5:])
+    assert beams(100.0, 1)[0] == [again[0], again[5]]
 
 
 @pytest.mark.parametrize("kind", ["VisionEncoderDecoderModel", "ViTModel", "GPT2LMHeadModel"])

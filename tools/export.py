@@ -46,7 +46,7 @@ def to_transformers(
     files = repository_files(
         checkpoint, encoder.for_others(weights), encoder.processor.to_json_string()
     )
-    tensors = dict(checkpoint.model.state_dict())
+    tensors = checkpoint.tensors()
     if weights:
         tensors |= {f"tower.{name}": x for name, x in encoder.tower.state_dict().items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
