@@ -69,7 +69,7 @@ class Captions:
         name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
         # Where the photo lay on somebody's disk: `match_names` looks for its last part.
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
-        check_name(Path(str(where)), name)
+        check_name(where, name)
         for text in itertools.chain.from_iterable(map(_listed, captions)):
             whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
@@ -92,6 +92,8 @@ class Captions:
 
 def _listed(text: str) -> list[str]:
     """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    if not text.lstrip().startswith("["):
+        return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
     for read in (json.loads, ast.literal_eval) if re.match(r"\[\s*['\"]", commas) else ():
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -103,7 +105,7 @@ def _listed(text: str) -> list[str]:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean; without its semicolon `&not` is no such sign."""
-    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
+    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text) if "&" in text else text
 
 
 def has_word(text: str) -> bool:

@@ -203,7 +203,5 @@ def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
     add_device_flags(parser)
     add("--compile", action="store_true", help="torch.compile our decoder")
-    text = "the same as --only scaling"
-    add("--scaling", dest="only", action="store_const", const="scaling", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

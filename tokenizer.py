@@ -109,12 +109,15 @@ class CaptionTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, normalised, without special tokens."""
-        rows = []
-        for start in range(0, len(texts), 1000):  # the library's results take much room
-            part = [normalize(text) for text in texts[start : start + 1000]]
+        # No merge crosses a space, so that each word is encoded once, however often it is there.
+        rows = [normalize(text).split() for text in texts]
+        words = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+        ids: dict[str, list[int]] = {}
+        for start in range(0, len(words), 1000):  # the library's results take much room
+            part = words[start : start + 1000]
             encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
-            rows += [encoding.ids for encoding in encodings]
-        return rows
+            ids |= {word: each.ids for word, each in zip(part, encodings, strict=True)}
+        return [[i for word in row for i in ids[word]] for row in rows]
 
     def prefixes(self, questions: Sequence[str], max_length: int) -> list[list[int]]:
         """What a text follows: `[START]`, where there is a question `[START, question, ANSWER]`.

@@ -2,7 +2,7 @@
 
     python -m tools.benchmark                 # everything, about ten minutes on two cores
     python -m tools.benchmark --only train    # one part
-    python -m tools.benchmark --scaling       # several processes beside one, under torchrun
+    python -m tools.benchmark --only scaling  # several processes beside one, under torchrun
 
 The rival is `VisionEncoderDecoderModel` (ViT-B/16 and a GPT-2-shaped decoder of our default size)
 in the plain PyTorch loop of its documentation. Weights are random and photos synthetic: neither
