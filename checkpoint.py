@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
@@ -207,15 +206,6 @@ def _typed(kind: type[T], values: dict[str, Any]) -> T:
     return made
 
 
-class _NoDraws(TorchFunctionMode):
-    """Leaves out drawing first weights: without storage torch would load its compiler for it."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
-
-
 def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
     config = _typed(DecoderConfig, description["decoder"])
     if config.layers > len(weights):  # each would be built, for nothing
@@ -226,7 +216,7 @@ def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> C
     if other:
         raise TypeError(f"weights in {other.pop()}")
     # Without storage of its own, the model takes no RAM before the shapes are known to fit.
-    with torch.device("meta"), _NoDraws():
+    with torch.device("meta"):
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True).eval()
