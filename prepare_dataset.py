@@ -29,6 +29,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
+from tqdm import tqdm
+
 from archive import (
     CAPTION_FILES,
     MAX_ENTRY_BYTES,
@@ -66,6 +68,7 @@ from download import download
 from encoder import PHOTO_SUFFIXES
 from features import check_bad
 from options import SPLITS, parse_tasks
+from parquet import read_parquet
 from shards import say_samples
 from tars import expand_shards, read_shard
 from utils import (
@@ -294,6 +297,29 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     write_marker(paths, label, photo_sizes(paths.images))
 
 
+def unpack_parquet(paths: DataPaths) -> bool:
+    """Make photos and captions.json of the parquet files in DATA_DIR; is there something?
+
+    Photos or captions that were there before are the user's own, and are used as they are.
+    """
+    files = sorted(paths.data_dir.rglob("*.parquet"))
+    sizes = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
+    label, marker = f"parquet {sizes}", read_marker(paths)
+    begun = marker and marker["dataset"].startswith("parquet ")
+    own = not begun and (paths.captions.exists() or paths.images.is_dir())
+    if not files or own or (marker and marker["dataset"] == label and marker["photos"]):
+        return paths.images.is_dir()
+    write_marker(paths, label, {})
+    captions: dict[str, list[str]] = {}
+    for name, photo, texts in tqdm(read_parquet(files), desc="unpacking", disable=None):
+        write_file(paths.images / name, photo)
+        captions[name] = texts or [""]
+    print(f"{len(captions):,} photos of {len(files)} parquet files are in {paths.images}")
+    write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+    write_marker(paths, label, photo_sizes(paths.images))
+    return True
+
+
 # --- Splits ---------------------------------------------------------------------------------
 
 
@@ -376,7 +402,7 @@ def prepare(
         if settings.DATASET != "custom" or settings.archive:
             urls = sources.get(settings.DATASET, ())
             ensure_photos(paths, settings.DATASET, urls, settings.archive)
-        elif not paths.images.is_dir():
+        elif not unpack_parquet(paths):
             raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):

@@ -18,7 +18,7 @@ ORDER = """
     utils options device tokenizer metrics encoder decoder distributed features dataset
     captions_file download tars shards model modeling_captioner attention rerank generation
     self_critical corpus checkpoint standalone hub tracking run report sidecar check_data
-    archive commands prepare_dataset train evaluate inference tools.app tools.onnx_graph
+    archive parquet commands prepare_dataset train evaluate inference tools.app tools.onnx_graph
     tools.export tools.rivals tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
@@ -135,7 +135,7 @@ def test_pages_name_what_exists(page):
     blocks = "\n".join(re.findall(r"```.*?```", text, re.S))
     # Other programs have flags of their own.
     blocks = re.sub(r"\btorchrun .*?(?=\w+\.py)", "", blocks, flags=re.S)
-    blocks = re.sub(r"^(?:img2dataset|curl|conda|pip) (?:.*\\\n)*.*$", "", blocks, flags=re.M)
+    blocks = re.sub(r"^(?:img2dataset|curl|conda|pip|hf) (?:.*\\\n)*.*$", "", blocks, flags=re.M)
     flags = set(re.findall(r"(?<=\s)--([a-z_-]+)", blocks))
     known = {name.lower() for name in constants(config)}
     files = [

@@ -1,0 +1,81 @@
+"""Photos with captions out of parquet files, the form in which data sets lie on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from archive import MAX_UNPACKED_RATIO
+from captions_file import CAPTION_KEYS, NUMBERED, is_photo
+from utils import UserError, first_line, require_extra, size_text
+
+
+def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]]:
+    """Each photo's name, its file's content, and its captions; what has no photo is left out.
+
+    Photos stand in a column of bytes, or of `{"bytes": ..., "path": ...}` as the library
+    `datasets` writes it; captions in one that is called as in tables, or in `caption_0` and so on.
+    """
+    pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
+    taken: set[str] = set()
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as table:
+                photo, captions = _columns(file, table.schema_arrow)
+                groups = map(table.metadata.row_group, range(table.num_row_groups))
+                _check_size(file, sum(group.total_byte_size for group in groups))
+                unpacked = 0
+                for part in table.iter_batches(batch_size=8, columns=[photo, *captions]):
+                    unpacked += part.nbytes  # what repeats itself is in the file once
+                    _check_size(file, unpacked)
+                    for row in part.to_pylist():
+                        image = row[photo]
+                        image = image if isinstance(image, dict) else {"bytes": image}
+                        if content := image["bytes"]:
+                            yield _name(image.get("path"), taken), content, _texts(row, captions)
+        except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
+            raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
+
+
+def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
+    """The column of photos, and those of their captions."""
+    kinds = {field.name: str(field.type) for field in schema}
+    photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
+    captions = [n for key in CAPTION_KEYS for n in kinds if n.lower() == key][:1]
+    captions = captions or [n for n in kinds if NUMBERED.fullmatch(n.lower())]
+    if not photos or not captions:
+        raise UserError(
+            f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
+            f"captions in one of {', '.join(CAPTION_KEYS)}"
+        )
+    return photos[0], captions
+
+
+def _check_size(file: Path, unpacked: int) -> None:
+    """Refuse what unpacks to far more than it holds."""
+    packed = file.stat().st_size
+    if unpacked > MAX_UNPACKED_RATIO * packed:
+        raise UserError(
+            f"{file} of {size_text(packed)} would unpack to {size_text(unpacked)}: that is no "
+            "collection of photos"
+        )
+
+
+def _name(path: str | None, taken: set[str]) -> str:
+    """The photo's own name, or a number where it has none or another photo has it."""
+    name = os.path.basename((path or "").replace("\\", "/"))
+    if not is_photo(name) or name.startswith(".") or name.lower() in taken:
+        name = f"{len(taken):06d}.jpg"
+    taken.add(name.lower())
+    return name
+
+
+def _texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """A row's captions: texts, lists of them, or of objects as Karpathy's sentences."""
+    found: list[Any] = []
+    for column in columns:
+        found += row[column] if isinstance(row[column], list) else [row[column]]
+    found = [x.get("raw") or x.get("caption") if isinstance(x, dict) else x for x in found]
+    return [text for text in found if isinstance(text, str)]

@@ -1,0 +1,140 @@
+"""Data sets in parquet files, as they lie on the Hub: unpacked once, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import prepare_dataset
+from dataset import load_captions
+from parquet import read_parquet
+from tests.conftest import REPO, run
+from utils import UserError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def photo(shade: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (16, 12), (shade, 0, 0)).save(content, "JPEG")
+    return content.getvalue()
+
+
+def write(path: Path, columns: dict[str, list]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=33, compression="zstd")
+    return path
+
+
+def images(count: int, named: bool = True) -> list[dict]:
+    return [{"bytes": photo(i), "path": f"x/{i}.jpg" if named else None} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        ({"image": images(2), "caption": [["A dog", "Two dogs"], ["b"]]}, ["A dog", "Two dogs"]),
+        ({"image": images(2), "text": ["A dog", "b"], "id": [1, 2]}, ["A dog"]),
+        (
+            {"img": [photo(0), photo(1)], "caption_0": ["A", "b"], "caption_1": ["B", "c"]},
+            ["A", "B"],
+        ),
+        ({"image": images(2), "sentences": [[{"raw": "A dog"}], [{"raw": "b"}]]}, ["A dog"]),
+    ],
+)
+def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts):
+    found = list(read_parquet([write(tmp_path / "a.parquet", columns)]))
+    assert [content for _, content, _ in found] == [photo(0), photo(1)]
+    assert found[0][2] == texts
+    names = ["000000.jpg", "000001.jpg"] if "img" in columns else ["0.jpg", "1.jpg"]
+    assert [name for name, _, _ in found] == names
+
+
+def test_two_photos_of_one_name_stay_two(tmp_path):
+    files = [
+        write(tmp_path / f"{i}.parquet", {"image": images(2), "caption": [f"a{i}", f"b{i}"]})
+        for i in range(2)
+    ]
+    found = {name: texts for name, _, texts in read_parquet(files)}
+    assert found == {"0.jpg": ["a0"], "1.jpg": ["b0"], "000002.jpg": ["a1"], "000003.jpg": ["b1"]}
+
+
+@pytest.mark.fault(count=5)
+def test_what_is_no_data_set_of_photos_is_refused_in_a_line(tmp_path, monkeypatch):
+    plain = write(tmp_path / "plain.parquet", {"caption": ["a"], "label": [3]})
+    whole = write(tmp_path / "whole.parquet", {"image": images(9), "caption": ["a"] * 9})
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(whole.read_bytes()[:-9])
+    zeros = [{"bytes": bytes(2**20) + photo(i), "path": None} for i in range(99)]
+    bombs = [
+        write(tmp_path / f"bomb{i}.parquet", {"image": each, "caption": ["a"] * 99})
+        for i, each in enumerate((zeros, zeros[:1] * 99))
+    ]
+    for file, says in (
+        (plain, "has the columns caption, label: it needs one with the photos' bytes"),
+        (cut, "can't be read as parquet"),
+        *((bomb, "that is no collection of photos") for bomb in bombs),
+    ):
+        with pytest.raises(UserError, match=says):
+            list(read_parquet([file]))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install -r requirements-parquet.txt"):
+        list(read_parquet([whole]))
+
+
+FLAGS = ["--dataset", "custom", "--split", "ratio", "--data_dir"]
+
+
+def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):
+    columns = {"image": images(40), "caption": [[f"photo {i}", "a red one"] for i in range(40)]}
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", columns)
+    first = run("prepare_dataset.py", *FLAGS, tmp_path, "--check")
+    assert first.returncode == 0, first.stderr
+    assert "40 photos of 1 parquet files are in" in first.stdout
+    captions = load_captions(tmp_path / "captions.json")
+    assert captions["7.jpg"] == ["photo 7", "a red one"] and len(captions) == 40
+    assert (tmp_path / "images" / "7.jpg").read_bytes() == photo(7)
+    again = run("prepare_dataset.py", *FLAGS, tmp_path)
+    assert again.returncode == 0 and "parquet" not in again.stdout
+    (tmp_path / "images" / "mine.jpg").write_bytes(photo(99))
+    assert run("prepare_dataset.py", *FLAGS, tmp_path).returncode == 0
+
+
+@pytest.mark.fault
+def test_killed_while_unpacking_it_begins_anew(tmp_path):
+    write(tmp_path / "a.parquet", {"image": images(30), "caption": ["a red one"] * 30})
+    code = (
+        "import os, signal, prepare_dataset\n"
+        "write, count = prepare_dataset.write_file, []\n"
+        "def stop(*args):\n"
+        "    count.append(0)\n"
+        f"    len(count) < 12 or os.kill(os.getpid(), {signal.SIGKILL.value})\n"
+        "    write(*args)\n"
+        "prepare_dataset.write_file = stop\n"
+        f"prepare_dataset.main({[*FLAGS, str(tmp_path)]!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=REPO)
+    assert killed.returncode == -signal.SIGKILL
+    assert 0 < len(list((tmp_path / "images").iterdir())) < 30
+    assert run("prepare_dataset.py", *FLAGS, tmp_path).returncode == 0
+    assert len(list((tmp_path / "images").glob("*.jpg"))) == 30
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 30
+
+
+def test_photos_of_ones_own_are_left_alone(tmp_path):
+    write(tmp_path / "a.parquet", {"image": images(3), "caption": ["a"] * 3})
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        (tmp_path / "images" / f"my{i}.jpg").write_bytes(photo(i))
+    (tmp_path / "captions.txt").write_text("my0.jpg,mine\nmy1.jpg,mine too\n")
+    prepare_dataset.main([*FLAGS, str(tmp_path)])
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["my0.jpg", "my1.jpg"]
