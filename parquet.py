@@ -66,8 +66,9 @@ def _check_size(file: Path, unpacked: int) -> None:
 def _name(path: str | None, taken: set[str]) -> str:
     """The photo's own name, or a number where it has none or another photo has it."""
     name = os.path.basename((path or "").replace("\\", "/"))
-    if not is_photo(name) or name.startswith(".") or name.lower() in taken:
-        name = f"{len(taken):06d}.jpg"
+    number = len(taken)
+    while not is_photo(name) or name.startswith(".") or name.lower() in taken:
+        name, number = f"{number:06d}.jpg", number + 1
     taken.add(name.lower())
     return name
 
