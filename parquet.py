@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _check_size(file: Path, unpacked: int) -> None:
 
 def _name(path: str | None, taken: set[str]) -> str:
     """The photo's own name, or a number where it has none or another photo has it."""
-    name = os.path.basename((path or "").replace("\\", "/"))
+    name = re.sub(r"[^\w.-]", "_", os.path.basename((path or "").replace("\\", "/")))[-60:]
     number = len(taken)
     while not is_photo(name) or name.startswith(".") or name.lower() in taken:
         name, number = f"{number:06d}.jpg", number + 1

@@ -59,9 +59,13 @@ def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts
 
 
 def test_photos_without_a_name_get_one_that_no_other_has(tmp_path):
-    pictures = [{"bytes": photo(i), "path": path} for i, path in enumerate(("000001.jpg", None))]
-    file = write(tmp_path / "a.parquet", {"image": pictures, "caption": ["a", "b"]})
-    assert [name for name, _, _ in read_parquet([file])] == ["000001.jpg", "000002.jpg"]
+    pictures = [
+        {"bytes": photo(i), "path": path}
+        for i, path in enumerate(("000001.jpg", None, "a\0b:.png", "é" * 300 + ".jpg"))
+    ]
+    file = write(tmp_path / "a.parquet", {"image": pictures, "caption": list("abcd")})
+    names = [name for name, _, _ in read_parquet([file])]
+    assert names == ["000001.jpg", "000002.jpg", "a_b_.png", "é" * 56 + ".jpg"]
 
 
 def test_two_photos_of_one_name_stay_two(tmp_path):
