@@ -82,6 +82,16 @@ def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
         raise DamagedArchive(f"{name} can't be read as a zip file ({error})") from None
 
 
+def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0) -> None:
+    """Refuse a source that unpacks to far more bytes than it has, or to a file too `largest`."""
+    if largest > MAX_ENTRY_BYTES or unpacked > MAX_UNPACKED_RATIO * packed:
+        file = f", its largest file to {size_text(largest)}" if largest else ""
+        raise UserError(
+            f"{source} of {size_text(packed)} would unpack to {size_text(unpacked)}{file}: that is "
+            "no collection of photos"
+        )
+
+
 def select_entries(
     archive: zipfile.ZipFile, packed: int, known: Container[str] = ()
 ) -> dict[str, zipfile.ZipInfo]:
@@ -118,11 +128,7 @@ def select_entries(
         entries[key] = names[name] = info
     unpacked = sum(info.file_size for info in entries.values())
     largest = max((info.file_size for info in entries.values()), default=0)
-    if largest > MAX_ENTRY_BYTES or unpacked > MAX_UNPACKED_RATIO * packed:
-        raise UserError(
-            f"the archive of {size_text(packed)} would unpack to {size_text(unpacked)}, its "
-            f"largest file to {size_text(largest)}: that is no collection of photos"
-        )
+    check_unpacked("the archive", packed, unpacked, largest)
     return names
 
 

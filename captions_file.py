@@ -92,10 +92,10 @@ class Captions:
 
 def _listed(text: str) -> list[str]:
     """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not text.lstrip().startswith("["):
+    if not re.match(r"\s*\[\s*['\"]", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    for read in (json.loads, ast.literal_eval) if re.match(r"\[\s*['\"]", commas) else ():
+    for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             texts = read(text if read is json.loads else commas)
             if all(isinstance(each, str) for each in texts):
@@ -105,7 +105,7 @@ def _listed(text: str) -> list[str]:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean; without its semicolon `&not` is no such sign."""
-    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text) if "&" in text else text
+    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
 
 
 def has_word(text: str) -> bool:
@@ -226,6 +226,12 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
 # --- Tables ---------------------------------------------------------------------------------
 
 
+def caption_columns(names: Sequence[str]) -> list[int]:
+    """Which of these columns hold captions: one with a usual name, or those that are numbered."""
+    usual = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key][:1]
+    return usual or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
+
+
 def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
@@ -243,8 +249,7 @@ def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
     except csv.Error as error:
         raise UserError(f"{path}, line {number}: {error}") from None
     photo = next((i for key in NAME_KEYS for i, name in enumerate(names) if name == key), None)
-    captions = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key][:1]
-    captions = captions or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
+    captions = caption_columns(names)
     if photo is None and not captions and any(is_photo(_plain(name)) for name in names):
         start, second = 0, _field(_field(first, delimiter)[1], delimiter)
         numbered = second[0].isdigit() and second[1] != "" and delimiter != " "

@@ -314,27 +314,30 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         wanted = options.pop("num_return_sequences", settings.num_return_sequences) or 1
         whole = options.pop("return_dict_in_generate", settings.return_dict_in_generate)
         options |= {"num_return_sequences": beams, "return_dict_in_generate": True}
-        found = super().generate(input_ids, memory=memory, **options | {"output_scores": True})
-        order = self.best_first(features, input_ids, found).view(-1, beams)[:, :wanted].flatten()
+        options["output_scores"] = True
+        found = super().generate(input_ids, memory=memory, **options)
+        order = self.best_first(features, input_ids, found)[:, :wanted].flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):
             found[name] = found[name][order]
         return found if whole else found.sequences
 
     def best_first(self, features: Tensor, input_ids: Tensor, found) -> Tensor:
-        """Each photo's sequences in their new order, as indices; `sequences_scores` are raised.
+        """Each photo's sequences in their new order, as indices (photos, beams);
+        `sequences_scores` are raised.
 
         Answers, whose prompt is more than one token, stay in theirs.
         """
         photos, (pad, end) = len(features), (self.config.pad_token_id, self.config.eos_token_id)
         scores = found.sequences_scores.view(photos, -1)
-        captions = []
-        for ids in found.sequences[:, input_ids.shape[1] :].tolist():
-            ids = ids[: ids.index(end) + 1] if end in ids else [i for i in ids if i != pad]
-            captions.append(ids)
-        groups = [
-            captions[i : i + scores.shape[1]] for i in range(0, len(captions), scores.shape[1])
+        written = found.sequences[:, input_ids.shape[1] :].unflatten(0, scores.shape).tolist()
+        captions = [
+            [
+                ids[: ids.index(end) + 1] if end in ids else [i for i in ids if i != pad]
+                for ids in group
+            ]
+            for group in written
         ]
-        promised = scores.new_tensor(self.reranker(features, groups))
+        promised = scores.new_tensor(self.reranker(features, captions))
         plain = (input_ids != pad).sum(1, keepdim=True) == 1
         scores = scores + torch.where(plain, self.config.rerank * promised, 0.0)
         found["sequences_scores"] = scores.flatten()

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from archive import MAX_UNPACKED_RATIO
-from captions_file import CAPTION_KEYS, NUMBERED, is_photo
-from utils import UserError, first_line, require_extra, size_text
+from archive import check_unpacked
+from captions_file import CAPTION_KEYS, caption_columns, is_photo
+from utils import UserError, first_line, require_extra
 
 
 def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]]:
@@ -26,11 +26,11 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
             with pq.ParquetFile(file) as table:
                 photo, captions = _columns(file, table.schema_arrow)
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
-                _check_size(file, sum(group.total_byte_size for group in groups))
-                unpacked = 0
+                packed, unpacked = file.stat().st_size, 0
+                check_unpacked(file, packed, sum(group.total_byte_size for group in groups))
                 for part in table.iter_batches(batch_size=8, columns=[photo, *captions]):
                     unpacked += part.nbytes  # what repeats itself is in the file once
-                    _check_size(file, unpacked)
+                    check_unpacked(file, packed, unpacked)
                     for row in part.to_pylist():
                         image = row[photo]
                         image = image if isinstance(image, dict) else {"bytes": image}
@@ -44,24 +44,14 @@ def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
     """The column of photos, and those of their captions."""
     kinds = {field.name: str(field.type) for field in schema}
     photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
-    captions = [n for key in CAPTION_KEYS for n in kinds if n.lower() == key][:1]
-    captions = captions or [n for n in kinds if NUMBERED.fullmatch(n.lower())]
+    names = [*kinds]
+    captions = [names[i] for i in caption_columns([name.lower() for name in names])]
     if not photos or not captions:
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
             f"captions in one of {', '.join(CAPTION_KEYS)}"
         )
     return photos[0], captions
-
-
-def _check_size(file: Path, unpacked: int) -> None:
-    """Refuse what unpacks to far more than it holds."""
-    packed = file.stat().st_size
-    if unpacked > MAX_UNPACKED_RATIO * packed:
-        raise UserError(
-            f"{file} of {size_text(packed)} would unpack to {size_text(unpacked)}: that is no "
-            "collection of photos"
-        )
 
 
 def _name(path: str | None, taken: set[str]) -> str:

@@ -302,12 +302,14 @@ def unpack_parquet(paths: DataPaths) -> bool:
 
     Photos or captions that were there before are the user's own, and are used as they are.
     """
+    marker = read_marker(paths)
+    begun = marker and marker["dataset"].startswith("parquet ")
+    if not begun and (paths.captions.exists() or paths.images.is_dir()):
+        return paths.images.is_dir()  # before folders of many photos are looked through
     files = sorted(paths.data_dir.rglob("*.parquet"))
     sizes = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
-    label, marker = f"parquet {sizes}", read_marker(paths)
-    begun = marker and marker["dataset"].startswith("parquet ")
-    own = not begun and (paths.captions.exists() or paths.images.is_dir())
-    if not files or own or (marker and marker["dataset"] == label and marker["photos"]):
+    label = f"parquet {sizes}"
+    if not files or (marker and marker["dataset"] == label and marker["photos"]):
         return paths.images.is_dir()
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}

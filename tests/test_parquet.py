@@ -34,8 +34,8 @@ def write(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
-def images(count: int, named: bool = True) -> list[dict]:
-    return [{"bytes": photo(i), "path": f"x/{i}.jpg" if named else None} for i in range(count)]
+def images(count: int) -> list[dict]:
+    return [{"bytes": photo(i), "path": f"x/{i}.jpg"} for i in range(count)]
 
 
 @pytest.mark.parametrize(

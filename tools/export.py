@@ -48,8 +48,8 @@ def to_transformers(
     )
     tensors = checkpoint.tensors()
     if weights:
-        tensors |= {f"tower.{name}": x for name, x in encoder.tower.state_dict().items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tower = encoder.tower.state_dict()
+        tensors |= {f"tower.{name}": tensor.contiguous() for name, tensor in tower.items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, text in files.items():
