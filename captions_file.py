@@ -10,15 +10,14 @@ import ast
 import contextlib
 import csv
 import html
-import io
 import itertools
 import json
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,26 @@ TABLES = (
 ).split()
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
-    "image image_name file_name filename filepath file_path image_path path image_id".split()
-)
+    "image image_name file_name filename filepath file_path image_path path image_id "
+    "image_file img img_name img_path photo name id"
+).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
+    *"caption_text caption_en alt_text prompt".split(),
 )
-NUMBERS = ("image_id", "image_name")  # where an object may have COCO's number, or no suffix
+PLAINLY = ("caption", "captions")  # which count before the other names
+NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
+SAMPLE = 1000  # rows by which it is decided what is what
+MOST_LINES = 100  # of a quoted caption
+# What is no text, by how it begins.
+OTHER_KINDS = {
+    b"PK\3\4": "a zip or a spreadsheet",
+    b"\x1f\x8b": "packed with gzip",
+    b"7z\xbc\xaf": "packed with 7z",
+    b"PAR1": "a parquet file",
+    b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
+}
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
@@ -92,12 +104,14 @@ class Captions:
 
 def _listed(text: str) -> list[str]:
     """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not re.match(r"\s*\[\s*['\"]", text):
+    if not re.match(r"\s*[\[(]\s*['\"{]", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    for read in (json.loads, ast.literal_eval):
+    spelled = ((json.loads, text), (ast.literal_eval, commas))
+    for read, cell in (*spelled, (ast.literal_eval, re.sub(r"\bnan\b", "None", commas))):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            texts = read(text if read is json.loads else commas)
+            values = read(cell)
+            texts = _texts([*values]) if isinstance(values, list | tuple) else [None]
             if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
@@ -128,21 +142,38 @@ def find_table(*folders: Path) -> Path | None:
 
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
+    form, content = _read(path)
+    if form == "JSON":
+        return _read_object(path, content)
+    if form == "JSON lines":
+        return _read_objects(path, content, form)
+    return _read_rows(path, content)
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """The kind of a file, and its value, its lines as `(where, line)`, or its text and rows."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):
+            raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")
     if path.suffix.lower() == ".json":
         try:
-            return _read_object(path, read_json(path))
+            return "JSON", read_json(path)
         except UserError as error:
             if "Extra data: line 2 column 1 " not in str(error):  # what JSON lines begin with
                 raise
     text = LINE_END.sub("\n", read_text(path))
     text = re.sub(r"\Asep=.\n", "\n", text)  # which Excel begins with
     text = MISSING_DELIMITER.sub(r"\1|", text)
-    rows = [(n, row) for n, row in enumerate(text.split("\n"), 1) if row.strip(" \t,;|")]
+    rows = [(n, row) for n, row in enumerate(text.split("\n"), 1) if row.strip(" \t,;|\x1a")]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
-    if path.suffix.lower() in (".jsonl", ".ndjson") or rows[0][1].lstrip().startswith("{"):
-        return _read_objects(path, ((f"{path}, line {n}", row) for n, row in rows), "JSON lines")
-    return _read_rows(path, text, rows)
+    first = rows[0][1].lstrip()
+    if path.suffix.lower() in (".jsonl", ".ndjson") or first.startswith("{"):
+        if first.strip() in ("{", "[") or first.startswith("[{"):  # an object over several lines
+            return "JSON", read_json(path)
+        return "JSON lines", [(f"{path}, line {n}", row) for n, row in rows]
+    return "table", rows
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -154,36 +185,75 @@ def _read_object(path: Path, table: Any) -> Captions:
         if isinstance(table, list):
             named = ((f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1))
             return _read_objects(path, named, "a list of objects")
+        if not isinstance(table, dict) or not table:
+            raise UserError(f"{path} holds no captions: write {PLAIN}")
         images, annotations = table.get("images"), table.get("annotations")
         if isinstance(images, list) and isinstance(annotations, list):
             return _read_coco(path, images, annotations)
-        if isinstance(images, list):
+        if isinstance(images, list) and any("sentences" in image for image in images):
             return _read_karpathy(path, images)
-        if isinstance(entries := table.get("data", annotations), list):  # as TextCaps has them
+        entries = images or table.get("data", annotations)  # `data` as TextCaps has it
+        if isinstance(entries, list) and all(isinstance(each, dict) for each in entries):
             return _read_object(path, entries)
+        if entries is not None and not isinstance(entries, list):
+            raise TypeError(f"a {type(entries).__name__}")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
-    if not isinstance(table, dict) or not table:
-        raise UserError(f"{path} holds no captions: write {PLAIN}")
+    if set(table) <= {"train", "val", "valid", "validation", "dev", "test"}:
+        return _merged("captions by split", (_read_object(path, part) for part in table.values()))
+    values = [*table.values()]
+    if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
+        return _read_object(path, [{"image_id": key} | value for key, value in table.items()])
+    if set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}:  # by columns
+        columns = [v.values() if isinstance(v, dict) else v for v in values]
+        if len({len(column) for column in columns}) == 1:
+            rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
+            return _read_object(path, rows)
     found = Captions("a table of photos")
-    for name, texts in table.items():
-        if isinstance(texts, dict):  # as kohya's: {"photo.jpg": {"caption": ..., "tags": ...}}
-            texts = next((texts[key] for key in CAPTION_KEYS if key in texts), [""])
-        texts = [texts] if isinstance(texts, str) else texts
-        check_captions(path, name, texts, blank=True)
-        found.add(name, texts, path)
+    for name, said in table.items():
+        texts = _texts(said)
+        if not texts and not isinstance(said, dict):
+            found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
+            continue
+        check_captions(path, name, texts or [""], blank=True)
+        found.add(name, texts or [""], path)
     return found
 
 
+def _texts(said: Any, keys: Sequence[str] = ()) -> list[Any]:
+    """The captions in a JSON value: a text, an object that has it by a usual key, or a list."""
+    if isinstance(said, list):
+        return [text for each in said for text in _texts(each)]
+    if isinstance(said, dict):
+        return _texts(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
+    return [] if said is None else [said]
+
+
+def _merged(form: str, parts: Iterable[Captions]) -> Captions:
+    merged = Captions(form)
+    for part in parts:
+        for name, texts in part.texts.items():
+            merged.texts.setdefault(name, []).extend(texts)
+        merged.passed += part.passed
+        merged.mended += part.mended
+    return merged
+
+
 def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
-    names = {str(image["id"]): image["file_name"] for image in images}
+    keys = [key for key in NAME_KEYS if key not in NUMBERS]
+    names = {
+        str(image["id"]): next((image[k] for k in keys if k in image), None) or image["file_name"]
+        for image in images
+    }
     found = Captions("COCO's captions")
     for entry in annotations:
-        name, text = names.get(str(entry.get("image_id"))), str(entry.get("caption") or "")
-        if name is None or not text.strip():
+        name, texts = names.get(str(entry.get("image_id"))), [*map(str, _texts(entry))]
+        if entry.get("is_rejected") or entry.get("is_precanned"):  # as VizWiz marks what is none
+            found.passed.append(f"annotation {entry.get('id')}: marked as no caption of the photo")
+        elif name is None or not any(text.strip() for text in texts):
             found.passed.append(f"annotation {entry.get('id')}: no such image, or no caption")
         else:
-            found.add(name, [text], path)
+            found.add(name, texts, path)
     return found
 
 
@@ -200,109 +270,223 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     return found
 
 
-def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
-    """JSON objects, one a line or in a list, each with a photo and its captions."""
-    usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
-    found = Captions(form)
+def _objects(entries: Iterable[tuple[str, Any]], usage: str) -> list[tuple[str, dict[str, Any]]]:
+    """JSON objects, one a line or in a list, with their keys in lower case."""
+    rows = []
     for where, entry in entries:
         try:
             row = json.loads(entry) if isinstance(entry, str) else entry
-            row = {key.lower(): value for key, value in row.items()}
-            key = next(key for key in NAME_KEYS if key in row)
-            name, texts = row[key], next(row[key] for key in CAPTION_KEYS if key in row)
-        except (ValueError, TypeError, AttributeError, RecursionError, StopIteration):
+            rows.append((where, {key.lower(): value for key, value in row.items()}))
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
-        texts = [texts or ""] if isinstance(texts, str | None) else texts
+    return rows
+
+
+def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
+    """JSON objects, one a line or in a list, each with a photo and its captions."""
+    usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
+    rows = _objects(entries, usage)
+    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
+    columns = [[row.get(key) for _, row in rows[:SAMPLE]] for key in keys]
+    photos, captions = ([keys[i] for i in places] for places in choose_columns(keys, columns))
+    others = [key for key in keys if key not in (*photos[:1], *captions[:1])]
+    found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
+    for where, row in rows:
+        key = next((key for key in photos if key in row), None)
+        if key is None or not any(caption in row for caption in captions):
+            raise UserError(f"{where} names no photo and caption: {usage}")
+        name, texts = _photo(row[key]), _texts(row, captions) or [""]
         if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
             name = str(name)
         elif not isinstance(name, str) or not is_photo(name):
             raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")
         found.add(name, texts, where)
     return found
 
 
+def _photo(said: Any) -> Any:
+    """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
+    if isinstance(said, list) and len(said) == 1:
+        return _photo(said[0])
+    return next((said[k] for k in NAME_KEYS if k in said), said) if isinstance(said, dict) else said
+
+
 # --- Tables ---------------------------------------------------------------------------------
 
 
-def caption_columns(names: Sequence[str]) -> list[int]:
-    """Which of these columns hold captions: one with a usual name, or those that are numbered."""
-    usual = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key][:1]
-    return usual or [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
+def choose_columns(
+    names: Sequence[str], columns: Sequence[Sequence[Any]]
+) -> tuple[list[int], list[int]]:
+    """Which columns, or keys, hold the photo and its captions, the likeliest first.
+
+    A usual name decides, and among several what stands below: names of photos rather than
+    numbers; for captions `caption` first, then the most words.
+    """
+
+    def share(place: int) -> float:
+        """Of the cells in which something stands, those with a photo's name."""
+        cells = [cell for cell in map(_photo, columns[place]) if cell not in (None, "")]
+        good = [isinstance(c, str) and "://" not in c and is_photo(_plain(c)) for c in cells]
+        return sum(good) / max(1, len(good))
+
+    def words(place: int) -> int:
+        return sum(len(re.findall(r"[^\W\d_]+", str(_texts(cell)))) for cell in columns[place])
+
+    usual = [i for key in NAME_KEYS for i, name in enumerate(names) if name == key]
+    captions = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key]
+    captions = [i for i in captions if i not in usual[:1]]
+    others = [i for i in range(len(names)) if usual and i not in (*usual, *captions)]
+    named = [i for i in (*usual, *others) if share(i) >= 0.5]
+    photos = [*dict.fromkeys((*named, *usual))]
+    captions.sort(key=lambda i: (not (names[i] in PLAINLY and words(i)), -words(i)))
+    return photos, captions
 
 
-def _read_rows(path: Path, text: str, rows: list[tuple[int, str]]) -> Captions:
+def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
+    """All columns of captions: the likeliest and those of its name, or those that are numbered."""
+    numbered = [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
+    if not captions:
+        return numbered
+    stem = names[captions[0]].rstrip("s")
+    return sorted(
+        {i for i, name in enumerate(names) if name == names[captions[0]]}
+        | {i for i in numbered if names[i].startswith(stem)}
+    )
+
+
+def _read_rows(path: Path, rows: list[tuple[int, str]]) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
     The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
-    may be quoted; a delimiter within an unquoted caption that comes last belongs to it; a `#0`
-    after a name is left out. One malformed row is known and mended: Flickr30k's.
+    may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
+    `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     number, first = rows[0]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
         delimiter = " "  # where tabs were lost
-    try:
-        names = next(csv.reader([first], delimiter=delimiter))
-        names = [re.sub("[ -]+", "_", name.strip().lower()) for name in names]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
-    photo = next((i for key in NAME_KEYS for i, name in enumerate(names) if name == key), None)
-    captions = caption_columns(names)
-    if photo is None and not captions and any(is_photo(_plain(name)) for name in names):
-        start, second = 0, _field(_field(first, delimiter)[1], delimiter)
-        numbered = second[0].isdigit() and second[1] != "" and delimiter != " "
-    elif photo is None or not captions:
+    whole = [*_whole_rows(path, rows, delimiter)]
+    names = [re.sub("[ -]+", "_", value.strip().lower()) for value, _ in whole[0][1]]
+    sample = [row for _, row in whole[1 : SAMPLE + 1]]
+    columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
+    photos, captions = choose_columns(names, columns)
+    captions = caption_columns(names, captions)
+    if not captions and any(is_photo(_plain(name)) for name in names):
+        return _read_plain(path, whole, delimiter)
+    if not photos or not captions:
         raise UserError(
-            f"{path}, line {number}: no column is known to name "
-            f"{'photos' if photo is None else 'captions'}: call them {', '.join(NAME_KEYS)} and "
+            f"{path}, line {number}: of the columns {', '.join(filter(None, names))} none is known "
+            f"to name {'captions' if photos else 'photos'}: call them {', '.join(NAME_KEYS)} and "
             f"{', '.join(CAPTION_KEYS)}, or begin with a row like photo.jpg,A caption"
         )
-    elif (photo, captions) == (0, [len(names) - 1]) and set(names[1:-1]) <= set(NUMBER_KEYS):
-        start, numbered = 1, len(names) == 3
-    else:
-        return _read_columns(path, text, delimiter, names, photo, captions)
+    return _read_columns(path, whole, delimiter, names, photos[0], captions)
+
+
+Row = tuple[int, list[tuple[str, str]]]  # a line's number, and each field's value and spelling
+
+
+def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iterator[Row]:
+    """The rows of a table; one that ends within quotes goes on with the lines after it."""
+    mark = re.escape(delimiter)
+    end = rf"[ \r]*(?:{mark}|\Z)"
+    field = re.compile(  # quotes within quotes are doubled, or else follow a backslash
+        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*)(?:{mark}|\Z)'
+    )
+
+    def fields(text: str) -> list[tuple[str, str]]:
+        if len(text) > csv.field_size_limit():
+            raise UserError(f"{path}, line {number} is longer than {csv.field_size_limit():,}")
+        found = []
+        for match in field.finditer(text + delimiter):  # so that the last one has an end too
+            doubled, escaped, value = match.groups()
+            if doubled is not None:
+                value = doubled.replace('""', '"')
+            elif escaped is not None:
+                value = re.sub(r"\\(.)", r"\1", escaped)
+            found.append((value.strip(), match[0].removesuffix(delimiter)))
+        return found[:-1]
+
+    def is_open(row: list[tuple[str, str]]) -> bool:
+        spelled = row[-1][1].lstrip()
+        return spelled.startswith('"') and spelled.count('"') % 2 == 1
+
+    place = 0
+    while place < len(rows):
+        number, text = rows[place]
+        row, place = fields(text), place + 1
+        for _, more in itertools.islice(rows, place, place + MOST_LINES):
+            if not is_open(row) or any(is_photo(_plain(value)) for value, _ in fields(more)):
+                break
+            text, place = f"{text}\n{more}", place + 1
+            row = fields(text)
+        if is_open(row):
+            raise UserError(f"{path}, line {number}: a quoted caption isn't closed before the next")
+        yield number, row
+
+
+def _read_plain(path: Path, rows: list[Row], delimiter: str) -> Captions:
+    """A table without a header: a photo, perhaps a number, and the rest is its caption."""
     found = Captions("a table")
-    for number, row in rows[start:]:
+    first = rows[0][1]
+    numbered = len(first) > 2 and first[1][0].isdigit() and delimiter != " "
+    for number, row in rows:
         where = f"{path}, line {number}"
-        name, text = _read_row(where, row, delimiter, numbered, start == 1, found.passed)
-        if name:
-            found.add(name, [text], where)
-    if not found.texts:
-        why = "".join(f": {line}" for line in found.passed[:1])
-        raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
-    return found
+        if name := _named(where, row[0][0], False, found.passed):
+            rest = row[2:] if numbered else row[1:]
+            if numbered and not (len(row) > 2 and row[1][0].isdigit()):
+                raise UserError(f"{where}: {''.join(v for v, _ in row[1:2])!r} is not a number")
+            several = delimiter == "\t" or all(s.lstrip().startswith('"') for _, s in rest)
+            if not several and rest[0][0] != rest[0][1].strip():
+                raise UserError(
+                    f"{where} has {len(row)} columns: say which is what in a first row, such as "
+                    f"image{delimiter}caption"
+                )
+            texts = [value for value, _ in rest] if several else [_joined(rest, delimiter)]
+            found.add(name, texts or [""], where)
+    return _any(path, found)
 
 
 def _read_columns(
-    path: Path, text: str, delimiter: str, names: list[str], photo: int, captions: list[int]
+    path: Path, rows: list[Row], delimiter: str, names: list[str], photo: int, captions: list[int]
 ) -> Captions:
-    """A table of more columns than photo and caption; quoted fields may hold line ends."""
+    """A table with a header; what has no photo or caption is passed over if there is more to it
+    than these, and refused otherwise."""
     others = [n for i, n in enumerate(names) if n and i != photo and i not in captions]
-    ignored = f", of which the columns {', '.join(others)} are ignored" if others else ""
-    found = Captions(f"a table{ignored}")
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    try:
-        next(row for row in reader if row)
-        for row in filter(any, reader):
-            where, more = f"{path}, line {reader.line_num}", len(row) - len(names)
-            if more > 0:  # delimiters within a caption that isn't quoted
-                end = captions[-1] + more + 1
-                row[captions[-1] : end] = [delimiter.join(row[captions[-1] : end])]
-            row += [""] * -more
-            texts = [row[place] for place in captions if row[place].strip()]
-            name = _plain(row[photo])
-            if not is_photo(name) and not BARE.fullmatch(name):
-                found.passed.append(f"{where}: {name!r} is not the name of a photo")
-            elif not texts:
-                found.passed.append(f"{where}: {name!r} has no caption")
-            else:
-                found.add(name, texts, where)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    ignored = [name for name in others if name not in NUMBER_KEYS]
+    found = Captions(
+        "a table" + f", of which the columns {', '.join(ignored)} are ignored" * bool(ignored)
+    )
+    last, strict = captions[-1], not ignored and len(captions) == 1
+    for number, row in rows[1:]:
+        where, more = f"{path}, line {number}", len(row) - len(names)
+        if more > 0:  # delimiters within a caption that isn't quoted
+            if len(captions) > 1:
+                found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
+                continue
+            row[last : last + more + 1] = [(_joined(row[last : last + more + 1], delimiter), "")]
+        row += [("", "")] * -more
+        if not strict and not any(value for value, _ in row):
+            continue
+        if strict and others and not row[names.index(others[0])][0].isdigit():
+            given = row[names.index(others[0])][0]
+            raise UserError(f"{where}: {given!r} is not the number of a caption")
+        if name := _named(where, row[photo][0], True, found.passed, strict):
+            texts = [row[place][0] for place in captions if row[place][0]]
+            found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)
+    return _any(path, found)
+
+
+def _joined(fields: Sequence[tuple[str, str]], delimiter: str) -> str:
+    """A caption that has delimiters in it, as it was spelled."""
+    return fields[0][0] if len(fields) == 1 else delimiter.join(s for _, s in fields).strip()
+
+
+def _any(path: Path, found: Captions) -> Captions:
     if not found.texts:
-        raise UserError(f"{path} has no row with a photo and a caption: {found.passed[:3]}")
+        why = "".join(f": {line}" for line in found.passed[:1])
+        raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
     return found
 
 
@@ -311,36 +495,16 @@ def _plain(name: str) -> str:
     return re.sub(r"(#\w+)+$", "", name.strip())
 
 
-def _field(text: str, delimiter: str) -> tuple[str, str]:
-    """The first field of a row, and what comes after its delimiter."""
-    quoted = re.match(rf'\s*"((?:[^"]|"")*)"[ \r]*(?:{re.escape(delimiter)}|$)', text)
-    if quoted:
-        return quoted[1].replace('""', '"').strip(), text[quoted.end() :]
-    name, _, rest = text.partition(delimiter)
-    return name.strip(), rest
-
-
-def _read_row(
-    where: str, line: str, delimiter: str, numbered: bool, headed: bool, passed: list[str]
-) -> tuple[str, str]:
-    name, caption = _field(line, delimiter)
-    counted, name = "#" in name, _plain(name)
-    if not is_photo(name) and not (headed and BARE.fullmatch(name)):
-        if counted:  # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive
-            passed.append(f"{where}: {name!r} is not the name of a photo")
-            return "", ""
+def _named(where: str, cell: str, headed: bool, passed: list[str], strict: bool = True) -> str:
+    """The photo's name in a cell, or nothing where it is passed over."""
+    name = _plain(cell)
+    if is_photo(name) or (headed and BARE.fullmatch(name)):
+        return name
+    # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
+    if strict and "#" not in cell:
         raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")
-    if numbered:
-        number, caption = _field(caption, delimiter)
-        if not number.isdigit():
-            raise UserError(f"{where}: {number!r} is not the number of a caption")
-    caption = caption.strip()
-    if quoted := re.fullmatch(r'"((?:[^"]|"")*)"', caption):
-        caption = quoted[1].replace('""', '"').strip()
-    elif caption.startswith('"') and caption.count('"') % 2:
-        raise UserError(f"{where}: a quoted caption isn't closed on its line: join the lines")
-    caption = caption or EMPTY_IN_THE_WILD.get(name, "")
-    return name, caption
+    passed.append(f"{where}: {name!r} is not the name of a photo")
+    return ""
 
 
 # --- Texts beside photos, and names of photos --------------------------------------------------
@@ -370,13 +534,13 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
 def read_nested(folder: Path) -> Captions:
     """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
     them; names are relative to each one's own."""
-    merged = Captions("image folders with their metadata")
-    for table in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
+
+    def read(table: Path) -> Captions:
         found, place = read_captions(table), table.parent.relative_to(folder)
-        merged.texts |= {str(place / name): texts for name, texts in found.texts.items()}
-        merged.passed += found.passed
-        merged.mended += found.mended
-    return merged
+        return replace(found, texts={str(place / name): t for name, t in found.texts.items()})
+
+    tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
+    return _merged("image folders with their metadata", map(read, tables))
 
 
 def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archive import check_unpacked
-from captions_file import CAPTION_KEYS, caption_columns, is_photo
+from captions_file import CAPTION_KEYS, caption_columns, choose_columns, is_photo
 from utils import UserError, first_line, require_extra
 
 
@@ -45,7 +45,9 @@ def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
     kinds = {field.name: str(field.type) for field in schema}
     photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
     names = [*kinds]
-    captions = [names[i] for i in caption_columns([name.lower() for name in names])]
+    known = [name.lower() for name in names]
+    _, likely = choose_columns(known, [()] * len(known))
+    captions = [names[i] for i in caption_columns(known, likely)]
     if not photos or not captions:
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "

@@ -198,7 +198,7 @@ def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
     usual = paths.data_dir / "captions.json"
     texts = match_names(found.texts, paths.images) if paths.images.is_dir() else found.texts
     if not texts:
-        raise UserError(f"{source} holds no captions: {found.passed[:3]}")
+        raise UserError("; ".join([f"{source} holds no captions", *found.passed[:3]]))
     target = usual
     if settings.CAPTIONS_FILE or source == usual:
         target = converted_captions(paths.data_dir, source)

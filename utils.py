@@ -497,10 +497,14 @@ def write_error(error: OSError, path: Path) -> Exception:
 
 
 def decoded(content: bytes, older: bool = True) -> str:
-    """A text in UTF-8, UTF-16 with its mark, or else, unless refused, Windows' `older` encoding."""
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as spreadsheets save "Unicode text"
+    """A text in UTF-8, UTF-16, or else, unless refused, Windows' `older` encoding."""
+    encoding = "utf-8-sig"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as spreadsheets save "Unicode text"
+        encoding = "utf-16"
+    elif b"\0" in content[:2]:  # the same without its mark
+        encoding = "utf-16-be" if content.startswith(b"\0") else "utf-16-le"
     try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError:
         if not older:
             raise
