@@ -108,7 +108,10 @@ def _listed(text: str) -> list[str]:
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
     spelled = ((json.loads, text), (ast.literal_eval, commas))
-    for read, cell in (*spelled, (ast.literal_eval, re.sub(r"\bnan\b", "None", commas))):
+    for read, cell in (
+        *spelled,
+        (ast.literal_eval, re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)),
+    ):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
             texts = _texts([*values]) if isinstance(values, list | tuple) else [None]

@@ -42,6 +42,7 @@ PHOTO_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "WEBP": 24_000_000}
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
+PHOTOMETRIC = 262  # the TIFF tag, which is 0 where 0 is white
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,10 +84,9 @@ def as_rgb(image: Image.Image, name: object = "the picture", least: int | None =
             )
         image.load()
         turn = TURNS.get(image.getexif().get(ORIENTATION))
+        image = _eight_bits(image) if image.mode.startswith(("I", "F")) else image
         # Pillow's own way to turn it also writes EXIF anew, and fails where another tag is odd.
         image = image.transpose(turn) if turn is not None else image
-        if image.mode.startswith(("I", "F")):
-            return _eight_bits(image).convert("RGB")
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGB", image.size, "white")
@@ -103,6 +103,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not math.isfinite(high - low):
         raise ValueError("it holds values that are no numbers")
     whole = values.dtype.kind != "f"
+    usual = float(np.percentile(values, 99.9))
+    if not whole and high - low > 20 * (usual - low) > 0:  # a hot pixel: all else would be black
+        high, values = usual, values.clip(max=usual)
     if whole and low >= 0 and high < 2 ** DEPTHS[-1]:
         bits = next(bits for bits in DEPTHS if high < 2**bits)
         grey = values >> (bits - 8)
@@ -111,6 +114,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         low = min(low, 0)
         grey = (values - np.float32(low)) * (255 / (high - low))
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # Pillow turns only eight bits over
+        grey = 255 - grey
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey = np.where(values == clear, 255, grey)

@@ -276,6 +276,18 @@ def test_deep_greys_keep_their_shades(tmp_path, name):
         assert np.abs(shades - RAMP * 255).max() < 2
 
 
+def test_a_hot_pixel_darkens_nothing_and_white_may_be_0(tmp_path):
+    hot = np.tile(RAMP, (8, 8))
+    shades = (hot * 65535).astype(np.uint16)
+    Image.fromarray(65535 - shades).save(tmp_path / "over.tif", tiffinfo={262: 0, 274: 6})
+    turned = np.asarray(open_image(tmp_path / "over.tif"))[..., 0]
+    assert np.abs(np.rot90(turned) - hot * 255).max() < 2
+    hot[0, 0] = 1e6
+    Image.fromarray(hot).save(tmp_path / "hot.tif")
+    seen = np.asarray(open_image(tmp_path / "hot.tif"))[..., 0].astype(float)
+    assert np.abs(seen - np.tile(RAMP, (8, 8)) * 255)[1:].max() < 2
+
+
 @pytest.mark.fault
 def test_values_that_are_no_numbers_are_refused(tmp_path):
     Image.fromarray(np.where(RAMP > 0.5, np.nan, RAMP)).save(tmp_path / "nan.tif")

@@ -275,6 +275,10 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.jsonl", "{" + '"a":{' * 50_000),
         ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
         ("captions.csv", "image,split\n1.jpg,train\n"),
+        ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
+        ("captions.csv", '1.jpg,"A dog",train\n'),
+        ("captions.csv", "PK\3\4 a workbook"),
+        ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
         ("captions.csv", 'image,caption,split\n1.jpg,"' + "x" * 200_000 + '",train\n'),
     ],
 )
@@ -294,6 +298,26 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption_1,caption_2\na.jpg,A,B\n", {"a.jpg": ["A", "B"]}),
         ("image,caption,x\n1000,A,1\n", {"1000": ["A"]}),
         ("image,caption\n1000,A\n", {"1000": ["A"]}),
+        (
+            "image_id,image_file,caption\n1,6.jpg,six\n2,5.jpg,five",
+            {"6.jpg": ["six"], "5.jpg": ["five"]},
+        ),
+        ("image,path,caption\nhttp://x/1.png,6.jpg,six\n", {"6.jpg": ["six"]}),
+        ("filename,comment,description\n1.jpg,todo,A dog runs\n", {"1.jpg": ["A dog runs"]}),
+        ("image,text,caption\n1.jpg,Stop and go now,A sign\n", {"1.jpg": ["A sign"]}),
+        ("image,sentence,raw\n1.jpg,0,A dog\n", {"1.jpg": ["A dog"]}),
+        ("image,caption,caption_2\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
+        ("image,caption,caption\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
+        ('id,image,caption\n1,1.jpg,"A\nB"\n2,2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
+        ('image,caption\n1.jpg,"A\nB"\n2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
+        ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
+        ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
+        ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
+        ("image,caption\n1.jpg,\"['A dog', None]\"", {"1.jpg": ["A dog"]}),
+        ("image,caption\n1.jpg,\"['My nan', nan]\"", {"1.jpg": ["My nan"]}),
+        ("image,caption\n1.jpg,\"('A', 'B')\"", {"1.jpg": ["A", "B"]}),
+        ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
+        ("image,caption_1,caption_2\n1.jpg,A, B,C\n2.jpg,D,E", {"2.jpg": ["D", "E"]}),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
@@ -302,6 +326,7 @@ def test_the_header_decides(tmp_path, text, expected):
 
 
 COCO_OF_STRINGS = {**COCO, "images": [i | {"id": str(i["id"])} for i in COCO["images"]]}
+AB = {"1.jpg": ["A"], "2.jpg": ["B"]}
 ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
 
 
@@ -320,6 +345,25 @@ ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
             {"1.jpg": ["a dog"]},
         ),
         ({"1.jpg": ["A", ""], "2.jpg": {"tags": "x"}}, {"1.jpg": ["A"]}),
+        ({"1.jpg": ["A", None], "2.jpg": [], "3.jpg": None}, {"1.jpg": ["A"]}),
+        ({"1.jpg": [{"caption": "A"}], "2.jpg": {"sentences": [{"raw": "B"}]}}, AB),
+        ({"images": [{"file_name": "1.jpg", "captions": ["A"]}]}, {"1.jpg": ["A"]}),
+        (
+            {
+                "images": [{"id": 1, "filename": "1.jpg"}],
+                "annotations": [
+                    {"image_id": 1, "captions": ["A"]},
+                    {"image_id": 1, "caption": "Bad photo", "is_rejected": True},
+                ],
+            },
+            {"1.jpg": ["A"]},
+        ),
+        ({"train": {"1.jpg": ["A"]}, "val": [{"image": "2.jpg", "caption": "B"}]}, AB),
+        ({n: {"image": f"{3 - n}.jpg", "caption": "BA"[n - 1]} for n in (1, 2)}, AB),
+        ({"image": ["1.jpg", "2.jpg"], "caption": ["A", "B"]}, AB),
+        ({"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "A", "1": "B"}}, AB),
+        ([{"image_id": n, "img": f"{3 - n}.jpg", "caption": "BA"[n - 1]} for n in (1, 2)], AB),
+        ([{"image": {"path": "1.jpg"}, "text": "A"}, {"images": ["2.jpg"], "text": "B"}], AB),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
