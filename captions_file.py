@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name, load_questions
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, decoded, files_in, read_json, read_text, write_file
 
@@ -33,7 +33,7 @@ TABLES = (
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file img img_name img_path photo name id"
+    "image_file img img_name img_path photo imageid name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
@@ -366,12 +366,8 @@ def _read_rows(path: Path, rows: list[tuple[int, str]]) -> Captions:
     may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
-    number, first = rows[0]
-    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
-    if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
-        delimiter = " "  # where tabs were lost
-    whole = [*_whole_rows(path, rows, delimiter)]
-    names = [re.sub("[ -]+", "_", value.strip().lower()) for value, _ in whole[0][1]]
+    delimiter = _delimiter(rows[0][1])
+    whole, names = _headed(path, rows)
     sample = [row for _, row in whole[1 : SAMPLE + 1]]
     columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
     photos, captions = choose_columns(names, columns)
@@ -380,14 +376,27 @@ def _read_rows(path: Path, rows: list[tuple[int, str]]) -> Captions:
         return _read_plain(path, whole, delimiter)
     if not photos or not captions:
         raise UserError(
-            f"{path}, line {number}: of the columns {', '.join(filter(None, names))} none is known "
-            f"to name {'captions' if photos else 'photos'}: call them {', '.join(NAME_KEYS)} and "
-            f"{', '.join(CAPTION_KEYS)}, or begin with a row like photo.jpg,A caption"
+            f"{path}, line {rows[0][0]}: of the columns {', '.join(filter(None, names))} none is "
+            f"known to name {'captions' if photos else 'photos'}: call them "
+            f"{', '.join(NAME_KEYS)} and {', '.join(CAPTION_KEYS)}, or begin with a row like "
+            "photo.jpg,A caption"
         )
     return _read_columns(path, whole, delimiter, names, photos[0], captions)
 
 
 Row = tuple[int, list[tuple[str, str]]]  # a line's number, and each field's value and spelling
+
+
+def _delimiter(first: str) -> str:
+    if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
+        return " "  # where tabs were lost
+    return next((mark for mark in first if mark in ",|\t;"), ",")
+
+
+def _headed(path: Path, rows: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
+    """The rows of a table, and the names in its first one."""
+    whole = [*_whole_rows(path, rows, _delimiter(rows[0][1]))]
+    return whole, [re.sub("[ -]+", "_", value.lower()) for value, _ in whole[0][1]]
 
 
 def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iterator[Row]:
@@ -626,6 +635,39 @@ def _numbered(name: str) -> str:
 
 
 # --- Questions --------------------------------------------------------------------------------
+
+
+def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
+    question, and an answer or several people's."""
+    form, content = _read(path)
+    if form == "JSON" and isinstance(content, dict):
+        values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
+        if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
+            load_questions(path)  # which says what is wrong
+            return content
+        content = values
+    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
+    if form == "table":
+        rows, names = _headed(path, content)
+        entries = [
+            (f"{path}, line {number}", dict(zip(names, (value for value, _ in row), strict=False)))
+            for number, row in rows[1:]
+        ]
+    else:
+        entries = content if form == "JSON lines" else ((str(path), entry) for entry in content)
+    table: dict[str, list[dict[str, Any]]] = {}
+    for where, row in _objects(entries, usage):
+        name = str(_photo(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
+        people = [a.get("answer") if isinstance(a, dict) else a for a in row.get("answers") or []]
+        answers = [str(answer) for answer in people if answer is not None]
+        if not name or not row.get("question") or not (answers or row.get("answer") is not None):
+            raise UserError(f"{where} has no photo, question and answer: {usage}")
+        kind = row.get("type") or row.get("question_type") or row.get("answer_type") or ""
+        said = {"question": str(row["question"]), "answer": str(row.get("answer") or "")}
+        said |= {"answers": answers} if answers else {}
+        table.setdefault(name, []).append(said | {"type": str(kind)})
+    return table
 
 
 def convert_vqa(

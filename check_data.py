@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+from captions_file import is_photo
 from dataset import DataPaths, Text
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
 from tokenizer import CaptionTokenizer, normalize
-from utils import Bar
+from utils import Bar, files_in
+
+OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
 def check(
@@ -31,6 +34,13 @@ def check(
     missing = [name for name in wanted if not os.path.isfile(paths.images / name)]
     unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
     print(f"missing   {len(missing)} photos, {unsplit} more are in no split")
+    files = set(files_in(paths.images)).difference(wanted)
+    for what, names in (
+        ("photos, of which nothing is said", sorted(filter(is_photo, files))),
+        ("pictures in a form that isn't read: make them JPEGs", sorted(filter(is_other, files))),
+    ):
+        if names:
+            print(f"unused    {len(names)} {what}, first {names[:3]}")
     split_of = {name: split for split in SPLITS for name in splits[split]}
     bad: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
@@ -56,11 +66,17 @@ def check(
     print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
     limit = settings.MAX_BAD_IMAGES
     met = sum(split_of[name] != "test" for name in bad)  # by training
-    return [
+    problems = [
         f"{count} photos {state}, more than MAX_BAD_IMAGES = {limit}"
         for count, state in ((len(missing), "are missing"), (met, "can't be read"))
         if count > limit
     ]
+    dark = [s for s in ("train", "val") if splits[s] and bad.keys() >= {*splits[s]}]
+    return problems + [f"no photo of the split {split!r} can be read" for split in dark]
+
+
+def is_other(name: str) -> bool:
+    return name.lower().endswith(OTHER_PICTURES)
 
 
 def describe_captions(

@@ -24,10 +24,11 @@ from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import UserError, interpreter, read_json
+from utils import UserError, files_in, interpreter, read_json
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
+WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
@@ -63,16 +64,22 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     images, captions = place("IMAGE_DIR", "images"), place("CAPTIONS_FILE", "captions.json")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
-    if not known and root.is_dir():
-        photo = (entry.suffix.lower() in PHOTO_SUFFIXES for entry in root.iterdir())
-        images = root if any(photo) else images
-    # Captions in another form than captions.json's have been converted by prepare_dataset.py.
-    converted = converted_captions(root, captions)
+    if not known and any(
+        os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(WRITTEN)
+        for name in files_in(root)
+    ):
+        images = root
+    questions = place("QUESTIONS_FILE", "questions.json")
+    # What is in another form than captions.json's has been converted by prepare_dataset.py.
+    captions, questions = (
+        converted if (converted := converted_file(root, file)).exists() else file
+        for file in (captions, questions)
+    )
     return DataPaths(
         data_dir=root,
         images=images,
-        captions=converted if converted.exists() else captions,
-        questions=place("QUESTIONS_FILE", "questions.json"),
+        captions=captions,
+        questions=questions,
         splits=root / "splits.json",
         vocab=place("VOCAB_FILE", "vocab.json"),
         merges=place("MERGES_FILE", "merges.txt"),
@@ -80,8 +87,8 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     )
 
 
-def converted_captions(data_dir: Path, source: Path) -> Path:
-    """Where captions are kept that were read from `source`, a file in another form."""
+def converted_file(data_dir: Path, source: Path) -> Path:
+    """Where texts are kept that were read from `source`, a file in another form."""
     place = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:6]
     return data_dir / f"{source.stem}.{place}.prepared.json"
 
@@ -170,17 +177,24 @@ def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool)
 
 def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     """What the tasks want said about each photo: its captions, then the answers about it."""
-    texts: dict[str, list[Text]] = {}
+    said: dict[str, list[Text]] = {}
     if "captions" in tasks:
-        wordless = 0
         for name, captions in load_captions(paths.captions).items():
-            texts[name] = [Text(caption) for caption in captions if normalize(caption)]
-            wordless += len(captions) - len(texts[name])
-        if wordless:
-            print(f"left out {wordless:,} captions without a word")
+            said[name] = [Text(caption) for caption in captions]
     if "questions" in tasks:
         for name, questions in load_questions(paths.questions).items():
-            texts[name] = texts.get(name, []) + questions
+            said[name] = said.get(name, []) + questions
+    texts = {name: [t for t in group if normalize(t.target)] for name, group in said.items()}
+    for task in tasks:
+        kept, all_of = (
+            sum(text.task == task for group in table.values() for text in group)
+            for table in (texts, said)
+        )
+        what = "captions" if task == "captions" else "answers"
+        if not kept:
+            raise UserError(f"no {what} have a word: there is nothing to learn for TASKS {task!r}")
+        if kept < all_of:
+            print(f"left out {all_of - kept:,} {what} without a word")
     return {name: group for name, group in texts.items() if group}
 
 
@@ -301,21 +315,27 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """
     table = read_json(path)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    called = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}
     known = {unicodedata.normalize("NFC", name): name for name in names}
     bases = Counter(os.path.basename(name) for name in known)
     alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}
     seen: set[str] = set()
     try:
-        for image in table["images"]:
+        lists = {} if "images" in table else table  # {"train": ["1.jpg", ...], "val": [...]}
+        images = [{"filename": name, "split": split} for split in lists for name in lists[split]]
+        for image in images or table["images"]:
             base = unicodedata.normalize("NFC", image["filename"])
             name, split = os.path.join(image.get("filepath") or "", base), image["split"]
             if name in seen:
                 raise UserError(f"{path}: {name!r} stands in it twice")
             seen.add(name)
             if there := known.get(name) or known.get(base) or alone.get(os.path.basename(base)):
-                splits["train" if split == "restval" else split].append(there)
+                splits[called.get(split, split)].append(there)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in Karpathy's format ({error!r} is off)") from None
+        raise UserError(
+            f"{path} is not in Karpathy's format ({error!r} is off): it needs "
+            '{"images": [{"filename": "1.jpg", "split": "train"}, ...]}, with train, val or test'
+        ) from None
     return _checked(splits, str(path))
 
 

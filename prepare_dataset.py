@@ -16,6 +16,7 @@ if __name__ == "__main__":
     commands.begin(commands.prepare_dataset)
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -46,15 +47,17 @@ from captions_file import (
     Captions,
     convert_vqa,
     find_table,
+    is_photo,
     match_names,
     read_captions,
     read_nested,
+    read_questions,
     read_texts_beside,
 )
 from check_data import check
 from dataset import (
     DataPaths,
-    converted_captions,
+    converted_file,
     data_paths,
     find_images,
     load_captions,
@@ -90,6 +93,13 @@ SOURCES = {
     "flickr30k": tuple(f"{RELEASE}flickr30k_part{part:02d}" for part in range(3)),
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
+OURS = (
+    "captions.json",
+    "questions.json",
+    "splits.json",
+    "vocab.json",
+    "prepared.json",
+)
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
 
@@ -153,7 +163,7 @@ def photo_sizes(folder: Path) -> dict[str, int]:
 
 def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form."""
-    source = paths.data_dir / "captions.json"
+    usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
         if source.is_dir():
@@ -162,34 +172,85 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return source, read_captions(source)
     table = find_table(paths.data_dir, paths.images)
-    if source.exists():
-        if table and table.stat().st_mtime > source.stat().st_mtime:
+    if usual.exists() and not is_outdated(paths):
+        if table and table.stat().st_mtime > usual.stat().st_mtime:
             print(
-                f"{table} is newer than {source}, which is used: delete the latter to have it "
+                f"{table} is newer than {usual}, which is used: delete the latter to have it "
                 "made anew"
             )
         elif table and getattr(settings, "check", False):
             read_captions(table).tell(table)
-        return source, read_captions(source)
+        return usual, read_captions(usual)
     if table:
         return table, read_captions(table)
     karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
-    for file in (karpathy, *sorted(paths.data_dir.glob("dataset_*.json"))):
+    for file in (karpathy, *karpathy_files(paths.data_dir)):
         if file and file.is_file() and (found := read_captions(file)).texts:
             return file, found
     found = read_nested(paths.images)
     found = found if found.texts else read_texts_beside(paths.images)
-    if not found.texts:
-        raise UserError(
-            f'{source} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
-            f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
-            "name a file with --captions_file"
-        )
-    return paths.images, found
+    if found.texts:
+        return paths.images, found
+    others = [file for file in find_others(paths.data_dir) if file != usual]
+    if len(others) == 1:
+        return others[0], read_captions(others[0])
+    seen = f" (one of {', '.join(map(str, others))}?)" if others else ""
+    raise UserError(
+        f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
+        f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
+        f"name a file with --captions_file{seen}"
+    )
 
 
-def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
-    """Have the captions as `{"photo.jpg": [...]}`, by the photos' real names; say where they are.
+def karpathy_files(folder: Path) -> list[Path]:
+    """The files in Karpathy's form in a folder; data sets' own descriptions have such names too."""
+    files = sorted(folder.glob("dataset_*.json"))
+    return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
+
+
+def find_others(folder: Path) -> list[Path]:
+    """Files of other names that captions can be read from."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl") and file.name not in OURS:
+            with contextlib.suppress(UserError):
+                if any(is_photo(name) for name in read_captions(file).texts):
+                    found.append(file)
+    return found
+
+
+def state_of(source: Path) -> str:
+    """What changes when the captions in a file, or in a folder's texts, do."""
+    if source.is_file():
+        return hashlib.sha256(source.read_bytes()).hexdigest()
+    names = (name for name in files_in(source) if os.path.isfile(source / name))
+    files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def captions_note(paths: DataPaths) -> dict[str, str]:
+    """From splits.json: what captions.json was made from, if it was and is as we made it."""
+    if not paths.splits.exists():
+        return {}
+    note, made = read_json(paths.splits).get("captions") or {}, paths.data_dir / "captions.json"
+    return note if made.exists() and note.get("made") == state_of(made) else {}
+
+
+def is_outdated(paths: DataPaths) -> bool:
+    """Was captions.json made by us, never touched since, of what is another now?"""
+    note = captions_note(paths)
+    source = Path(note.get("source", ""))
+    if not note or not source.exists() or state_of(source) == note["state"]:
+        return False
+    print(f"{source} has changed: captions.json is made anew")
+    return True
+
+
+def ensure_captions(
+    settings: SimpleNamespace, paths: DataPaths
+) -> tuple[DataPaths, dict[str, str]]:
+    """Have the captions as `{"photo.jpg": [...]}`, by the photos' real names; say where they are,
+    and what they were made from.
 
     A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
@@ -201,15 +262,35 @@ def ensure_captions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
         raise UserError("; ".join([f"{source} holds no captions", *found.passed[:3]]))
     target = usual
     if settings.CAPTIONS_FILE or source == usual:
-        target = converted_captions(paths.data_dir, source)
+        target = converted_file(paths.data_dir, source)
         if source.suffix.lower() == ".json" and read_json(source) == texts:
             target.unlink(missing_ok=True)
-            return replace(paths, captions=source)
+            return replace(paths, captions=source), captions_note(paths)
     found.tell(source)
     content = json.dumps(texts, ensure_ascii=False, indent=1).encode()
     if not target.exists() or target.read_bytes() != content:
         write_file(target, content)
-    return replace(paths, captions=target)
+    states = {"source": str(source), "state": state_of(source), "made": state_of(target)}
+    return replace(paths, captions=target), states if target == usual else {}
+
+
+def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
+    """Have the questions by the photos' real names; say where they are."""
+    given = settings.QUESTIONS_FILE
+    source = Path(given).expanduser() if given else paths.data_dir / "questions.json"
+    if not source.is_file():
+        raise UserError(
+            f'{source} is missing: write {{"photo.jpg": [{{"question": "...", "answer": "..."}}]}} '
+            "there, name a file with --questions_file, or convert VQAv2's with --vqa_questions"
+        )
+    table = read_questions(source)
+    texts = match_names(table, paths.images) if paths.images.is_dir() else table
+    target = converted_file(paths.data_dir, source)
+    if source.suffix.lower() == ".json" and read_json(source) == texts:
+        target.unlink(missing_ok=True)
+        return replace(paths, questions=source)
+    write_file(target, json.dumps(texts, ensure_ascii=False, indent=1))
+    return replace(paths, questions=target)
 
 
 # --- Photos ---------------------------------------------------------------------------------
@@ -334,6 +415,8 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) 
             raise UserError(f"KARPATHY_FILE {path} is not there: {remedy}")
         return path
     if settings.DATASET == "custom":
+        if len(found := karpathy_files(paths.data_dir)) == 1:
+            return found[0]
         raise UserError(f"SPLIT is 'karpathy', but a custom data set has no such split: {remedy}")
     name = f"dataset_{settings.DATASET}.json"
     path = paths.data_dir / name
@@ -360,16 +443,27 @@ def _extract_karpathy(archive: Path, name: str, path: Path) -> None:
 
 
 def write_splits(
-    settings: SimpleNamespace, paths: DataPaths, names: Iterable[str], karpathy_url: str
+    settings: SimpleNamespace,
+    paths: DataPaths,
+    names: Iterable[str],
+    karpathy_url: str,
+    note: Mapping[str, str],
 ) -> None:
-    """Split the photos as SPLIT says and write splits.json, if that changes it."""
+    """Split the photos as SPLIT says and write splits.json, if that changes it, with the `note`
+    about captions.json."""
     if settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
         source, splits = file.name, split_by_karpathy(names, file)
     else:
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
-    text = json.dumps({"method": settings.SPLIT, "source": source, **splits}, ensure_ascii=False)
+    if paths.splits.exists() and "method" not in read_json(paths.splits):
+        raise UserError(
+            f"{paths.splits} would be overwritten, and was not written by this script: name it "
+            "otherwise, and use it with --split karpathy --karpathy_file PATH"
+        )
+    table = {"method": settings.SPLIT, "source": source, **splits, "captions": note}
+    text = json.dumps(table, ensure_ascii=False)
     if not paths.splits.exists() or paths.splits.read_bytes() != text.encode():
         write_file(paths.splits, text)
 
@@ -409,12 +503,14 @@ def prepare(
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, paths.questions, paths.images)
-        tasks = parse_tasks(settings.TASKS)
+        tasks, note = parse_tasks(settings.TASKS), {}
         if "captions" in tasks:
-            paths = ensure_captions(settings, paths)
+            paths, note = ensure_captions(settings, paths)
+        if "questions" in tasks:
+            paths = ensure_questions(settings, paths)
         names = list(load_texts(paths, tasks))
         found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
-        write_splits(settings, paths, found, karpathy_url)
+        write_splits(settings, paths, found, karpathy_url, note)
         temporary = paths.data_dir / "temp_download"
         kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
         if settings.DATASET != "custom" and temporary.is_dir() and not kept:

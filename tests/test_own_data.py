@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -527,6 +528,107 @@ def test_a_photo_without_a_caption_is_passed_over_and_named(tmp_path, name, cont
     assert found.texts == {"0.jpg": ["a dog"]}
     (line,) = found.passed
     assert "1.jpg" in line and str(tmp_path / name) in line
+
+
+@pytest.mark.parametrize("file", ["captions.csv", "images/1.txt", "dataset_x.json"])
+def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys):
+    """Also where the file has an older date, as those that are copied have."""
+    old, new = (
+        {
+            "captions.csv": f"image,caption\n1.jpg,{word}\n2.jpg,B\n",
+            "images/1.txt": word,
+            "dataset_x.json": json.dumps(KARPATHY).replace("A red dog", word),
+        }[file]
+        for word in ("An old dog", "A new cat")
+    )
+    others = {"images/2.txt": "B"} if "images" in file else {}
+    folder = lay_out(tmp_path, {file: old, **others})
+    assert prepared(folder)["1.jpg"][0] == "An old dog"
+    (folder / file).write_text(new)
+    os.utime(folder / file, (1, 1))
+    assert prepared(folder)["1.jpg"][0] == "A new cat"
+    assert "has changed: captions.json is made anew" in capsys.readouterr().out
+    mine = {"1.jpg": ["Mine"], "2.jpg": ["B"]}
+    (folder / "captions.json").write_text(json.dumps(mine))
+    (folder / file).write_text(old)
+    assert prepared(folder) == mine  # what people wrote themselves is kept
+
+
+@pytest.mark.parametrize("name", ["train.csv", "Captions.CSV", "my_captions.json"])
+def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
+    text = json.dumps(COCO) if name.endswith("json") else rows("image,caption", "{},{}")
+    folder = lay_out(tmp_path, {name: text, "dataset_info.json": '{"features": 1}'})
+    assert prepared(folder) == EXPECTED
+    assert f"{name} is " in capsys.readouterr().out
+
+
+def test_photos_in_a_folder_of_another_name_are_found(tmp_path):
+    folder = lay_out(tmp_path, {"captions.txt": rows("image,caption", "{},{}")})
+    (folder / "images").rename(folder / "Flickr_Data")
+    assert prepared(folder) == {f"Flickr_Data/{name}": texts for name, texts in EXPECTED.items()}
+
+
+def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path):
+    mine = json.dumps({"train": ["1.jpg"], "validation": ["2.jpg"], "test": ["3.jpg"]})
+    folder = lay_out(tmp_path, {"captions.json": json.dumps(EXPECTED), "splits.json": mine})
+    with pytest.raises(UserError, match="--karpathy_file"):
+        check(folder)
+    assert (folder / "splits.json").read_text() == mine
+    (folder / "splits.json").rename(folder / "mine.json")
+    flags = ["--split", "karpathy", "--karpathy_file", folder / "mine.json"]
+    assert check(folder, *flags) == 0
+    splits = load_splits(folder / "splits.json")
+    assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+
+
+QUESTIONS = [
+    {"image": f"images/{n}.JPG", "question": "Which?", "answers": ["red", "red", "blue"]}
+    for n in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps(QUESTIONS)),
+        ("a.json", json.dumps({"data": QUESTIONS})),
+        ("a.json", json.dumps({n: entry for n, entry in enumerate(QUESTIONS)})),
+        ("a.jsonl", "\n".join(map(json.dumps, QUESTIONS))),
+        ("a.csv", "image,question,answer\n1,Which?,red\n2,Which?,red\n3,Which?,red\n"),
+        ("a.json", json.dumps({e["image"]: [e] for e in QUESTIONS})),
+    ],
+)
+def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
+    folder = lay_out(tmp_path, {name: text})
+    flags = ["--tasks", "questions", "--questions_file", folder / name]
+    assert check(folder, *flags) == 0
+    found = load_questions(paths_in(folder, QUESTIONS_FILE=str(folder / name)).questions)
+    assert {photo: [(t.question, t.target) for t in texts] for photo, texts in found.items()} == {
+        photo: [("Which?", "red")] for photo in IDS
+    }
+
+
+def test_answers_without_a_word_are_left_out(tmp_path, capsys):
+    table = {n: [{"question": "Which?", "answer": a} for a in ("...", "red")] for n in IDS}
+    folder = lay_out(tmp_path, {"questions.json": json.dumps(table)})
+    assert check(folder, "--tasks", "questions") == 0
+    assert "left out 3 answers without a word" in capsys.readouterr().out
+    (folder / "questions.json").write_text(json.dumps({n: table[n][:1] for n in IDS}))
+    with pytest.raises(UserError, match="no answers have a word"):
+        check(folder, "--tasks", "questions")
+
+
+def test_check_names_what_is_not_used(tmp_path, capsys):
+    files = {"captions.json": '{"1.jpg": ["A"], "2.jpg": ["B"]}', "images/4.HEIC": "x"}
+    folder = lay_out(tmp_path, files)
+    assert check(folder) == 0
+    said = capsys.readouterr().out
+    assert "1 photos, of which nothing is said, first ['3.jpg']" in said
+    assert "isn't read: make them JPEGs, first ['4.HEIC']" in said
+    for name in IDS:
+        (folder / "images" / name).write_bytes(b"no photo")
+    with pytest.raises(UserError, match="no photo of the split 'val' can be read"):
+        check(folder)
 
 
 @pytest.mark.parametrize("root", ["/home/me/photos/", "C:\\photos\\", "D:/"])
