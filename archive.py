@@ -20,7 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captions_file import TABLES, is_photo, read_captions
+from captions_file import TABLES, read_captions
+from photo_names import is_photo
 from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb

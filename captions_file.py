@@ -15,15 +15,14 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name, load_questions
-from encoder import PHOTO_SUFFIXES
-from utils import UserError, decoded, files_in, read_json, read_text, write_file
+from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from photo_names import is_photo, photos_in
+from utils import UserError, decoded, read_json, read_text
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -130,10 +129,6 @@ def has_word(text: str) -> bool:
     return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)
 
 
-def is_photo(name: str) -> bool:
-    return os.path.splitext(name.lower())[1] in PHOTO_SUFFIXES
-
-
 def find_table(*folders: Path) -> Path | None:
     """The captions table in one of the folders; where there are several, which one is said."""
     found = [folder / name for name in TABLES for folder in folders if (folder / name).is_file()]
@@ -145,7 +140,7 @@ def find_table(*folders: Path) -> Path | None:
 
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
-    form, content = _read(path)
+    form, content = read_file(path)
     if form == "JSON":
         return _read_object(path, content)
     if form == "JSON lines":
@@ -153,7 +148,7 @@ def read_captions(path: Path) -> Captions:
     return _read_rows(path, content)
 
 
-def _read(path: Path) -> tuple[str, Any]:
+def read_file(path: Path) -> tuple[str, Any]:
     """The kind of a file, and its value, its lines as `(where, line)`, or its text and rows."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         start = file.read(64)
@@ -273,7 +268,9 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     return found
 
 
-def _objects(entries: Iterable[tuple[str, Any]], usage: str) -> list[tuple[str, dict[str, Any]]]:
+def read_objects(
+    entries: Iterable[tuple[str, Any]], usage: str
+) -> list[tuple[str, dict[str, Any]]]:
     """JSON objects, one a line or in a list, with their keys in lower case."""
     rows = []
     for where, entry in entries:
@@ -288,7 +285,7 @@ def _objects(entries: Iterable[tuple[str, Any]], usage: str) -> list[tuple[str, 
 def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
-    rows = _objects(entries, usage)
+    rows = read_objects(entries, usage)
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     columns = [[row.get(key) for _, row in rows[:SAMPLE]] for key in keys]
     photos, captions = ([keys[i] for i in places] for places in choose_columns(keys, columns))
@@ -298,7 +295,7 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
         key = next((key for key in photos if key in row), None)
         if key is None or not any(caption in row for caption in captions):
             raise UserError(f"{where} names no photo and caption: {usage}")
-        name, texts = _photo(row[key]), _texts(row, captions) or [""]
+        name, texts = photo_in(row[key]), _texts(row, captions) or [""]
         if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
             name = str(name)
         elif not isinstance(name, str) or not is_photo(name):
@@ -309,10 +306,10 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
     return found
 
 
-def _photo(said: Any) -> Any:
+def photo_in(said: Any) -> Any:
     """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
     if isinstance(said, list) and len(said) == 1:
-        return _photo(said[0])
+        return photo_in(said[0])
     return next((said[k] for k in NAME_KEYS if k in said), said) if isinstance(said, dict) else said
 
 
@@ -330,7 +327,7 @@ def choose_columns(
 
     def share(place: int) -> float:
         """Of the cells in which something stands, those with a photo's name."""
-        cells = [cell for cell in map(_photo, columns[place]) if cell not in (None, "")]
+        cells = [cell for cell in map(photo_in, columns[place]) if cell not in (None, "")]
         good = [isinstance(c, str) and "://" not in c and is_photo(_plain(c)) for c in cells]
         return sum(good) / max(1, len(good))
 
@@ -367,7 +364,7 @@ def _read_rows(path: Path, rows: list[tuple[int, str]]) -> Captions:
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     delimiter = _delimiter(rows[0][1])
-    whole, names = _headed(path, rows)
+    whole, names = headed_rows(path, rows)
     sample = [row for _, row in whole[1 : SAMPLE + 1]]
     columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
     photos, captions = choose_columns(names, columns)
@@ -393,7 +390,7 @@ def _delimiter(first: str) -> str:
     return next((mark for mark in first if mark in ",|\t;"), ",")
 
 
-def _headed(path: Path, rows: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
+def headed_rows(path: Path, rows: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
     """The rows of a table, and the names in its first one."""
     whole = [*_whole_rows(path, rows, _delimiter(rows[0][1]))]
     return whole, [re.sub("[ -]+", "_", value.lower()) for value, _ in whole[0][1]]
@@ -519,13 +516,7 @@ def _named(where: str, cell: str, headed: bool, passed: list[str], strict: bool 
     return ""
 
 
-# --- Texts beside photos, and names of photos --------------------------------------------------
-
-
-def photos_in(folder: Path) -> list[str]:
-    """The names of the photos in a folder and those below."""
-    # A name in another encoding than UTF-8 can't stand in a JSON file.
-    return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
+# --- Texts beside photos, and metadata in their folders --------------------------------------
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
@@ -553,168 +544,3 @@ def read_nested(folder: Path) -> Captions:
 
     tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
     return _merged("image folders with their metadata", map(read, tables))
-
-
-def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
-    """What is said of photos, by the names that they really have in the folder.
-
-    Where a name is not there, tried are, as far as only one photo fits that nothing else names:
-    Unicode's other spelling or another case, and another suffix; and, where no name at all is
-    there, the name without the first of its folders, without all, and COCO's number.
-    """
-    if all(os.path.isfile(folder / name) for name in texts):  # of too long a name too
-        return texts
-    there = photos_in(folder)
-    if not there:
-        suffixes = ", ".join(sorted(PHOTO_SUFFIXES))
-        raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
-    real = {name: name for name in texts if os.path.isfile(folder / name)}
-    for way in (_spelled, _stem):
-        taken = set(real.values())
-        free = [name for name in there if name not in taken]
-        real |= _alike([name for name in texts if name not in real], free, way)
-    # Photos of one name may stand in several folders: where any is there, theirs may be missing.
-    real = real or _ending(texts, there)
-    real = real or _alike(texts, there, _last) or _alike(texts, there, _numbered)
-    if not real:
-        raise UserError(
-            f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
-            f"{folder} holds {there[0]!r}: correct the names, or choose the folder with --image_dir"
-        )
-    changed = [(name, file) for name, file in real.items() if name != file]
-    if changed:
-        name, file = changed[0]
-        print(f"{len(changed):,} names are read as those of photos, {name!r} as {file!r}")
-    return {real.get(name, name): captions for name, captions in texts.items()}
-
-
-def _alike(
-    wanted: Iterable[str], there: Iterable[str], way: Callable[[str], str]
-) -> dict[str, str]:
-    free = _index(there, way)
-    return {name: free[key] for key, name in _index(wanted, way).items() if key in free}
-
-
-def _ending(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
-    """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
-    names, files = _index(wanted, _stem), _index(there, _stem)
-    pairs = {(name, files[end]) for name in wanted for end in _ends(name) if end in files}
-    pairs |= {(names[end], file) for file in there for end in _ends(file) if end in names}
-    counts = Counter(itertools.chain(*pairs))
-    return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
-
-
-def _ends(name: str) -> list[str]:
-    parts = _stem(name).split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
-
-
-def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
-    groups = defaultdict(list)
-    for name in names:
-        groups[way(name)].append(name)
-    return {key: group[0] for key, group in groups.items() if key and len(group) == 1}
-
-
-def _spelled(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(_spelled(name))[0]
-
-
-def _last(name: str) -> str:
-    return os.path.basename(_stem(name))
-
-
-def _numbered(name: str) -> str:
-    """COCO's number of a photo: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
-    number = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", _last(name))
-    return number[1] if number else ""
-
-
-# --- Questions --------------------------------------------------------------------------------
-
-
-def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
-    question, and an answer or several people's."""
-    form, content = _read(path)
-    if form == "JSON" and isinstance(content, dict):
-        values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
-        if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-            load_questions(path)  # which says what is wrong
-            return content
-        content = values
-    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
-    if form == "table":
-        rows, names = _headed(path, content)
-        entries = [
-            (f"{path}, line {number}", dict(zip(names, (value for value, _ in row), strict=False)))
-            for number, row in rows[1:]
-        ]
-    else:
-        entries = content if form == "JSON lines" else ((str(path), entry) for entry in content)
-    table: dict[str, list[dict[str, Any]]] = {}
-    for where, row in _objects(entries, usage):
-        name = str(_photo(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
-        people = [a.get("answer") if isinstance(a, dict) else a for a in row.get("answers") or []]
-        answers = [str(answer) for answer in people if answer is not None]
-        if not name or not row.get("question") or not (answers or row.get("answer") is not None):
-            raise UserError(f"{where} has no photo, question and answer: {usage}")
-        kind = row.get("type") or row.get("question_type") or row.get("answer_type") or ""
-        said = {"question": str(row["question"]), "answer": str(row.get("answer") or "")}
-        said |= {"answers": answers} if answers else {}
-        table.setdefault(name, []).append(said | {"type": str(kind)})
-    return table
-
-
-def convert_vqa(
-    questions: Sequence[str],
-    annotations: Sequence[str],
-    target: Path,
-    images: Path | None = None,
-) -> None:
-    """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
-
-    Files of that form that other people made may lack all but questions, ids and an answer.
-    """
-    if len(questions) != len(annotations):
-        raise UserError(
-            "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
-        )
-    table: dict[str, list[dict[str, Any]]] = {}
-    for pair in zip(questions, annotations, strict=True):
-        asked, answered = (read_json(Path(path).expanduser()) for path in pair)
-        try:
-            _add_vqa(asked, answered, table)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
-    if images and images.is_dir():
-        table = match_names(table, images)
-    write_file(target, json.dumps(table))
-    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
-
-
-def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
-    subtype = asked.get("data_subtype") or answered.get("data_subtype")
-    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {str(e["question_id"]): str(e["question"] or "") for e in asked["questions"]}
-    passed = 0
-    for entry in answered["annotations"]:
-        people = entry.get("answers") or []
-        answers = [str(given["answer"] if isinstance(given, dict) else given) for given in people]
-        own = [entry.get(key) for key in ("multiple_choice_answer", "answer")]
-        answer = next((str(text) for text in own if text not in (None, "")), "")
-        question = texts.get(str(entry["question_id"]), "")
-        common = max(answers, key=answers.count, default="")
-        if not question.strip() or not (answer or common).strip():
-            passed += 1
-            continue
-        number = str(entry["image_id"])
-        name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
-        row = {"question": question, "answer": answer, "answers": answers}
-        table.setdefault(name, []).append(row | {"type": str(entry.get("question_type") or "")})
-    if passed:
-        print(f"  passed over: {passed:,} annotations without a question or an answer")

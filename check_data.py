@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from captions_file import is_photo
 from dataset import DataPaths, Text
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
+from photo_names import is_photo
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
 

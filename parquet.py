@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from archive import check_unpacked
-from captions_file import CAPTION_KEYS, caption_columns, choose_columns, is_photo
+from captions_file import CAPTION_KEYS, caption_columns, choose_columns
+from photo_names import is_photo
 from utils import UserError, first_line, require_extra
 
 

@@ -45,13 +45,9 @@ from archive import (
 from captions_file import (
     TABLES,
     Captions,
-    convert_vqa,
     find_table,
-    is_photo,
-    match_names,
     read_captions,
     read_nested,
-    read_questions,
     read_texts_beside,
 )
 from check_data import check
@@ -72,6 +68,8 @@ from encoder import PHOTO_SUFFIXES
 from features import check_bad
 from options import SPLITS, parse_tasks
 from parquet import read_parquet
+from photo_names import is_photo, match_names
+from questions_file import convert_vqa, read_questions
 from shards import say_samples
 from tars import expand_shards, read_shard
 from utils import (

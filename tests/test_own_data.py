@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-import captions_file
 import commands
 import config
 import prepare_dataset
@@ -25,6 +24,7 @@ from dataset import (
     load_splits,
     split_by_karpathy,
 )
+from questions_file import convert_vqa
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError, load_settings
 
@@ -411,7 +411,7 @@ def test_vqa_files_of_other_people(tmp_path, capsys):
     for name, table in (("q", asked), ("a", answered)):
         (tmp_path / name).write_text(json.dumps(table))
     files = [str(tmp_path / "q")], [str(tmp_path / "a")]
-    captions_file.convert_vqa(*files, folder / "questions.json", folder / "images")
+    convert_vqa(*files, folder / "questions.json", folder / "images")
     found = load_questions(folder / "questions.json")
     assert [text.target for text in found["COCO_val2014_000000000042.jpg"]] == ["red", "0", "2"]
     assert "passed over: 3 annotations" in capsys.readouterr().out

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import train
-from captions_file import convert_vqa
 from checkpoint import load_checkpoint
 from dataset import CaptionRows, Text, load_questions, make_batch
 from evaluate import accuracy_by_kind, common_answers
@@ -16,6 +15,7 @@ from generation import generate
 from inference import load_captioner
 from metrics import normalize_answer, vqa_accuracy
 from options import GenerationOptions, parse_tasks
+from questions_file import convert_vqa
 from tests.conftest import COLOURS, paint, run, small_flags, write_photos, write_questions
 from tests.test_model import VOCAB, build_model, features
 from tests.test_train import start

@@ -1,0 +1,96 @@
+"""Questions about photos in the forms that people have them in, read as {photo: questions}."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from captions_file import NAME_KEYS, headed_rows, photo_in, read_file, read_objects
+from dataset import load_questions
+from photo_names import match_names
+from utils import UserError, read_json, write_file
+
+
+def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
+    question, and an answer or several people's."""
+    form, content = read_file(path)
+    if form == "JSON" and isinstance(content, dict):
+        values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
+        if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
+            load_questions(path)  # which says what is wrong
+            return content
+        content = values
+    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
+    if form == "table":
+        rows, names = headed_rows(path, content)
+        entries = [
+            (f"{path}, line {number}", dict(zip(names, (value for value, _ in row), strict=False)))
+            for number, row in rows[1:]
+        ]
+    else:
+        entries = content if form == "JSON lines" else ((str(path), entry) for entry in content)
+    table: dict[str, list[dict[str, Any]]] = {}
+    for where, row in read_objects(entries, usage):
+        name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
+        people = [a.get("answer") if isinstance(a, dict) else a for a in row.get("answers") or []]
+        answers = [str(answer) for answer in people if answer is not None]
+        if not name or not row.get("question") or not (answers or row.get("answer") is not None):
+            raise UserError(f"{where} has no photo, question and answer: {usage}")
+        kind = row.get("type") or row.get("question_type") or row.get("answer_type") or ""
+        said = {"question": str(row["question"]), "answer": str(row.get("answer") or "")}
+        said |= {"answers": answers} if answers else {}
+        table.setdefault(name, []).append(said | {"type": str(kind)})
+    return table
+
+
+def convert_vqa(
+    questions: Sequence[str],
+    annotations: Sequence[str],
+    target: Path,
+    images: Path | None = None,
+) -> None:
+    """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
+
+    Files of that form that other people made may lack all but questions, ids and an answer.
+    """
+    if len(questions) != len(annotations):
+        raise UserError(
+            "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
+        )
+    table: dict[str, list[dict[str, Any]]] = {}
+    for pair in zip(questions, annotations, strict=True):
+        asked, answered = (read_json(Path(path).expanduser()) for path in pair)
+        try:
+            _add_vqa(asked, answered, table)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
+    if images and images.is_dir():
+        table = match_names(table, images)
+    write_file(target, json.dumps(table))
+    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
+
+
+def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
+    subtype = asked.get("data_subtype") or answered.get("data_subtype")
+    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
+    texts = {str(e["question_id"]): str(e["question"] or "") for e in asked["questions"]}
+    passed = 0
+    for entry in answered["annotations"]:
+        people = entry.get("answers") or []
+        answers = [str(given["answer"] if isinstance(given, dict) else given) for given in people]
+        own = [entry.get(key) for key in ("multiple_choice_answer", "answer")]
+        answer = next((str(text) for text in own if text not in (None, "")), "")
+        question = texts.get(str(entry["question_id"]), "")
+        common = max(answers, key=answers.count, default="")
+        if not question.strip() or not (answer or common).strip():
+            passed += 1
+            continue
+        number = str(entry["image_id"])
+        name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
+        row = {"question": question, "answer": answer, "answers": answers}
+        table.setdefault(name, []).append(row | {"type": str(entry.get("question_type") or "")})
+    if passed:
+        print(f"  passed over: {passed:,} annotations without a question or an answer")
