@@ -15,7 +15,7 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,7 @@ from torch import Tensor
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
 from model import CaptionModel
-from options import GenerationOptions
+from options import GenerationOptions, typed
 from rerank import Reranker
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, check_ranges, first_line, write_error
@@ -177,7 +177,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         reranker = Reranker.restored(held, model.feature_width) if held else None
         if sorted(tokenizer.vocab.values()) != list(range(model.config.vocab_size)):
             raise ValueError("the tokenizer has another vocabulary than the decoder")
-        generation = _typed(GenerationOptions, description["generation"])
+        generation = typed(GenerationOptions, description["generation"])
         check_ranges(generation)
         tasks = tuple(description.get("tasks", ["captions"]))
         texts = [*tasks, description["encoder"]["name"]]
@@ -197,17 +197,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of this project ({reason})") from None
 
 
-def _typed(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass of plain values, each of which is of the type that its field has."""
-    made = kind(**values)
-    for name, hint in get_type_hints(kind).items():
-        if not isinstance(getattr(made, name), (hint, int) if hint is float else hint):
-            raise TypeError(f"{name} is {getattr(made, name)!r}")
-    return made
-
-
 def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
-    config = _typed(DecoderConfig, description["decoder"])
+    config = typed(DecoderConfig, description["decoder"])
     if config.layers > len(weights):  # each would be built, for nothing
         raise ValueError(f"{config.layers} layers, but {len(weights)} weights")
     if config.heads < 1 or not 0 <= config.dropout < 1:

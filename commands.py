@@ -73,6 +73,11 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
         add_arguments=add_arguments,
         preset=preset,
     )
+    if os.path.basename(settings.CHECKPOINT_PREFIX) != settings.CHECKPOINT_PREFIX:
+        raise UserError(
+            f"CHECKPOINT_PREFIX is {settings.CHECKPOINT_PREFIX!r}: it begins the files' names; "
+            "their folder is --output_dir"
+        )
     settings.arguments = list(sys.argv[1:] if argv is None else argv)
     return settings
 

@@ -77,7 +77,7 @@ def load_data(
 ) -> Data:
     """Read what the tasks want, and encode the photos that aren't in the feature cache yet.
 
-    Without a `tokenizer`, one is loaded or learned.
+    Without a `tokenizer`, the one that was given is loaded, or one learned.
     """
     tasks = parse_tasks(settings.TASKS)
     texts = load_texts(paths, tasks)
@@ -88,6 +88,7 @@ def load_data(
     if settings.MAX_IMAGES:
         splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
+    tokenizer = tokenizer or given_tokenizer(settings, paths)
     encoder = FrozenEncoder.load(
         settings.ENCODER_MODEL_NAME,
         settings.ENCODER_REVISION or None,
@@ -112,7 +113,7 @@ def load_data(
     check_splits(settings, splits, "can be read")
     if tokenizer is None:
         learned = texts_to_learn(texts, splits["train"], stock)
-        tokenizer = team.on_rank0(lambda: make_tokenizer(settings, paths, learned))
+        tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
     train, val = (
         CaptionRows(encode_rows(tokenizer, texts, splits[split], length), features, count)
@@ -201,14 +202,19 @@ def texts_to_learn(
         yield from stock.first_texts()
 
 
-def make_tokenizer(
-    settings: SimpleNamespace, paths: DataPaths, learned: Iterator[str]
-) -> CaptionTokenizer:
-    """The tokenizer the user gave, or a new one."""
+def given_tokenizer(settings: SimpleNamespace, paths: DataPaths) -> CaptionTokenizer | None:
+    """The tokenizer that the user gave, if any."""
     if bool(settings.VOCAB_FILE) != bool(settings.MERGES_FILE):
         raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
     if settings.VOCAB_FILE:
         return CaptionTokenizer.load(paths.vocab, paths.merges)
+    return None
+
+
+def learn_tokenizer(
+    settings: SimpleNamespace, paths: DataPaths, learned: Iterator[str]
+) -> CaptionTokenizer:
+    """A new one, kept beside the data."""
     tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
     tokenizer.save(paths.vocab, paths.merges)
     return tokenizer

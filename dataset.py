@@ -351,7 +351,9 @@ def load_splits(path: Path) -> dict[str, list[str]]:
     table = read_json(path)
     if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
         raise UserError(f"{path} is not a table of splits: run {interpreter()} prepare_dataset.py")
-    return {split: table[split] for split in SPLITS}
+    if not all(isinstance(name, str) for split in SPLITS for name in table[split]):
+        raise UserError(f"{path} holds what is no photo's name: run prepare_dataset.py again")
+    return {split: [*dict.fromkeys(table[split])] for split in SPLITS}
 
 
 # --- Batches --------------------------------------------------------------------------------

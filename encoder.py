@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -66,8 +67,11 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
             of its size where both sides stay at least that long, which is several times as fast.
     """
-    with _named(path), Image.open(path, formats=PHOTO_FORMATS) as image:
-        return as_rgb(image, path, least)
+    with _named(path):
+        if isinstance(path, str | os.PathLike) and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise ImageError(f"{path} is a pipe, not a picture")  # to open it may take for ever
+        with Image.open(path, formats=PHOTO_FORMATS) as image:
+            return as_rgb(image, path, least)
 
 
 def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -58,7 +59,7 @@ from metrics import (
     vqa_accuracy,
 )
 from options import GenerationOptions, change_options, given_options
-from utils import UserError, first_line, run_script, write_file
+from utils import UserError, check_output, first_line, run_script, write_file
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 
@@ -106,11 +107,8 @@ def java_scores(
     return scores, missing
 
 
-@torch.inference_mode()
-def clip_score(
-    name: str, files: Sequence[Path], captions: Sequence[str], device: torch.device
-) -> float:
-    """CLIPScore without references (Hessel et al. 2021): 2.5 times the mean cosine, times 100."""
+def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
+    """A CLIP model, and what makes its pixels and tokens."""
     try:
         options = loading_options(name)
         model = transformers.CLIPModel.from_pretrained(name, **options).to(device).eval()
@@ -118,6 +116,15 @@ def clip_score(
         words = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
+    return model, pictures, words
+
+
+@torch.inference_mode()
+def clip_score(
+    clip: tuple[Any, Any, Any], files: Sequence[Path], captions: Sequence[str], device: torch.device
+) -> float:
+    """CLIPScore without references (Hessel et al. 2021): 2.5 times the mean cosine, times 100."""
+    model, pictures, words = clip
     most, total = model.config.text_config.max_position_embeddings, 0.0
     for start in range(0, len(files), 32):
         images = [open_image(file) for file in files[start : start + 32]]
@@ -275,6 +282,12 @@ def load_scored(settings: SimpleNamespace) -> Scored:
 def score_captions(scored: Scored) -> dict[str, object]:
     """Print and report the captions' scores; returns what the JSON line holds of them."""
     settings, names, images = scored.settings, scored.names, scored.paths.images
+    report = report_path(settings)
+    for flag, output in (("--report", report), ("--save_captions", settings.save_captions)):
+        if output:
+            paths = scored.paths
+            check_output(flag, output, settings.checkpoint, paths.captions, paths.splits)
+    clip = load_clip(settings.clip, scored.device) if settings.clip else None
     started = time.monotonic()
     hypotheses = scored.write()
     seconds = time.monotonic() - started
@@ -288,22 +301,18 @@ def score_captions(scored: Scored) -> dict[str, object]:
     other = diversity(said, {text for group in training for text in group})
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
     more, missing = java_scores(captions, references)
-    if settings.clip:
+    if clip:
         files = [images / name for name in names]
-        more["CLIPScore"] = clip_score(settings.clip, files, said, scored.device)
+        more["CLIPScore"] = clip_score(clip, files, said, scored.device)
     else:
         missing["CLIPScore"] = "it needs --clip"
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
-    checkpoint = Path(settings.checkpoint).expanduser()
-    how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
-    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
-    report = Path(settings.report or usual).expanduser()
+    print(summary)
     write_report(report, images, captions, references, values, summary)
     if settings.save_captions:
         content = json.dumps(captions, ensure_ascii=False, indent=1)
         write_file(Path(settings.save_captions).expanduser(), content)
-    print(summary)
     beams, rate = scored.options.beam_size, len(names) / seconds
     print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s\nreport: {report}")
     return {
@@ -314,6 +323,14 @@ def score_captions(scored: Scored) -> dict[str, object]:
         "scorer": SCORER,
         "tokenizer": TOKENIZER,
     }
+
+
+def report_path(settings: SimpleNamespace) -> Path:
+    """Where the report goes: beside the checkpoint, by the split and the options given."""
+    checkpoint = Path(settings.checkpoint).expanduser()
+    how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
+    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
+    return Path(settings.report or usual).expanduser()
 
 
 def score_table(

@@ -18,8 +18,10 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -256,7 +258,8 @@ def add_pack(folder: Path, parts: Iterable[Part], rank: int = 0) -> dict[Item, E
     is which of the processes that write to the folder at once this is: their packs may have like
     numbers.
     """
-    numbers = [int(path.stem.split("_")[1]) for path in folder.glob("shard_*.bin")]
+    names = (re.match(r"shard_(\d+)", path.name) for path in folder.glob("shard_*.bin"))
+    numbers = [int(name[1]) for name in names if name]
     writer = f"_{rank}" if rank else ""
     pack = folder / f"shard_{max(numbers, default=-1) + 1:05d}{writer}.bin"
     return _entries(pack, write_pack(pack, parts, {}))
@@ -277,7 +280,8 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
             table = read_json(index)
             found = _entries(pack, table)
-            size = len(table["items"]) * math.prod(table["shape"]) * 2
+            patches, width = map(operator.index, table["shape"])
+            size = len(table["items"]) * max(1, patches) * max(1, width) * 2
         if found and pack.exists() and pack.stat().st_size == size:
             entries |= found
         else:

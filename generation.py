@@ -253,7 +253,7 @@ class _Rows:
             scores = self.log_probability[:, start:stop, None] + allowed[:, start:stop]
             ranked = scores - self.options.diversity * taken.unsqueeze(1)
             parents, tokens = self._best(scores, ranked, size, start, group == 0)
-            taken.scatter_add_(1, tokens, torch.ones_like(taken[:, :size]))
+            taken.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=taken.dtype))
             chosen.append((parents + start, tokens))
         parents, tokens = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
         return parents, tokens

@@ -40,8 +40,8 @@ from features import encode, prefetch
 from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
-from sidecar import Photo, open_output
-from utils import Bar, UserError, atomic_write, files_in, run_script, shown
+from sidecar import Photo, TextFiles, open_output
+from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
 ROWS = 64  # captions or answers searched for at a time
 
@@ -107,7 +107,7 @@ class Captioner:
 
         Greedy unless `options` say otherwise; raises as `caption`.
         """
-        if isinstance(pictures, Picture) and not isinstance(questions, str):
+        if _is_one(pictures) and not isinstance(questions, str):
             pictures = [pictures] * len(questions)
         return self._best(pictures, questions, options)
 
@@ -130,7 +130,10 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         same = questions is None or isinstance(questions, str)
-        asked = itertools.repeat(questions or "") if same else questions
+        asked = itertools.repeat(questions or "") if same else [*questions]
+        if questions is not None and not all(q.strip() for q in ([questions] if same else asked)):
+            raise UserError("a question is empty: to have a caption written, ask none")
+        pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
@@ -189,7 +192,7 @@ class Captioner:
         self, pictures: Any, questions: str | Sequence[str] | None, options: dict[str, Any]
     ) -> str | list[str]:
         """The best text about a picture, or about each of several."""
-        if isinstance(pictures, Picture):
+        if _is_one(pictures):
             questions = None if questions is None else [questions]
             return self._best([pictures], questions, options)[0]
         found = []
@@ -208,17 +211,18 @@ class Captioner:
         return encode(self.encoder, [inputs], self.dtype).float()
 
     def explain(
-        self, image: Image.Image, question: str | None = None, **options: Any
+        self, picture: Picture, question: str | None = None, **options: Any
     ) -> tuple[PatchGrid, list[Explained]]:
         """A picture's captions, or answers to a question about it, with where each word looked.
 
         Args:
-            image: as `encoder.open` gives it.
+            picture: as in `caption`.
             options: as in `caption`, or for a question as in `answer`.
         """
         self.require("captions" if question is None else "questions")
         chosen = change_options(self.options, question is not None, **options)
         (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
+        image = self._open(picture)
         features = self.features([image])
         grid = patch_grid(self.encoder, image.size, features.shape[1])
         model, tokenizer = self.model, self.tokenizer
@@ -231,9 +235,14 @@ class Captioner:
     def _open(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):
             return as_rgb(picture)
-        if not isinstance(picture, (str, os.PathLike)) and not hasattr(picture, "read"):
+        if not _is_one(picture):
             raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
         return self.encoder.open(picture)
+
+
+def _is_one(pictures: object) -> bool:
+    """Is it a picture: a Pillow image, a file's name, or an open file; and not several?"""
+    return isinstance(pictures, Picture) or hasattr(pictures, "read")
 
 
 def _key(picture: Picture) -> object:
@@ -292,7 +301,7 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
         if "://" in text:
             raise UserError(f"{text} is an address: download the photo, and give the file")
         path = Path(text).expanduser()
-        if not path.is_dir():
+        if not os.path.isdir(path):
             add(path, path.name if len(paths) == 1 else text)
             continue
         shown = "" if len(paths) == 1 else text
@@ -353,6 +362,8 @@ def write_all(
     writer = (
         open_output(args.write, args.output, args.existing, folder, asked) if args.write else None
     )
+    if isinstance(writer, TextFiles):
+        writer.tell_apart([photo for photo, _ in items])
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
@@ -377,9 +388,6 @@ def write_all(
                 texts = list(dict.fromkeys(each.texts))[:count]
                 texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
                 rows += [(photo, question, text) for text in texts]
-                about = f"{shown(photo.name)}: {question}".rstrip()
-                for text in texts:
-                    tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
                 said = texts if count > 1 else texts[0]
                 if question:
                     table.setdefault(photo.name, []).append({"question": question, "answer": said})
@@ -387,6 +395,9 @@ def write_all(
                     table[photo.name] = said
             if writer:
                 writer.write(rows)
+            for photo, question, text in rows:
+                about = f"{shown(photo.name)}: {question}".rstrip()
+                tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
             bar.step(len(part))
     if writer:
         writer.close()
@@ -408,8 +419,7 @@ def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
         )
     if Path(args.attention).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--attention {args.attention}: the name must end in .png or .jpg")
-    if os.path.realpath(Path(args.attention).expanduser()) == os.path.realpath(photos[0].file):
-        raise UserError(f"--attention {args.attention} is the photo itself: give another name")
+    check_output("--attention", args.attention, photos[0].file, args.checkpoint)
 
 
 def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> int:

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-from utils import UserError, constant_comments
+from utils import UserError, check_ranges, constant_comments
+
+T = TypeVar("T")
 
 SPLITS = ("train", "val", "test")
 TASKS = ("captions", "questions")
@@ -71,6 +73,21 @@ def change_options(own: GenerationOptions, asked: bool, **given: Any) -> Generat
     """A checkpoint's `own` options, or for answers the greedy ones, with some replaced."""
     usual = GenerationOptions() if asked else own
     try:
-        return dataclasses.replace(usual, **given)
-    except ValueError as error:
+        made = typed(GenerationOptions, dataclasses.asdict(usual) | given)
+    except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
+    check_ranges(made)
+    return made
+
+
+def typed(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of plain values, each of which is of the type that its field has.
+
+    Raises TypeError where one isn't.
+    """
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        hint = hints.get(name, object)
+        if not isinstance(value, (hint, int) if hint is float else hint):
+            raise TypeError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
+    return kind(**values)

@@ -68,6 +68,7 @@ class Progress:
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches done in the epoch under way
     order: str = ""  # of which order of photos, by `rows.order`
+    judged: str = ""  # by which photos and texts the history's epochs were judged
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included
     loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of beams
@@ -281,6 +282,8 @@ def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
                     f"{path} is for use only: resume from the .pt beside it, or from last.pt"
                 )
             return checkpoint
+        if path.exists():
+            raise UserError(f"{path} is no file: give a .pt, such as {path / 'last.pt'}")
         print(f"there is no checkpoint {path} to resume from: training from scratch")
     if settings.START_CHECKPOINT:
         print(f"beginning with the decoder and tokenizer of {settings.START_CHECKPOINT}")

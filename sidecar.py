@@ -11,7 +11,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +32,38 @@ class TextFiles:
 
     def __init__(self, folder: Path | None, existing: str):
         self.folder, self.existing = folder, existing
-        self.begun: set[Path] = set()  # by this run: `photo.png` adds to what `photo.jpg` has
+        self.own: dict[Path, Path] = {}  # the photo that each text is about
 
-    def target(self, photo: Photo) -> Path:
+    def tell_apart(self, photos: Iterable[Photo]) -> None:
+        """Where `photo.txt` would be several photos', have it the first one's, and `photo.png.txt`
+        another's; refuse where that is not enough, or a photo's place."""
+        photos = {os.path.abspath(photo.file): photo for photo in photos}
+        self.own = {}
+        for photo in photos.values():
+            self.own.setdefault(self._usual(photo), photo.file)
+        counts = Counter(os.path.abspath(self.target(photo)) for photo in photos.values())
+        twice = [target for target, count in counts.items() if count > 1 or target in photos]
+        if twice:
+            raise UserError(
+                f"{twice[0]} would be another photo's as well, or is one: give another --output, "
+                "or name folders one by one"
+            )
+
+    def _usual(self, photo: Photo) -> Path:
         # An absolute name, or one with "..", would lead out of the folder.
         parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
         place = self.folder.joinpath(*parts) if self.folder else photo.file
         return place.with_suffix(".txt")
 
+    def target(self, photo: Photo) -> Path:
+        usual = self._usual(photo)
+        if self.own.get(usual, photo.file) == photo.file:
+            return usual
+        return usual.with_name(f"{photo.file.name}.txt")
+
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
-        if not self.target(photo).exists():
+        if not os.path.exists(self.target(photo)):
             return True
         if self.existing == "error":
             raise UserError(f"{self.target(photo)} is there: use --existing skip or overwrite")
@@ -53,11 +75,10 @@ class TextFiles:
         for photo, _, text in rows:
             texts.setdefault(self.target(photo), []).append(text)
         for target, lines in texts.items():
-            added = self.existing == "append" or target in self.begun
-            there = target.read_bytes().rstrip(b"\r\n") if added and target.exists() else b""
+            added = self.existing == "append" and target.exists()
+            there = target.read_bytes().rstrip(b"\r\n") if added else b""
             new = "\n".join([*lines, ""]).encode(errors="backslashreplace")
             write_file(target, there + b"\n" + new if there else new)
-            self.begun.add(target)
 
     def close(self) -> None:
         """Nothing is open."""

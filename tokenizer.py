@@ -37,6 +37,8 @@ class CaptionTokenizer:
         """Use a vocabulary, in which the special tokens stand first, and its merge rules."""
         if any(vocab.get(token) != i for i, token in enumerate(SPECIAL_TOKENS)):
             raise UserError(f"the vocabulary doesn't begin with {', '.join(SPECIAL_TOKENS)}")
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise UserError("the vocabulary's ids are not 0, 1, 2 and so on, each once")
         self.vocab, self.merges = vocab, merges
         self._tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
 
@@ -68,10 +70,12 @@ class CaptionTokenizer:
     def load(cls, vocab_file: Path, merges_file: Path) -> CaptionTokenizer:
         """Read vocab.json and merges.txt."""
         try:
-            vocab, merges = models.BPE.read_file(str(vocab_file), str(merges_file))
+            made = cls(*models.BPE.read_file(str(vocab_file), str(merges_file)))
+            if missing := {*pre_tokenizers.ByteLevel.alphabet()} - made.vocab.keys():
+                raise UserError(f"{len(missing)} of the 256 bytes are not in the vocabulary")
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             raise UserError(f"{vocab_file} and {merges_file} are no BPE files: {error}") from None
-        return cls(vocab, merges)
+        return made
 
     def save(self, vocab_file: Path, merges_file: Path) -> None:
         """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""

@@ -29,7 +29,16 @@ from torch import Tensor
 
 import prepare_dataset
 from corpus import Data, load_data
-from dataset import Batch, CaptionRows, DataPaths, Text, make_batch, prompts_about, references_of
+from dataset import (
+    Batch,
+    CaptionRows,
+    DataPaths,
+    Text,
+    make_batch,
+    order_name,
+    prompts_about,
+    references_of,
+)
 from device import autocast
 from distributed import StopSignal, joined
 from features import prefetch
@@ -39,6 +48,7 @@ from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
 from run import (
+    MEASURES,
     Run,
     Written,
     decoder_config,
@@ -104,7 +114,11 @@ def take_place(run: Run, data: Data) -> None:
             f"processes have changed): epoch {progress.epoch + 1} begins anew"
         )
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
-    progress.order = order
+    judged = order_name(data.tasks, [(name, data.texts[name]) for name in data.val.names])
+    if progress.judged not in ("", judged) and progress.epoch < run.epochs:
+        print("resumed   with other validation photos or texts: earlier epochs are not compared")
+        progress.since = dict.fromkeys(MEASURES, progress.epoch)
+    progress.order, progress.judged = order, judged
 
 
 # --- One epoch ------------------------------------------------------------------------------

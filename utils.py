@@ -27,17 +27,22 @@ from tqdm import tqdm
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
-WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG),
+}
+MAY_BE_EMPTY = ("prefix", "suffix")  # of the flags that are no settings
 
 # What settings and flags of all scripts may be, both ends allowed.
 BOUNDS = {
     (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES QUESTION_WEIGHT NUM_EPOCHS "
     "SCST_EPOCHS WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM TOP_K",
-    (1, ANY): "SHUFFLE_BUFFER FEATURE_VIEWS FEATURE_BATCH_SIZE VOCAB_SIZE DECODER_EMBED_DIM "
-    "DECODER_LAYERS DECODER_HEADS DECODER_FF_DIM BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
+    (1, ANY): "SHUFFLE_BUFFER FEATURE_BATCH_SIZE BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
     "MAX_BAD_STEPS MIN_LENGTH MAX_LENGTH REPEATS",
-    (3, ANY): "MAX_CAPTION_LENGTH",
-    (1, 1000): "BEAM_SIZE GROUPS N_BEST",
+    (1, 1000): "FEATURE_VIEWS DECODER_LAYERS DECODER_HEADS BEAM_SIZE GROUPS N_BEST",
+    (1, 100_000): "DECODER_EMBED_DIM DECODER_FF_DIM",
+    (1, 10_000_000): "VOCAB_SIZE",
+    (3, 100_000): "MAX_CAPTION_LENGTH",
     (2, 100): "SCST_BEAM_SIZE",
     (0, 0.95): "DROPOUT PATCH_DROPOUT LABEL_SMOOTHING",
     (0, 0.999999): "EMA_DECAY",
@@ -57,6 +62,18 @@ RANGES = {name: bounds for bounds, names in BOUNDS.items() for name in names.spl
 
 class UserError(Exception):
     """A mistake that the user can mend: the message says what is wrong and what to do."""
+
+
+def check_output(flag: str, output: str | os.PathLike[str], *inputs: object) -> None:
+    """Refuse, before there is a result, a file that can't be written, or is one of the `inputs`."""
+    path = Path(os.path.realpath(os.path.expanduser(output)))
+    if any(str(path) == os.path.realpath(os.path.expanduser(str(each))) for each in inputs if each):
+        raise UserError(f"{flag} {output} is what is read: give another name")
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {output} is a folder: name a file in it")
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {output}: {folder} can't be written to, choose another folder")
 
 
 # --- Settings -------------------------------------------------------------------------------
@@ -98,6 +115,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *given: Any) -> argparse.Namespace:
         flags = super().parse_args(*given)
         check_ranges(flags)
+        for name, value in vars(flags).items():
+            own = name.islower() and name not in MAY_BE_EMPTY
+            if own and isinstance(value, str) and not value.strip():
+                raise UserError(f"--{name} is empty: is a variable of your shell not set?")
         return flags
 
 
@@ -161,7 +182,7 @@ def check_ranges(settings: SimpleNamespace | argparse.Namespace) -> None:
         if least is None or not isinstance(value, (int, float)):
             continue
         if not least <= value <= most:  # so put, NaN is refused too
-            bound = f"at least {least}" if most == ANY else f"from {least} to {most}"
+            bound = f"at least {least}" if most == ANY >= value else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: it must be {bound}")
 
 
@@ -254,6 +275,8 @@ class Said:
 
     def __init__(self, stream: TextIO | None, spared: str):
         self.stream, self.spared, self.broken = stream, spared, stream is None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # its encoding may lack a letter
 
     def write(self, text: str) -> int:
         self._try(lambda: self.stream.write(shown(text, self.spared)))
@@ -301,13 +324,20 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = main() or int(sys.stdout.broken)
     except UserError as error:
         code = say_error(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        code = say_error(f"{error.filename}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError that only its text tells from others.
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not known and "can't allocate memory" not in str(error):
+        homeless = "determine home directory" in str(error)  # what pathlib says of `~nobody`
+        if not known and not homeless and "can't allocate memory" not in str(error):
             raise
         code = say_error(
-            f"out of memory ({first_line(error)}): halve --batch_size and double "
+            "a path begins with ~ and the name of a user who isn't there: write it out"
+            if homeless
+            else f"out of memory ({first_line(error)}): halve --batch_size and double "
             "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before"
         )
     except KeyboardInterrupt:

@@ -68,11 +68,30 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
 
 
+def test_what_is_read_is_not_written_over(tmp_path, trained):
+    best = trained / "captioner_best_cider.safetensors"
+    flags = ["evaluate.py", "--checkpoint", best, "--data_dir", trained]
+    before = best.read_bytes(), (trained / "captions.json").read_bytes()
+    for more, says in (
+        (["--report", best], "is what is read"),
+        (["--save_captions", trained / "captions.json"], "is what is read"),
+        (["--report", tmp_path], "is a folder"),
+        (["--save_captions", best / "x.json"], "can't be written to"),
+        (["--clip", "no/clip"], "can't be loaded"),
+    ):
+        result = run(*flags, *more)
+        assert result.returncode == 1 and says in result.stderr, result.stderr
+        assert "writing" not in result.stderr  # said before the search
+    assert (best.read_bytes(), (trained / "captions.json").read_bytes()) == before
+
+
 def test_clip_score_is_what_its_paper_says(tmp_path, clip_dir):
     data = write_photos(tmp_path / "data", 3)
     files = sorted((data / "images").iterdir())
     captions = ["a red square", "a dog", "zebra"]
-    found = evaluate.clip_score(str(clip_dir), files, captions, torch.device("cpu"))
+    device = torch.device("cpu")
+    clip = evaluate.load_clip(str(clip_dir), device)
+    found = evaluate.clip_score(clip, files, captions, device)
     model = transformers.CLIPModel.from_pretrained(clip_dir).eval()
     words = transformers.AutoTokenizer.from_pretrained(clip_dir)
     processor = transformers.AutoImageProcessor.from_pretrained(clip_dir, backend="pil")
@@ -88,7 +107,7 @@ def test_clip_score_is_what_its_paper_says(tmp_path, clip_dir):
         total += 2.5 * max(cosine, 0)
     assert found == pytest.approx(100 * total / 3, rel=1e-3, abs=1e-3)
     with pytest.raises(UserError, match="can't be loaded"):
-        evaluate.clip_score(str(tmp_path / "nothing"), files, captions, torch.device("cpu"))
+        evaluate.load_clip(str(tmp_path / "nothing"), device)
 
 
 def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -114,7 +115,11 @@ def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption,
     best = "--batch_size", 1, "--n_best", 2, "--beam_size", 3
     assert caption(folder, *kind, "append", *best).returncode == 0
     a, b, c = (folder / name for name in ("a.txt", "b.txt", "sub/c.txt"))
-    assert len(a.read_text().splitlines()) == 4 and len(c.read_text().splitlines()) == 2
+    assert len(a.read_text().splitlines()) == 2 and len(c.read_text().splitlines()) == 2
+    assert len((folder / "a.png.txt").read_text().splitlines()) == 2
+    (folder / "a.png.txt").unlink()  # as in a run that was killed between the two
+    again = caption(folder, *kind, "skip")
+    assert again.returncode == 0 and len((folder / "a.png.txt").read_text().splitlines()) == 1
     assert b.read_bytes().startswith(b"caf\xe9\na ") and b.read_bytes().count(b"\n") == 3
     before = sorted(folder.rglob("*"))
     out = tmp_path / "out"
@@ -227,7 +232,7 @@ def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
         (["https://example.org/a.jpg"], "is an address: download the photo"),
         ([folder, "--attention", "x.png"], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
-        ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is the photo itself"),
+        ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is what is read"),
         ([folder, ""], "a path is empty"),
         ([folder / "none"], "there is no such picture"),
         ([folder / "a.jpg", "--write", "txt", "--question", "why?"], "--write txt is for captions"),
@@ -284,6 +289,80 @@ def test_from_python(trained, joint, folder, monkeypatch):
             captioner.caption(wrong)
     with pytest.raises(ValueError, match="batch_size is 0"):
         captioner.caption(paths, batch_size=0)
+    with open(paths[0], "rb") as file:
+        assert captioner.caption(file) == single[0]
+    assert [each.texts[0] for each in captioner.stream(str(paths[0]))] == single[:1]
+    assert captioner.explain(paths[0])[1][0].text == single[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length_penalty": math.nan},
+        {"rerank": math.nan},
+        {"max_length": 0},
+        {"temperature": math.nan, "sample": True},
+        {"length_penalty": 1e9},
+        {"no_repeat_ngram": -3},
+        {"seed": 2**70},
+        {"beam_size": 2.0},
+        {"beam_size": "3"},
+        {"no_such": 1},
+    ],
+)
+def test_options_from_python_are_held_to_the_ranges_of_flags(trained, folder, options):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    with pytest.raises(UserError, match=next(iter(options))):
+        captioner.caption(folder / "a.jpg", **options)
+
+
+def test_more_beams_than_words_are_searched(trained, folder):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    beams = len(captioner.tokenizer) + 20
+    assert captioner.caption(folder / "a.jpg", beam_size=beams)
+
+
+def test_an_empty_question_is_refused(joint):
+    captioner = load_captioner(joint / "captioner_best_accuracy.safetensors")
+    for question in ("", " ", ["why?", ""]):
+        with pytest.raises(UserError, match="a question is empty"):
+            captioner.answer(joint / "images" / "000.png", question)
+
+
+def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):
+    (folder / "a.jpg").rename(folder / "日本é.jpg")
+    result = caption(folder, "--write", "csv", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "\\u65e5" in result.stdout, result.stderr
+    table = (folder / "captions.csv").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 1 + len(NAMES) and "日本é.jpg" in table
+
+
+def test_a_pipe_among_photos_is_named_and_not_waited_for(folder, caption):
+    os.mkfifo(folder / "pipe.jpg")
+    result = caption(folder)
+    assert result.returncode == 1 and "pipe.jpg is a pipe" in result.stderr
+    assert len(result.stdout.splitlines()) == len(NAMES)
+
+
+def test_what_is_given_is_never_written_over(folder, caption):
+    (folder / "a.jpg").rename(folder / "a.txt")
+    before = (folder / "a.txt").read_bytes()
+    result = caption(folder / "a.txt", "--write", "txt", "--existing", "overwrite")
+    assert result.returncode == 1 and "a.txt would be" in result.stderr
+    assert (folder / "a.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--question", "--questions_file", "--attention", "--encoder"])
+def test_a_flag_that_is_empty_is_not_one_that_is_missing(folder, caption, flag):
+    result = caption(folder / "a.jpg", flag, "")
+    assert result.returncode == 1 and f"{flag} is empty" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["~nobody-here/x.csv", "x" * 300 + ".csv", "/proc/none/x.csv"])
+def test_a_place_that_can_not_be_is_said_in_a_line(folder, caption, place):
+    result = caption(folder, "--write", "csv", "--output", place)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) < 4, result.stderr
+    assert "error: " in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):

@@ -117,6 +117,17 @@ def test_a_place_in_another_order_of_photos_is_given_up(six, tmp_path):
     assert other.returncode == 0 and "epoch 2 begins anew" in other.stdout, other.stderr
 
 
+def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):
+    data, flags = six
+    shutil.copy(data / "last.pt", tmp_path / "last.pt")
+    resume = ["--resume_checkpoint_path", tmp_path / "last.pt", "--epochs", 7]
+    more = ["--output_dir", tmp_path / "out", *resume]
+    other = run("train.py", *flags, *more, "--max_images", 12)
+    assert other.returncode == 0 and "earlier epochs are not compared" in other.stdout, other.stderr
+    training = load_checkpoint(tmp_path / "out" / "last.pt").training
+    assert set(training["progress"]["since"].values()) == {6}
+
+
 @pytest.mark.fault
 def test_beginning_with_weights_that_are_no_numbers_is_refused(six, tmp_path):
     data, flags = six

@@ -32,7 +32,7 @@ from report import Ledger
 from run import Run, start_run
 from self_critical import advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
-from tokenizer import END_ID, START_ID
+from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError, sole_user
 
 
@@ -413,6 +413,10 @@ MISTAKES = {
     "empty captions": ("captions.json", "{}", [], "holds no captions"),
     "no encoder": (None, None, ["--encoder_model_name", "nobody/nothing"], "nobody/nothing"),
     "heads": (None, None, ["--decoder_heads", "5"], "DECODER_HEADS"),
+    "a gap in the vocabulary": ("vocab.json", "GAP", ["--vocab_file", "vocab.json"], "ids are not"),
+    "words alone": ("vocab.json", "WORDS", ["--vocab_file", "vocab.json"], "of the 256 bytes"),
+    "a folder in the prefix": (None, None, ["--checkpoint_prefix", "a/b"], "CHECKPOINT_PREFIX"),
+    "a folder to resume": (None, None, ["--resume_checkpoint_path", "."], "last.pt"),
     "no split file": (None, None, ["--split", "karpathy"], "--split ratio"),
 }
 
@@ -420,6 +424,12 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_with_a_message(photos, encoder_dir, name):
     file, content, more, message = MISTAKES[name]
+    if file == "vocab.json":
+        words = dict.fromkeys([*SPECIAL_TOKENS, "a", "b"])
+        table = {word: number for number, word in enumerate(words)}
+        content = json.dumps(table | ({"b": 9} if content == "GAP" else {}))
+        (photos / "merges.txt").write_text("#version: 0.2\n")
+        more = ["--vocab_file", photos / file, "--merges_file", photos / "merges.txt"]
     if file:
         (photos / file).write_text(content)
     result = run("train.py", *small_flags(photos, encoder_dir), *more)

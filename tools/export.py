@@ -29,7 +29,15 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, atomic_write, require_extra, run_script, size_text, write_file
+from utils import (
+    UserError,
+    atomic_write,
+    check_output,
+    require_extra,
+    run_script,
+    size_text,
+    write_file,
+)
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -101,8 +109,7 @@ def as_folder(args: argparse.Namespace) -> int:
 def as_onnx(args: argparse.Namespace) -> int:
     """The decoder as an ONNX file, and if wanted the encoder as another."""
     out = Path(args.out).expanduser()
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: give the name of a file")
+    check_output("--out", out, args.checkpoint)
     graphs = require_extra("tools.onnx_graph", "requirements-export.txt", "the export")
     checkpoint = checkpoint_of(args)
     encoder = checkpoint.load_encoder(args.encoder) if args.with_encoder else None
