@@ -169,7 +169,7 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ask("--questions_file", help="answer many: a questions.json, with or without answers")
     add("--attention", help="draw where the decoder looked, word by word, into this .png or .jpg")
     add("--n_best", type=int, default=1, help="texts about each photo, best first [%(default)s]")
-    add("--batch_size", type=int, default=16, help="photos at once [%(default)s]")
+    add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
     add("--no-recursive", dest="recursive", action="store_false", help="leave out sub-folders")
     add("--json", action="store_true", help="last line: captions by name, or questions and answers")
     files = parser.add_argument_group("files")

@@ -43,7 +43,8 @@ from options import GenerationOptions, change_options, given_options
 from sidecar import Photo, TextFiles, open_output
 from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
-ROWS = 64  # captions or answers searched for at a time
+ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
+ROWS = 64  # captions or answers searched for at a time: fewer are slower
 
 Picture = str | os.PathLike | Image.Image
 
@@ -116,7 +117,7 @@ class Captioner:
         pictures: Iterable[Picture],
         questions: str | Iterable[str] | None = None,
         *,
-        batch_size: int = 16,
+        batch_size: int = ROWS,
         **options: Any,
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
@@ -143,7 +144,7 @@ class Captioner:
 
     def _read(
         self, chunk: list[list[tuple[Picture, str]]]
-    ) -> tuple[list[list[tuple[Picture, str]]], dict[str, Tensor], list[str]]:
+    ) -> tuple[list[list[tuple[Picture, str]]], list[dict[str, Tensor]], list[str]]:
         """The pictures of a chunk, preprocessed, and what is wrong with each, mostly nothing."""
         opened, problems = [], []
         for (picture, _), *_ in chunk:
@@ -152,16 +153,17 @@ class Captioner:
                 problems.append("")
             except ImageError as error:
                 problems.append(str(error))
-        return chunk, self.encoder.preprocess(opened) if opened else {}, problems
+        parts = (opened[start : start + ENCODED] for start in range(0, len(opened), ENCODED))
+        return chunk, [*map(self.encoder.preprocess, parts)], problems
 
     def _write(
         self,
         chunk: list[list[tuple[Picture, str]]],
-        inputs: dict[str, Tensor],
+        inputs: list[dict[str, Tensor]],
         problems: list[str],
         options: GenerationOptions,
     ) -> Iterator[Written]:
-        features = self._encode(inputs) if inputs else None
+        features = torch.cat([*map(self._encode, inputs)]) if inputs else None
         good = iter(range(len(chunk)))
         places = [None if problem else next(good) for problem in problems]
         rows = [
