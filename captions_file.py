@@ -141,11 +141,16 @@ def find_table(*folders: Path) -> Path | None:
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
     form, content = read_file(path)
-    if form == "JSON":
-        return _read_object(path, content)
-    if form == "JSON lines":
-        return _read_objects(path, content, form)
-    return _read_rows(path, content)
+    try:
+        if form == "JSON":
+            return _read_object(path, content)
+        return (
+            _read_objects(path, content, form)
+            if form == "JSON lines"
+            else _read_rows(path, content)
+        )
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
 
 
 def read_file(path: Path) -> tuple[str, Any]:
@@ -202,9 +207,11 @@ def _read_object(path: Path, table: Any) -> Captions:
     values = [*table.values()]
     if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
         return _read_object(path, [{"image_id": key} | value for key, value in table.items()])
-    if set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}:  # by columns
-        columns = [v.values() if isinstance(v, dict) else v for v in values]
-        if len({len(column) for column in columns}) == 1:
+    if set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}:
+        if any(isinstance(table.get(key), str) for key in NAME_KEYS):  # one photo's object
+            return _read_object(path, [table])
+        columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
+        if len({len(each) if isinstance(each, list) else -1 for each in columns}) == 1:
             rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
             return _read_object(path, rows)
     found = Captions("a table of photos")
@@ -425,8 +432,10 @@ def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iter
     while place < len(rows):
         number, text = rows[place]
         row, place = fields(text), place + 1
-        for _, more in itertools.islice(rows, place, place + MOST_LINES):
-            if not is_open(row) or any(is_photo(_plain(value)) for value, _ in fields(more)):
+        last = min(len(rows), place + MOST_LINES)
+        while is_open(row) and place < last:
+            more = rows[place][1]
+            if any(is_photo(_plain(value)) for value, _ in fields(more)):
                 break
             text, place = f"{text}\n{more}", place + 1
             row = fields(text)
