@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
-from photo_names import is_photo, photos_in
+from photo_names import is_photo, is_unread, photos_in
 from utils import UserError, decoded, read_json, read_text
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
@@ -32,7 +32,7 @@ TABLES = (
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file img img_name img_path photo imageid name id"
+    "image_file img img_name img_path photo imageid image_url name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
@@ -54,7 +54,8 @@ OTHER_KINDS = {
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
-BARE = re.compile(r"[\w-]+")  # a photo's name without its suffix, where a header says it is one
+BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
+NOTHING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
@@ -140,17 +141,26 @@ def find_table(*folders: Path) -> Path | None:
 
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
-    form, content = read_file(path)
     try:
-        if form == "JSON":
-            return _read_object(path, content)
-        return (
-            _read_objects(path, content, form)
-            if form == "JSON lines"
-            else _read_rows(path, content)
-        )
+        found = _read(path, *read_file(path))
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
+    empty = [
+        (name, text) for name, texts in found.texts.items() for text in texts if text in NOTHING
+    ]
+    for name, text in empty if len(empty) > 1 else ():  # one may be somebody's caption
+        found.texts[name].remove(text)
+        found.passed.append(
+            f"{path}: the caption {text!r} of {name!r} is a program's word for none"
+        )
+    found.texts = {name: texts for name, texts in found.texts.items() if texts}
+    return found
+
+
+def _read(path: Path, form: str, content: Any) -> Captions:
+    if form == "JSON":
+        return _read_object(path, content)
+    return _read_objects(path, content, form) if form == "JSON lines" else _read_rows(path, content)
 
 
 def read_file(path: Path) -> tuple[str, Any]:
@@ -217,7 +227,8 @@ def _read_object(path: Path, table: Any) -> Captions:
     found = Captions("a table of photos")
     for name, said in table.items():
         texts = _texts(said)
-        if not texts and not isinstance(said, dict):
+        known = is_photo(name) or isinstance(said, str | list | dict)  # or the file's version
+        if not known or not (texts or isinstance(said, dict)):
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
             continue
         check_captions(path, name, texts or [""], blank=True)
@@ -283,7 +294,9 @@ def read_objects(
     for where, entry in entries:
         try:
             row = json.loads(entry) if isinstance(entry, str) else entry
-            rows.append((where, {key.lower(): value for key, value in row.items()}))
+            if isinstance(row, list) and len(row) > 1:
+                row = {"image": row[0], "captions": row[1:]}
+            rows.append((where, {_plain_key(key): value for key, value in row.items()}))
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
@@ -303,6 +316,10 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
         if key is None or not any(caption in row for caption in captions):
             raise UserError(f"{where} names no photo and caption: {usage}")
         name, texts = photo_in(row[key]), _texts(row, captions) or [""]
+        name = _plain(name) if isinstance(name, str) else name
+        if is_unread(name):
+            found.passed.append(f"{where}: {name!r} can't be read: make it a JPEG")
+            continue
         if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
             name = str(name)
         elif not isinstance(name, str) or not is_photo(name):
@@ -400,7 +417,11 @@ def _delimiter(first: str) -> str:
 def headed_rows(path: Path, rows: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
     """The rows of a table, and the names in its first one."""
     whole = [*_whole_rows(path, rows, _delimiter(rows[0][1]))]
-    return whole, [re.sub("[ -]+", "_", value.lower()) for value, _ in whole[0][1]]
+    return whole, [_plain_key(value) for value, _ in whole[0][1]]
+
+
+def _plain_key(name: str) -> str:
+    return re.sub("[ -]+", "_", name.strip().lower())
 
 
 def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iterator[Row]:
@@ -509,15 +530,19 @@ def _any(path: Path, found: Captions) -> Captions:
 
 
 def _plain(name: str) -> str:
-    """A photo's name without the number of its caption: `photo.jpg#0`."""
-    return re.sub(r"(#\w+)+$", "", name.strip())
+    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
+    name = name.strip().partition("?")[0] if "://" in name else name.strip()
+    return re.sub(r"(#\w+)+$", "", name)
 
 
 def _named(where: str, cell: str, headed: bool, passed: list[str], strict: bool = True) -> str:
     """The photo's name in a cell, or nothing where it is passed over."""
     name = _plain(cell)
-    if is_photo(name) or (headed and BARE.fullmatch(name)):
+    if is_photo(name) or (headed and BARE.fullmatch(name) and not is_unread(name)):
         return name
+    if is_unread(name):
+        passed.append(f"{where}: {name!r} can't be read: make it a JPEG")
+        return ""
     # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
     if strict and "#" not in cell:
         raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")

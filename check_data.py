@@ -10,11 +10,9 @@ from dataset import DataPaths, Text
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
-from photo_names import is_photo
+from photo_names import is_photo, is_unread
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
-
-OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
 def check(
@@ -37,7 +35,7 @@ def check(
     files = set(files_in(paths.images)).difference(wanted)
     for what, names in (
         ("photos, of which nothing is said", sorted(filter(is_photo, files))),
-        ("pictures in a form that isn't read: make them JPEGs", sorted(filter(is_other, files))),
+        ("pictures in a form that isn't read: make them JPEGs", sorted(filter(is_unread, files))),
     ):
         if names:
             print(f"unused    {len(names)} {what}, first {names[:3]}")
@@ -73,10 +71,6 @@ def check(
     ]
     dark = [s for s in ("train", "val") if splits[s] and bad.keys() >= {*splits[s]}]
     return problems + [f"no photo of the split {split!r} can be read" for split in dark]
-
-
-def is_other(name: str) -> bool:
-    return name.lower().endswith(OTHER_PICTURES)
 
 
 def describe_captions(

@@ -10,14 +10,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from dataset import SURROGATES
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, files_in
 
+OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
+
 
 def is_photo(name: str) -> bool:
     return os.path.splitext(name.lower())[1] in PHOTO_SUFFIXES
+
+
+def is_unread(name: object) -> bool:
+    """Is it a picture in a form that isn't read?"""
+    return str(name).lower().endswith(OTHER_PICTURES)
 
 
 def photos_in(folder: Path) -> list[str]:
@@ -88,7 +96,7 @@ def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
 
 
 def _spelled(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+    return unicodedata.normalize("NFC", unquote(name)).casefold().replace("\\", "/")
 
 
 def _stem(name: str) -> str:
