@@ -190,7 +190,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             model, tokenizer, tables[0], generation, tasks, *tables[1:], training, reranker
         )
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
-        if isinstance(error, UserError) and str(path) in str(error):
+        if isinstance(error, ImportError) or (
+            isinstance(error, UserError) and str(path) in str(error)
+        ):
             raise
         # Its digest is right, so nobody changed it by accident: it was never one of ours.
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -184,6 +184,8 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
     if not args.paths:
         parser.error("which photos? give files or folders")
+    if len(f"{args.prefix}{args.suffix}|".splitlines()) > 1:
+        parser.error("--prefix and --suffix stand on the caption's line: leave out their line ends")
     if args.output and not args.write:
         parser.error("--output needs --write txt, jsonl or csv")
     return args

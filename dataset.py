@@ -66,7 +66,7 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
     if not known and any(
         os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(WRITTEN)
-        for name in files_in(root)
+        for name in itertools.islice(files_in(root), 10_000)  # it may be all that somebody has
     ):
         images = root
     questions = place("QUESTIONS_FILE", "questions.json")
