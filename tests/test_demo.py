@@ -30,6 +30,7 @@ from demo.scenes import (
     parse,
 )
 from demo.settings import DEMO, HERE
+from tests.conftest import run
 from utils import constants
 
 
@@ -114,6 +115,14 @@ def test_the_encoder_is_small_and_whole():
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert model.config.model_type == "vit"
+
+
+def test_the_encoder_can_be_made_anew(tmp_path):
+    result = run("demo/pretrain_encoder.py", "--out", tmp_path, "--scenes", 64, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    kept = transformers.AutoConfig.from_pretrained(HERE / "encoder").to_dict()
+    made = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert made["hidden_size"] == kept["hidden_size"] and (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", DEMO)
