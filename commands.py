@@ -125,19 +125,6 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return load_settings(config, argv, text, only=SCORED, add_arguments=add_arguments)
 
 
-def derive_questions(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    import config
-
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--out", required=True, help="the file of questions to write")
-
-    text, own = (
-        document("tools/derive_questions.py"),
-        ("DATA_DIR", "CAPTIONS_FILE", "QUESTIONS_FILE"),
-    )
-    return load_settings(config, argv, text, only=own, add_arguments=add_arguments)
-
-
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which checkpoint it is, and where its encoder."""
     add = parser.add_argument

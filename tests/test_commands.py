@@ -16,7 +16,7 @@ from tests.conftest import REPO, run, small_flags
 from utils import UserError
 
 SCRIPTS = ["train", "evaluate", "inference", "prepare_dataset"]
-TOOLS = ["tools.app", "tools.export", "tools.benchmark", "tools.derive_questions"]
+TOOLS = ["tools.app", "tools.export", "tools.benchmark"]
 
 # A process that would notice if PyTorch were loaded: it would break off.
 LIGHT = """

@@ -362,30 +362,3 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
         norms.append((update.summed.item(), plain.item()))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)
     assert norms[1][0] > norms[1][1] * 1.05
-
-
-# --- Questions from captions ----------------------------------------------------------------
-
-
-def test_questions_are_derived_from_captions_that_agree(tmp_path):
-    captions = {
-        "1.jpg": ["Two small brown dogs", "2 dogs by a man in a red shirt", "A Grey hat"],
-        "2.jpg": ["two men and three women", "three men", "a red ball", "a blue ball"],
-        "3.jpg": ["Two dogs, a red shirt"],
-    }
-    splits = {"method": "ratio", "train": ["1.jpg", "2.jpg"], "val": ["3.jpg"], "test": []}
-    there = {"1.jpg": [{"question": "how many dogs are there?", "answer": "many"}]}
-    for name, table in (("captions", captions), ("splits", splits), ("questions", there)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(table))
-    out = tmp_path / "more.json"
-    command = ["-m", "tools.derive_questions", "--data_dir", tmp_path, "--out"]
-    result = run(*command, out)
-    assert result.returncode == 0, result.stderr
-    found = {name: [(t.question, t.target) for t in ts] for name, ts in load_questions(out).items()}
-    shirt, hat = ("what color is the shirt?", "red"), ("what color is the hat?", "gray")
-    assert found == {
-        "1.jpg": [("how many dogs are there?", "many"), shirt, hat],
-        "2.jpg": [("how many women are there?", "three")],
-    }
-    over = run(*command, tmp_path / "questions.json")
-    assert over.returncode == 1 and "is what is read" in over.stderr

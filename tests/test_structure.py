@@ -19,7 +19,7 @@ ORDER = """
     photo_names captions_file questions_file download tars shards model modeling_captioner
     attention rerank generation
     self_critical corpus checkpoint standalone hub tracking run report sidecar check_data
-    archive parquet commands prepare_dataset train evaluate inference tools.derive_questions
+    archive parquet commands prepare_dataset train evaluate inference
     tools.app tools.onnx_graph tools.export tools.rivals tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
