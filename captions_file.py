@@ -55,7 +55,7 @@ NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
-NOTHING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # what programs write for empty cells
+NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
@@ -148,7 +148,8 @@ def read_captions(path: Path) -> Captions:
     empty = [
         (name, text) for name, texts in found.texts.items() for text in texts if text in NOTHING
     ]
-    for name, text in empty if len(empty) > 1 else ():  # one may be somebody's caption
+    # One photo's may be somebody's caption.
+    for name, text in empty if len({name for name, _ in empty}) > 1 else ():
         found.texts[name].remove(text)
         found.passed.append(
             f"{path}: the caption {text!r} of {name!r} is a program's word for none"

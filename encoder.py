@@ -96,7 +96,9 @@ def as_rgb(image: Image.Image, name: object = "the picture", least: int | None =
             white = Image.new("RGB", image.size, "white")
             white.paste(image, mask=image)
             return white
-        return image.convert("RGB")
+        picture = image.convert("RGB")
+        picture.info.clear()  # or what it says of being turned would be heeded twice
+        return picture
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -276,6 +276,19 @@ def test_deep_greys_keep_their_shades(tmp_path, name):
         assert np.abs(shades - RAMP * 255).max() < 2
 
 
+def test_a_picture_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((np.tile(RAMP, (8, 8)) * 255).astype(np.uint8)).save(
+        tmp_path / "turned.jpg", exif=exif
+    )
+    once = open_image(tmp_path / "turned.jpg")
+    assert np.array_equal(np.asarray(as_rgb(once)), np.asarray(once))
+    with Image.open(tmp_path / "turned.jpg") as image:
+        as_rgb(image)
+        assert image.getexif()[0x0112] == 6  # what was given is as before
+
+
 def test_a_hot_pixel_darkens_nothing_and_white_may_be_0(tmp_path):
     hot = np.tile(RAMP, (8, 8))
     shades = (hot * 65535).astype(np.uint16)
