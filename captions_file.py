@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import PLAIN, SURROGATES, TEXT_KEYS, check_captions, check_name
+from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_captions, check_name
+from options import SPLITS
 from photo_names import is_photo, is_unread, photos_in
-from utils import UserError, decoded, read_json, read_text
+from utils import SURROGATES, UserError, decoded, read_json, read_text
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -70,7 +71,6 @@ class Captions:
     form: str
     texts: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
-
     mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
 
     def add(self, name: str, captions: Iterable[str], where: object) -> None:
@@ -107,11 +107,8 @@ def _listed(text: str) -> list[str]:
     if not re.match(r"\s*[\[(]\s*['\"{]", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    spelled = ((json.loads, text), (ast.literal_eval, commas))
-    for read, cell in (
-        *spelled,
-        (ast.literal_eval, re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)),
-    ):
+    python = (commas, re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas))
+    for read, cell in ((json.loads, text), *((ast.literal_eval, each) for each in python)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
             texts = _texts([*values]) if isinstance(values, list | tuple) else [None]
@@ -213,7 +210,7 @@ def _read_object(path: Path, table: Any) -> Captions:
             raise TypeError(f"a {type(entries).__name__}")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
-    if set(table) <= {"train", "val", "valid", "validation", "dev", "test"}:
+    if set(table) <= {*SPLITS, *OTHER_SPLITS}:
         return _merged("captions by split", (_read_object(path, part) for part in table.values()))
     values = [*table.values()]
     if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
@@ -499,6 +496,7 @@ def _read_columns(
         "a table" + f", of which the columns {', '.join(ignored)} are ignored" * bool(ignored)
     )
     last, strict = captions[-1], not ignored and len(captions) == 1
+    count = names.index(others[0]) if strict and others else None  # the caption's number
     for number, row in rows[1:]:
         where, more = f"{path}, line {number}", len(row) - len(names)
         if more > 0:  # delimiters within a caption that isn't quoted
@@ -509,9 +507,8 @@ def _read_columns(
         row += [("", "")] * -more
         if not strict and not any(value for value, _ in row):
             continue
-        if strict and others and not row[names.index(others[0])][0].isdigit():
-            given = row[names.index(others[0])][0]
-            raise UserError(f"{where}: {given!r} is not the number of a caption")
+        if count is not None and not row[count][0].isdigit():
+            raise UserError(f"{where}: {row[count][0]!r} is not the number of a caption")
         if name := _named(where, row[photo][0], True, found.passed, strict):
             texts = [row[place][0] for place in captions if row[place][0]]
             found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)

@@ -15,7 +15,7 @@ import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,6 @@ from utils import UserError, atomic_write, check_ranges, first_line, write_error
 
 FORMAT = 2
 RERANKER = "reranker."  # what the names of its tensors begin with
-T = TypeVar("T")
 
 
 @dataclass
@@ -175,7 +174,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         held = {name.removeprefix(RERANKER): weights.pop(name) for name in held}
         model = _restore_model(description, weights)
         reranker = Reranker.restored(held, model.feature_width) if held else None
-        if sorted(tokenizer.vocab.values()) != list(range(model.config.vocab_size)):
+        if len(tokenizer) != model.config.vocab_size:
             raise ValueError("the tokenizer has another vocabulary than the decoder")
         generation = typed(GenerationOptions, description["generation"])
         check_ranges(generation)

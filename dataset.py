@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
-from encoder import PHOTO_SUFFIXES
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
+from photo_names import is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import UserError, files_in, interpreter, read_json
+from utils import SURROGATES, UserError, files_in, interpreter, read_json
 
-SURROGATES = re.compile("[\ud800-\udfff]")
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
+OTHER_SPLITS = {"valid": "val", "validation": "val", "dev": "val"}  # how files call them
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
@@ -65,7 +65,7 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
     if not known and any(
-        os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(WRITTEN)
+        is_photo(name) and not name.startswith(WRITTEN)
         for name in itertools.islice(files_in(root), 10_000)  # it may be all that somebody has
     ):
         images = root
@@ -315,7 +315,7 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """
     table = read_json(path)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    called = {"restval": "train", "valid": "val", "validation": "val", "dev": "val"}
+    called = OTHER_SPLITS | {"restval": "train"}
     known = {unicodedata.normalize("NFC", name): name for name in names}
     bases = Counter(os.path.basename(name) for name in known)
     alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}

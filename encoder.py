@@ -109,8 +109,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not math.isfinite(high - low):
         raise ValueError("it holds values that are no numbers")
     whole = values.dtype.kind != "f"
-    usual = float(np.percentile(values, 99.9))
-    if not whole and high - low > 20 * (usual - low) > 0:  # a hot pixel: all else would be black
+    usual = high if whole else float(np.percentile(values, 99.9))
+    if high - low > 20 * (usual - low) > 0:  # a hot pixel: all else would be black
         high, values = usual, values.clip(max=usual)
     if whole and low >= 0 and high < 2 ** DEPTHS[-1]:
         bits = next(bits for bits in DEPTHS if high < 2**bits)

@@ -40,7 +40,7 @@ from features import encode, prefetch
 from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
-from sidecar import Photo, TextFiles, open_output
+from sidecar import Photo, open_output
 from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
 ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
@@ -361,11 +361,10 @@ def write_all(
         raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
     given = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
     folder = given.parent if given and not given.is_dir() else given
-    writer = (
-        open_output(args.write, args.output, args.existing, folder, asked) if args.write else None
-    )
-    if isinstance(writer, TextFiles):
-        writer.tell_apart([photo for photo, _ in items])
+    writer = None
+    if args.write:
+        photos = [photo for photo, _ in items]
+        writer = open_output(args.write, args.output, args.existing, folder, asked, photos)
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)

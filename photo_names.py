@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from dataset import SURROGATES
 from encoder import PHOTO_SUFFIXES
-from utils import UserError, files_in
+from utils import SURROGATES, UserError, files_in
 
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
@@ -35,13 +34,13 @@ def photos_in(folder: Path) -> list[str]:
 
 
 def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
-    """What is said of photos, by the names that they really have in the folder.
+    """What is said of photos, by the names that they really have in the folder, if there is one.
 
     Where a name is not there, tried are, as far as only one photo fits that nothing else names:
     Unicode's other spelling or another case, and another suffix; and, where no name at all is
     there, the name without the first of its folders, without all, and COCO's number.
     """
-    if all(os.path.isfile(folder / name) for name in texts):  # of too long a name too
+    if not folder.is_dir() or all(os.path.isfile(folder / name) for name in texts):
         return texts
     there = photos_in(folder)
     if not there:

@@ -91,13 +91,8 @@ SOURCES = {
     "flickr30k": tuple(f"{RELEASE}flickr30k_part{part:02d}" for part in range(3)),
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
-OURS = (
-    "captions.json",
-    "questions.json",
-    "splits.json",
-    "vocab.json",
-    "prepared.json",
-)
+OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
+TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".jsonl")  # of what captions in folders come from
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
 
@@ -159,8 +154,13 @@ def photo_sizes(folder: Path) -> dict[str, int]:
 # --- Captions -------------------------------------------------------------------------------
 
 
-def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Captions]:
-    """Read the captions that are there, from the first place that has any, in whatever form."""
+def find_captions(
+    settings: SimpleNamespace, paths: DataPaths, note: Mapping[str, str]
+) -> tuple[Path, Captions]:
+    """Read the captions that are there, from the first place that has any, in whatever form.
+
+    captions.json counts no more where, by the `note`, it was made of what has changed since.
+    """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
@@ -170,7 +170,7 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return source, read_captions(source)
     table = find_table(paths.data_dir, paths.images)
-    if usual.exists() and not is_outdated(paths):
+    if usual.exists() and not is_outdated(note):
         if table and table.stat().st_mtime > usual.stat().st_mtime:
             print(
                 f"{table} is newer than {usual}, which is used: delete the latter to have it "
@@ -189,10 +189,10 @@ def find_captions(settings: SimpleNamespace, paths: DataPaths) -> tuple[Path, Ca
     found = found if found.texts else read_texts_beside(paths.images)
     if found.texts:
         return paths.images, found
-    others = [file for file in find_others(paths.data_dir) if file != usual]
+    others = find_others(paths.data_dir)
     if len(others) == 1:
-        return others[0], read_captions(others[0])
-    seen = f" (one of {', '.join(map(str, others))}?)" if others else ""
+        return others[0]
+    seen = f" (one of {', '.join(str(file) for file, _ in others)}?)" if others else ""
     raise UserError(
         f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
@@ -206,14 +206,16 @@ def karpathy_files(folder: Path) -> list[Path]:
     return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
 
 
-def find_others(folder: Path) -> list[Path]:
-    """Files of other names that captions can be read from."""
+def find_others(folder: Path) -> list[tuple[Path, Captions]]:
+    """Files of other names that captions can be read from, and these."""
     found = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl") and file.name not in OURS:
+        own = file.name in OURS or file.name.endswith(".prepared.json")
+        if file.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl") and not own:
             with contextlib.suppress(UserError):
-                if any(is_photo(name) for name in read_captions(file).texts):
-                    found.append(file)
+                captions = read_captions(file)
+                if any(map(is_photo, captions.texts)):
+                    found.append((file, captions))
     return found
 
 
@@ -221,7 +223,8 @@ def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
-    names = (name for name in files_in(source) if os.path.isfile(source / name))
+    texts = (name for name in files_in(source) if name.lower().endswith(TEXT_SUFFIXES))
+    names = [name for name in texts if name not in OURS and os.path.isfile(source / name)]
     files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
@@ -234,9 +237,8 @@ def captions_note(paths: DataPaths) -> dict[str, str]:
     return note if made.exists() and note.get("made") == state_of(made) else {}
 
 
-def is_outdated(paths: DataPaths) -> bool:
-    """Was captions.json made by us, never touched since, of what is another now?"""
-    note = captions_note(paths)
+def is_outdated(note: Mapping[str, str]) -> bool:
+    """Is what captions.json was made from another now?"""
     source = Path(note.get("source", ""))
     if not note or not source.exists() or state_of(source) == note["state"]:
         return False
@@ -253,23 +255,37 @@ def ensure_captions(
     A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
     """
-    source, found = find_captions(settings, paths)
-    usual = paths.data_dir / "captions.json"
-    texts = match_names(found.texts, paths.images) if paths.images.is_dir() else found.texts
+    note = captions_note(paths)
+    source, found = find_captions(settings, paths, note)
+    texts = match_names(found.texts, paths.images)
     if not texts:
         raise UserError("; ".join([f"{source} holds no captions", *found.passed[:3]]))
-    target = usual
+    usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE or source == usual:
-        target = converted_file(paths.data_dir, source)
-        if source.suffix.lower() == ".json" and read_json(source) == texts:
-            target.unlink(missing_ok=True)
-            return replace(paths, captions=source), captions_note(paths)
+        kept = held_or_converted(paths.data_dir, source, texts)
+        if kept != source:
+            found.tell(source)
+        return replace(paths, captions=kept), note
     found.tell(source)
-    content = json.dumps(texts, ensure_ascii=False, indent=1).encode()
-    if not target.exists() or target.read_bytes() != content:
-        write_file(target, content)
-    states = {"source": str(source), "state": state_of(source), "made": state_of(target)}
-    return replace(paths, captions=target), states if target == usual else {}
+    write_changed(usual, json.dumps(texts, ensure_ascii=False, indent=1))
+    made = {"source": str(source), "state": state_of(source), "made": state_of(usual)}
+    return replace(paths, captions=usual), made
+
+
+def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
+    """The file that holds these texts: their source, or else one that is written beside."""
+    target = converted_file(data_dir, source)
+    if source.suffix.lower() == ".json" and read_json(source) == texts:
+        target.unlink(missing_ok=True)
+        return source
+    write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
+    return target
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a file, if that changes it."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_file(path, text)
 
 
 def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
@@ -281,14 +297,8 @@ def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
             f'{source} is missing: write {{"photo.jpg": [{{"question": "...", "answer": "..."}}]}} '
             "there, name a file with --questions_file, or convert VQAv2's with --vqa_questions"
         )
-    table = read_questions(source)
-    texts = match_names(table, paths.images) if paths.images.is_dir() else table
-    target = converted_file(paths.data_dir, source)
-    if source.suffix.lower() == ".json" and read_json(source) == texts:
-        target.unlink(missing_ok=True)
-        return replace(paths, questions=source)
-    write_file(target, json.dumps(texts, ensure_ascii=False, indent=1))
-    return replace(paths, questions=target)
+    texts = match_names(read_questions(source), paths.images)
+    return replace(paths, questions=held_or_converted(paths.data_dir, source, texts))
 
 
 # --- Photos ---------------------------------------------------------------------------------
@@ -461,9 +471,7 @@ def write_splits(
             "otherwise, and use it with --split karpathy --karpathy_file PATH"
         )
     table = {"method": settings.SPLIT, "source": source, **splits, "captions": note}
-    text = json.dumps(table, ensure_ascii=False)
-    if not paths.splits.exists() or paths.splits.read_bytes() != text.encode():
-        write_file(paths.splits, text)
+    write_changed(paths.splits, json.dumps(table, ensure_ascii=False))
 
 
 # --- Everything -----------------------------------------------------------------------------

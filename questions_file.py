@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from captions_file import NAME_KEYS, headed_rows, photo_in, read_file, read_objects
-from dataset import load_questions
 from photo_names import match_names
 from utils import UserError, read_json, write_file
 
@@ -20,8 +19,7 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
     if form == "JSON" and isinstance(content, dict):
         values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
         if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-            load_questions(path)  # which says what is wrong
-            return content
+            return content  # our own form: `load_questions` says what is wrong with it
         content = values
     usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
     if form == "table":
@@ -67,7 +65,7 @@ def convert_vqa(
             _add_vqa(asked, answered, table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
-    if images and images.is_dir():
+    if images:
         table = match_names(table, images)
     write_file(target, json.dumps(table))
     print(f"wrote {sum(map(len, table.values())):,} questions to {target}")

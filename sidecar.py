@@ -30,15 +30,12 @@ class Photo:
 class TextFiles:
     """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
 
-    def __init__(self, folder: Path | None, existing: str):
-        self.folder, self.existing = folder, existing
-        self.own: dict[Path, Path] = {}  # the photo that each text is about
-
-    def tell_apart(self, photos: Iterable[Photo]) -> None:
+    def __init__(self, folder: Path | None, existing: str, photos: Iterable[Photo]):
         """Where `photo.txt` would be several photos', have it the first one's, and `photo.png.txt`
         another's; refuse where that is not enough, or a photo's place."""
+        self.folder, self.existing = folder, existing
+        self.own: dict[Path, Path] = {}  # the photo that each text is about
         photos = {os.path.abspath(photo.file): photo for photo in photos}
-        self.own = {}
         for photo in photos.values():
             self.own.setdefault(self._usual(photo), photo.file)
         counts = Counter(os.path.abspath(self.target(photo)) for photo in photos.values())
@@ -165,9 +162,14 @@ class Table:
 
 
 def open_output(
-    kind: str, output: str | None, existing: str, folder: Path | None, asked: bool
+    kind: str,
+    output: str | None,
+    existing: str,
+    folder: Path | None,
+    asked: bool,
+    photos: Iterable[Photo],
 ) -> TextFiles | Table:
-    """What `--write kind --output PATH --existing ...` names.
+    """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
 
     A table stands in the `folder` that was given to be captioned, unless told otherwise.
     """
@@ -175,7 +177,7 @@ def open_output(
     if kind == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
-        return TextFiles(place, existing)
+        return TextFiles(place, existing, photos)
     usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
     path = (folder or Path.cwd()) / usual if place is None else place
     if path.is_dir():

@@ -27,10 +27,8 @@ from tqdm import tqdm
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
-WRONG_PLACE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG),
-}
+WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
 MAY_BE_EMPTY = ("prefix", "suffix")  # of the flags that are no settings
 
 # What settings and flags of all scripts may be, both ends allowed.
@@ -203,6 +201,7 @@ def interpreter() -> str:
 
 # --- What is said ---------------------------------------------------------------------------
 
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, as of an emoji cut in two
 # Control characters, halves of pairs, and what turns the direction of writing.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -568,6 +568,25 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+def test_what_a_training_writes_beside_photos_changes_no_captions(tmp_path, capsys):
+    files = {f"images/{n}.txt": "A dog" for n in (1, 2, 3)}
+    folder = lay_out(tmp_path, files)
+    for file in (folder / "images").iterdir():
+        file.rename(folder / file.name)
+    (folder / "images").rmdir()
+    made = prepared(folder)
+    for name in ("last.pt", "merges.txt", "samples.png", "splits.json"):
+        (folder / name).touch()
+    assert prepared(folder) == made and "made anew" not in capsys.readouterr().out
+
+
+def test_a_converted_file_is_no_source(tmp_path):
+    folder = lay_out(tmp_path, {"mine.csv": rows("image,caption", "images/{},{}")})
+    assert check(folder, "--captions_file", folder / "mine.csv") == 0
+    assert [*folder.glob("mine.*.prepared.json")]
+    assert prepared(folder) == EXPECTED
+
+
 @pytest.mark.parametrize("name", ["train.csv", "Captions.CSV", "my_captions.json"])
 def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
     text = json.dumps(COCO) if name.endswith("json") else rows("image,caption", "{},{}")
