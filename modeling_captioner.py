@@ -5,23 +5,25 @@
     captioner = pipeline("image-text-to-text", "user/repo", trust_remote_code=True)
     captioner("photo.jpg", text="")  # or a question, if it learned to answer: text="is it raining?"
 
-This file stands beside the weights in a repository, imports nothing of the project, and is
-imported by nothing in it. The layers have the names that they have in the weights.
+This file stands beside the weights in a repository, with copies of `decoder.py` and `rerank.py`,
+the two of the project that import nothing of it. Nothing in the project imports this one.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
+
+from .decoder import Decoder, DecoderConfig
+from .rerank import Reranker, layout
 
 MODEL_TYPE = "vision_captioner"
 # The pipeline calls a model unsupported, aloud, whose class isn't listed here.
@@ -32,30 +34,12 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
     """Sizes, and the frozen encoder: its class, its configuration, and where it is if not here."""
 
     model_type = MODEL_TYPE
+    rerank, reranker = 0.0, None  # where the file says nothing of a reranker
 
-    def __init__(
-        self,
-        tower: dict[str, Any] | None = None,
-        layers: tuple[int, ...] = (-1,),
-        feature_width: int = 768,
-        vocab_size: int = 10000,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 6,
-        num_attention_heads: int = 8,
-        ff_dim: int = 2048,
-        max_position_embeddings: int = 100,
-        rerank: float = 0.0,
-        reranker: dict[str, int] | None = None,
-        **others: Any,
-    ):
-        self.tower, self.layers, self.feature_width = tower, layers, feature_width
-        self.vocab_size, self.hidden_size, self.ff_dim = vocab_size, hidden_size, ff_dim
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rerank, self.reranker = rerank, reranker
+    def __init__(self, **given: Any):
         for key in ("encoder", "decoder", "hidden_act", "activation_function"):
-            others.pop(key, None)  # there to make other classes refuse these weights
-        super().__init__(**others)
+            given.pop(key, None)  # there to make other classes refuse these weights
+        super().__init__(**given)
 
 
 class VisionCaptionerProcessor(ProcessorMixin):
@@ -82,109 +66,33 @@ class VisionCaptionerProcessor(ProcessorMixin):
         return transformers.BatchFeature(inputs)
 
     def post_process_image_text_to_text(self, ids, skip_special_tokens=True, **_: Any):
-        return [
-            text.strip() for text in self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
-        ]
+        texts = self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+        return [text.strip() for text in texts]
 
 
-def heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention over the photo, feed-forward; each on a residual."""
+class HeldReranker(nn.Module):
+    """A `Reranker` among the weights: in their precision, and on their device."""
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__()
-        width, self.heads = config.hidden_size, config.num_attention_heads
-        self.self_norm, self.self_qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
-        self.self_out = nn.Linear(width, width)
-        self.cross_norm, self.cross_q = nn.LayerNorm(width), nn.Linear(width, width)
-        self.cross_kv, self.cross_out = nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.ff_norm, self.ff_in = nn.LayerNorm(width), nn.Linear(width, config.ff_dim)
-        self.ff_out = nn.Linear(config.ff_dim, width)
-
-    def forward(self, x: Tensor, mask: Tensor, memory: Tensor, layer: int, cache) -> Tensor:
-        query, *fresh = (
-            heads(p, self.heads) for p in self.self_qkv(self.self_norm(x)).chunk(3, -1)
-        )
-        keys, values = cache.update(*fresh, layer) if cache is not None else fresh
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        x = x + self.self_out(mixed.transpose(1, 2).flatten(2))
-        query = heads(self.cross_q(self.cross_norm(x)), self.heads)
-        keys, values = (heads(part, self.heads) for part in memory.chunk(2, -1))
-        mixed = F.scaled_dot_product_attention(query, keys, values)
-        x = x + self.cross_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.ff_out(F.gelu(self.ff_in(self.ff_norm(x)), approximate="tanh"))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VisionCaptionerConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
-
-
-class Reranker(nn.Module):
-    """The CIDEr that a photo's look promises captions, by what people said of training photos.
-
-    A ridge regression from features to the n-grams of people's captions, weighted by TF-IDF.
-    """
-
-    def __init__(self, feature_width: int, photos: int, rank: int, grams: int, entries: int):
-        super().__init__()
-        looks, half, whole = 2 * feature_width, torch.float16, torch.int64
-        shapes = {
-            "mean": ((looks,), torch.float32),
-            "query": ((looks, rank), half),
-            "photos": ((photos, rank), half),
-            "grams": ((grams,), whole),  # keys of n-grams, ascending
-            "weights": ((grams,), torch.float32),  # their inverse document frequencies
-            "starts": ((grams + 1,), whole),  # of each one's places and values
-            "places": ((entries,), torch.int32),  # the photos whose captions hold it
-            "values": ((entries,), half),  # and its share of them
-        }
-        for name, (shape, dtype) in shapes.items():
+        self.layout = layout(config.feature_width, **config.reranker)
+        for name, (dtype, *shape) in self.layout.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
-    def forward(self, features: Tensor, captions: list[list[list[int]]]) -> list[list[float]]:
-        """Features (photos, patches, width), each photo's captions as ids -> CIDEr times 100."""
-        features = features.float()
-        looks = torch.stack([features[:, 0], features.mean(1)], dim=1)
-        looks = F.normalize(looks, dim=2).flatten(1) - self.mean.float()
-        shares = looks @ self.query.float() @ self.photos.float().T
-        return [
-            [self.promised(share, Counter(n_grams(ids))) for ids in group]
-            for share, group in zip(shares, captions, strict=True)
-        ]
-
-    def promised(self, share: Tensor, grams: Counter[tuple[int, int]]) -> float:
-        lengths, sums = [1e-18] * 4, [0.0] * 4
-        for (n, key), times in grams.items():
-            place = int(torch.searchsorted(self.grams, key).clamp(max=len(self.grams) - 1))
-            known = int(self.grams[place]) == key
-            # What no caption holds is as rare as what one photo's alone hold.
-            rare = self.weights[place] if known else torch.tensor(len(self.photos)).log()
-            weight = times * float(rare)
-            lengths[n] += weight**2
-            if known:
-                part = slice(*self.starts[place : place + 2].tolist())
-                said = share[self.places[part].long()] @ self.values[part].float()
-                sums[n] += weight * float(said)
-        return 250 * sum(total / length**0.5 for total, length in zip(sums, lengths, strict=True))
+    @functools.cached_property
+    def restored(self) -> Reranker:
+        held = {name: getattr(self, name).to("cpu", kind[0]) for name, kind in self.layout.items()}
+        return Reranker(**held)
 
 
-def n_grams(ids: list[int]) -> list[tuple[int, int]]:
-    """(n - 1, key) of each n-gram of up to four ids; a key wraps beyond 64 bits."""
-    found = []
-    for start in range(len(ids)):
-        key = 0
-        for n, token in enumerate(ids[start : start + 4]):
-            key = (key * 0x100003 + token + 1 + 2**63) % 2**64 - 2**63
-            found.append((n, key))
-    return found
+class Seen:
+    """The library's cache of keys and values, as the decoder wants one."""
+
+    def __init__(self, cache: transformers.Cache):
+        self.cache, self.seen = cache, cache.get_seq_length()
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(keys, values, layer)
 
 
 class NoTokenTwice:
@@ -211,9 +119,18 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         self.feature_norm = nn.LayerNorm(config.feature_width)
         self.project = nn.Linear(config.feature_width, config.hidden_size)
         self.memory_norm = nn.LayerNorm(config.hidden_size)
-        self.decoder = Decoder(config)
-        held = config.reranker
-        self.reranker = Reranker(config.feature_width, **held) if held else None
+        self.decoder = Decoder(
+            DecoderConfig(
+                vocab_size=config.vocab_size,
+                width=config.hidden_size,
+                layers=config.num_hidden_layers,
+                heads=config.num_attention_heads,
+                ff_dim=config.ff_dim,
+                max_length=config.max_position_embeddings,
+                dropout=0.0,
+            )
+        )
+        self.reranker = HeldReranker(config) if config.reranker else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -255,9 +172,13 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         return torch.cat(features, dim=-1)
 
     def memory(self, features: Tensor) -> Tensor:
-        """Features -> each layer's keys and values (photos, layers, patches, 2 width)."""
+        """Features -> keys and values (photos, layers, 2, heads, patches, head width).
+
+        In one tensor, as the library repeats it for each beam.
+        """
         memory = self.memory_norm(self.project(self.feature_norm(features)))
-        return torch.stack([block.cross_kv(memory) for block in self.decoder.blocks], dim=1)
+        pairs = self.decoder.memory_keys_values(memory)
+        return torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1)
 
     def forward(
         self,
@@ -269,7 +190,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> CausalLMOutputWithPast:
         memory = self.memory(self.features(pixel_values)) if memory is None else memory
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = None if past_key_values is None else Seen(past_key_values)
+        seen = cache.seen if cache else 0
         length = input_ids.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(input_ids.shape[0], seen + length)
@@ -277,13 +199,10 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         causal = real.new_ones(seen + length, seen + length).tril()[seen:]
         # Padding attends to itself, as attention to nothing is no number.
         itself = torch.eye(seen + length, dtype=torch.bool, device=real.device)[seen:]
-        mask = ((causal & real.unsqueeze(1)) | itself).unsqueeze(1)
+        mask = (causal & real.unsqueeze(1)) | itself
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-        decoder = self.decoder
-        x = decoder.token_embedding(input_ids) + decoder.position_embedding(positions)
-        for layer, block in enumerate(decoder.blocks):
-            x = block(x, mask, memory[:, layer], layer, past_key_values)
-        logits = F.linear(decoder.norm(x), decoder.token_embedding.weight)
+        pairs = [pair.unbind(1) for pair in memory.unbind(1)]
+        logits = self.decoder.logits(self.decoder(input_ids, positions, mask, pairs, cache))
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     @torch.no_grad()
@@ -327,18 +246,12 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
 
         Answers, whose prompt is more than one token, stay in theirs.
         """
-        photos, (pad, end) = len(features), (self.config.pad_token_id, self.config.eos_token_id)
-        scores = found.sequences_scores.view(photos, -1)
+        end = self.config.eos_token_id
+        scores = found.sequences_scores.view(len(features), -1)
         written = found.sequences[:, input_ids.shape[1] :].unflatten(0, scores.shape).tolist()
-        captions = [
-            [
-                ids[: ids.index(end) + 1] if end in ids else [i for i in ids if i != pad]
-                for ids in group
-            ]
-            for group in written
-        ]
-        promised = scores.new_tensor(self.reranker(features, captions))
-        plain = (input_ids != pad).sum(1, keepdim=True) == 1
+        captions = [[ids[: [*ids, end].index(end) + 1] for ids in group] for group in written]
+        promised = scores.new_tensor(self.reranker.restored.expected(features, captions))
+        plain = (input_ids != self.config.pad_token_id).sum(1, keepdim=True) == 1
         scores = scores + torch.where(plain, self.config.rerank * promised, 0.0)
         found["sequences_scores"] = scores.flatten()
         best = scores.sort(dim=1, descending=True, stable=True).indices

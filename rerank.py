@@ -6,6 +6,8 @@ candidate has an expected CIDEr. The search knows a caption's words one by one; 
 and what was learned by heart weighs little in it. Retrieval of captions to choose among candidates
 goes back to Devlin et al. 2015 ("Exploring Nearest Neighbor Approaches"); here all training photos
 are neighbours, with the weights that the regression gives them (docs/results.md).
+
+This file goes with a captioner into its repository, so it imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from features import FeatureCache, ResidentFeatures, prefetch
-from metrics import MAX_N
-
+MAX_N = 4  # of CIDEr's n-grams
 RIDGE = 0.05  # added to the photos' mean square of 1
 RANK = 1024  # principal components of the photos that are kept
 MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 2 kB each
 PHOTOS = 64  # read at a time
+
+
+class Store(Protocol):
+    def read(self, items: Sequence[tuple[str, int]]) -> Tensor:
+        """Features (items, patches, feature_width) of photos' views."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,21 @@ class Reranker:
     def restored(cls, tensors: Mapping[str, Tensor], feature_width: int) -> Reranker:
         """From what `tensors` gave; raises where they can't have been a reranker's."""
         made = cls(**tensors)
-        looks, (photos, rank) = 2 * feature_width, made.photos.shape
-        grams, entries = len(made.grams), len(made.places)
-        expected = {
-            "mean": (torch.float32, looks),
-            "query": (torch.float16, looks, rank),
-            "photos": (torch.float16, photos, rank),
-            "grams": (torch.int64, grams),
-            "weights": (torch.float32, grams),
-            "starts": (torch.int64, grams + 1),
-            "places": (torch.int32, entries),
-            "values": (torch.float16, entries),
-        }
+        sizes, places, starts = made.sizes, made.places, made.starts
+        expected = layout(feature_width, **sizes)
         wrong = [n for n, want in expected.items() if (tensors[n].dtype, *tensors[n].shape) != want]
-        if wrong or not grams or not 0 <= made.places.min() <= made.places.max() < photos:
+        if wrong or not len(places) or not 0 <= places.min() <= places.max() < sizes["photos"]:
             raise ValueError(f"the reranker doesn't fit together {wrong}")
-        if made.starts[0] != 0 or made.starts[-1] != entries or made.starts.diff().min() < 1:
+        if starts[0] != 0 or starts[-1] != sizes["entries"] or starts.diff().min() < 1:
             raise ValueError("the reranker's n-grams overlap")
         return made
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What `layout` needs to know."""
+        photos, rank = self.photos.shape
+        grams, entries = len(self.grams), len(self.places)
+        return {"photos": photos, "rank": rank, "grams": grams, "entries": entries}
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -108,6 +111,23 @@ class Reranker:
         return 1000 / MAX_N * np.bincount(owners, gains, len(captions))
 
 
+def layout(
+    feature_width: int, *, photos: int, rank: int, grams: int, entries: int
+) -> dict[str, tuple]:
+    """The type and shape of each tensor of a `Reranker`, by name: (dtype, side, ...)."""
+    looks = 2 * feature_width
+    return {
+        "mean": (torch.float32, looks),
+        "query": (torch.float16, looks, rank),
+        "photos": (torch.float16, photos, rank),
+        "grams": (torch.int64, grams),
+        "weights": (torch.float32, grams),
+        "starts": (torch.int64, grams + 1),
+        "places": (torch.int32, entries),
+        "values": (torch.float16, entries),
+    }
+
+
 def pool(features: Tensor) -> Tensor:
     """Features (images, patches, width) -> the directions of the first vector, which may be CLS,
     and of the mean, (images, 2 * width)."""
@@ -115,12 +135,11 @@ def pool(features: Tensor) -> Tensor:
     return F.normalize(torch.stack([features[:, 0], features.mean(1)], dim=1), dim=2).flatten(1)
 
 
-def fit_reranker(
-    store: FeatureCache | ResidentFeatures, captions: Mapping[str, Sequence[Sequence[int]]]
-) -> Reranker | None:
+def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) -> Reranker | None:
     """Fit the regression on training photos; None where no two photos' captions share anything.
 
     Args:
+        store: a `FeatureCache`, or one in memory.
         captions: each photo's, as ids with END.
     """
     names = [*captions][:: -(-len(captions) // MOST_PHOTOS)]
@@ -128,12 +147,7 @@ def fit_reranker(
     if not len(table[0]):
         return None
     parts = [names[start : start + PHOTOS] for start in range(0, len(names), PHOTOS)]
-    looks = torch.cat(
-        [
-            pool(features).cpu()
-            for features in prefetch(lambda part: store.read([(n, 0) for n in part]), parts)
-        ]
-    )
+    looks = torch.cat([pool(store.read([(name, 0) for name in part])).cpu() for part in parts])
     mean = looks.mean(0)
     looks -= mean
     size = looks.square().sum(1).mean().sqrt().clamp(min=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint import Checkpoint
 from tokenizer import ANSWER, ANSWER_ID, END_ID, PAD_ID, START_ID
 
-CODE = Path(__file__).with_name("modeling_captioner.py")
+CODE = "modeling_captioner"
 TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 AUTO = {"AutoConfig": "Config", "AutoModelForImageTextToText": "", "AutoModel": ""}
 
@@ -37,7 +37,7 @@ def repository_files(
     config = {
         "model_type": "vision_captioner",
         "architectures": ["VisionCaptioner"],
-        "auto_map": {auto: f"{CODE.stem}.VisionCaptioner{part}" for auto, part in AUTO.items()},
+        "auto_map": {auto: f"{CODE}.VisionCaptioner{part}" for auto, part in AUTO.items()},
         "tower": tower,
         "layers": checkpoint.encoder["layers"],
         "feature_width": checkpoint.model.feature_width,
@@ -64,12 +64,10 @@ def repository_files(
     config |= dict.fromkeys(("hidden_act", "activation_function"), TRUST)
     config |= {part: {"model_type": TRUST} for part in ("encoder", "decoder")}
     if held := checkpoint.reranker:
-        sizes = (*held.photos.shape, len(held.grams), len(held.places))
-        config["reranker"] = dict(zip(("photos", "rank", "grams", "entries"), sizes, strict=True))
-        config["rerank"] = options.rerank
+        config |= {"reranker": held.sizes, "rerank": options.rerank}
     ours = {
         "processor_class": "VisionCaptionerProcessor",
-        "auto_map": {"AutoProcessor": f"{CODE.stem}.VisionCaptionerProcessor"},
+        "auto_map": {"AutoProcessor": f"{CODE}.VisionCaptionerProcessor"},
     }
     files = checkpoint.tokenizer.to_files()
     of_tokenizer = json.loads(files["tokenizer_config.json"])
@@ -81,4 +79,6 @@ def repository_files(
         "tokenizer_config.json": of_tokenizer,
     }
     files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
-    return files | {"preprocessor_config.json": processor, CODE.name: CODE.read_text("utf-8")}
+    for name in (CODE, "decoder", "rerank"):  # which import nothing else of ours
+        files[f"{name}.py"] = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+    return files | {"preprocessor_config.json": processor}

@@ -455,6 +455,8 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
         "processor_config.json",
         "generation_config.json",
         "modeling_captioner.py",
+        "decoder.py",
+        "rerank.py",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
