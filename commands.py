@@ -23,7 +23,7 @@ SCORED = (
     "MAX_BAD_IMAGES DEVICE PRECISION"
 ).split()
 KINDS = ("txt", "jsonl", "csv")
-PARTS = ("train", "generate", "features", "memory", "startup", "scaling")
+PARTS = ("train", "generate", "features", "scaling")
 EXISTING = ("skip", "overwrite", "append", "error")
 
 

@@ -1,6 +1,6 @@
 """Measure this project beside Hugging Face's own captioning model, in one process, in turn.
 
-    python -m tools.benchmark                 # everything, about ten minutes on two cores
+    python -m tools.benchmark                 # everything, some minutes on two cores
     python -m tools.benchmark --only train    # one part
     python -m tools.benchmark --only scaling  # several processes beside one, under torchrun
 
@@ -20,48 +20,42 @@ if __name__ == "__main__":
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
 from device import autocast, choose_device, choose_dtype, seed_everything
 from distributed import joined, share_gradients
 from encoder import FrozenEncoder
-from features import FeatureCache, add_pack, build_features, write_pack
+from features import build_features
 from generation import generate
-from model import CaptionModel
 from options import GenerationOptions
-from shards import Stock, StreamedRows, known_shard, table_path
-from tokenizer import CaptionTokenizer
 from tools.rivals import (
     CAPTIONS,
     PATCHES,
-    VOCAB,
     WIDTH,
     cached_rivals,
     flickr_like_captions,
     our_model,
     padded,
     rival_model,
+    training_step,
 )
-from utils import resident_kilobytes, run_script
+from utils import run_script
 
-T = TypeVar("T")
-REPO = Path(__file__).resolve().parents[1]
 EPOCHS = 20
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
 FLICKR30K = 29000  # photos to train on
@@ -71,31 +65,23 @@ def median(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes, the device's queue included."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def interleaved(
     works: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Time each piece of work `repeats` times, in turn, after one pass that doesn't count."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was queued is done
+        return time.perf_counter()
+
     times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, work in works.items():
-            taken = seconds(work, device)
-            if repeat:
-                times[name].append(taken)
-    return times
+            started = now()
+            work()
+            times[name].append(now() - started)
+    return {name: taken[1:] for name, taken in times.items()}
 
 
 # --- What is worked on ----------------------------------------------------------------------
@@ -104,10 +90,11 @@ def interleaved(
 def write_photos(folder: Path, count: int) -> list[str]:
     """Photos of Flickr's size and about its weight, as JPEG."""
     dice = np.random.default_rng(0)
-    for i in range(count):
+    names = [f"{i}.jpg" for i in range(count)]
+    for name in names:
         coarse = Image.fromarray(dice.integers(0, 255, (38, 50, 3), dtype=np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
-    return [f"{i}.jpg" for i in range(count)]
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+    return names
 
 
 def bare_encoder(device: torch.device) -> FrozenEncoder:
@@ -153,28 +140,17 @@ def measure_training(
     if compiled:
         ours.hidden = torch.compile(ours.hidden, dynamic=True)
     features = torch.randn(32, PATCHES, WIDTH, dtype=torch.float16, device=device)
-    our_optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=device.type != "mps")
+    queue = itertools.cycle(batches)
+
+    def our_loss() -> Tensor:
+        batch = next(queue).to(device)
+        return ours.loss(features.float(), batch, label_smoothing=0.1) / 2000
+
     rival_optimizer = torch.optim.AdamW(rival.decoder.parameters(), lr=1e-4)
-    queue = iter(batches * 10)
-    done: list[Batch] = []
-
-    def our_step() -> None:
-        done.append(next(queue))
-        batch = done[-1].to(device)
-        with autocast(device, dtype):
-            loss = ours.loss(features.float(), batch, label_smoothing=0.1)
-        (loss / 2000).backward()
-        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
-        our_optimizer.step()
-        our_optimizer.zero_grad()
-
-    pairs = [ids for group in flickr_like_captions(2).values() for ids in group][:8]
-    _, labels = padded(pairs)
+    _, labels = padded([ids for group in flickr_like_captions(2).values() for ids in group][:8])
     processor = transformers.ViTImageProcessorPil()
-    others = iter(batches * 10)  # the same captions, in the same order
-    cached = cached_rivals(
-        features, lambda: [ids for name in next(others).names for ids in texts[name]], dtype
-    )
+    captions = [[ids for name in batch.names for ids in texts[name]] for batch in batches]
+    cached = cached_rivals(features, captions, dtype)
 
     def rival_step() -> None:
         images = [Image.open(photos / f"{i}.jpg").convert("RGB") for i in range(8)]
@@ -187,12 +163,12 @@ def measure_training(
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder)
         write_photos(photos, 8)
-        rival.encoder.requires_grad_(False)  # ours is frozen: so is theirs, to their advantage
-        works = {"ours": our_step, "rival": rival_step} | cached
+        works = {"ours": training_step(our_loss, ours, dtype), "rival": rival_step} | cached
         times = interleaved(works, repeats, device)
     took = {name: statistics.median(taken) for name, taken in times.items()}
     best = min(cached, key=took.get)
-    useful = [3 * useful_multiply_adds(batch, ours.config) for batch in done[1:]]
+    timed = itertools.islice(itertools.cycle(batches), 1, repeats + 1)
+    useful = [3 * useful_multiply_adds(batch, ours.config) for batch in timed]
     rates = [work / taken for work, taken in zip(useful, times["ours"], strict=True)]
     limit = matmul_rate(device, dtype)
     padding = [float((batch.segments < 0).double().mean()) for batch in batches]
@@ -281,138 +257,6 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     }
 
 
-# --- Memory and start-up ---------------------------------------------------------------------
-
-STEPS = 128
-
-
-def resident_after_steps(photos: int) -> tuple[float, float]:
-    """Train a small decoder on a synthetic cache; the most MB held, and seconds a step."""
-    seed_everything(0)
-    with tempfile.TemporaryDirectory() as folder:
-        cache = synthetic_cache(Path(folder), photos)
-        rows = CaptionRows(flickr_like_captions(photos), cache)
-        epochs = itertools.count()
-        batches = itertools.chain.from_iterable(rows.batches(32, 0, epoch) for epoch in epochs)
-        return held(rows, itertools.islice(batches, STEPS), 64, VOCAB)
-
-
-def held(
-    rows: CaptionRows | StreamedRows,
-    batches: Iterable[Batch],
-    feature_width: int,
-    vocab: int,
-    every: int = 1,
-) -> tuple[float, float]:
-    """Load batches and train a small decoder on `every` so-manieth; see `resident_after_steps`."""
-    size = DecoderConfig(vocab, width=64, layers=1, heads=1, ff_dim=64)
-    model = CaptionModel(feature_width, size)
-    started, most = time.perf_counter(), 0.0
-    for step, batch in enumerate(batches):
-        batch, features = rows.load(batch, None)
-        if step % every == 0:
-            model.loss(features.float(), batch).backward()
-            model.zero_grad()
-            most = max(most, resident_kilobytes() / 1024)
-    return most, (time.perf_counter() - started) / (step + 1)
-
-
-def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
-    """A cache of random features, written as `build_features` writes it."""
-    entries: dict = {}
-    for start in range(0, photos, 256):
-        part = [f"{i}" for i in range(start, min(photos, start + 256))]
-        block = np.random.default_rng(start).random((len(part), 196, 64)).astype(np.float16)
-        labels = [(name, 0, 0, 0, "") for name in part]
-        entries |= add_pack(folder, [(labels, torch.from_numpy(block))])
-    return FeatureCache(folder, entries)
-
-
-def resident_after_streaming(photos: int) -> tuple[float, float]:
-    """Meet every photo of a synthetic stock of shards once, and train on some; found as above."""
-    seed_everything(0)
-    with tempfile.TemporaryDirectory() as folder:
-        stock = synthetic_stock(Path(folder), photos)
-        tokenizer = CaptionTokenizer.train(stock.first_texts(20000), VOCAB)
-        rows = StreamedRows(stock, tokenizer, max_length=40, buffer=5000)
-        return held(rows, rows.batches(32, 0, 0), 32, len(tokenizer), every=50)
-
-
-def sentences(dice: np.random.Generator, count: int) -> list[str]:
-    """Captions of 11 words, as often as words are in a language."""
-    letters = np.random.default_rng(0)
-    words = ["".join(letters.choice(list("etaoinshrdlu"), 5)) for _ in range(8000)]
-    return [" ".join(words[rank] for rank in row) for row in dice.zipf(1.2, (count, 11)) % 8000]
-
-
-def synthetic_stock(folder: Path, photos: int, each: int = 10000) -> Stock:
-    """Shards of `each` photos with a caption and features of 2 vectors of 32, as if encoded."""
-    dice = np.random.default_rng(0)
-    shards = []
-    for start in range(0, photos, each):
-        captions = sentences(dice, each)
-        labels = [(f"{start + i:09d}", [text]) for i, text in enumerate(captions)]
-        block = dice.random((each, 2, 32)).astype(np.float16)
-        url = f"pipe:{start // each:05d}"
-        table = table_path(folder, url)
-        parts = [(labels, torch.from_numpy(block))]
-        write_pack(table.with_suffix(".bin"), parts, {"name": url, "version": None})
-        shards.append(known_shard(table, url))
-    return Stock(shards)
-
-
-def measure_memory() -> dict[str, object]:
-    """Resident memory, a process each: the same steps on 500, 2,000 and 8,000 photos; and every
-    photo of shards with ten thousand, a hundred thousand and a million."""
-    kept = alone_each(resident_after_steps, (500, 2000, 8000))
-    streamed = alone_each(resident_after_streaming, (10_000, 100_000, 1_000_000))
-    return {
-        "rss_mb": [round(peak) for peak, _ in kept],
-        "rss_growth_mb": kept[-1][0] - kept[0][0],
-        "rss_step_seconds": [round(each, 4) for _, each in kept],
-        "rss_streamed_mb": [round(peak) for peak, _ in streamed],
-        "streamed_photos_per_second": [round(32 / each) for _, each in streamed],
-    }
-
-
-def alone_each(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
-    """What `work` finds for each size, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(work, sizes, chunksize=1)
-
-
-def measure_startup() -> dict[str, object]:
-    """How long `train.py` takes until its first step, with a cache of 30,000 photos."""
-    count = 30000
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sizes = dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 32)
-        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 16}
-        tower = transformers.ViTModel(transformers.ViTConfig(**sizes), add_pooling_layer=False)
-        tower.save_pretrained(folder / "encoder")
-        side = {"height": 32, "width": 32}
-        transformers.ViTImageProcessorPil(size=side).save_pretrained(folder / "encoder")
-        (folder / "images").mkdir()
-        texts = iter(sentences(np.random.default_rng(0), CAPTIONS * count))
-        captions = {}
-        for i in range(count):
-            Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"images/{i}.png")
-            captions[f"{i}.png"] = list(itertools.islice(texts, CAPTIONS))
-        (folder / "captions.json").write_text(json.dumps(captions))
-        flags = (
-            "--dataset custom --split ratio --epochs 0 --scst_epochs 0 --encoder_layers=-1".split()
-        )
-        flags += ["--data_dir", name, "--encoder_model_name", f"{name}/encoder"]
-        flags += ["--wandb_project", "", "--hf_repo_id", ""]
-        command = [sys.executable, REPO / "train.py", *flags]
-        taken = []
-        for _ in range(3):  # the first makes the cache
-            started = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True)
-            taken.append(time.perf_counter() - started)
-    return {"startup_seconds_30000": min(taken[1:]), "first_start_seconds_30000": taken[0]}
-
-
 # --- Several processes -----------------------------------------------------------------------
 
 
@@ -424,26 +268,23 @@ def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
     """
     with joined(device_name) as team:
         device = team.device(device_name)
-        dtype = choose_dtype(precision, device)
         rows = CaptionRows(flickr_like_captions(32 * (repeats + 1)), None)
         model = our_model(device).train()
         shared = share_gradients(model, team)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         batches = rows.batches(32, 0, 0, team=team)
         features = torch.randn(32, PATCHES, WIDTH, device=device)
         gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
         processor: list[float] = []
 
+        def loss() -> Tensor:
+            batch = next(batches).to(device)
+            return shared(model.loss, features[: len(batch.names)], batch, 0.1) / 2000
+
+        training = training_step(loss, model, choose_dtype(precision, device))
+
         def step() -> None:
             started = time.process_time()
-            batch = next(batches).to(device)
-            own = features[: len(batch.names)]
-            with autocast(device, dtype):
-                loss = shared(model.loss, own, batch, 0.1)
-            (loss / 2000).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            training()
             processor.append(time.process_time() - started)
 
         works = {"step": step, "all_reduce": lambda: team.all_reduce(gradients)}
@@ -504,8 +345,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": lambda: measure_training(device, dtype, args.repeats, args.compile),
         "generate": lambda: measure_generation(device, dtype, args.repeats),
         "features": lambda: measure_features(device, dtype, args.repeats),
-        "memory": measure_memory,
-        "startup": measure_startup,
         "scaling": lambda: measure_scaling(device, args.precision, args.repeats),
     }
     show(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ def our_model(device: torch.device) -> CaptionModel:
 
 
 def rival_model(device: torch.device) -> transformers.VisionEncoderDecoderModel:
-    """ViT-B/16 and a decoder from scratch of our default size."""
+    """ViT-B/16, frozen as ours is, and a decoder from scratch of our default size."""
     size = DecoderConfig(VOCAB)
     decoder = transformers.GPT2Config(
         vocab_size=VOCAB,
@@ -55,6 +56,7 @@ def rival_model(device: torch.device) -> transformers.VisionEncoderDecoderModel:
     )
     model = transformers.VisionEncoderDecoderModel(config)
     model.config.decoder_start_token_id, model.config.pad_token_id = START_ID, PAD_ID
+    model.encoder.requires_grad_(False)
     return model.to(device)
 
 
@@ -94,15 +96,34 @@ def padded(captions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return pad(tokens, True, padding_value=PAD_ID), pad(targets, True, padding_value=IGNORED)
 
 
+def training_step(
+    loss: Callable[[], Tensor], model: nn.Module, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A step as who knows the matter makes it: `dtype` by autocast, the fused optimizer."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    device = learned[0].device
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=device.type != "mps")
+
+    def step() -> None:
+        with autocast(device, dtype):
+            found = loss()
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def cached_rivals(
-    features: Tensor, captions: Callable[[], Sequence[Sequence[int]]], dtype: torch.dtype
+    features: Tensor, captions: Sequence[Sequence[Sequence[int]]], dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
-    """Training steps as who knows the matter writes them with libraries: features from memory, the
-    same captions padded to the longest, `dtype` by autocast, the fused optimizer.
+    """Training steps with libraries' decoders: features from memory, repeated a caption, the same
+    captions padded to the longest.
 
     Args:
         features: (photos, PATCHES, WIDTH) in half precision.
-        captions: those of the next step, CAPTIONS a photo.
+        captions: those of each step, CAPTIONS a photo.
     """
     device = features.device
     hf, plain = rival_model(device).train(), TorchDecoder(DecoderConfig(VOCAB)).to(device).train()
@@ -116,19 +137,12 @@ def cached_rivals(
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=0.1)
 
     def step_of(model: nn.Module, loss_of: Callable[..., Tensor]) -> Callable[[], None]:
-        learned = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-        optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=device.type != "mps")
+        queue = itertools.cycle(captions)
 
-        def step() -> None:
-            tokens, targets = (part.to(device) for part in padded(captions()))
-            with autocast(device, dtype):
-                repeated = features.float().repeat_interleave(CAPTIONS, dim=0)
-                loss = loss_of(repeated, tokens, targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        def loss() -> Tensor:
+            repeated = features.float().repeat_interleave(CAPTIONS, dim=0)
+            return loss_of(repeated, *(part.to(device) for part in padded(next(queue))))
 
-        return step
+        return training_step(loss, model, dtype)
 
     return {"hf_cached": step_of(hf, hf_loss), "torch_decoder": step_of(plain, plain_loss)}
