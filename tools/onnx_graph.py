@@ -122,7 +122,12 @@ def _graph(
             dynamic_shapes=axes,
         )
     graph = program.model_proto  # made anew each time it is asked for
-    forget_origin(graph)
+    inner = graph.graph
+    values = (*inner.value_info, *inner.input, *inner.output, *inner.initializer)
+    # The exporter's notes name the source lines and folders of this machine.
+    for part in (graph, inner, *inner.node, *values):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     return graph
 
 
@@ -137,15 +142,6 @@ def input_shapes(model: CaptionModel) -> dict[str, tuple[int | str, ...]]:
             shape = ("batch", config.heads, length, config.width // config.heads)
             shapes[f"past.{layer}.{kind}"] = shape
     return shapes
-
-
-def forget_origin(graph: onnx.ModelProto) -> None:
-    """Take out the exporter's notes, which name the source lines and folders of this machine."""
-    inner = graph.graph
-    values = (*inner.value_info, *inner.input, *inner.output, *inner.initializer)
-    for part in (graph, inner, *inner.node, *values):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
 
 
 def metadata(checkpoint: Checkpoint) -> dict[str, str]:
