@@ -119,17 +119,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         self.feature_norm = nn.LayerNorm(config.feature_width)
         self.project = nn.Linear(config.feature_width, config.hidden_size)
         self.memory_norm = nn.LayerNorm(config.hidden_size)
-        self.decoder = Decoder(
-            DecoderConfig(
-                vocab_size=config.vocab_size,
-                width=config.hidden_size,
-                layers=config.num_hidden_layers,
-                heads=config.num_attention_heads,
-                ff_dim=config.ff_dim,
-                max_length=config.max_position_embeddings,
-                dropout=0.0,
-            )
-        )
+        self.decoder = Decoder(DecoderConfig(**config.trained["decoder"] | {"dropout": 0.0}))
         self.reranker = HeldReranker(config) if config.reranker else None
         self.post_init()
 
