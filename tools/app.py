@@ -25,7 +25,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 try:
@@ -123,22 +123,22 @@ class Service:
                 return JSONResponse(await to_thread.run_sync(*task, abandon_on_cancel=True))
 
     @contextlib.asynccontextmanager
-    async def received(self, request: Request) -> AsyncIterator[io.BytesIO]:
+    async def received(self, request: Request) -> AsyncIterator[bytearray]:
         """The body of a request, which takes up room until the block ends."""
-        body, size, refusal = io.BytesIO(), 0, None
+        body, refusal = bytearray(), None
         busy = HTTPException(503, "Too many are waiting: try again later.", {"Retry-After": "5"})
         try:
             async for part in request.stream():
-                if size + len(part) > self.max_megabytes * 1e6:
+                if len(body) + len(part) > self.max_megabytes * 1e6:
                     refusal = HTTPException(413, f"It is larger than {self.max_megabytes:g} MB.")
                 elif len(part) > self.room:
                     refusal = refusal or busy
                 if refusal is None:
                     self.room -= len(part)
-                    size += body.write(part)
+                    body += part
                 else:  # read but not kept: a browser listens only after it has sent all
-                    self.room += size
-                    body, size = io.BytesIO(), 0
+                    self.room += len(body)
+                    body.clear()
             if refusal or self.waiting == WAITING:
                 raise refusal or busy
             self.waiting += 1
@@ -147,7 +147,7 @@ class Service:
             finally:
                 self.waiting -= 1
         finally:
-            self.room += size
+            self.room += len(body)
 
 
 def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
@@ -238,7 +238,7 @@ def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
     return numbers
 
 
-def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> dict[str, Any]:
+def write(captioner: Captioner, photo: bytearray, query: Mapping[str, str]) -> dict[str, Any]:
     """What is written about a photo, as JSON can hold it."""
     options, question = read_numbers(query), query.get("question")
     wanted = options.pop("others", 0)
@@ -248,8 +248,7 @@ def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> di
     if question is not None and not question.strip():
         raise UserError("The question is empty.")
     try:
-        photo.seek(0)
-        image = captioner.encoder.open(photo)
+        image = captioner.encoder.open(io.BytesIO(photo))
     except ImageError:
         raise UserError(
             "That file can't be read as a picture: it may be damaged, too large, or of another "
@@ -273,22 +272,20 @@ def write(captioner: Captioner, photo: BinaryIO, query: Mapping[str, str]) -> di
 def as_plain(found: Explained, maps: bool) -> dict[str, Any]:
     """A caption; with its words' maps, each from 0 to 255, in reading order."""
     written = found.hypothesis
-    length = len(written.tokens) + written.ended
     plain = {
         "text": found.text,
         "score": round(written.score, 4),
-        "confidence": round(math.exp(written.log_probability / length), 4),
+        "confidence": round(math.exp(written.log_probability / len(written.ids)), 4),
     }
-    if not maps:
-        return plain
-    words = [
-        {
-            "word": shown.word,
-            "map": (255 * shown.weights / shown.weights.max()).round().int().flatten().tolist(),
-        }
-        for shown in found.words
-    ]
-    return plain | {"words": words}
+    if maps:
+        plain["words"] = [
+            {
+                "word": shown.word,
+                "map": (255 * shown.weights / shown.weights.max()).round().int().flatten().tolist(),
+            }
+            for shown in found.words
+        ]
+    return plain
 
 
 # --- Connections ----------------------------------------------------------------------------
