@@ -42,15 +42,10 @@ from utils import (
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
 
-def to_transformers(
+def write_folder(
     checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, weights: bool
-) -> float:
-    """Write the folder and load it as others will; returns the logits' largest difference.
-
-    Without the encoder's `weights` its name is written, from which it will be loaded.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder} is there already: give the name of a new folder")
+) -> None:
+    """Without the encoder's `weights` its name is written, from which it will be loaded."""
     files = repository_files(
         checkpoint, encoder.for_others(weights), encoder.processor.to_json_string()
     )
@@ -62,15 +57,14 @@ def to_transformers(
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, text in files.items():
         write_file(folder / name, text)
-    named = {} if weights else {"encoder": encoder.source["name"]}
-    return logits_difference(checkpoint, encoder, folder, named)
 
 
 @torch.no_grad()
 def logits_difference(
-    checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, options: dict[str, str]
+    checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, weights: bool
 ) -> float:
-    """How far the folder's logits, loaded with such `options`, are from ours, about noise."""
+    """How far the folder's logits, loaded as others will, are from ours, about noise."""
+    options = {} if weights else {"encoder": encoder.source["name"]}
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, **options
@@ -92,9 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def as_folder(args: argparse.Namespace) -> int:
     """The folder for `transformers`, with the encoder unless told otherwise."""
-    out, checkpoint = Path(args.out).expanduser(), checkpoint_of(args)
+    out = Path(args.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: give the name of a new folder")
+    checkpoint = checkpoint_of(args)
     encoder = checkpoint.load_encoder(args.encoder)
-    difference = to_transformers(checkpoint, encoder, out, args.with_encoder is not False)
+    weights = args.with_encoder is not False
+    write_folder(checkpoint, encoder, out, weights)
+    difference = logits_difference(checkpoint, encoder, out, weights)
     if not difference <= LIMIT:
         raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
