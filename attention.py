@@ -62,9 +62,8 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
     if "spatial_shapes" in inputs:  # NaFlex: patches (3, patches, pixels), padding after them
         rows, columns = inputs["spatial_shapes"][0].tolist()
         patch, first = encoder.patch_size, 0
-        pixels = pixels[:, : rows * columns].unflatten(1, (rows, columns))
-        pixels = pixels.unflatten(3, (patch, patch, 3)).permute(0, 5, 1, 3, 2, 4)
-        pixels = pixels.flatten(4, 5).flatten(2, 3)
+        pixels = pixels[:, : rows * columns].reshape(3, rows, columns, patch, patch, 3)
+        pixels = pixels.permute(0, 5, 1, 3, 2, 4).reshape(3, 3, rows * patch, columns * patch)
     else:
         rows, columns = (side // encoder.patch_size for side in pixels.shape[-2:])
         first = vectors - rows * columns

@@ -64,8 +64,12 @@ def _size_there(url: str) -> int | None:
         )
     except requests.RequestException:
         return None  # the request for the file itself will say what is wrong
-    length = head.headers.get("Content-Length", "")
-    return int(length) if head.ok and length.isdigit() else None
+    return _length(head) if head.ok else None
+
+
+def _length(response: requests.Response) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
 
 
 def _download_one(url: str, target: Path) -> None:
@@ -135,11 +139,7 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
             "open it in a browser"
         )
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        state = {
-            "validator": _validator(response),
-            "total": int(length) if length.isdigit() else None,
-        }
+        state = {"validator": _validator(response), "total": _length(response)}
         # Emptied first: the new validator must never stand beside the old file's bytes.
         partial.write_bytes(b"")
         write_file(_state_path(partial), json.dumps(state))

@@ -227,24 +227,21 @@ class HubPusher:
             thread.join(left)
 
     def _upload(self, upload: _Upload) -> None:
-        failed = False
+        arrived = False
         try:
             url = self._commit(upload)
             if self._problem != "":
                 self._tell(f"Hub: pushed, see {url}")
-            self._problem = ""
+            self._problem, arrived = "", True
         except Exception as error:  # noqa: BLE001 - what the client raises has no common base
             self._failed(error)
-            failed = True
         with self._lock:
-            newer = self._waiting is not None
-            if failed and self.active and not newer:
-                self._waiting = upload
             self._thread = self._uploading = None
-        if self._waiting is not upload:
-            upload.weights.unlink(missing_ok=True)
-        if newer:
-            self.retry()
+            if self.active and not arrived and self._waiting is None:
+                self._waiting = upload
+                return
+        upload.weights.unlink(missing_ok=True)
+        self.retry()  # or what came meanwhile would wait for the next push
 
     def _commit(self, upload: _Upload) -> str:
         """Make one commit; returns its address."""
