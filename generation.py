@@ -253,8 +253,8 @@ class _Rows:
             parents, tokens = self._best(scores, ranked, size, start, group == 0)
             taken.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=taken.dtype))
             chosen.append((parents + start, tokens))
-        parents, tokens = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
-        return parents, tokens
+        parents, tokens = zip(*chosen, strict=True)
+        return torch.cat(parents, dim=1), torch.cat(tokens, dim=1)
 
     def _best(self, scores, ranked, size: int, start: int, leads: bool) -> tuple[Tensor, Tensor]:
         vocab = ranked.shape[-1]

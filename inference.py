@@ -182,8 +182,9 @@ class Captioner:
             part = asked[start : start + ROWS]
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
-            with autocast(self.device, self.dtype):
-                yield from generate(self.model, features[rows], options, prefixes, self.reranker)
+            with autocast(self.device, self.dtype):  # left before a caller goes on
+                found = generate(self.model, features[rows], options, prefixes, self.reranker)
+            yield from found
 
     def _best(
         self, pictures: Any, questions: str | Sequence[str] | None, options: dict[str, Any]
