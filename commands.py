@@ -44,20 +44,20 @@ def begin(read: Callable[[], Any]) -> None:
         sys.exit(say_error(error))
 
 
-def document(script: str) -> str:
-    """A script's docstring, which begins and ends what its --help says."""
+def parser_of(script: str) -> Parser:
+    """A parser without flags yet; the script's docstring begins and ends what --help says."""
     source = Path(__file__).parent.joinpath(script).read_text(encoding="utf-8")
-    return source.split('"""')[1]
+    return Parser(source.split('"""')[1])
 
 
 def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
     import config  # here, as inference needs none
 
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
-        text = "several settings at once, as config.py lists them"
-        parser.add_argument("--preset", choices=config.presets, help=text)
-        add_sources(parser)
+    parser = parser_of("train.py")
+    parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
+    text = "several settings at once, as config.py lists them"
+    parser.add_argument("--preset", choices=config.presets, help=text)
+    add_sources(parser)
 
     def preset(flags: argparse.Namespace) -> dict[str, Any]:
         if not flags.demo:
@@ -66,13 +66,7 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
         return DEMO
 
-    settings = load_settings(
-        config,
-        argv,
-        document("train.py"),
-        add_arguments=add_arguments,
-        preset=preset,
-    )
+    settings = load_settings(config, argv, parser, preset=preset)
     if os.path.basename(settings.CHECKPOINT_PREFIX) != settings.CHECKPOINT_PREFIX:
         raise UserError(
             f"CHECKPOINT_PREFIX is {settings.CHECKPOINT_PREFIX!r}: it begins the files' names; "
@@ -97,32 +91,28 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
     import config
 
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        add_sources(parser)
-        text = "look at every photo and caption; code 1 if training would refuse them"
-        parser.add_argument("--check", action="store_true", help=text)
-
-    text = document("prepare_dataset.py")
-    return load_settings(config, argv, text, only=PREPARED, add_arguments=add_arguments)
+    parser = parser_of("prepare_dataset.py")
+    add_sources(parser)
+    text = "look at every photo and caption; code 1 if training would refuse them"
+    parser.add_argument("--check", action="store_true", help=text)
+    return load_settings(config, argv, parser, only=PREPARED)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     import config
 
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--checkpoint", required=True, help=".safetensors or .pt")
-        add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
-        add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
-        add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
-        add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
-        add("--report", help="the HTML report [{checkpoint}_{split}.html]")
-        add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
-        add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
-        add_option_flags(parser)
-
-    text = document("evaluate.py")
-    return load_settings(config, argv, text, only=SCORED, add_arguments=add_arguments)
+    parser = parser_of("evaluate.py")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help=".safetensors or .pt")
+    add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
+    add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
+    add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
+    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
+    add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+    add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
+    add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
+    add_option_flags(parser)
+    return load_settings(config, argv, parser, only=SCORED)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,18 +129,13 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="auto", help="auto, bf16 or fp32 [%(default)s]")
 
 
-def add_captioner_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `captioner_of` reads."""
-    add_checkpoint_flags(parser)
-    add_device_flags(parser)
-
-
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(document("inference.py"))
+    parser = parser_of("inference.py")
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
     add("--image_path", help="a photo or a folder of photos, as PATH")
-    add_captioner_flags(parser)
+    add_checkpoint_flags(parser)
+    add_device_flags(parser)
     ask = parser.add_mutually_exclusive_group().add_argument
     ask("--question", help="answer this question about each photo instead of captioning it")
     ask("--questions_file", help="answer many: a questions.json, with or without answers")
@@ -179,9 +164,10 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(document("tools/app.py"))
+    parser = parser_of("tools/app.py")
     add = parser.add_argument
-    add_captioner_flags(parser)
+    add_checkpoint_flags(parser)
+    add_device_flags(parser)
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
     add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
     add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
@@ -189,7 +175,7 @@ def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(document("tools/export.py"))
+    parser = parser_of("tools/export.py")
     add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--format", choices=("onnx", "transformers"), default="onnx")
@@ -204,7 +190,7 @@ def export(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(document("tools/benchmark.py"))
+    parser = parser_of("tools/benchmark.py")
     add = parser.add_argument
     add("--only", choices=PARTS, help="measure one part [all]")
     add("--repeats", type=int, default=5, help="of each measurement [%(default)s]")

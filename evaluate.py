@@ -24,9 +24,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,19 +34,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load_checkpoint
-from dataset import (
-    DataPaths,
-    Text,
-    data_paths,
-    load_splits,
-    load_texts,
-    prompts_about,
-    references_of,
-)
+from checkpoint import load_checkpoint
+from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
-from features import FeatureCache, build_features, file_digest
+from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from metrics import (
     SCORER,
@@ -58,23 +50,23 @@ from metrics import (
     tokenize,
     vqa_accuracy,
 )
-from options import GenerationOptions, change_options, given_options
+from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
-
-METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
 
 
 def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
     """What one human caption scores against the others, averaged over which one it is."""
     usable = {name: group for name, group in references.items() if len(group) > 1}
-    rounds = min((len(group) for group in usable.values()), default=0)
-    sums = dict.fromkeys(METRICS, 0.0)
-    for k in range(rounds):
-        one = {name: group[k] for name, group in usable.items()}
-        others = {name: group[:k] + group[k + 1 :] for name, group in usable.items()}
-        found = score(one, others)
-        sums = {metric: sums[metric] + found[metric] / rounds for metric in METRICS}
-    return sums if rounds else {}
+    if not usable:
+        return {}
+    found = [
+        score(
+            {name: group[k] for name, group in usable.items()},
+            {name: group[:k] + group[k + 1 :] for name, group in usable.items()},
+        )
+        for k in range(min(map(len, usable.values())))
+    ]
+    return {metric: fmean(each[metric] for each in found) for metric in found[0]}
 
 
 # --- Scorers that others made ----------------------------------------------------------------
@@ -84,17 +76,15 @@ def java_scores(
     captions: dict[str, str], references: dict[str, list[str]]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """METEOR and SPICE by pycocoevalcap, times 100, and why one of them is not computed."""
-    reason = None
+    metrics = ("METEOR", "SPICE")
     if shutil.which("java") is None:
-        reason = "they need Java"
-    elif importlib.util.find_spec("pycocoevalcap") is None:
-        reason = "they need pip install pycocoevalcap"
-    if reason:
-        return {}, dict.fromkeys(("METEOR", "SPICE"), reason)
+        return {}, dict.fromkeys(metrics, "they need Java")
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        return {}, dict.fromkeys(metrics, "they need pip install pycocoevalcap")
     ours = {name: [" ".join(tokenize(text))] for name, text in captions.items()}
     theirs = {name: [" ".join(tokenize(t)) for t in group] for name, group in references.items()}
     scores, missing = {}, {}
-    for metric in ("METEOR", "SPICE"):
+    for metric in metrics:
         module = importlib.import_module(f"pycocoevalcap.{metric.lower()}.{metric.lower()}")
         # Their progress goes to standard output, where our last line belongs to programs.
         with contextlib.redirect_stdout(sys.stderr):
@@ -139,6 +129,7 @@ def clip_score(
 
 # --- The report -----------------------------------------------------------------------------
 
+SHOWN = 12  # photos of each kind
 EXPLAINED = {
     "BLEU-1 to BLEU-4": "how many words, and runs of two to four, people's captions share",
     "ROUGE-L": "the longest sequence of words that a person's caption shares",
@@ -165,17 +156,6 @@ p, li, dd { color: light-dark(#555, #bbb) }
 """
 
 
-def report_rows(values: dict[str, float], count: int = 12) -> dict[str, list[str]]:
-    """Which photos to show: the worst, the best and some at random, by CIDEr-D."""
-    ranked = sorted(values, key=values.get)
-    dice = random.Random(0)
-    return {
-        "worst": ranked[:count],
-        "best": ranked[::-1][:count],
-        "random": dice.sample(ranked, min(count, len(ranked))),
-    }
-
-
 def write_report(
     path: Path,
     image_dir: Path,
@@ -184,7 +164,9 @@ def write_report(
     values: dict[str, float],
     summary: str,
 ) -> None:
-    """A page without outside parts: photos with caption, references and CIDEr-D."""
+    """A page without outside parts: of the worst photos, the best and some at random, by CIDEr-D,
+    the caption and what people said.
+    """
     terms = "".join(f"<dt>{name}<dd>{text}" for name, text in EXPLAINED.items())
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Captions</title>",
@@ -193,7 +175,10 @@ def write_report(
         f"<h1>Captions</h1><pre>{html.escape(summary)}</pre>",
         f"<details><summary>What the numbers mean</summary><dl>{terms}</dl></details>",
     ]
-    for title, names in report_rows(values).items():
+    ranked = sorted(values, key=values.get)
+    chance = random.Random(0).sample(ranked, min(SHOWN, len(ranked)))
+    groups = {"worst": ranked[:SHOWN], "best": ranked[::-1][:SHOWN], "random": chance}
+    for title, names in groups.items():
         parts.append(f"<h2>{title}</h2>")
         for name in names:
             items = "".join(f"<li>{html.escape(text)}" for text in references[name])
@@ -213,67 +198,63 @@ def _thumbnail(file: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-@dataclass
+# --- What is scored -------------------------------------------------------------------------
+
+
 class Scored:
-    """What is scored: a checkpoint's texts about a split's photos."""
+    """A checkpoint, what it is scored against, and the features of a split's photos."""
 
-    settings: SimpleNamespace
-    checkpoint: Checkpoint
-    options: GenerationOptions
-    paths: DataPaths
-    texts: dict[str, list[Text]]
-    splits: dict[str, list[str]]
-    names: list[str]  # of the photos
-    prompts: list[tuple[str, Text]]
-    cache: FeatureCache
-    device: torch.device
-    dtype: torch.dtype
+    def __init__(self, settings: SimpleNamespace):
+        """Load what the settings name, then encode the photos, which may take long.
 
-    def write(self, shown: Mapping[str, str] | None = None) -> list[Hypothesis]:
-        """What is written for each prompt; about another photo, where one is `shown` instead."""
-        model, tokenizer = self.checkpoint.model.to(self.device), self.checkpoint.tokenizer
-        questions = [text.question for _, text in self.prompts]
+        Raises:
+            UserError: something is missing, or an output would replace what is read.
+        """
+        self.settings = settings
+        self.checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
+        self.checkpoint.require(settings.task)
+        asked = settings.task == "questions"
+        given = given_options(settings)
+        self.options = change_options(self.checkpoint.generation, asked, **given)
+        self.paths = data_paths(settings)
+        read = settings.checkpoint, self.paths.captions, self.paths.splits
+        for flag in ("report", "save_captions"):
+            if output := getattr(settings, flag):
+                check_output(f"--{flag}", output, *read)
+        self.splits = load_splits(self.paths.splits)
+        self.texts = load_texts(self.paths, [settings.task])
+        names = [name for name in self.splits[settings.split] if name in self.texts]
+        if not names:
+            splits, split = self.paths.splits, settings.split
+            raise UserError(f"{splits} has no photo to score in the split {split!r}")
+        self.device = choose_device(settings.DEVICE)
+        self.dtype = choose_dtype(settings.PRECISION, self.device)
+        self.clip = load_clip(settings.clip, self.device) if settings.clip else None
+        self.cache, bad = build_features(
+            self.checkpoint.load_encoder(settings.encoder).to(self.device),
+            self.paths.images,
+            [(name, 0) for name in names],
+            self.paths.features,
+            dtype=self.dtype,
+            batch_size=settings.FEATURE_BATCH_SIZE,
+            max_bad=settings.MAX_BAD_IMAGES,
+        )
+        self.names = [name for name in names if name not in bad]
+        self.prompts = prompts_about(self.texts, self.names, settings.task)
+
+    def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
+        """The best hypothesis about each prompt."""
         found = generate_cached(
-            model,
+            self.checkpoint.model.to(self.device),
+            self.checkpoint.tokenizer,
             self.cache,
-            [shown[name] if shown else name for name, _ in self.prompts],
+            prompts,
             self.options,
-            tokenizer.prefixes(questions, model.config.max_length),
             reranker=self.checkpoint.reranker,
             dtype=self.dtype,
             batch_size=self.settings.batch_size,
         )
-        bar = tqdm(found, total=len(self.prompts), desc="writing", unit="text", disable=None)
-        return list(bar)
-
-
-def load_scored(settings: SimpleNamespace) -> Scored:
-    """Load the checkpoint, what the task is scored against, and the features of its photos."""
-    checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
-    checkpoint.require(settings.task)
-    asked = settings.task == "questions"
-    options = change_options(checkpoint.generation, asked, **given_options(settings))
-    paths = data_paths(settings)
-    splits, texts = load_splits(paths.splits), load_texts(paths, [settings.task])
-    names = [name for name in splits[settings.split] if name in texts]
-    if not names:
-        raise UserError(f"{paths.splits} has no photo to score in the split {settings.split!r}")
-    device = choose_device(settings.DEVICE)
-    dtype = choose_dtype(settings.PRECISION, device)
-    cache, bad = build_features(
-        checkpoint.load_encoder(settings.encoder).to(device),
-        paths.images,
-        [(name, 0) for name in names],
-        paths.features,
-        dtype=dtype,
-        batch_size=settings.FEATURE_BATCH_SIZE,
-        max_bad=settings.MAX_BAD_IMAGES,
-    )
-    names = [name for name in names if name not in bad]
-    prompts = prompts_about(texts, names, settings.task)
-    return Scored(
-        settings, checkpoint, options, paths, texts, splits, names, prompts, cache, device, dtype
-    )
+        return [*tqdm(found, total=len(prompts), desc="writing", unit="text", disable=None)]
 
 
 # --- Captions -------------------------------------------------------------------------------
@@ -282,14 +263,8 @@ def load_scored(settings: SimpleNamespace) -> Scored:
 def score_captions(scored: Scored) -> dict[str, object]:
     """Print and report the captions' scores; returns what the JSON line holds of them."""
     settings, names, images = scored.settings, scored.names, scored.paths.images
-    report = report_path(settings)
-    for flag, output in (("--report", report), ("--save_captions", settings.save_captions)):
-        if output:
-            paths = scored.paths
-            check_output(flag, output, settings.checkpoint, paths.captions, paths.splits)
-    clip = load_clip(settings.clip, scored.device) if settings.clip else None
     started = time.monotonic()
-    hypotheses = scored.write()
+    hypotheses = scored.write(scored.prompts)
     seconds = time.monotonic() - started
     said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
     captions = dict(zip(names, said, strict=True))
@@ -301,20 +276,21 @@ def score_captions(scored: Scored) -> dict[str, object]:
     other = diversity(said, {text for group in training for text in group})
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
     more, missing = java_scores(captions, references)
-    if clip:
+    if scored.clip:
         files = [images / name for name in names]
-        more["CLIPScore"] = clip_score(clip, files, said, scored.device)
+        more["CLIPScore"] = clip_score(scored.clip, files, said, scored.device)
     else:
         missing["CLIPScore"] = "it needs --clip"
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     print(summary)
-    write_report(report, images, captions, references, values, summary)
+    write_report(settings.report, images, captions, references, values, summary)
     if settings.save_captions:
         content = json.dumps(captions, ensure_ascii=False, indent=1)
         write_file(Path(settings.save_captions).expanduser(), content)
     beams, rate = scored.options.beam_size, len(names) / seconds
-    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s\nreport: {report}")
+    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
+    print(f"report: {settings.report}")
     return {
         **{metric: round(value, 4) for metric, value in found.items()},
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
@@ -326,11 +302,12 @@ def score_captions(scored: Scored) -> dict[str, object]:
 
 
 def report_path(settings: SimpleNamespace) -> Path:
-    """Where the report goes: beside the checkpoint, by the split and the options given."""
+    """Where the report goes, unless told: beside the checkpoint, by the split and the options."""
+    if settings.report:
+        return Path(settings.report).expanduser()
     checkpoint = Path(settings.checkpoint).expanduser()
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
-    usual = checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
-    return Path(settings.report or usual).expanduser()
+    return checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
 
 
 def score_table(
@@ -363,11 +340,12 @@ def score_answers(scored: Scored) -> dict[str, object]:
     questions = [text for _, text in scored.prompts]
     # The next photo: none stands in for itself, unless it is alone.
     other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))
+    swapped = [(other[name], text) for name, text in scored.prompts]
     decode = scored.checkpoint.tokenizer.decode
     usual = common_answers(prompts_about(scored.texts, scored.splits["train"], "questions"))
     answers = {
-        "model": [decode(h.tokens) for h in scored.write()],
-        "wrong picture": [decode(h.tokens) for h in scored.write(other)],
+        "model": [decode(h.tokens) for h in scored.write(scored.prompts)],
+        "wrong picture": [decode(h.tokens) for h in scored.write(swapped)],
         "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
     }
     accuracies = accuracy_by_kind(questions, answers)
@@ -414,12 +392,14 @@ def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     settings = commands.evaluate(argv)
     unused = settings.report, settings.save_captions, settings.clip
     if settings.task == "questions" and any(unused):
         raise UserError("--report, --save_captions and --clip are for captions, not for answers")
-    scored = load_scored(settings)
+    if settings.task == "captions":
+        settings.report = report_path(settings)
+    scored = Scored(settings)
     scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
     how = {
         "split": settings.split,
@@ -429,7 +409,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoint": file_digest(Path(settings.checkpoint).expanduser())[:16],
     }
     print(json.dumps(scores | how))
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from dataset import Text
 from decoder import KeyValueCache
 from device import autocast
 from features import FeatureCache, ResidentFeatures, prefetch
 from model import CaptionModel
 from options import GenerationOptions
 from rerank import Reranker
-from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
+from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID, CaptionTokenizer
 from utils import UserError
 
 MINUS_INFINITY = float("-inf")
@@ -95,29 +97,27 @@ def generate(
 
 def generate_cached(
     model: CaptionModel,
+    tokenizer: CaptionTokenizer,
     store: FeatureCache | ResidentFeatures,
-    names: Sequence[str],
+    prompts: Sequence[tuple[str, Text]],
     options: GenerationOptions,
-    prefixes: Sequence[Sequence[int]],
     *,
     reranker: Reranker | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Iterator[Hypothesis]:
-    """The best hypothesis about each photo, from its cached features, in the order of `names`.
-
-    `prefixes` are as in `generate`, one a name; a name may stand in `names` several times. `dtype`
-    is the precision of matrix products.
+    """The best hypothesis about each photo named in `prompts`, from its cached features: a caption,
+    or the answer to the question. `dtype` is the precision of matrix products.
     """
     device = next(model.parameters()).device
-
-    def load(start: int) -> tuple[int, Tensor]:
-        return start, store.read([(name, 0) for name in names[start : start + batch_size]])
-
-    for start, features in prefetch(load, range(0, len(names), batch_size)):
-        part = prefixes[start : start + batch_size]
+    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    loaded = prefetch(store.read, ([(name, 0) for name, _ in part] for part in parts))
+    for part, features in zip(parts, loaded, strict=True):
+        questions = [text.question for _, text in part]
+        prefixes = tokenizer.prefixes(questions, model.config.max_length)
         with autocast(device, dtype):
-            found = generate(model, features.to(device, torch.float32), options, part, reranker)
+            moved = features.to(device, torch.float32)
+            found = generate(model, moved, options, prefixes, reranker)
         yield from (group[0] for group in found)
 
 
@@ -159,11 +159,9 @@ class _Rows:
         Prefixes end in the same column, so that every row goes on from there; before a shorter
         one stands padding, which no token attends to.
         """
-        length = max(map(len, prefixes))
-        tokens = torch.full((len(prefixes), length), PAD_ID)
-        for row, ids in enumerate(prefixes):
-            tokens[row, length - len(ids) :] = torch.tensor(ids)
-        tokens = tokens.to(device)
+        rows = [torch.tensor(ids) for ids in prefixes]
+        tokens = pad_sequence(rows, True, PAD_ID, padding_side="left").to(device)
+        length = tokens.shape[1]
         sizes = torch.tensor([[len(ids)] for ids in prefixes], device=device)
         places = torch.arange(length, device=device) - length + sizes  # (rows, length)
         real = (places >= 0)[:, :-1]
@@ -255,8 +253,8 @@ class _Rows:
             parents, tokens = self._best(scores, ranked, size, start, group == 0)
             taken.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=taken.dtype))
             chosen.append((parents + start, tokens))
-        parents, tokens = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
-        return parents, tokens
+        parents, tokens = zip(*chosen, strict=True)
+        return torch.cat(parents, dim=1), torch.cat(tokens, dim=1)
 
     def _best(self, scores, ranked, size: int, start: int, leads: bool) -> tuple[Tensor, Tensor]:
         vocab = ranked.shape[-1]
@@ -307,10 +305,7 @@ class _Rows:
 
     def _retire(self) -> None:
         """Put aside what is complete, and drop its rows."""
-        if self.history.shape[2] == self.limit:
-            done = list(range(len(self.images)))
-        else:
-            done = self._complete()
+        done = self._complete()
         for row in done:
             # Cut captions count only where no other is to be had.
             if self.options.sample or not self.found[self.images[row]]:
@@ -318,10 +313,12 @@ class _Rows:
                 for beam, score in enumerate(scores):
                     self._found(row, beam, score, ended[beam])
         if done:
-            self._keep([row for row in range(len(self.images)) if row not in set(done)])
+            self._keep(sorted({*range(len(self.images))} - {*done}))
 
     def _complete(self) -> list[int]:
-        """The rows where nothing better is to be expected."""
+        """The rows where nothing better is to be expected, or there is no room for more."""
+        if self.history.shape[2] == self.limit:
+            return [*range(len(self.images))]
         if self.options.sample:
             return self.ended.all(1).nonzero().flatten().tolist()
         length = self.history.shape[2] ** self.options.length_penalty

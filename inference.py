@@ -35,11 +35,12 @@ from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from checkpoint import Checkpoint, load_checkpoint
 from dataset import load_questions
 from device import autocast, choose_device, choose_dtype
-from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError, as_rgb, open_image
+from encoder import FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
 from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
+from photo_names import is_photo
 from sidecar import Photo, open_output
 from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
@@ -139,41 +140,35 @@ class Captioner:
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
         chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
-        for chunk, inputs, problems in prefetch(self._read, chunks, threads=2, ahead=2):
-            yield from self._write(chunk, inputs, problems, chosen)
+        for rows, inputs in prefetch(self._read, chunks, threads=2, ahead=2):
+            yield from self._write(rows, inputs, chosen)
 
     def _read(
         self, chunk: list[list[tuple[Picture, str]]]
-    ) -> tuple[list[list[tuple[Picture, str]]], list[dict[str, Tensor]], list[str]]:
-        """The pictures of a chunk, preprocessed, and what is wrong with each, mostly nothing."""
-        opened, problems = [], []
-        for (picture, _), *_ in chunk:
+    ) -> tuple[list[tuple[Picture, str, int, str]], list[dict[str, Tensor]]]:
+        """The pictures of a chunk, preprocessed; before them, for each question: the picture, the
+        question, the picture's place among those preprocessed, and what is wrong with it."""
+        opened, rows = [], []
+        for group in chunk:
+            problem = ""
             try:
-                opened.append(self._open(picture))
-                problems.append("")
+                opened.append(self._open(group[0][0]))
             except ImageError as error:
-                problems.append(str(error))
+                problem = str(error)
+            rows += [(*pair, len(opened) - 1, problem) for pair in group]
         parts = (opened[start : start + ENCODED] for start in range(0, len(opened), ENCODED))
-        return chunk, [*map(self.encoder.preprocess, parts)], problems
+        return rows, [*map(self.encoder.preprocess, parts)]
 
     def _write(
         self,
-        chunk: list[list[tuple[Picture, str]]],
+        rows: list[tuple[Picture, str, int, str]],
         inputs: list[dict[str, Tensor]],
-        problems: list[str],
         options: GenerationOptions,
     ) -> Iterator[Written]:
         features = torch.cat([*map(self._encode, inputs)]) if inputs else None
-        good = iter(range(len(chunk)))
-        places = [None if problem else next(good) for problem in problems]
-        rows = [
-            (pair, place, problem)
-            for group, place, problem in zip(chunk, places, problems, strict=True)
-            for pair in group
-        ]
-        asked = [(question, place) for (_, question), place, problem in rows if not problem]
+        asked = [(question, place) for _, question, place, problem in rows if not problem]
         found = self._search(asked, features, options)
-        for (picture, question), _, problem in rows:
+        for picture, question, _, problem in rows:
             group = [] if problem else next(found)
             texts = [self.tokenizer.decode(h.tokens) for h in group]
             yield Written(picture, question, texts, group, problem)
@@ -187,22 +182,20 @@ class Captioner:
             part = asked[start : start + ROWS]
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
-            with autocast(self.device, self.dtype):
-                yield from generate(self.model, features[rows], options, prefixes, self.reranker)
+            with autocast(self.device, self.dtype):  # left before a caller goes on
+                found = generate(self.model, features[rows], options, prefixes, self.reranker)
+            yield from found
 
     def _best(
         self, pictures: Any, questions: str | Sequence[str] | None, options: dict[str, Any]
     ) -> str | list[str]:
         """The best text about a picture, or about each of several."""
-        if _is_one(pictures):
-            questions = None if questions is None else [questions]
-            return self._best([pictures], questions, options)[0]
         found = []
         for each in self.stream(pictures, questions, **options):
             if each.problem:
                 raise ImageError(each.problem)
             found.append(each.texts[0])
-        return found
+        return found[0] if _is_one(pictures) else found
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
@@ -293,26 +286,21 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     found: dict[str, Photo] = {}
     others: Counter[str] = Counter()
 
-    def add(file: Path, name: str) -> None:
-        plain = name.encode(errors="backslashreplace").decode()  # bytes may be no UTF-8
-        found.setdefault(os.path.abspath(file), Photo(file, plain))
-
     for text in paths:
         if not text:
             raise UserError("a path is empty: is a variable of your shell not set?")
         if "://" in text:
             raise UserError(f"{text} is an address: download the photo, and give the file")
-        path = Path(text).expanduser()
-        if not os.path.isdir(path):
-            add(path, path.name if len(paths) == 1 else text)
-            continue
-        shown = "" if len(paths) == 1 else text
-        for name in files_in(path, recursive, others):
-            suffix = Path(name).suffix.lower()
-            if suffix in PHOTO_SUFFIXES:
-                add(path / name, os.path.join(shown, name))
-            else:
-                others[suffix or "no suffix"] += 1
+        path, above = Path(text).expanduser(), "" if len(paths) == 1 else text
+        files = {above or path.name: path}
+        if os.path.isdir(path):
+            names = [*files_in(path, recursive, others)]
+            files = {os.path.join(above, name): path / name for name in names if is_photo(name)}
+            strange = (Path(name).suffix.lower() for name in names if not is_photo(name))
+            others.update(suffix or "no suffix" for suffix in strange)
+        for name, file in files.items():
+            plain = name.encode(errors="backslashreplace").decode()  # bytes may be no UTF-8
+            found.setdefault(os.path.abspath(file), Photo(file, plain))
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
         print(f"passed over, as no photos: {kinds}", file=sys.stderr)
@@ -336,7 +324,7 @@ def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple
     return [(by_name[name], text.question) for name, group in table.items() for text in group]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = commands.inference(argv)
     photos = find_photos(args.paths, args.recursive)
     if len(photos) == 1:
@@ -346,14 +334,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     items = asked_about(args, photos)
     captioner = captioner_of(args)
     if args.attention:
-        return explain_one(captioner, args, photos[0].file)
-    return write_all(captioner, args, items)
+        explain_one(captioner, args, photos[0].file)
+    else:
+        write_all(captioner, args, items)
 
 
 def write_all(
     captioner: Captioner, args: argparse.Namespace, items: Sequence[tuple[Photo, str]]
-) -> int:
-    """Write about photos, as it goes to the terminal and to files; returns the exit code."""
+) -> None:
+    """Write about photos, as it goes to the terminal and to files."""
     asked = any(question for _, question in items)
     options = given_options(args)
     count = args.n_best
@@ -400,15 +389,12 @@ def write_all(
                 about = f"{shown(photo.name)}: {question}".rstrip()
                 tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
             bar.step(len(part))
-    if writer:
-        writer.close()
     if args.json:
         print(json.dumps(table, ensure_ascii=False))
     if bad:
         listing = "\n  ".join(bad.values())
         count = len({photo for photo, _ in items})
         raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
-    return 0
 
 
 def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
@@ -423,7 +409,7 @@ def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:
     check_output("--attention", args.attention, photos[0].file, args.checkpoint)
 
 
-def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> int:
+def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> None:
     """Print a photo's caption, or an answer about it, and draw where the decoder looked."""
     image = captioner.encoder.open(path)
     grid, (best, *_) = captioner.explain(image, args.question or None, **given_options(args))
@@ -437,7 +423,6 @@ def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> i
     if args.json:
         pair = {"question": args.question, "answer": best.text}
         print(json.dumps({path.name: [pair] if args.question else best.text}, ensure_ascii=False))
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SCORER = "BLEU, ROUGE-L, CIDEr-D as in pycocoevalcap 1.2"
 TOKENIZER = "PTB as in Stanford CoreNLP 3.4.1, lower case, punctuation removed"
 
 MAX_N = 4
+_SIZES = range(1, MAX_N + 1)
 CIDER_SIGMA = 6.0
 ROUGE_BETA = 1.2
 
@@ -43,26 +44,13 @@ _SENTENCE_STARTS = """
 _PUNCTUATION = frozenset(
     "'' ' `` ` \" . ? ! , : ; - -- ... – — ― … ‐ ‑ &quot; &apos; &nbsp;".split()
 )
-_SPELLED = {
-    "(": "-lrb-",
-    ")": "-rrb-",
-    "[": "-lsb-",
-    "]": "-rsb-",
-    "{": "-lcb-",
-    "}": "-rcb-",
-    "½": "1/2",
-    "¼": "1/4",
-    "¾": "3/4",
-    "⅓": "1/3",
-    "⅔": "2/3",
-    "£": "#",
-    "€": "$",
-    "¤": "$",
-    "¢": "cents",
-    "&amp;": "&",
-    "&lt;": "<",
-    "&gt;": ">",
-}
+_SPELLED = dict(
+    zip(
+        "( ) [ ] { } ½ ¼ ¾ ⅓ ⅔ £ € ¤ ¢ &amp; &lt; &gt;".split(),
+        "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb- 1/2 1/4 3/4 1/3 2/3 # $ $ cents & < >".split(),
+        strict=True,
+    )
+)
 _CURLY = {"‘": "`", "‛": "`", "‹": "`", "’": "'", "›": "'", "“": "``", "«": "``", "”": "''"}
 _STRAIGHT = str.maketrans({**_CURLY, "»": "''"})
 _CLITICS = frozenset("'s 'd 'm 'll 're 've n't n`t".split())
@@ -248,6 +236,9 @@ def cider_d(
     return float(values.mean()), values
 
 
+_Places = tuple[tuple[int, int], ...]  # which references hold an n-gram, and how often
+
+
 class CiderD:
     """CIDEr-D against fixed references, with their document frequencies (Vedantam et al. 2015).
 
@@ -267,10 +258,12 @@ class CiderD:
         if not references or not all(references.values()):
             raise ValueError("CIDEr-D needs at least one reference for each image")
         self.references = references
-        self._images: dict[Hashable, _CiderImage] = {}
+        self._images: dict[Hashable, tuple[list[int], list[tuple[dict, list[float]]]]] = {}
         frequency: Counter[tuple[Hashable, ...]] = Counter()
         for captions in references.values():
-            frequency.update({gram for tokens in captions for gram in _all_ngrams(tokens)})
+            frequency.update(
+                {gram for tokens in captions for n in _SIZES for gram in _ngrams(tokens, n)}
+            )
         # Images share the n-grams' numbers and places: a large data set's tables stay small.
         self._shared: dict[_Places, _Places] = {}
         self._number = {gram: number for number, gram in enumerate(frequency)}
@@ -282,20 +275,16 @@ class CiderD:
     def score(self, image: Hashable, tokens: Sequence[Hashable]) -> float:
         """CIDEr-D times 100 of one hypothesis for `image`."""
         if image not in self._images:
-            self._images[image] = _CiderImage(
-                self.references[image], self._number, self._weight, self._shared
-            )
-        prepared = self._images[image]
-        count = len(prepared.lengths)
+            self._images[image] = self._prepare(image)
+        lengths, levels = self._images[image]
         penalties = [
             math.exp(-((_bigrams(tokens) - length) ** 2) / (2 * CIDER_SIGMA**2))
-            for length in prepared.lengths
+            for length in lengths
         ]
         total = 0.0
-        levels = zip(prepared.tables, prepared.norms, strict=True)
         for n, (table, norms) in enumerate(levels, start=1):
             square = 0.0
-            products = [0.0] * count
+            products = [0.0] * len(lengths)
             for gram, times in _ngrams(tokens, n).items():
                 number = self._number.get(gram)
                 weight = self._unseen_weight if number is None else self._weight[number]
@@ -307,7 +296,25 @@ class CiderD:
             for product, reference_norm, penalty in zip(products, norms, penalties, strict=True):
                 if product:
                     total += product / (norm * reference_norm) * penalty
-        return 1000 * total / (MAX_N * count)
+        return 1000 * total / (MAX_N * len(lengths))
+
+    def _prepare(self, image: Hashable) -> tuple[list[int], list[tuple[dict, list[float]]]]:
+        """The lengths of an image's references; and for each n the `_Places` by n-gram number,
+        and each reference's norm."""
+        references, levels = self.references[image], []
+        for n in _SIZES:
+            table: dict[int, _Places] = {}
+            norms = []
+            for reference, tokens in enumerate(references):
+                square = 0.0
+                for gram, count in _ngrams(tokens, n).items():
+                    key = self._number[gram]
+                    places = (*table.get(key, ()), (reference, count))
+                    table[key] = self._shared.setdefault(places, places)
+                    square += count * count * self._weight[key]
+                norms.append(math.sqrt(square))
+            levels.append((table, norms))
+        return [_bigrams(tokens) for tokens in references], levels
 
     def scores(
         self, images: Iterable[Hashable], hypotheses: Iterable[Sequence[Hashable]]
@@ -315,37 +322,6 @@ class CiderD:
         """CIDEr-D times 100 of each hypothesis for the image beside it; shape (hypotheses,)."""
         pairs = zip(images, hypotheses, strict=True)
         return np.array([self.score(image, tokens) for image, tokens in pairs])
-
-
-_Places = tuple[tuple[int, int], ...]  # which references hold an n-gram, and how often
-
-
-class _CiderImage:
-    """One image's references as CIDEr-D wants them, with squared weights by n-gram number."""
-
-    def __init__(
-        self,
-        references: Sequence[Sequence[Hashable]],
-        number: Mapping[tuple[Hashable, ...], int],
-        weight: Sequence[float],
-        shared: dict[_Places, _Places],
-    ):
-        self.lengths = [_bigrams(tokens) for tokens in references]
-        self.tables: list[dict[int, _Places]] = []  # for each n: by n-gram number
-        self.norms: list[list[float]] = []  # for each n: a norm per reference
-        for n in range(1, MAX_N + 1):
-            table: dict[int, _Places] = {}
-            norms = []
-            for reference, tokens in enumerate(references):
-                square = 0.0
-                for gram, count in _ngrams(tokens, n).items():
-                    key = number[gram]
-                    places = (*table.get(key, ()), (reference, count))
-                    table[key] = shared.setdefault(places, places)
-                    square += count * count * weight[key]
-                norms.append(math.sqrt(square))
-            self.tables.append(table)
-            self.norms.append(norms)
 
 
 _Pairs = list[tuple[list[str], list[list[str]]]]
@@ -375,11 +351,6 @@ def _ngrams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 
-def _all_ngrams(tokens: Sequence[Hashable]) -> Iterable[tuple[Hashable, ...]]:
-    for n in range(1, MAX_N + 1):
-        yield from zip(*(tokens[start:] for start in range(n)), strict=False)
-
-
 def _bigrams(tokens: Sequence[Hashable]) -> int:
     """The length that CIDEr-D compares: the original counts bigrams, not words."""
     return max(len(tokens) - 1, 0)
@@ -400,7 +371,7 @@ def _bleu(pairs: _Pairs) -> list[float]:
         targets = [_words(reference) for reference in references]
         length += len(words)
         wanted_length += min((abs(len(t) - len(words)), len(t)) for t in targets)[1]
-        for n in range(1, MAX_N + 1):
+        for n in _SIZES:
             most: Counter[tuple[Hashable, ...]] = Counter()
             for target in targets:
                 most |= _ngrams(target, n)
@@ -411,7 +382,7 @@ def _bleu(pairs: _Pairs) -> list[float]:
     ratio = (length + tiny) / (wanted_length + small)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     precisions = [(m + tiny) / (g + small) for m, g in zip(matches, guesses, strict=True)]
-    return [100 * penalty * math.prod(precisions[:n]) ** (1 / n) for n in range(1, MAX_N + 1)]
+    return [100 * penalty * math.prod(precisions[:n]) ** (1 / n) for n in _SIZES]
 
 
 def _rouge_l(pairs: _Pairs) -> float:
@@ -446,9 +417,7 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = {
     word: str(number)
-    for number, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't

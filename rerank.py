@@ -146,8 +146,9 @@ def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) 
     table = _table([captions[name] for name in names])
     if not len(table[0]):
         return None
-    parts = [names[start : start + PHOTOS] for start in range(0, len(names), PHOTOS)]
-    looks = torch.cat([pool(store.read([(name, 0) for name in part])).cpu() for part in parts])
+    items = [(name, 0) for name in names]
+    parts = (items[start : start + PHOTOS] for start in range(0, len(items), PHOTOS))
+    looks = torch.cat([pool(store.read(part)).cpu() for part in parts])
     mean = looks.mean(0)
     looks -= mean
     size = looks.square().sum(1).mean().sqrt().clamp(min=1e-6)
@@ -197,16 +198,14 @@ def _terms(captions: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
     sizes = [len(ids) for ids in captions]
     ids = np.fromiter((i for group in captions for i in group), np.int64, sum(sizes)) + 1
     caption = np.repeat(np.arange(len(sizes)), sizes)
-    owners, keys, levels = [], [], []
+    parts = []
     key = np.zeros(len(ids) + 1, np.int64)
     for level in range(MAX_N):
         length = max(0, len(ids) - level)
         key = key[:length] * 0x100003 + ids[level:]
         whole = caption[:length] == caption[level:]
-        owners.append(caption[:length][whole])
-        keys.append(key[whole])
-        levels.append(np.full(whole.sum(), level))
-    owner, key, level = map(np.concatenate, (owners, keys, levels))
+        parts.append((caption[:length][whole], key[whole], np.full(whole.sum(), level)))
+    owner, key, level = map(np.concatenate, zip(*parts, strict=True))
     order = np.lexsort((key, owner))
     owner, key, level = owner[order], key[order], level[order]
     new = np.ones(len(key), bool)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,55 +30,43 @@ class Photo:
 class TextFiles:
     """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
 
-    def __init__(self, folder: Path | None, existing: str, photos: Iterable[Photo]):
+    def __init__(self, folder: Path | None, existing: str, photos: Sequence[Photo]):
         """Where `photo.txt` would be several photos', have it the first one's, and `photo.png.txt`
         another's; refuse where that is not enough, or a photo's place."""
-        self.folder, self.existing = folder, existing
-        self.own: dict[Path, Path] = {}  # the photo that each text is about
-        photos = {os.path.abspath(photo.file): photo for photo in photos}
-        for photo in photos.values():
-            self.own.setdefault(self._usual(photo), photo.file)
-        counts = Counter(os.path.abspath(self.target(photo)) for photo in photos.values())
-        twice = [target for target, count in counts.items() if count > 1 or target in photos]
-        if twice:
-            raise UserError(
-                f"{twice[0]} would be another photo's as well, or is one: give another --output, "
-                "or name folders one by one"
-            )
-
-    def _usual(self, photo: Photo) -> Path:
-        # An absolute name, or one with "..", would lead out of the folder.
-        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
-        place = self.folder.joinpath(*parts) if self.folder else photo.file
-        return place.with_suffix(".txt")
-
-    def target(self, photo: Photo) -> Path:
-        usual = self._usual(photo)
-        if self.own.get(usual, photo.file) == photo.file:
-            return usual
-        return usual.with_name(f"{photo.file.name}.txt")
+        self.existing = existing
+        self.targets: dict[Photo, Path] = {}
+        given, taken = {os.path.abspath(photo.file) for photo in photos}, set()
+        for photo in photos:
+            # An absolute name, or one with "..", would lead out of the folder.
+            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+            target = (folder.joinpath(*parts) if folder else photo.file).with_suffix(".txt")
+            if os.path.abspath(target) in taken:
+                target = target.with_name(f"{photo.file.name}.txt")
+            place = os.path.abspath(target)
+            if place in given or place in taken:
+                raise UserError(
+                    f"{place} would be another photo's as well, or is one: give another --output, "
+                    "or name folders one by one"
+                )
+            taken.add(place)
+            self.targets[photo] = target
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
-        if not os.path.exists(self.target(photo)):
-            return True
-        if self.existing == "error":
-            raise UserError(f"{self.target(photo)} is there: use --existing skip or overwrite")
-        return self.existing != "skip"
+        target = self.targets[photo]
+        if self.existing == "error" and os.path.exists(target):
+            raise UserError(f"{target} is there: use --existing skip or overwrite")
+        return self.existing != "skip" or not os.path.exists(target)
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
-        texts: dict[Path, list[str]] = {}
-        for photo, _, text in rows:
-            texts.setdefault(self.target(photo), []).append(text)
-        for target, lines in texts.items():
+        for photo, group in itertools.groupby(rows, lambda row: row[0]):
+            target = self.targets[photo]
+            lines = [text.encode(errors="backslashreplace") for _, _, text in group]
             added = self.existing == "append" and target.exists()
-            there = target.read_bytes().rstrip(b"\r\n") if added else b""
-            new = "\n".join([*lines, ""]).encode(errors="backslashreplace")
-            write_file(target, there + b"\n" + new if there else new)
-
-    def close(self) -> None:
-        """Nothing is open."""
+            if added and (there := target.read_bytes().rstrip(b"\r\n")):
+                lines.insert(0, there)
+            write_file(target, b"\n".join([*lines, b""]))
 
 
 class Table:
@@ -89,11 +77,12 @@ class Table:
 
         Where questions are answered (`asked`), they have a column.
         """
-        self.path, self.existing = path, existing
+        self.path, self.asked, self.csv = path, asked, path.suffix == ".csv"
         self.columns = ["file_name", "question", "answer"] if asked else ["file_name", "text"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
+            # Open, and so locked, for as long as the run lasts.
+            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")
             if not lock(self.file):
                 raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
@@ -102,14 +91,13 @@ class Table:
         if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
         there = b"" if existing == "overwrite" else there
-        table = path.suffix == ".csv"
-        # What is there stays until more is written; an editor leaves a last line without its end.
-        self.begin = "\n" if there.endswith(b"}") and not table else ""
-        self.keep: int | None = len(there) if self.begin else there.rfind(b"\n") + 1
+        # An editor leaves a last line of JSON without its end, a killed run half of one.
+        whole = there.endswith(b"}") and not self.csv
+        self.keep = len(there) if whole else there.rfind(b"\n") + 1
         if last := there[self.keep :].decode(errors="replace"):
             print(f"{path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
-        if table and not self.keep:
-            self.begin = ",".join(self.columns) + "\n"
+        header = ",".join(self.columns) if self.csv and not self.keep else ""
+        self.begin: str | None = header + "\n" if header or whole else ""
         rows = self._read(there[: self.keep])
         self.done = rows if existing == "skip" else set()
 
@@ -117,7 +105,7 @@ class Table:
         """What is in the file already, as (name,) or (name, question)."""
         try:
             text = content.decode("utf-8-sig")  # with Excel's mark or without
-            if self.path.suffix == ".csv":
+            if self.csv:
                 rows = csv.DictReader(io.StringIO(text), strict=True)
                 if text and rows.fieldnames != self.columns:
                     raise ValueError
@@ -131,34 +119,26 @@ class Table:
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
-        return (photo.name, question)[: len(self.columns) - 1] not in self.done
+        return (photo.name, question)[: 1 + self.asked] not in self.done
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
-        asked = len(self.columns) == 3
-        self._append(
-            [[p.name, question, text] if asked else [p.name, text] for p, question, text in rows]
-        )
-
-    def _append(self, rows: Sequence[Sequence[str]]) -> None:
-        content = io.StringIO()
-        if self.path.suffix == ".csv":
-            csv.writer(content, lineterminator="\n").writerows(rows)
-        else:
-            for row in rows:
-                record = dict(zip(self.columns, row, strict=True))
-                content.write(json.dumps(record, ensure_ascii=False) + "\n")
+        table = csv.writer(self.file, lineterminator="\n")
         try:
-            if self.keep is not None:
+            if self.begin is not None:  # what was there stays until more is written
                 self.file.truncate(self.keep)
-            self.file.write(self.begin + content.getvalue())
-            self.keep, self.begin = None, ""
+                self.file.write(self.begin)
+                self.begin = None
+            for photo, question, text in rows:
+                row = [photo.name, question, text] if self.asked else [photo.name, text]
+                if self.csv:
+                    table.writerow(row)
+                else:
+                    record = dict(zip(self.columns, row, strict=True))
+                    self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
             raise write_error(error, self.path) from error
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def open_output(
@@ -167,7 +147,7 @@ def open_output(
     existing: str,
     folder: Path | None,
     asked: bool,
-    photos: Iterable[Photo],
+    photos: Sequence[Photo],
 ) -> TextFiles | Table:
     """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
 
@@ -179,7 +159,7 @@ def open_output(
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
         return TextFiles(place, existing, photos)
     usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
-    path = (folder or Path.cwd()) / usual if place is None else place
+    path = place or folder or Path.cwd()
     if path.is_dir():
         path = path / usual
     if path.suffix != f".{kind}":

@@ -353,10 +353,8 @@ def write(
 ) -> list[Written]:
     """What the averaged weights say about photos, a share in each process of the team."""
     own = run.team.share(prompts)
-    questions = [text.question for _, text in own]
-    prefixes = run.tokenizer.prefixes(questions, run.settings.MAX_CAPTION_LENGTH)
-    names = [name for name, _ in own]
-    found = generate_cached(run.average, data.features, names, options, prefixes, dtype=run.dtype)
+    model, tokenizer = run.average, run.tokenizer
+    found = generate_cached(model, tokenizer, data.features, own, options, dtype=run.dtype)
     said = run.team.gather([run.tokenizer.decode(each.tokens) for each in found])
     return [Written(*prompt, text) for prompt, text in zip(prompts, said, strict=True)]
 

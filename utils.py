@@ -29,7 +29,6 @@ PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 ANY = 2**31 - 1  # stands for: no upper bound
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
-MAY_BE_EMPTY = ("prefix", "suffix")  # of the flags that are no settings
 
 # What settings and flags of all scripts may be, both ends allowed.
 BOUNDS = {
@@ -113,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         flags = super().parse_args(*given)
         check_ranges(flags)
         for name, value in vars(flags).items():
-            own = name.islower() and name not in MAY_BE_EMPTY
+            own = name.islower() and self.get_default(name) != ""
             if own and isinstance(value, str) and not value.strip():
                 raise UserError(f"--{name} is empty: is a variable of your shell not set?")
         return flags
@@ -122,27 +121,23 @@ class Parser(argparse.ArgumentParser):
 def load_settings(
     config: ModuleType,
     argv: Sequence[str] | None,
-    document: str,
+    parser: Parser,
     *,
     only: Sequence[str] | None = None,
-    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     preset: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
 ) -> SimpleNamespace:
     """Read the settings of one run: `config`, then a preset, then command-line flags.
 
-    `document` is the script's docstring. `only` names the constants that are its flags (all by
-    default). `add_arguments` adds flags of its own, which arrive in lower case (`settings.demo`).
-    `preset` maps the parsed flags to values that replace the configuration's, but not those given.
+    `parser` knows the script's own flags, which arrive in lower case (`settings.demo`). `only`
+    names the constants that are flags too (all by default). `preset` maps the parsed flags to
+    values that replace the configuration's, but not those given.
 
     The module is never changed. An unknown or ill-typed flag ends the program with code 2.
     """
     defaults = constants(config)
     comments = constant_comments(config)
-    parser = Parser(document)
-    if add_arguments:
-        add_arguments(parser)
     group = parser.add_argument_group("settings (defaults stand in config.py)")
-    for name in only if only is not None else defaults:
+    for name in only or defaults:
         default = defaults[name]
         group.add_argument(
             f"--{name.lower()}",
@@ -208,12 +203,11 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 def shown(text: object, spared: str = "") -> str:
     """A text from outside as people may see it: what would steer a terminal is escaped."""
-    return CONTROLS.sub(
-        lambda found: (
-            found[0] if found[0] in spared else found[0].encode("unicode_escape").decode()
-        ),
-        str(text),
-    )
+
+    def escaped(found: re.Match) -> str:
+        return found[0] if found[0] in spared else found[0].encode("unicode_escape").decode()
+
+    return CONTROLS.sub(escaped, str(text))
 
 
 def first_line(error: BaseException) -> str:

@@ -70,7 +70,8 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
 
 def test_what_is_read_is_not_written_over(tmp_path, trained):
     best = trained / "captioner_best_cider.safetensors"
-    flags = ["evaluate.py", "--checkpoint", best, "--data_dir", trained]
+    made = tmp_path / "features"
+    flags = ["evaluate.py", "--checkpoint", best, "--data_dir", trained, "--features_dir", made]
     before = best.read_bytes(), (trained / "captions.json").read_bytes()
     for more, says in (
         (["--report", best], "is what is read"),
@@ -81,7 +82,7 @@ def test_what_is_read_is_not_written_over(tmp_path, trained):
     ):
         result = run(*flags, *more)
         assert result.returncode == 1 and says in result.stderr, result.stderr
-        assert "writing" not in result.stderr  # said before the search
+        assert not made.exists()  # said before photos are encoded
     assert (best.read_bytes(), (trained / "captions.json").read_bytes()) == before
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import inference
@@ -320,6 +321,12 @@ def test_more_beams_than_words_are_searched(trained, folder):
     captioner = load_captioner(trained / "captioner_best_cider.safetensors")
     beams = len(captioner.tokenizer) + 20
     assert captioner.caption(folder / "a.jpg", beam_size=beams)
+
+
+def test_a_streams_precision_is_its_own(trained, folder):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="bf16")
+    for _ in captioner.stream([folder / name for name in NAMES]):
+        assert not torch.is_autocast_enabled("cpu")  # in what the caller does meanwhile
 
 
 def test_an_empty_question_is_refused(joint):

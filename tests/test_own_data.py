@@ -26,7 +26,7 @@ from dataset import (
 )
 from questions_file import convert_vqa
 from tests.conftest import run, small_flags, write_photos
-from utils import UserError, load_settings
+from utils import Parser, UserError, load_settings
 
 
 def rows_of(captions: dict[str, list[str]]) -> dict[str, str]:
@@ -403,8 +403,9 @@ def test_two_tables_are_said(tmp_path, capsys):
 
 def settings_of(folder: Path, *flags: object):
     argv = ["--dataset", "custom", "--data_dir", folder, "--split", "ratio", *flags]
-    adds = commands.add_sources
-    return load_settings(config, [str(text) for text in argv], "", add_arguments=adds)
+    parser = Parser("")
+    commands.add_sources(parser)
+    return load_settings(config, [str(text) for text in argv], parser)
 
 
 def test_vqa_files_of_other_people(tmp_path, capsys):

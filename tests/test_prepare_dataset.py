@@ -34,7 +34,7 @@ from captions_file import read_captions
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
-from utils import UserError, atomic_write, load_settings, size_text, sole_user
+from utils import Parser, UserError, atomic_write, load_settings, size_text, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -74,9 +74,9 @@ def server() -> Iterator[DownloadServer]:
 def settings_for(folder: Path, *flags: object) -> SimpleNamespace:
     argv = ["--dataset", "flickr8k", "--data_dir", folder, "--split", "ratio"]
     argv += ["--train_split_ratio", 0.7, *flags]
-    return load_settings(
-        config, [str(text) for text in argv], "", add_arguments=commands.add_sources
-    )
+    parser = Parser("")
+    commands.add_sources(parser)
+    return load_settings(config, [str(text) for text in argv], parser)
 
 
 def prepare_from(server: DownloadServer, folder: Path, *flags: object) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from device import choose_device, choose_dtype
 from tests.conftest import REPO, run
-from utils import Bar, UserError, atomic_write, load_settings, shown, sole_user
+from utils import Bar, Parser, UserError, atomic_write, load_settings, shown, sole_user
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def config(tmp_path) -> types.ModuleType:
 
 def test_flags_win_over_preset_and_preset_over_config(config):
     settings = load_settings(
-        config, ["--count", "7"], "d", preset=lambda _: {"COUNT": 6, "RATE": 0.25}
+        config, ["--count", "7"], Parser("d"), preset=lambda _: {"COUNT": 6, "RATE": 0.25}
     )
     assert (settings.COUNT, settings.RATE, settings.ON, settings.NAME) == (7, 0.25, False, None)
     assert config.COUNT == 5
@@ -43,13 +43,15 @@ def test_flags_win_over_preset_and_preset_over_config(config):
 
 
 def test_values_are_typed_by_the_default(config):
-    settings = load_settings(config, ["--on", "true", "--name", "none", "--rate", "1e-3"], "d")
+    settings = load_settings(
+        config, ["--on", "true", "--name", "none", "--rate", "1e-3"], Parser("d")
+    )
     assert (settings.ON, settings.NAME, settings.RATE) == (True, None, 1e-3)
 
 
 def test_configured_paths_stand_by_the_config_and_flags_by_the_user(config, tmp_path):
-    assert load_settings(config, [], "d").DATA_DIR == str(tmp_path / "data")
-    assert load_settings(config, ["--data_dir", "../x"], "d").DATA_DIR == "../x"
+    assert load_settings(config, [], Parser("d")).DATA_DIR == str(tmp_path / "data")
+    assert load_settings(config, ["--data_dir", "../x"], Parser("d")).DATA_DIR == "../x"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_configured_paths_stand_by_the_config_and_flags_by_the_user(config, tmp_
 )
 def test_wrong_flags_are_refused(config, flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        load_settings(config, flags, "d")
+        load_settings(config, flags, Parser("d"))
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
 
