@@ -1,11 +1,11 @@
 """Which of the captions found is best, by what people said about photos that look alike.
 
-A ridge regression, in closed form, from what the frozen encoder makes of a whole photo to the
-TF-IDF vectors of people's captions, in which CIDEr is the cosine (Vedantam et al. 2015): so each
-candidate has an expected CIDEr. The search knows a caption's words one by one; this sees it whole,
-and what was learned by heart weighs little in it. Retrieval of captions to choose among candidates
-goes back to Devlin et al. 2015 ("Exploring Nearest Neighbor Approaches"); here all training photos
-are neighbours, with the weights that the regression gives them (docs/results.md).
+A kernel ridge regression, in closed form, from what the frozen encoder makes of a whole photo to
+the TF-IDF vectors of people's captions, in which CIDEr is the cosine (Vedantam et al. 2015): so
+each candidate has an expected CIDEr. The search knows a caption's words one by one; this sees it
+whole, and what was learned by heart weighs little in it. Retrieval of captions to choose among
+candidates goes back to Devlin et al. 2015 ("Exploring Nearest Neighbor Approaches"); here all
+training photos are neighbours, with the weights that the regression gives them (docs/results.md).
 
 This file goes with a captioner into its repository, so it imports nothing of the project.
 """
@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_N = 4  # of CIDEr's n-grams
-RIDGE = 0.05  # added to the photos' mean square of 1
 RANK = 1024  # principal components of the photos that are kept
-MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 2 kB each
+VARIANCE = 2.0  # of the Gaussian that tells how alike photos are, whose mean square is 1
+RIDGE = 0.1  # added to each photo's likeness to itself, which is 1
+MODES = 512  # eigenvectors of the likenesses that are kept
+MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 3 kB each
 PHOTOS = 64  # read at a time
 
 
@@ -38,13 +40,16 @@ class Store(Protocol):
 class Reranker:
     """The training photos' looks and captions, as the regression needs them.
 
-    `pool` makes `looks` (images, 2 * feature_width); a photo's weights for the training photos
-    are `(looks - mean) @ query @ photos.T`.
+    `pool` makes `looks` (images, 2 * feature_width); a photo's likenesses to the training photos
+    are Gaussians of the distances of `(looks - mean) @ query` to `photos`, and its weights for
+    them are these by the inverse of their own likenesses, as `_inverse` has it.
     """
 
     mean: Tensor  # (looks)
     query: Tensor  # (looks, rank)
     photos: Tensor  # (photos, rank)
+    modes: Tensor  # (photos, modes)
+    gains: Tensor  # (modes + 1)
     grams: Tensor  # (grams): keys of the n-grams that captions of several photos share, ascending
     weights: Tensor  # (grams): their inverse document frequencies, logarithmic
     starts: Tensor  # (grams + 1): where each one's entries begin
@@ -54,6 +59,9 @@ class Reranker:
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], feature_width: int) -> Reranker:
         """From what `tensors` gave; raises where they can't have been a reranker's."""
+        if "modes" not in tensors:  # a file from before the kernel, when weights were linear
+            modes = tensors["photos"][:, :0]
+            tensors = dict(tensors) | {"modes": modes, "gains": modes.new_zeros(1).float()}
         made = cls(**tensors)
         sizes, places, starts = made.sizes, made.places, made.starts
         expected = layout(feature_width, **sizes)
@@ -68,8 +76,8 @@ class Reranker:
     def sizes(self) -> dict[str, int]:
         """What `layout` needs to know."""
         photos, rank = self.photos.shape
-        grams, entries = len(self.grams), len(self.places)
-        return {"photos": photos, "rank": rank, "grams": grams, "entries": entries}
+        modes, grams, entries = self.modes.shape[1], len(self.grams), len(self.places)
+        return {"photos": photos, "rank": rank, "modes": modes, "grams": grams, "entries": entries}
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -83,14 +91,22 @@ class Reranker:
             features: (images, patches, feature_width).
             captions: candidates for each photo, as ids with END.
         """
-        looks = (pool(features).cpu() - self.mean).numpy()
-        query, photos = self._matrices
-        shares = looks @ query @ photos.T
+        with torch.autocast("cpu", enabled=False):  # differences of products in bf16 mean nothing
+            shares = self.shares(pool(features).cpu()).numpy()
         return [self._expected(*each).tolist() for each in zip(shares, captions, strict=True)]
 
+    def shares(self, looks: Tensor) -> Tensor:
+        """The weights of photos (images, looks) for the training photos: (images, photos)."""
+        query, photos, modes = self._matrices
+        places = (looks - self.mean) @ query
+        if not modes.shape[1]:
+            return places @ photos.T
+        alike = likeness(places, photos)
+        return self.gains[-1] * alike + (alike @ modes * self.gains[:-1]) @ modes.T
+
     @functools.cached_property
-    def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.query.float().numpy(), self.photos.float().numpy()
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query.float(), self.photos.float(), self.modes.float()
 
     def _expected(self, share: np.ndarray, captions: Sequence[Sequence[int]]) -> np.ndarray:
         """As `expected`, of one photo, by its weights for the training photos."""
@@ -112,7 +128,7 @@ class Reranker:
 
 
 def layout(
-    feature_width: int, *, photos: int, rank: int, grams: int, entries: int
+    feature_width: int, *, photos: int, rank: int, modes: int, grams: int, entries: int
 ) -> dict[str, tuple]:
     """The type and shape of each tensor of a `Reranker`, by name: (dtype, side, ...)."""
     looks = 2 * feature_width
@@ -120,6 +136,8 @@ def layout(
         "mean": (torch.float32, looks),
         "query": (torch.float16, looks, rank),
         "photos": (torch.float16, photos, rank),
+        "modes": (torch.float16, photos, modes),
+        "gains": (torch.float32, modes + 1),
         "grams": (torch.int64, grams),
         "weights": (torch.float32, grams),
         "starts": (torch.int64, grams + 1),
@@ -154,10 +172,39 @@ def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) 
     size = looks.square().sum(1).mean().sqrt().clamp(min=1e-6)
     squares, axes = (x.flip(-1) for x in torch.linalg.eigh(looks.T @ looks / size**2))
     rank = min(RANK, int((squares > 1e-5 * squares[0]).sum()))
-    squares, axes = squares[:rank], axes[:, :rank]
-    query = axes / size * squares.sqrt() / (squares + RIDGE)
-    photos = looks @ axes / size / squares.sqrt()
-    return Reranker(mean, query.half(), photos.half(), *map(torch.from_numpy, table))
+    query = axes[:, :rank] / size
+    photos = (looks @ query).half()
+    modes, gains = _inverse(photos.float())
+    return Reranker(mean, query.half(), photos, modes.half(), gains, *map(torch.from_numpy, table))
+
+
+def likeness(some: Tensor, others: Tensor) -> Tensor:
+    """How alike photos are, from 0 to 1: (some, rank), (others, rank) -> (some, others)."""
+    apart = torch.cdist(some, others, compute_mode="use_mm_for_euclid_dist")
+    return apart.square_().mul_(-0.5 / VARIANCE).exp_()
+
+
+def _inverse(photos: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of the photos' likenesses K and RIDGE: modes, (photos, modes), and gains.
+
+    It is `modes @ diag(gains[:-1]) @ modes.T + gains[-1]`: exact for the eigenvectors of K's
+    largest eigenvalues, which subspace iteration finds (Halko et al. 2011, algorithm 4.4); all
+    others are taken for equal. K itself, of all pairs, is made some rows at a time.
+    """
+    count = len(photos)
+
+    def times(vectors: Tensor) -> Tensor:
+        return torch.cat([likeness(part, photos) @ vectors for part in photos.split(1024)])
+
+    dice = torch.Generator().manual_seed(0)
+    vectors = torch.randn(count, min(MODES, count), generator=dice)
+    for _ in range(3):
+        vectors = torch.linalg.qr(times(vectors)).Q
+    values, turns = torch.linalg.eigh(vectors.T @ times(vectors))
+    values = values.clamp(min=0)
+    others = (count - values.sum()).clamp(min=0) / max(1, count - len(values))  # K's trace is count
+    rest = 1 / (RIDGE + others)
+    return vectors @ turns, torch.cat([1 / (RIDGE + values) - rest, rest[None]])
 
 
 def _table(captions: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, ...]:
