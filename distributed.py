@@ -127,10 +127,7 @@ def joined(device: str) -> Iterator[Team]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    team = Team(
-        restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-        job=_job(),
-    )
+    team = Team(restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]), job=_job())
     if os.environ["WORLD_SIZE"] == "1":
         yield team
         return

@@ -83,8 +83,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, entries: Mapping[Item, Entry]):
         self.folder, self.entries = folder, entries
-        opener = functools.partial(open, mode="rb", buffering=0)
-        self._open = functools.lru_cache(OPEN_FILES)(opener)  # the latest stay open
+        latest = functools.lru_cache(OPEN_FILES)  # they stay open
+        self._open = latest(lambda pack: open(pack, "rb", buffering=0))  # noqa: SIM115
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
@@ -109,15 +109,12 @@ class FeatureCache:
 class ResidentFeatures:
     """All of a cache's features on a device, in half precision."""
 
-    LOAD = 256
-
     def __init__(self, cache: FeatureCache, device: torch.device):
-        """Read the whole cache, `LOAD` photos at a time."""
         items = list(cache.entries)
         self.rows = {item: row for row, item in enumerate(items)}
         self.features = torch.empty(len(items), *cache.shape, dtype=torch.float16, device=device)
-        starts = range(0, len(items), self.LOAD)
-        parts = prefetch(lambda start: cache.read(items[start : start + self.LOAD]), starts)
+        starts = range(0, len(items), 256)
+        parts = prefetch(lambda start: cache.read(items[start : start + 256]), starts)
         for start, part in zip(starts, parts, strict=True):
             self.features[start : start + len(part)] = part.to(device)
 
