@@ -38,7 +38,7 @@ from PIL import Image
 
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
-from device import autocast, choose_device, choose_dtype, seed_everything
+from device import autocast, choose_device, choose_dtype
 from distributed import joined, share_gradients
 from encoder import FrozenEncoder
 from features import FeatureCache, add_pack, build_features, write_pack
@@ -288,7 +288,7 @@ STEPS = 128
 
 def resident_after_steps(photos: int) -> tuple[float, float]:
     """Train a small decoder on a synthetic cache; the most MB held, and seconds a step."""
-    seed_everything(0)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         cache = synthetic_cache(Path(folder), photos)
         rows = CaptionRows(flickr_like_captions(photos), cache)
@@ -330,7 +330,7 @@ def synthetic_cache(folder: Path, photos: int) -> FeatureCache:
 
 def resident_after_streaming(photos: int) -> tuple[float, float]:
     """Meet every photo of a synthetic stock of shards once, and train on some; found as above."""
-    seed_everything(0)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         stock = synthetic_stock(Path(folder), photos)
         tokenizer = CaptionTokenizer.train(stock.first_texts(20000), VOCAB)
@@ -485,7 +485,7 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = commands.benchmark(argv)
-    seed_everything(0)
+    torch.manual_seed(0)
     if args.worker:
         time_shared_steps(args.device, args.precision, args.repeats)
         return 0
