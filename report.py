@@ -42,7 +42,7 @@ class Report:
     def __init__(
         self, run: Run, data: Data, at_the_end: Callable[[Path, DataPaths], None] | None = None
     ):
-        """Begin; args: `at_the_end`, what else to tell of the best checkpoint and the data."""
+        """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
         self.run, self.data, self.at_the_end = run, data, at_the_end
         settings, leads = run.settings, run.team.leads
         self._describe()
@@ -188,8 +188,9 @@ class Report:
         self._draw()
         if self.at_the_end and run.team.leads:
             self.at_the_end(path, self.data.paths)
-        loss = run.file_of("val_loss", losses[-1])
-        print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
+        loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
+        if loss:
+            print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
         if path != loss and "val_cider" in entry:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         splits = self.data.splits

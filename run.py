@@ -118,8 +118,7 @@ class Run:
         # What the optimizer moves: the same, or what the average follows.
         self.model = copy.deepcopy(self.average) if settings.EMA_DECAY else self.average
         if settings.COMPILE:
-            # Dynamic, as rows differ in length.
-            self.model.hidden = torch.compile(self.model.hidden, dynamic=True)
+            self.model.hidden = torch.compile(self.model.hidden, dynamic=True)  # lengths differ
         self.shared = share_gradients(self.model, team)
         self.optimizer = make_optimizer(self.model, settings)
         self.progress = Progress()
