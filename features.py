@@ -273,17 +273,16 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
 def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
-        pack, found, size = index.with_suffix(".bin"), {}, 0
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        pack = index.with_suffix(".bin")
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, FileNotFoundError):
             table = read_json(index)
-            found = _entries(pack, table)
             patches, width = map(operator.index, table["shape"])
             size = len(table["items"]) * max(1, patches) * max(1, width) * 2
-        if found and pack.exists() and pack.stat().st_size == size:
-            entries |= found
-        else:
-            print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
-            index.unlink()
+            if pack.stat().st_size == size:
+                entries |= _entries(pack, table)
+                continue
+        print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
+        index.unlink()
     return entries
 
 

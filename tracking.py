@@ -161,10 +161,8 @@ class Tracker:
 
 def memory(device: torch.device) -> dict[str, float]:
     """What the process holds now, in GB: resident, and on a GPU the most since it began."""
-    used = {}
-    kilobytes = resident_kilobytes()
-    if kilobytes is not None:  # elsewhere the library's own panel has to do
-        used["memory/resident_gb"] = kilobytes / 1e6
+    kilobytes = resident_kilobytes()  # where there are none, the library's own panel has to do
+    used = {} if kilobytes is None else {"memory/resident_gb": kilobytes / 1e6}
     if device.type == "cuda":
         used["memory/gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return used
