@@ -53,6 +53,7 @@ MEASURES = {
     "val_bleu4": Measure("BLEU-4", "BLEU-4 {:.1f} (greedy)"),
     "val_accuracy": Measure("accuracy of answers", "answers {:.1f} % right", keep="best_accuracy"),
 }
+KEPT = [name for name, measure in MEASURES.items() if measure.keep]
 
 
 class Written(NamedTuple):
@@ -234,8 +235,7 @@ class Run:
             The `.safetensors` of a new best validation loss, if it is one.
         """
         ended = self.progress.history[-1]
-        kept = [name for name, measure in MEASURES.items() if measure.keep]
-        won = {name: self.file_of(name, ended) for name in kept if ended in self.bests(name)[-1:]}
+        won = {name: self.file_of(name, ended) for name in KEPT if ended in self.bests(name)[-1:]}
         for path in won.values():
             self._write(path, save_for_use, self.checkpoint(scores))
         best = won.get("val_loss")
@@ -325,12 +325,12 @@ def keep_apart(run: Run) -> Progress:
     mine = {stored_digest(source), *progress.written.values()}
     # An older version noted no digests: all that stands beside its checkpoint is its own.
     trusted = "" in mine and source.resolve().parent == run.output.resolve()
-    lasting = [name for name, measure in MEASURES.items() if measure.keep.startswith("best")]
+    lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
     standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
     there = {name: stored_digest(run.output / name) for name in (*standing, *progress.written)}
     progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
     set_aside([run.output / name for name in standing if name not in progress.written])
-    for measure in MEASURES:
+    for measure in KEPT:
         bests = run.bests(measure)
         if bests and run.file_of(measure, bests[-1]).name not in progress.written:
             progress.since[measure] = progress.epoch
