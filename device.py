@@ -1,21 +1,12 @@
-"""Seeds, devices, and the precision of matrix products."""
+"""Devices, and the precision of matrix products."""
 
 from __future__ import annotations
 
-import random
 import re
 
-import numpy as np
 import torch
 
 from utils import UserError
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def choose_device(name: str = "auto") -> torch.device:

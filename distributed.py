@@ -35,16 +35,11 @@ LOST = (
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one training, seen from the one of this `rank`.
-
-    `restarts` counts how often torchrun has started the job `job` again after a failure, as far
-    as this machine knows.
-    """
+    """The processes of one training, seen from the one of this `rank`."""
 
     rank: int = 0
     size: int = 1
-    restarts: int = 0
-    job: str = ""
+    job: str = ""  # what torchrun calls it
     patient: dist.ProcessGroup | None = None  # for Python objects, between CPUs
 
     @property
@@ -127,19 +122,15 @@ def joined(device: str) -> Iterator[Team]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    team = Team(
-        restarts=int(os.environ["TORCHELASTIC_RESTART_COUNT"]),
-        job=_job(),
-    )
-    if os.environ["WORLD_SIZE"] == "1":
+    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _job())
+    if team.size == 1:
         yield team
         return
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, *_ = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # torchrun's store outlives its processes, and would lead to ones that are gone (PyTorch
         # issue 135712). Machines don't count restarts alike: docs/training.md says what helps.
-        store = dist.PrefixStore(f"start {team.restarts}", store)
-    team = replace(team, rank=rank, size=size)
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     with contextlib.ExitStack() as stack:
         if not team.leads:
             nowhere = stack.enter_context(open(os.devnull, "w"))

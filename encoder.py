@@ -22,15 +22,6 @@ from torch import Tensor, nn
 
 from utils import UserError, first_line
 
-# The vision half of models that also hold a text half; every other encoder loads as AutoModel.
-VISION_CLASSES = {
-    "blip_vision_model": "BlipVisionModel",
-    "clip_vision_model": "CLIPVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
-    "siglip2_vision_model": "Siglip2VisionModel",
-}
-
-
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .mpo".split()
@@ -263,15 +254,16 @@ class FrozenEncoder(nn.Module):
         """What `modeling_captioner.py` needs to make the tower: its configuration if its weights
         are there, else its name. Of a folder here only the last part is told.
         """
-        name, kind = self.source["name"], type(self.tower)
-        options = _tower_class(name, self.tower.config)[1]
-        if not weights:
-            where = {"name": os.path.basename(os.path.abspath(name)), "revision": None}
-            where = where if os.path.isdir(name) else {k: self.source[k] for k in where}
-            return {"class": kind.__name__, "options": options} | where
-        options = {key: options[key] for key in options if key != "key_mapping"}
-        config = self.tower.config.to_dict()
-        return {"class": kind.__name__, "options": options, "config": config}
+        name = self.source["name"]
+        tower_class, options = _tower_class(name, self.tower.config)
+        if weights:
+            options.pop("key_mapping", None)
+            tower: dict[str, Any] = {"config": self.tower.config.to_dict()}
+        elif os.path.isdir(name):
+            tower = {"name": os.path.basename(os.path.abspath(name)), "revision": None}
+        else:
+            tower = {"name": name, "revision": self.source["revision"]}
+        return {"class": tower_class.__name__, "options": options} | tower
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Do nothing: frozen means frozen."""
@@ -345,10 +337,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
-    if config.model_type in VISION_CLASSES:
-        # BLIP's tower alone doesn't know the prefix that its weights have in the whole model.
-        options = {"key_mapping": {r"^vision_model\.": ""}} if "blip" in config.model_type else {}
-        return getattr(transformers, VISION_CLASSES[config.model_type]), options
+    if config.model_type == "blip_vision_model":  # AutoModel doesn't know it, nor it the prefix
+        options = {"key_mapping": {r"^vision_model\.": ""}}  # of its weights in the whole model
+        return transformers.BlipVisionModel, options
     if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
     tower_class = transformers.AutoModel._model_mapping[type(config)]

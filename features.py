@@ -83,8 +83,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, entries: Mapping[Item, Entry]):
         self.folder, self.entries = folder, entries
-        opener = functools.partial(open, mode="rb", buffering=0)
-        self._open = functools.lru_cache(OPEN_FILES)(opener)  # the latest stay open
+        latest = functools.lru_cache(OPEN_FILES)  # they stay open
+        self._open = latest(lambda pack: open(pack, "rb", buffering=0))  # noqa: SIM115
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
@@ -109,15 +109,12 @@ class FeatureCache:
 class ResidentFeatures:
     """All of a cache's features on a device, in half precision."""
 
-    LOAD = 256
-
     def __init__(self, cache: FeatureCache, device: torch.device):
-        """Read the whole cache, `LOAD` photos at a time."""
         items = list(cache.entries)
         self.rows = {item: row for row, item in enumerate(items)}
         self.features = torch.empty(len(items), *cache.shape, dtype=torch.float16, device=device)
-        starts = range(0, len(items), self.LOAD)
-        parts = prefetch(lambda start: cache.read(items[start : start + self.LOAD]), starts)
+        starts = range(0, len(items), 256)
+        parts = prefetch(lambda start: cache.read(items[start : start + 256]), starts)
         for start, part in zip(starts, parts, strict=True):
             self.features[start : start + len(part)] = part.to(device)
 
@@ -276,17 +273,16 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
 def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
-        pack, found, size = index.with_suffix(".bin"), {}, 0
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        pack = index.with_suffix(".bin")
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, FileNotFoundError):
             table = read_json(index)
-            found = _entries(pack, table)
             patches, width = map(operator.index, table["shape"])
             size = len(table["items"]) * max(1, patches) * max(1, width) * 2
-        if found and pack.exists() and pack.stat().st_size == size:
-            entries |= found
-        else:
-            print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
-            index.unlink()
+            if pack.stat().st_size == size:
+                entries |= _entries(pack, table)
+                continue
+        print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
+        index.unlink()
     return entries
 
 

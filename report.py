@@ -44,11 +44,8 @@ class Report:
     ):
         """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
         self.run, self.data, self.at_the_end = run, data, at_the_end
-
-    def __enter__(self) -> Report:
-        run, settings = self.run, self.run.settings
+        settings, leads = run.settings, run.team.leads
         self._describe()
-        leads = run.team.leads
         self.tracker = Tracker(
             run.output,
             project=settings.WANDB_PROJECT if leads else "",
@@ -60,12 +57,8 @@ class Report:
         )
         run.progress.wandb_id = self.tracker.run_id
         self.pusher = HubPusher(settings.HF_REPO_ID if leads else "", report=say)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def close(self) -> None:
         self.tracker.close()
         self.pusher.close()
 
@@ -169,7 +162,7 @@ class Report:
 
     def stopped(self) -> int:
         """Say how to go on; returns the exit code."""
-        self._close()
+        self.close()
         self._draw()
         arguments = list(self.run.settings.arguments)
         for i, argument in enumerate(arguments):
@@ -191,12 +184,13 @@ class Report:
         losses = run.bests("val_loss")
         if losses and entry is not losses[-1]:
             self._push(path, entry)  # the newest on the Hub shall be the best
-        self._close()
+        self.close()
         self._draw()
         if self.at_the_end and run.team.leads:
             self.at_the_end(path, self.data.paths)
-        loss = run.file_of("val_loss", losses[-1])
-        print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
+        loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
+        if loss:
+            print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
         if path != loss and "val_cider" in entry:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         splits = self.data.splits
@@ -279,8 +273,7 @@ class Ledger:
 
     def note(self, update: Update) -> None:
         self.waiting.append(update)
-        while len(self.waiting) > self.late:
-            self._enter(self.waiting.popleft())
+        self._enter(self.late)
         progress = self.run.progress
         self.photos += len(update.names) * self.run.team.size  # the others' shares are about alike
         rate = self.photos / (time.monotonic() - self.bar.started)
@@ -290,23 +283,25 @@ class Ledger:
 
     def settle(self) -> None:
         """Enter what still waits."""
-        while self.waiting:
-            self._enter(self.waiting.popleft())
+        self._enter(0)
         self.bar.close()
 
-    def _enter(self, update: Update) -> None:
+    def _enter(self, late: int) -> None:
+        """Enter the updates that wait, but for the newest `late`."""
         progress = self.run.progress
-        self.stopping = self.stopping or bool(update.stop.item())
-        if update.bad.item():
-            self._enter_bad(update)
-            return
-        summed, count = update.summed.item(), int(update.count.item())
-        progress.bad_steps = 0
-        progress.loss_sum += summed
-        progress.loss_count += count
-        self.counted += count
-        if update.step % 20 == 0:
-            self._track(update, summed / max(1, count))
+        while len(self.waiting) > late:
+            update = self.waiting.popleft()
+            self.stopping = self.stopping or bool(update.stop.item())
+            if update.bad.item():
+                self._enter_bad(update)
+                continue
+            summed, count = update.summed.item(), int(update.count.item())
+            progress.bad_steps = 0
+            progress.loss_sum += summed
+            progress.loss_count += count
+            self.counted += count
+            if update.step % 20 == 0:
+                self._track(update, summed / max(1, count))
 
     def _track(self, update: Update, loss: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")

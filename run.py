@@ -15,12 +15,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
-from dataset import Batch, CaptionRows, Text
+from corpus import Data
+from dataset import CaptionRows, Text
 from decoder import DecoderConfig
-from device import autocast, choose_dtype, seed_everything
+from device import choose_dtype
 from distributed import Team, share_gradients
 from hub import locate_checkpoint
 from model import CaptionModel
@@ -28,7 +29,6 @@ from options import GenerationOptions, parse_tasks
 from rerank import Reranker
 from self_critical import critical_epochs
 from shards import StreamedRows
-from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, constants, link_or_copy, redact
 
 
@@ -36,7 +36,7 @@ from utils import UserError, atomic_write, constants, link_or_copy, redact
 class Measure:
     """A figure of the validation photos: its name, how a line says it, and which epoch is best.
 
-    The weights of the epoch with the most of it are kept as `{prefix}_{keep}.safetensors`.
+    The best epoch's weights are kept as `{prefix}_{keep}.safetensors`, what it was filled in.
     """
 
     label: str
@@ -46,11 +46,14 @@ class Measure:
 
 # By their names in the history. A new one needs a line here, and its value in `train.validate`.
 MEASURES = {
-    "val_loss": Measure("cross-entropy", "val loss {:.4f}"),
+    "val_loss": Measure(
+        "cross-entropy", "val loss {:.4f}", keep="epoch_{epoch}_val_loss_{val_loss:.4f}"
+    ),
     "val_cider": Measure("CIDEr-D", "CIDEr {:.1f}", keep="best_cider"),
     "val_bleu4": Measure("BLEU-4", "BLEU-4 {:.1f} (greedy)"),
     "val_accuracy": Measure("accuracy of answers", "answers {:.1f} % right", keep="best_accuracy"),
 }
+KEPT = [name for name, measure in MEASURES.items() if measure.keep]
 
 
 class Written(NamedTuple):
@@ -76,9 +79,7 @@ class Progress:
     bad_steps: int = 0  # in a row, without a finite loss and gradient
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch
     written: dict[str, str] = field(default_factory=dict)  # files of this run, and their digests
-    since: dict[str, int] = field(
-        default_factory=dict
-    )  # measures whose earlier bests lie elsewhere
+    since: dict[str, int] = field(default_factory=dict)  # measures whose bests lie elsewhere
     wandb_id: str = ""
     job: str = ""  # torchrun's name for it
 
@@ -93,23 +94,45 @@ class Progress:
         return cls(**saved)
 
 
-@dataclass
 class Run:
     """A training under way, in one process of its team."""
 
-    settings: SimpleNamespace
-    team: Team
-    device: torch.device
-    dtype: torch.dtype
-    output: Path
-    tokenizer: CaptionTokenizer
-    encoder: dict[str, Any]  # FrozenEncoder.identity()
-    model: CaptionModel  # what the optimizer moves
-    shared: nn.Module  # what its losses are computed in; see `share_gradients`
-    average: CaptionModel  # its moving average, or itself; this is validated and saved
-    optimizer: torch.optim.Optimizer
-    progress: Progress
-    reranker: Reranker | None = None  # what chooses among captions found with these weights
+    def __init__(
+        self,
+        settings: SimpleNamespace,
+        team: Team,
+        device: torch.device,
+        data: Data,
+        begun: Checkpoint | None = None,
+    ):
+        """Build the model, new or as a checkpoint has it; with its training state, go on there."""
+        size = decoder_config(settings, len(data.tokenizer))
+        if begun:
+            check_begun(begun, size, data.encoder)
+        self.settings, self.team, self.device = settings, team, device
+        self.dtype, self.output = choose_dtype(settings.PRECISION, device), output_dir(settings)
+        self.tokenizer = data.tokenizer
+        self.encoder = data.encoder  # FrozenEncoder.identity() of what made the features
+        torch.manual_seed(settings.SEED)
+        made = begun.model if begun else CaptionModel(data.cache.shape[1], size)
+        self.average = made.to(device)  # what is validated and saved
+        # What the optimizer moves: the same, or what the average follows.
+        self.model = copy.deepcopy(self.average) if settings.EMA_DECAY else self.average
+        if settings.COMPILE:
+            self.model.hidden = torch.compile(self.model.hidden, dynamic=True)  # lengths differ
+        self.shared = share_gradients(self.model, team)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.progress = Progress()
+        self.reranker: Reranker | None = None  # chooses among captions found with the average
+        saved = begun.training if begun else None
+        if saved:
+            self.model.load_state_dict(saved["weights"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY  # as is set now
+            self.progress = Progress.restored(saved["progress"])
+            self.reranker = begun.reranker  # until it is fitted to what is trained on now
+        self.progress.job = team.job
+        set_random_state(self, saved)
 
     @property
     def epochs(self) -> int:
@@ -120,18 +143,6 @@ class Run:
         return self.progress.epoch >= self.settings.NUM_EPOCHS
 
     # --- what an update needs ---
-
-    def loss(
-        self,
-        model: CaptionModel,
-        batch: Batch,
-        features: Tensor,
-        smoothing: float = 0.0,
-        scales: Tensor | None = None,
-    ) -> Tensor:
-        """Cross-entropy summed over a batch's targets, in nats, computed in the run's precision."""
-        with autocast(self.device, self.dtype):
-            return model.loss(features.float(), batch, smoothing, scales)
 
     @torch.no_grad()
     def update_ema(self, bad: Tensor) -> None:
@@ -162,7 +173,7 @@ class Run:
 
     def file_of(self, measure: str, entry: Mapping[str, Any]) -> Path:
         """Where the weights of an epoch that was best in a measure are, for use."""
-        name = MEASURES[measure].keep or f"epoch_{entry['epoch']}_val_loss_{entry['val_loss']:.4f}"
+        name = MEASURES[measure].keep.format(**entry)
         return self.output / f"{self.settings.CHECKPOINT_PREFIX}_{name}.safetensors"
 
     def best(self) -> tuple[Path, dict[str, Any]] | None:
@@ -224,11 +235,10 @@ class Run:
             The `.safetensors` of a new best validation loss, if it is one.
         """
         ended = self.progress.history[-1]
-        won = {m: self.file_of(m, ended) for m in MEASURES if ended in self.bests(m)[-1:]}
+        won = {name: self.file_of(name, ended) for name in KEPT if ended in self.bests(name)[-1:]}
+        for path in won.values():
+            self._write(path, save_for_use, self.checkpoint(scores))
         best = won.get("val_loss")
-        wanted = [path for m, path in won.items() if m == "val_loss" or MEASURES[m].keep]
-        for path in wanted:
-            self._write(path, lambda path: save_for_use(path, self.checkpoint(scores)))
         self.save_training(scores, best and best.with_suffix(".pt"))
         keep = self.settings.KEEP_CHECKPOINTS
         for entry in self.bests("val_loss")[:-keep] if keep else ():
@@ -249,19 +259,17 @@ class Run:
             "other_random": others,  # of the other processes, by rank
         }
         last = self.output / "last.pt"
-        checkpoint = self.checkpoint(scores, training)
-        self._write(also or last, lambda path: save_for_training(path, checkpoint))
+        self._write(also or last, save_for_training, self.checkpoint(scores, training))
         if also:  # second, so that what `last.pt` tells of is there
-            digest = self.progress.written[also.name]
-            self._write(last, lambda path: name_again(also, path) or digest)
+            self._write(last, name_again, also)
 
-    def _write(self, path: Path, write: Callable[[Path], str]) -> None:
+    def _write(self, path: Path, write: Callable[[Path, Any], str], content: Any) -> None:
         """Let `write` make the file; another training's of that name is set aside before."""
 
         def first() -> str:
             if path.name not in self.progress.written:
                 set_aside([path])
-            return write(path)
+            return write(path, content)
 
         self.progress.written[path.name] = self.team.on_rank0(first)
 
@@ -289,7 +297,12 @@ def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
         print(f"beginning with the decoder and tokenizer of {settings.START_CHECKPOINT}")
         path = locate_checkpoint(settings.START_CHECKPOINT)
         checkpoint = replace(load_checkpoint(path), training=None)
-        check_finite_weights(checkpoint, settings.START_CHECKPOINT)
+        weights = checkpoint.model.state_dict()
+        if bad := [name for name in weights if not weights[name].isfinite().all()]:
+            raise UserError(
+                f"{settings.START_CHECKPOINT} holds weights that are not finite ({bad[0]}): take "
+                "another one"
+            )
         return checkpoint
     return None
 
@@ -303,71 +316,21 @@ def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
     return str(last) if job == team.job else None
 
 
-def start_run(
-    settings: SimpleNamespace,
-    team: Team,
-    device: torch.device,
-    tokenizer: CaptionTokenizer,
-    encoder: dict[str, Any],
-    feature_width: int,
-    begun: Checkpoint | None = None,
-) -> Run:
-    """Build the model, new or as a checkpoint has it; with its training state, go on there.
-
-    Args:
-        encoder: `FrozenEncoder.identity()` of what made the features.
-        begun: the checkpoint to begin with.
-    """
-    size = decoder_config(settings, len(tokenizer))
-    if begun:
-        check_begun(begun, size, encoder)
-    seed_everything(settings.SEED)
-    average = (begun.model if begun else CaptionModel(feature_width, size)).to(device)
-    model = copy.deepcopy(average) if settings.EMA_DECAY else average
-    if settings.COMPILE:
-        model.hidden = torch.compile(model.hidden, dynamic=True)  # rows differ in length
-    run = Run(
-        settings,
-        team,
-        device,
-        choose_dtype(settings.PRECISION, device),
-        output_dir(settings),
-        tokenizer,
-        encoder,
-        model,
-        share_gradients(model, team),
-        average,
-        make_optimizer(model, settings),
-        Progress(),
-    )
-    saved = begun.training if begun else None
-    if saved:
-        model.load_state_dict(saved["weights"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY  # as is set now
-        run.progress = Progress.restored(saved["progress"])
-        run.progress = team.on_rank0(lambda: keep_apart(run))
-        run.reranker = begun.reranker  # until it is fitted to what is trained on now
-    run.progress.job = team.job
-    set_random_state(run, saved)
-    return run
-
-
 def keep_apart(run: Run) -> Progress:
     """Find which files in OUTPUT_DIR this run wrote before; set aside what it would write over.
 
     Bests whose files are elsewhere count no more: the next epoch is the best again.
     """
-    source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH).expanduser(), run.progress
+    source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
     mine = {stored_digest(source), *progress.written.values()}
     # An older version noted no digests: all that stands beside its checkpoint is its own.
     trusted = "" in mine and source.resolve().parent == run.output.resolve()
-    standing = standing_files(run.settings)
-    names = [*(path.name for path in standing), *progress.written]
-    there = {n: stored_digest(run.output / n) for n in names if (run.output / n).exists()}
+    lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
+    standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
+    there = {name: stored_digest(run.output / name) for name in (*standing, *progress.written)}
     progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
-    set_aside([path for path in standing if path.name not in progress.written])
-    for measure in MEASURES:
+    set_aside([run.output / name for name in standing if name not in progress.written])
+    for measure in KEPT:
         bests = run.bests(measure)
         if bests and run.file_of(measure, bests[-1]).name not in progress.written:
             progress.since[measure] = progress.epoch
@@ -464,33 +427,19 @@ def output_dir(settings: SimpleNamespace) -> Path:
     return Path(settings.OUTPUT_DIR or settings.DATA_DIR).expanduser()
 
 
-def standing_files(settings: SimpleNamespace) -> list[Path]:
-    """The files in OUTPUT_DIR that every training writes under the same names."""
-    kept = [m.keep for m in MEASURES.values() if m.keep]
-    names = [f"{settings.CHECKPOINT_PREFIX}_{name}.safetensors" for name in kept]
-    return [output_dir(settings) / name for name in ("last.pt", *names)]
-
-
 def set_aside(paths: Iterable[Path]) -> None:
-    """Keep another training's files under other names, `previous_1_...`, and say so."""
+    """Keep another training's files in a folder under other names, `previous_1_...`, and say so."""
     there = [path for path in paths if path.exists()]
-    for folder in {path.parent for path in there}:
-        number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous_{n}_*")))
-        kept = {path: f"previous_{number}_{path.name}" for path in there if path.parent == folder}
-        for path, name in kept.items():
-            path.replace(path.with_name(name))
-        print(f"an earlier training's files are kept as {', '.join(kept.values())}")
+    if there:
+        taken = there[0].parent.glob
+        number = next(n for n in itertools.count(1) if not any(taken(f"previous_{n}_*")))
+        kept = [path.replace(path.with_name(f"previous_{number}_{path.name}")) for path in there]
+        print(f"an earlier training's files are kept as {', '.join(path.name for path in kept)}")
 
 
-def name_again(file: Path, path: Path) -> None:
-    """Give a file a second name, in place of what is there."""
+def name_again(path: Path, file: Path) -> str | None:
+    """Give a checkpoint a second name, in place of what is there; its digest."""
     with atomic_write(path) as temporary:
         temporary.unlink()
         link_or_copy(file, temporary)
-
-
-def check_finite_weights(checkpoint: Checkpoint, source: str) -> None:
-    """Refuse to begin with weights that are no numbers."""
-    bad = [n for n, t in checkpoint.model.state_dict().items() if not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"{source} holds weights that are not finite ({bad[0]}): take another one")
+    return stored_digest(path)

@@ -31,7 +31,7 @@ class Critic:
     ):
         """Args: `references`, people's captions of the training photos; beams searched a photo."""
         self.tokenizer = tokenizer
-        self.names = references.keys()  # of the photos that can be rewarded
+        self.references = references
         self.options = GenerationOptions(beam_size=beam_size)
         words = {
             name: [[*tokenize(caption), END] for caption in captions]
@@ -50,25 +50,24 @@ class Critic:
         words = [tokenize(decode(h.tokens)) + [END] * h.ended for h in hypotheses]
         return [self.cider.score(name, caption) for caption in words]
 
-    def search(
-        self, model: CaptionModel, names: Sequence[str], features: Tensor
-    ) -> dict[str, Beams]:
-        """The model's own beams for some photos.
+    def search(self, model: CaptionModel, names: Sequence[str], features: Tensor) -> list[Beams]:
+        """The model's own beams for each photo, none for one without references.
 
         The beams of a search stand for samples, each measured against the others (Cornia et al.
         2020): what they differ in is what the choice of a caption depends on. Samples proper are
         so much poorer that raising them only makes captions safe and alike (docs/results.md).
 
-        Args:
-            names, features: photos with references, and (images, patches, feature_width).
+        Args: `features` (images, patches, feature_width).
         """
-        found = {}
-        for name, beams in zip(names, generate(model, features.float(), self.options), strict=True):
+        found = [Beams([], [], []) for _ in names]
+        known = [row for row, name in enumerate(names) if name in self.references]
+        searched = generate(model, features[known].float(), self.options) if known else []
+        for row, beams in zip(known, searched, strict=True):
             ids = [[START_ID, *h.ids] for h in beams]
-            rewards = self.rewards(name, beams)
+            rewards = self.rewards(names[row], beams)
             pairs = zip(advantages(rewards), ids, strict=True)
             scales = [gain / 100 for gain, caption in pairs for _ in caption[1:]]
-            found[name] = Beams(ids, rewards, scales)
+            found[row] = Beams(ids, rewards, scales)
         return found
 
 

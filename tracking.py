@@ -51,12 +51,13 @@ class Tracker:
             folder.mkdir(parents=True, exist_ok=True)
             options |= {"project": project, "id": run_id or None, "resume": "allow", "dir": folder}
             self._run = self._begin(options)
-            if self._run.settings.mode == "disabled":  # by the user, in WANDB_MODE
+            mode = self._run.settings.mode
+            if mode == "disabled":  # by the user, in WANDB_MODE
                 self._run = None
                 report("tracking: off (WANDB_MODE=disabled)")
                 return
             self.run_id = self._run.id
-            if self.offline:
+            if mode in OFFLINE:
                 report("tracking: Weights & Biases, offline (`wandb login` to see runs online)")
             else:
                 report(
@@ -84,11 +85,6 @@ class Tracker:
                 f"tracking: Weights & Biases can't be reached ({reason}); tracking offline"
             )
             return wandb.init(**options, mode="offline", settings=settings)
-
-    @property
-    def offline(self) -> bool:
-        """Whether the run is in files only, for `sync_command` to send."""
-        return self._run is not None and self._run.settings.mode in OFFLINE
 
     @property
     def sync_command(self) -> str:
@@ -140,7 +136,7 @@ class Tracker:
             return
         with self._careful():
             self._run.finish()
-            if self.offline:
+            if self._run.settings.mode in OFFLINE:
                 command = f"wandb login && {self.sync_command}"
                 self._report(f"tracking: to see this run online: {command}")
             self._run = None
@@ -165,10 +161,8 @@ class Tracker:
 
 def memory(device: torch.device) -> dict[str, float]:
     """What the process holds now, in GB: resident, and on a GPU the most since it began."""
-    used = {}
-    kilobytes = resident_kilobytes()
-    if kilobytes is not None:  # elsewhere the library's own panel has to do
-        used["memory/resident_gb"] = kilobytes / 1e6
+    kilobytes = resident_kilobytes()  # where there are none, the library's own panel has to do
+    used = {} if kilobytes is None else {"memory/resident_gb": kilobytes / 1e6}
     if device.type == "cuda":
         used["memory/gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return used

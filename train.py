@@ -53,10 +53,8 @@ from run import (
     Written,
     decoder_config,
     find_checkpoint,
+    keep_apart,
     output_dir,
-    set_aside,
-    standing_files,
-    start_run,
 )
 from self_critical import critical_epochs
 from shards import StreamedRows
@@ -76,13 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun.tokenizer if begun else None)
-        width = data.cache.shape[1]
-        run = start_run(settings, team, device, data.tokenizer, data.encoder, width, begun)
+        run = Run(settings, team, device, data, begun)
         take_place(run, data)
-        with (
-            Report(run, data, show_demo if settings.demo else None) as report,
-            StopSignal(team) as stop,
-        ):
+        report = Report(run, data, show_demo if settings.demo else None)
+        with contextlib.closing(report), StopSignal(team) as stop:
             while run.progress.epoch < run.epochs:
                 started = time.monotonic()
                 ended = train_epoch(run, data, report.ledger(), stop)
@@ -100,13 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_place(run: Run, data: Data) -> None:
-    """Begin at the place in the epoch where a resumed run was, if its order is the same.
-
-    A new run sets aside what an earlier training left under the names that it will write.
-    """
-    progress, settings = run.progress, run.settings
-    if not progress.step and not progress.epoch:
-        run.team.on_rank0(lambda: set_aside(standing_files(settings)))
+    """Begin at the place in the epoch where a resumed run was, if its order is the same."""
+    run.progress = progress = run.team.on_rank0(lambda: keep_apart(run))
+    settings = run.settings
     order = data.train.order(settings.BATCH_SIZE, settings.SEED, run.team)
     if progress.batch and progress.order not in ("", order):
         print(
@@ -186,17 +177,16 @@ def learning_rate(run: Run, data: Data) -> float:
     settings, step = run.settings, run.progress.step
     per_epoch = run.updates_per_epoch(data.train)
     updates, critical = per_epoch * settings.NUM_EPOCHS, per_epoch * critical_epochs(settings)
-    if critical and step >= updates:
-        peak = settings.SCST_LEARNING_RATE
-        floor = min(peak, settings.MIN_LEARNING_RATE)
-        return floor + (peak - floor) * max(0.0, 1 - (step - updates) / critical)
-    peak = settings.LEARNING_RATE
-    floor = min(peak, settings.MIN_LEARNING_RATE)
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, updates - warmup))
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if critical and step >= updates:
+        peak, share = settings.SCST_LEARNING_RATE, max(0.0, 1 - (step - updates) / critical)
+    elif step < warmup:
+        return settings.LEARNING_RATE * (step + 1) / warmup
+    else:
+        done = min(1.0, (step - warmup) / max(1, updates - warmup))
+        peak, share = settings.LEARNING_RATE, 0.5 * (1 + math.cos(math.pi * done))
+    floor = min(peak, settings.MIN_LEARNING_RATE)
+    return floor + (peak - floor) * share
 
 
 def batch_groups(run: Run, data: Data) -> Iterator[list[tuple[Batch, Tensor]]]:
@@ -249,7 +239,8 @@ def step_loss(
     scales = None
     if "questions" in data.tasks and settings.QUESTION_WEIGHT != 1:
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
-    loss = run.loss(run.model, batch, features, settings.LABEL_SMOOTHING, scales)
+    with autocast(run.device, run.dtype):
+        loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
     return loss, loss.detach(), len(batch.targets)
 
 
@@ -261,14 +252,13 @@ def self_critical_loss(
     Where there are questions, the answers' cross-entropy is added, or answering would be forgotten:
     in one pass with the beams, as they share the photos' memory.
     """
-    known = [row for row, name in enumerate(batch.names) if name in data.critic.names]
-    names = [batch.names[row] for row in known]
     with autocast(run.device, run.dtype):
-        beams = data.critic.search(run.model, names, features[known]) if known else {}
-    answers = {n: [ids for ids in data.train.groups[n] if ANSWER_ID in ids] for n in batch.names}
-    rows = [(beams[n].ids if n in beams else []) + answers[n] for n in batch.names]
+        found = data.critic.search(run.model, batch.names, features)
+    texts = [data.train.groups[name] for name in batch.names]
+    answers = [[ids for ids in group if ANSWER_ID in ids] for group in texts]
+    rows = [beams.ids + own for beams, own in zip(found, answers, strict=True)]
     taught = make_batch(batch.names, rows)
-    rewards = [reward for name in names for reward in beams[name].rewards]
+    rewards = [reward for beams in found for reward in beams.rewards]
     weight = 0.0
     if "questions" in data.tasks:
         counts = torch.tensor([len(rewards), taught.asked.sum()], dtype=torch.float32)
@@ -277,8 +267,10 @@ def self_critical_loss(
     if not len(taught.targets):
         return no_loss(run.model), 0.0, 0
     scales = torch.full([len(taught.targets)], weight)
-    scales[~taught.asked] = torch.tensor([scale for name in names for scale in beams[name].scales])
-    loss = run.loss(run.model, taught.to(run.device), features, scales=scales.to(run.device))
+    scales[~taught.asked] = torch.tensor([scale for beams in found for scale in beams.scales])
+    taught, scales = taught.to(run.device), scales.to(run.device)
+    with autocast(run.device, run.dtype):  # anew: weights as the search cast them take no gradient
+        loss = run.model.loss(features.float(), taught, scales=scales)
     return loss, sum(rewards), len(rewards)
 
 
@@ -342,7 +334,8 @@ def validation_loss(run: Run, data: Data) -> float:
     batches = (batch for batch in batches if batch.names)
     totals = torch.zeros(2, device=run.device)
     for batch, features in with_features(run.device, data.val, batches, None):
-        totals[0] += run.loss(run.average, batch, features)
+        with autocast(run.device, run.dtype):
+            totals[0] += run.average.loss(features.float(), batch)
         totals[1] += len(batch.targets)
     summed, tokens = run.team.all_reduce(totals).tolist()
     return summed / tokens

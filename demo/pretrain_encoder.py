@@ -44,7 +44,7 @@ from demo.scenes import (  # noqa: E402
     outline,
     paint,
 )
-from device import autocast, choose_device, choose_dtype, seed_everything
+from device import autocast, choose_device, choose_dtype
 from utils import run_script  # noqa: E402
 
 PATCH = 12  # pixels
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    seed_everything(options.seed)
+    torch.manual_seed(options.seed)
     rng = random.Random(f"pretraining {options.seed}")
     start = time.perf_counter()
     images, labels = draw_scenes(options.scenes, rng, held_out=False)

@@ -357,7 +357,7 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
             for name in batch.names
         ]
         alone = make_batch(batch.names, only)
-        plain = state.loss(state.model, alone, feature, 0.1)
+        plain = state.model.loss(feature.float(), alone, 0.1)
         update = train.update(state, found, [(batch, feature)])
         norms.append((update.summed.item(), plain.item()))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checkpoint import load_checkpoint, save_for_use, stored_digest
+from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
 from run import Progress, Run
 from tests.conftest import run, small_flags, write_photos
 
@@ -109,12 +109,25 @@ def test_a_place_in_another_order_of_photos_is_given_up(six, tmp_path):
     assert killed.returncode == 0
     checkpoint = load_checkpoint(output / "last.pt")
     checkpoint.training["progress"] |= {"epoch": 1, "batch": 2}
-    from checkpoint import save_for_training
-
     save_for_training(output / "last.pt", checkpoint)
     resume = ["--resume_checkpoint_path", output / "last.pt"]
     other = run("train.py", *flags, *more, *resume, "--batch_size", 3)
     assert other.returncode == 0 and "epoch 2 begins anew" in other.stdout, other.stderr
+
+
+@pytest.mark.fault
+def test_the_files_of_the_best_losses_may_be_gone(six, tmp_path):
+    data, flags = six
+    checkpoint = load_checkpoint(data / "last.pt")
+    for entry in checkpoint.training["progress"]["history"]:
+        entry["val_cider"] = 5.0
+    shutil.copy(data / BEST, tmp_path)
+    save_for_training(tmp_path / "last.pt", checkpoint)
+    more = ["--output_dir", tmp_path, "--epochs", 6]
+    again = run("train.py", *flags, *more, "--resume_checkpoint_path", tmp_path / "last.pt")
+    assert again.returncode == 0, again.stderr
+    assert "nothing to train" in again.stdout and "best checkpoint" not in again.stdout
+    assert again.stdout.split()[-1] == str(tmp_path / BEST)
 
 
 def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):

@@ -29,7 +29,7 @@ from generation import Hypothesis, generate
 from inference import load_captioner
 from options import GenerationOptions
 from report import Ledger
-from run import Run, start_run
+from run import Run
 from self_critical import advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
@@ -103,8 +103,7 @@ def start(*flags: object) -> tuple[Run, Data]:
     begun = train.find_checkpoint(settings, ALONE)
     tokenizer = begun.tokenizer if begun else None
     data = load_data(settings, prepare_dataset.prepare(settings), device, ALONE, tokenizer)
-    width = data.cache.shape[1]
-    return start_run(settings, ALONE, device, data.tokenizer, data.encoder, width, begun), data
+    return Run(settings, ALONE, device, data, begun), data
 
 
 def start_state(tmp_path: Path, encoder_dir: Path, *more: object) -> tuple[Run, Data]:

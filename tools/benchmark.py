@@ -37,7 +37,7 @@ from torch import Tensor
 
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
-from device import autocast, choose_device, choose_dtype, seed_everything
+from device import autocast, choose_device, choose_dtype
 from distributed import joined, share_gradients
 from encoder import FrozenEncoder
 from features import build_features
@@ -308,7 +308,7 @@ def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = commands.benchmark(argv)
-    seed_everything(0)
+    torch.manual_seed(0)
     if args.worker:
         time_shared_steps(args.device, args.precision, args.repeats)
         return 0
