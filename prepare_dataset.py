@@ -432,22 +432,16 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) 
         return path
     try:
         [archive] = download([url], paths.data_dir / "temp_download", paths.data_dir)
-        _extract_karpathy(archive, name, path)
-    except UserError as error:
-        raise UserError(f"Karpathy's split is not to be had: {error}. To go on: {remedy}") from None
-    return path
-
-
-def _extract_karpathy(archive: Path, name: str, path: Path) -> None:
-    try:
         with open_zip([archive]) as zipped:
             info = next((i for i in zipped.infolist() if i.filename.split("/")[-1] == name), None)
             if info is None or info.file_size > MAX_ENTRY_BYTES:
                 raise UserError(f"{archive} holds no sound {name}")
             write_file(path, zipped.read(info))
-    except DamagedArchive:
-        archive.unlink()
-        raise
+    except UserError as error:
+        if isinstance(error, DamagedArchive):
+            archive.unlink()  # the next run downloads it anew
+        raise UserError(f"Karpathy's split is not to be had: {error}. To go on: {remedy}") from None
+    return path
 
 
 def write_splits(

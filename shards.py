@@ -47,13 +47,7 @@ from features import (
 )
 from tars import Sample, elsewhere, identity, read_shard, shard_name
 from tokenizer import CaptionTokenizer
-from utils import (
-    Bar,
-    UserError,
-    require_extra,
-    require_room,
-    size_text,
-)
+from utils import Bar, UserError, require_extra, require_room, size_text
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a photo's shard, by number, and its row there

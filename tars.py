@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from captions_file import has_word, unescaped
+from captions_file import has_word, texts_of, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
@@ -203,8 +203,7 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
     if "json" in files and not has_word(texts[0]):
         # Numbers don't matter, and Python refuses long ones.
         table = json.loads(decoded(files["json"][1]), parse_int=float)
-        texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
     captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
     if "photo" not in files or not captions:
         return "without a caption" if "photo" in files else "without a photo"
