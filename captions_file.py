@@ -168,15 +168,11 @@ def read_captions(path: Path) -> Captions:
         found = readers[form](path, content)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
-    empty = [
-        (name, text) for name, texts in found.texts.items() for text in texts if text in NOTHING
-    ]
-    # One photo's may be somebody's caption.
-    for name, text in empty if len({name for name, _ in empty}) > 1 else ():
-        found.texts[name].remove(text)
-        found.passed.append(
-            f"{path}: the caption {text!r} of {name!r} is a program's word for none"
-        )
+    empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
+    for name in empty if len(empty) > 1 else ():  # one photo's may be somebody's caption
+        none = [text for text in found.texts[name] if text in NOTHING]
+        found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
+        found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
     found.texts = {name: texts for name, texts in found.texts.items() if texts}
     return found
 
@@ -382,15 +378,10 @@ def choose_columns(
 
 
 def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
-    """All columns of captions: the likeliest and those of its name, or those that are numbered."""
-    numbered = [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
-    if not captions:
-        return numbered
-    stem = names[captions[0]].rstrip("s")
-    return sorted(
-        {i for i, name in enumerate(names) if name == names[captions[0]]}
-        | {i for i in numbered if names[i].startswith(stem)}
-    )
+    """All columns of captions: those of the likeliest one's name, or of it and a number."""
+    likeliest = names[captions[0]] if captions else ""
+    numbered = {n for n in names if NUMBERED.fullmatch(n) and n.startswith(likeliest.rstrip("s"))}
+    return [i for i, name in enumerate(names) if name and name in {likeliest, *numbered}]
 
 
 Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
@@ -504,11 +495,11 @@ def _read_columns(
     last, strict = captions[-1], not ignored and len(captions) == 1
     count = names.index(others[0]) if strict and others else None  # the caption's number
     for where, row in rows:
-        more = max(0, len(row) - len(names))
+        row += [("", "")] * (len(names) - len(row))
+        more = len(row) - len(names)
         if more and len(captions) > 1:
             found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
             continue
-        row += [("", "")] * (len(names) - len(row))
         whole = row[last : last + more + 1]
         if more:  # delimiters within a caption that isn't quoted
             row[last : last + more + 1] = [(delimiter.join(s for _, s in whole).strip(), "")]

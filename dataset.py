@@ -286,13 +286,12 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
     for name, place in places.items():
         splits["train" if place < train_ratio else "val" if place < middle else "test"].append(name)
     for split, begin, end in (("train", 0, train_ratio), ("val", train_ratio, middle)):
-        givers = [other for other in SPLITS if len(splits[other]) > (other != "test")]
+        givers = [splits[other] for other in SPLITS if len(splits[other]) > (other != "test")]
         if not splits[split] and givers:
-            spare = [name for other in givers for name in splits[other]]
+            spare = itertools.chain(*givers)
             name = min(spare, key=lambda n: max(begin - places[n], places[n] - end))
-            for other in givers:
-                splits[other] = [kept for kept in splits[other] if kept != name]
-            splits[split] = [name]
+            next(giver for giver in givers if name in giver).remove(name)
+            splits[split].append(name)
             print(
                 f"so few photos leave none for {split} at TRAIN_SPLIT_RATIO = {train_ratio}: "
                 f"{name} is taken for it (--train_split_ratio changes the share)"

@@ -129,7 +129,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         tables = {n.lower(): entries.pop(n) for n in list(entries) if n.lower() in TABLE_NAMES}
         if not entries:
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        if not (tables or paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+        there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
+        if not (tables or there):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}): write them to "
                 f"{paths.captions} first"
@@ -139,7 +140,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
-        if tables and not (paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+        if tables and not there:
             name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})

@@ -18,7 +18,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from captions_file import has_word, texts_of, unescaped
@@ -53,8 +52,7 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    paths = [url if elsewhere(url) else Path(url).expanduser() for url in expanded]
-    urls = [os.path.abspath(path) if isinstance(path, Path) else path for path in paths]
+    urls = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
     missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
