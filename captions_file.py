@@ -436,9 +436,9 @@ def _plain_key(name: str) -> str:
 def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     """The rows of a table; one that ends within quotes goes on with the lines after it."""
     mark = re.escape(delimiter)
-    end = rf"[ \r]*(?:{mark}|\Z)"
+    end = rf"[ \r]*{mark}"
     field = re.compile(  # quotes within quotes are doubled, or else follow a backslash
-        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*)(?:{mark}|\Z)'
+        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*){mark}'
     )
 
     def fields(text: str) -> list[tuple[str, str]]:
@@ -452,7 +452,7 @@ def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             elif escaped is not None:
                 value = re.sub(r"\\(.)", r"\1", escaped)
             found.append((value.strip(), match[0].removesuffix(delimiter)))
-        return found[:-1]
+        return found
 
     def is_open(row: list[tuple[str, str]]) -> bool:
         spelled = row[-1][1].lstrip()
@@ -506,11 +506,11 @@ def _read_columns(
         cells = [value for value, _ in row]
         if not any(cells):
             continue
+        if count is not None and not cells[count].isdigit():
+            raise UserError(f"{where}: {cells[count]!r} is not the number of a caption")
         name = found.name_of(where, cells[photo], ROW, bare=headed, strict=strict)
         if not name:
             continue
-        if count is not None and not cells[count].isdigit():
-            raise UserError(f"{where}: {cells[count]!r} is not the number of a caption")
         texts = [cells[place] for place in captions if cells[place]]
         quoted = all(spelled.lstrip().startswith('"') for _, spelled in whole)
         if not headed and more and (quoted or delimiter == "\t"):
