@@ -404,7 +404,7 @@ def _read_rows(path: Path, lines: list[tuple[str, str]]) -> Captions:
         names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         found = _read_columns(rows, delimiter, names, 0, [len(names) - 1], headed=False)
     elif photos and captions:
-        found = _read_columns(rows[1:], delimiter, names, photos[0], captions)
+        found = _read_columns(rows[1:], delimiter, names, photos[0], captions, headed=True)
     else:
         raise UserError(
             f"{rows[0][0]}: of the columns {', '.join(filter(None, names))} none is "
@@ -475,12 +475,7 @@ def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
 
 
 def _read_columns(
-    rows: list[Row],
-    delimiter: str,
-    names: list[str],
-    photo: int,
-    captions: list[int],
-    headed: bool = True,
+    rows: list[Row], delimiter: str, names: list[str], photo: int, captions: list[int], headed: bool
 ) -> Captions:
     """Rows of these columns; where there are more than photo and caption, what lacks one of these
     is passed over, and refused otherwise.
@@ -512,14 +507,14 @@ def _read_columns(
         if not name:
             continue
         texts = [cells[place] for place in captions if cells[place]]
-        quoted = all(spelled.lstrip().startswith('"') for _, spelled in whole)
-        if not headed and more and (quoted or delimiter == "\t"):
-            texts = [value for value, _ in whole]
-        elif not headed and more and whole[0][0] != whole[0][1].strip():
-            raise UserError(
-                f"{where} has {len(names) + more} columns: say which is what in a first row, such "
-                f"as image{delimiter}caption"
-            )
+        if more and not headed:
+            if delimiter == "\t" or all(spelled.lstrip().startswith('"') for _, spelled in whole):
+                texts = [value for value, _ in whole]
+            elif whole[0][0] != whole[0][1].strip():  # it is quoted, and another column follows
+                raise UserError(
+                    f"{where} has {len(names) + more} columns: say which is what in a first row, "
+                    f"such as image{delimiter}caption"
+                )
         found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)
     return found
 
