@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_captions, check_name
+from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name
 from options import SPLITS
 from photo_names import is_photo, is_unread, photos_in
 from utils import SURROGATES, UserError, decoded, read_json, read_text
@@ -44,6 +44,8 @@ PLAINLY = ("caption", "captions")  # which count before the other names
 NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
 SAMPLE = 1000  # rows by which it is decided what is what
 MOST_LINES = 100  # of a quoted caption
+OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
+ROW = "write photo.jpg,A caption"
 # What is no text, by how it begins.
 OTHER_KINDS = {
     b"PK\3\4": "a zip or a spreadsheet",
@@ -74,7 +76,7 @@ class Captions:
     mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
 
     def add(self, name: str, captions: Iterable[str], where: object) -> None:
-        """Add a photo's captions; the name is relative to the photo folder."""
+        """Add a photo's captions, texts or lists of them; the name is relative to its folder."""
         if SURROGATES.search(name) or "\0" in name:
             self.passed.append(f"{where}: {ascii(name)} can't be the name of a photo")
             return
@@ -82,13 +84,35 @@ class Captions:
         # Where the photo lay on somebody's disk: `match_names` looks for its last part.
         name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
         check_name(where, name)
-        for text in itertools.chain.from_iterable(map(_listed, captions)):
+        texts = [*captions] or [""]
+        if odd := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
+        for text in itertools.chain.from_iterable(map(_listed, texts)):
             whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
                 self.texts.setdefault(name, []).append(whole.strip())
             else:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
+
+    def name_of(
+        self, where: str, said: Any, usage: str, bare: bool = True, strict: bool = True
+    ) -> str:
+        """The photo's name in a cell or value; nothing where it is passed over.
+
+        A `bare` one may lack its suffix; what is no name is refused if `strict`.
+        """
+        name = _plain(said) if isinstance(said, str) else said
+        unread = is_unread(name)
+        plain = bare and isinstance(name, str | int) and BARE.fullmatch(str(name)) and not unread
+        if plain or (isinstance(name, str) and is_photo(name)):
+            return str(name)
+        why = "can't be read: make it a JPEG" if unread else "is not the name of a photo"
+        # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
+        if strict and not unread and "#" not in str(said):
+            raise UserError(f"{where}: {name!r} {why}: {usage}")
+        self.passed.append(f"{where}: {name!r} {why}")
+        return ""
 
     def tell(self, source: Path) -> None:
         """Say what was read and what was not."""
@@ -111,7 +135,7 @@ def _listed(text: str) -> list[str]:
     for read, cell in ((json.loads, text), *((ast.literal_eval, each) for each in python)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
-            texts = _texts([*values]) if isinstance(values, list | tuple) else [None]
+            texts = texts_of([*values]) if isinstance(values, list | tuple) else [None]
             if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
@@ -138,31 +162,23 @@ def find_table(*folders: Path) -> Path | None:
 
 def read_captions(path: Path) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line."""
+    readers = {"JSON": _read_object, "JSON lines": _read_objects, "table": _read_rows}
     try:
-        found = _read(path, *read_file(path))
+        form, content = read_file(path)
+        found = readers[form](path, content)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
-    empty = [
-        (name, text) for name, texts in found.texts.items() for text in texts if text in NOTHING
-    ]
-    # One photo's may be somebody's caption.
-    for name, text in empty if len({name for name, _ in empty}) > 1 else ():
-        found.texts[name].remove(text)
-        found.passed.append(
-            f"{path}: the caption {text!r} of {name!r} is a program's word for none"
-        )
+    empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
+    for name in empty if len(empty) > 1 else ():  # one photo's may be somebody's caption
+        none = [text for text in found.texts[name] if text in NOTHING]
+        found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
+        found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
     found.texts = {name: texts for name, texts in found.texts.items() if texts}
     return found
 
 
-def _read(path: Path, form: str, content: Any) -> Captions:
-    if form == "JSON":
-        return _read_object(path, content)
-    return _read_objects(path, content, form) if form == "JSON lines" else _read_rows(path, content)
-
-
 def read_file(path: Path) -> tuple[str, Any]:
-    """The kind of a file, and its value, its lines as `(where, line)`, or its text and rows."""
+    """The kind of a file, and its JSON value, or its lines as `(where, line)`."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         start = file.read(64)
         if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):
@@ -176,14 +192,15 @@ def read_file(path: Path) -> tuple[str, Any]:
     text = LINE_END.sub("\n", read_text(path))
     text = re.sub(r"\Asep=.\n", "\n", text)  # which Excel begins with
     text = MISSING_DELIMITER.sub(r"\1|", text)
-    rows = [(n, row) for n, row in enumerate(text.split("\n"), 1) if row.strip(" \t,;|\x1a")]
+    lines = enumerate(text.split("\n"), 1)
+    rows = [(f"{path}, line {n}", row) for n, row in lines if row.strip(" \t,;|\x1a")]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     first = rows[0][1].lstrip()
     if path.suffix.lower() in (".jsonl", ".ndjson") or first.startswith("{"):
         if first.strip() in ("{", "[") or first.startswith("[{"):  # an object over several lines
             return "JSON", read_json(path)
-        return "JSON lines", [(f"{path}, line {n}", row) for n, row in rows]
+        return "JSON lines", rows
     return "table", rows
 
 
@@ -192,54 +209,60 @@ def read_file(path: Path) -> tuple[str, Any]:
 
 def _read_object(path: Path, table: Any) -> Captions:
     """One JSON value for all photos."""
+    if isinstance(table, list):
+        named = ((f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1))
+        return _read_objects(path, named, "a list of objects")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path} holds no captions: write {PLAIN}")
+    if set(table) <= {*SPLITS, *OTHER_SPLITS}:
+        return _merged("captions by split", (_read_object(path, part) for part in table.values()))
+    images, annotations = table.get("images"), table.get("annotations")
     try:
-        if isinstance(table, list):
-            named = ((f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1))
-            return _read_objects(path, named, "a list of objects")
-        if not isinstance(table, dict) or not table:
-            raise UserError(f"{path} holds no captions: write {PLAIN}")
-        images, annotations = table.get("images"), table.get("annotations")
         if isinstance(images, list) and isinstance(annotations, list):
             return _read_coco(path, images, annotations)
         if isinstance(images, list) and any("sentences" in image for image in images):
             return _read_karpathy(path, images)
-        entries = images or table.get("data", annotations)  # `data` as TextCaps has it
-        if isinstance(entries, list) and all(isinstance(each, dict) for each in entries):
-            return _read_object(path, entries)
-        if entries is not None and not isinstance(entries, list):
-            raise TypeError(f"a {type(entries).__name__}")
+        objects = _objects(table)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
-    if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        return _merged("captions by split", (_read_object(path, part) for part in table.values()))
-    values = [*table.values()]
-    if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
-        return _read_object(path, [{"image_id": key} | value for key, value in table.items()])
-    if set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}:
-        if any(isinstance(table.get(key), str) for key in NAME_KEYS):  # one photo's object
-            return _read_object(path, [table])
-        columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
-        if len({len(each) if isinstance(each, list) else -1 for each in columns}) == 1:
-            rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-            return _read_object(path, rows)
+    if objects is not None:
+        return _read_object(path, objects)
     found = Captions("a table of photos")
     for name, said in table.items():
-        texts = _texts(said)
-        known = is_photo(name) or isinstance(said, str | list | dict)  # or the file's version
-        if not known or not (texts or isinstance(said, dict)):
+        texts = texts_of(said)
+        if texts and (is_photo(name) or isinstance(said, str | list | dict)):
+            found.add(name, texts, path)
+        else:  # or it is the file's version
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
-            continue
-        check_captions(path, name, texts or [""], blank=True)
-        found.add(name, texts or [""], path)
     return found
 
 
-def _texts(said: Any, keys: Sequence[str] = ()) -> list[Any]:
+def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The objects of photos that stand below a key, by their index, alone, or as columns."""
+    entries = table.get("images") or table.get("data", table.get("annotations"))
+    if entries is not None and not isinstance(entries, list):
+        raise TypeError(f"a {type(entries).__name__}")
+    if entries is not None and all(isinstance(entry, dict) for entry in entries):
+        return entries  # `data` as TextCaps has it
+    values = [*table.values()]
+    if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
+        return [{"image_id": key} | value for key, value in table.items()]
+    if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
+        return None
+    if any(isinstance(table.get(key), str) for key in NAME_KEYS):
+        return [table]
+    columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
+    if len({len(each) if isinstance(each, list) else -1 for each in columns}) > 1:
+        return None
+    return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, or a list."""
     if isinstance(said, list):
-        return [text for each in said for text in _texts(each)]
+        return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
-        return _texts(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
+        return texts_of(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
     return [] if said is None else [said]
 
 
@@ -261,26 +284,23 @@ def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Capti
     }
     found = Captions("COCO's captions")
     for entry in annotations:
-        name, texts = names.get(str(entry.get("image_id"))), [*map(str, _texts(entry))]
+        name = names.get(str(entry.get("image_id")))
         if entry.get("is_rejected") or entry.get("is_precanned"):  # as VizWiz marks what is none
             found.passed.append(f"annotation {entry.get('id')}: marked as no caption of the photo")
-        elif name is None or not any(text.strip() for text in texts):
-            found.passed.append(f"annotation {entry.get('id')}: no such image, or no caption")
+        elif isinstance(name, str):
+            found.add(name, map(str, texts_of(entry)), path)
         else:
-            found.add(name, texts, path)
+            found.passed.append(f"annotation {entry.get('id')}: no such image")
     return found
 
 
 def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     found = Captions("Karpathy's captions and split")
     for image in images:
-        folder, name = image.get("filepath"), image["filename"]
+        name = os.path.join(image.get("filepath") or "", image["filename"])
         sentences = image.get("sentences") or []
         texts = [each.get("raw") or " ".join(each.get("tokens") or []) for each in sentences]
-        if any(texts):
-            found.add(f"{folder}/{name}" if folder else name, texts, path)
-        else:
-            found.passed.append(f"{name}: it has no sentence")
+        found.add(name, texts, path)
     return found
 
 
@@ -300,10 +320,11 @@ def read_objects(
     return rows
 
 
-def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> Captions:
+def _read_objects(
+    path: Path, entries: Iterable[tuple[str, Any]], form: str = "JSON lines"
+) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
-    usage = 'write {"image": "photo.jpg", "caption": "A caption"}'
-    rows = read_objects(entries, usage)
+    rows = read_objects(entries, OBJECT)
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     columns = [[row.get(key) for _, row in rows[:SAMPLE]] for key in keys]
     photos, captions = ([keys[i] for i in places] for places in choose_columns(keys, columns))
@@ -312,19 +333,9 @@ def _read_objects(path: Path, entries: Iterable[tuple[str, Any]], form: str) -> 
     for where, row in rows:
         key = next((key for key in photos if key in row), None)
         if key is None or not any(caption in row for caption in captions):
-            raise UserError(f"{where} names no photo and caption: {usage}")
-        name, texts = photo_in(row[key]), _texts(row, captions) or [""]
-        name = _plain(name) if isinstance(name, str) else name
-        if is_unread(name):
-            found.passed.append(f"{where}: {name!r} can't be read: make it a JPEG")
-            continue
-        if key in NUMBERS and isinstance(name, str | int) and BARE.fullmatch(str(name)):
-            name = str(name)
-        elif not isinstance(name, str) or not is_photo(name):
-            raise UserError(f"{where}: {name!r} is not the name of a photo: {usage}")
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: {name!r} has a caption that is no text: {usage}")
-        found.add(name, texts, where)
+            raise UserError(f"{where} names no photo and caption: {OBJECT}")
+        if name := found.name_of(where, photo_in(row[key]), OBJECT, bare=key in NUMBERS):
+            found.add(name, texts_of(row, captions), where)
     return found
 
 
@@ -354,7 +365,7 @@ def choose_columns(
         return sum(good) / max(1, len(good))
 
     def words(place: int) -> int:
-        return sum(len(re.findall(r"[^\W\d_]+", str(_texts(cell)))) for cell in columns[place])
+        return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(cell)))) for cell in columns[place])
 
     usual = [i for key in NAME_KEYS for i, name in enumerate(names) if name == key]
     captions = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key]
@@ -367,72 +378,72 @@ def choose_columns(
 
 
 def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
-    """All columns of captions: the likeliest and those of its name, or those that are numbered."""
-    numbered = [i for i, name in enumerate(names) if NUMBERED.fullmatch(name)]
-    if not captions:
-        return numbered
-    stem = names[captions[0]].rstrip("s")
-    return sorted(
-        {i for i, name in enumerate(names) if name == names[captions[0]]}
-        | {i for i in numbered if names[i].startswith(stem)}
-    )
+    """All columns of captions: those of the likeliest one's name, or of it and a number."""
+    likeliest = names[captions[0]] if captions else ""
+    numbered = {n for n in names if NUMBERED.fullmatch(n) and n.startswith(likeliest.rstrip("s"))}
+    return [i for i, name in enumerate(names) if name and name in {likeliest, *numbered}]
 
 
-def _read_rows(path: Path, rows: list[tuple[int, str]]) -> Captions:
+Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
+
+
+def _read_rows(path: Path, lines: list[tuple[str, str]]) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
     The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
     may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
-    delimiter = _delimiter(rows[0][1])
-    whole, names = headed_rows(path, rows)
-    sample = [row for _, row in whole[1 : SAMPLE + 1]]
+    delimiter, names, rows = table_of(lines)
+    sample = [row for _, row in rows[1 : SAMPLE + 1]]
     columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
     photos, captions = choose_columns(names, columns)
     captions = caption_columns(names, captions)
     if not captions and any(is_photo(_plain(name)) for name in names):
-        return _read_plain(path, whole, delimiter)
-    if not photos or not captions:
+        numbered = len(names) > 2 and names[1].isdigit() and delimiter != " "
+        names = ["image", *NUMBER_KEYS[:numbered], "caption"]
+        found = _read_columns(rows, delimiter, names, 0, [len(names) - 1], headed=False)
+    elif photos and captions:
+        found = _read_columns(rows[1:], delimiter, names, photos[0], captions, headed=True)
+    else:
         raise UserError(
-            f"{path}, line {rows[0][0]}: of the columns {', '.join(filter(None, names))} none is "
+            f"{rows[0][0]}: of the columns {', '.join(filter(None, names))} none is "
             f"known to name {'captions' if photos else 'photos'}: call them "
             f"{', '.join(NAME_KEYS)} and {', '.join(CAPTION_KEYS)}, or begin with a row like "
             "photo.jpg,A caption"
         )
-    return _read_columns(path, whole, delimiter, names, photos[0], captions)
+    if not found.texts:
+        why = "".join(f": {line}" for line in found.passed[:1])
+        raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
+    return found
 
 
-Row = tuple[int, list[tuple[str, str]]]  # a line's number, and each field's value and spelling
-
-
-def _delimiter(first: str) -> str:
-    if (words := re.match(r"([^\s,|;]+) +[^\s,|;]", first)) and is_photo(_plain(words[1])):
-        return " "  # where tabs were lost
-    return next((mark for mark in first if mark in ",|\t;"), ",")
-
-
-def headed_rows(path: Path, rows: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
-    """The rows of a table, and the names in its first one."""
-    whole = [*_whole_rows(path, rows, _delimiter(rows[0][1]))]
-    return whole, [_plain_key(value) for value, _ in whole[0][1]]
+def table_of(lines: list[tuple[str, str]]) -> tuple[str, list[str], list[Row]]:
+    """A table's delimiter, the names in its first row, and all of its rows."""
+    first = lines[0][1]
+    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
+    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
+    if words and is_photo(_plain(words[1])):
+        delimiter = " "  # where tabs were lost
+    rows = [*_whole_rows(lines, delimiter)]
+    return delimiter, [_plain_key(value) for value, _ in rows[0][1]], rows
 
 
 def _plain_key(name: str) -> str:
     return re.sub("[ -]+", "_", name.strip().lower())
 
 
-def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iterator[Row]:
+def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     """The rows of a table; one that ends within quotes goes on with the lines after it."""
     mark = re.escape(delimiter)
-    end = rf"[ \r]*(?:{mark}|\Z)"
+    end = rf"[ \r]*{mark}"
     field = re.compile(  # quotes within quotes are doubled, or else follow a backslash
-        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*)(?:{mark}|\Z)'
+        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*){mark}'
     )
 
     def fields(text: str) -> list[tuple[str, str]]:
         if len(text) > csv.field_size_limit():
-            raise UserError(f"{path}, line {number} is longer than {csv.field_size_limit():,}")
+            raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
         found = []
         for match in field.finditer(text + delimiter):  # so that the last one has an end too
             doubled, escaped, value = match.groups()
@@ -441,55 +452,36 @@ def _whole_rows(path: Path, rows: list[tuple[int, str]], delimiter: str) -> Iter
             elif escaped is not None:
                 value = re.sub(r"\\(.)", r"\1", escaped)
             found.append((value.strip(), match[0].removesuffix(delimiter)))
-        return found[:-1]
+        return found
 
     def is_open(row: list[tuple[str, str]]) -> bool:
         spelled = row[-1][1].lstrip()
         return spelled.startswith('"') and spelled.count('"') % 2 == 1
 
     place = 0
-    while place < len(rows):
-        number, text = rows[place]
+    while place < len(lines):
+        where, text = lines[place]
         row, place = fields(text), place + 1
-        last = min(len(rows), place + MOST_LINES)
+        last = min(len(lines), place + MOST_LINES)
         while is_open(row) and place < last:
-            more = rows[place][1]
+            more = lines[place][1]
             if any(is_photo(_plain(value)) for value, _ in fields(more)):
                 break
             text, place = f"{text}\n{more}", place + 1
             row = fields(text)
         if is_open(row):
-            raise UserError(f"{path}, line {number}: a quoted caption isn't closed before the next")
-        yield number, row
-
-
-def _read_plain(path: Path, rows: list[Row], delimiter: str) -> Captions:
-    """A table without a header: a photo, perhaps a number, and the rest is its caption."""
-    found = Captions("a table")
-    first = rows[0][1]
-    numbered = len(first) > 2 and first[1][0].isdigit() and delimiter != " "
-    for number, row in rows:
-        where = f"{path}, line {number}"
-        if name := _named(where, row[0][0], False, found.passed):
-            rest = row[2:] if numbered else row[1:]
-            if numbered and not (len(row) > 2 and row[1][0].isdigit()):
-                raise UserError(f"{where}: {''.join(v for v, _ in row[1:2])!r} is not a number")
-            several = delimiter == "\t" or all(s.lstrip().startswith('"') for _, s in rest)
-            if not several and rest[0][0] != rest[0][1].strip():
-                raise UserError(
-                    f"{where} has {len(row)} columns: say which is what in a first row, such as "
-                    f"image{delimiter}caption"
-                )
-            texts = [value for value, _ in rest] if several else [_joined(rest, delimiter)]
-            found.add(name, texts or [""], where)
-    return _any(path, found)
+            raise UserError(f"{where}: a quoted caption isn't closed before the next")
+        yield where, row
 
 
 def _read_columns(
-    path: Path, rows: list[Row], delimiter: str, names: list[str], photo: int, captions: list[int]
+    rows: list[Row], delimiter: str, names: list[str], photo: int, captions: list[int], headed: bool
 ) -> Captions:
-    """A table with a header; what has no photo or caption is passed over if there is more to it
-    than these, and refused otherwise."""
+    """Rows of these columns; where there are more than photo and caption, what lacks one of these
+    is passed over, and refused otherwise.
+
+    Without a header the last column may hold several captions, by tabs or each in quotes.
+    """
     others = [n for i, n in enumerate(names) if n and i != photo and i not in captions]
     ignored = [name for name in others if name not in NUMBER_KEYS]
     found = Captions(
@@ -497,33 +489,33 @@ def _read_columns(
     )
     last, strict = captions[-1], not ignored and len(captions) == 1
     count = names.index(others[0]) if strict and others else None  # the caption's number
-    for number, row in rows[1:]:
-        where, more = f"{path}, line {number}", len(row) - len(names)
-        if more > 0:  # delimiters within a caption that isn't quoted
-            if len(captions) > 1:
-                found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
-                continue
-            row[last : last + more + 1] = [(_joined(row[last : last + more + 1], delimiter), "")]
-        row += [("", "")] * -more
-        if not strict and not any(value for value, _ in row):
+    for where, row in rows:
+        row += [("", "")] * (len(names) - len(row))
+        more = len(row) - len(names)
+        if more and len(captions) > 1:
+            found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
             continue
-        if count is not None and not row[count][0].isdigit():
-            raise UserError(f"{where}: {row[count][0]!r} is not the number of a caption")
-        if name := _named(where, row[photo][0], True, found.passed, strict):
-            texts = [row[place][0] for place in captions if row[place][0]]
-            found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)
-    return _any(path, found)
-
-
-def _joined(fields: Sequence[tuple[str, str]], delimiter: str) -> str:
-    """A caption that has delimiters in it, as it was spelled."""
-    return fields[0][0] if len(fields) == 1 else delimiter.join(s for _, s in fields).strip()
-
-
-def _any(path: Path, found: Captions) -> Captions:
-    if not found.texts:
-        why = "".join(f": {line}" for line in found.passed[:1])
-        raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
+        whole = row[last : last + more + 1]
+        if more:  # delimiters within a caption that isn't quoted
+            row[last : last + more + 1] = [(delimiter.join(s for _, s in whole).strip(), "")]
+        cells = [value for value, _ in row]
+        if not any(cells):
+            continue
+        if count is not None and not cells[count].isdigit():
+            raise UserError(f"{where}: {cells[count]!r} is not the number of a caption")
+        name = found.name_of(where, cells[photo], ROW, bare=headed, strict=strict)
+        if not name:
+            continue
+        texts = [cells[place] for place in captions if cells[place]]
+        if more and not headed:
+            if delimiter == "\t" or all(spelled.lstrip().startswith('"') for _, spelled in whole):
+                texts = [value for value, _ in whole]
+            elif whole[0][0] != whole[0][1].strip():  # it is quoted, and another column follows
+                raise UserError(
+                    f"{where} has {len(names) + more} columns: say which is what in a first row, "
+                    f"such as image{delimiter}caption"
+                )
+        found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)
     return found
 
 
@@ -531,21 +523,6 @@ def _plain(name: str) -> str:
     """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     return re.sub(r"(#\w+)+$", "", name)
-
-
-def _named(where: str, cell: str, headed: bool, passed: list[str], strict: bool = True) -> str:
-    """The photo's name in a cell, or nothing where it is passed over."""
-    name = _plain(cell)
-    if is_photo(name) or (headed and BARE.fullmatch(name) and not is_unread(name)):
-        return name
-    if is_unread(name):
-        passed.append(f"{where}: {name!r} can't be read: make it a JPEG")
-        return ""
-    # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
-    if strict and "#" not in cell:
-        raise UserError(f"{where}: {name!r} is not the name of a photo: write photo.jpg,A caption")
-    passed.append(f"{where}: {name!r} is not the name of a photo")
-    return ""
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------

@@ -206,9 +206,7 @@ def given_tokenizer(settings: SimpleNamespace, paths: DataPaths) -> CaptionToken
     """The tokenizer that the user gave, if any."""
     if bool(settings.VOCAB_FILE) != bool(settings.MERGES_FILE):
         raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
-    if settings.VOCAB_FILE:
-        return CaptionTokenizer.load(paths.vocab, paths.merges)
-    return None
+    return CaptionTokenizer.load(paths.vocab, paths.merges) if settings.VOCAB_FILE else None
 
 
 def learn_tokenizer(

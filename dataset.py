@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -112,18 +113,13 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     """Read captions.json: `{"photo.jpg": ["caption", ...]}`, names relative to the photo folder."""
     table = _read_table(path, PLAIN)
     for name, captions in table.items():
-        check_captions(path, name, captions)
+        if not isinstance(captions, list) or not captions:
+            raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
+        for caption in captions:
+            if not isinstance(caption, str) or not caption.strip():
+                raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
     # Half characters, of an emoji cut in two, can't be encoded.
     return {name: [SURROGATES.sub("\ufffd", text) for text in table[name]] for name in table}
-
-
-def check_captions(path: Path, name: str, captions: object, blank: bool = False) -> None:
-    """Refuse what is no list of a photo's captions, some of which may be `blank`."""
-    if not isinstance(captions, list) or not captions:
-        raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
-    for caption in captions:
-        if not isinstance(caption, str) or not (blank or caption.strip()):
-            raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +181,15 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
         for name, questions in load_questions(paths.questions).items():
             said[name] = said.get(name, []) + questions
     texts = {name: [t for t in group if normalize(t.target)] for name, group in said.items()}
+    kept, all_of = (
+        Counter(text.task for group in table.values() for text in group) for table in (texts, said)
+    )
     for task in tasks:
-        kept, all_of = (
-            sum(text.task == task for group in table.values() for text in group)
-            for table in (texts, said)
-        )
         what = "captions" if task == "captions" else "answers"
-        if not kept:
+        if not kept[task]:
             raise UserError(f"no {what} have a word: there is nothing to learn for TASKS {task!r}")
-        if kept < all_of:
-            print(f"left out {all_of - kept:,} {what} without a word")
+        if left := all_of[task] - kept[task]:
+            print(f"left out {left:,} {what} without a word")
     return {name: group for name, group in texts.items() if group}
 
 
@@ -246,13 +241,11 @@ def find_images(
             f"the photo folder {image_dir} is missing: run {interpreter()} prepare_dataset.py"
         )
     root = os.path.realpath(image_dir) + os.sep
-    folders: dict[str, str] = {}  # resolved once each: 30,000 photos stand in few folders
+    resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
     found, missing = [], []
     for name in names:
-        folder, base = os.path.split(name)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(os.path.join(root, folder))
-        file = os.path.join(folders[folder], base)
+        folder, base = os.path.split(os.path.join(root, name))
+        file = os.path.join(resolved(folder), base)
         if os.path.islink(file):
             file = os.path.realpath(file)
         if not file.startswith(root) and not follow_links:
@@ -293,13 +286,12 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
     for name, place in places.items():
         splits["train" if place < train_ratio else "val" if place < middle else "test"].append(name)
     for split, begin, end in (("train", 0, train_ratio), ("val", train_ratio, middle)):
-        givers = [other for other in SPLITS if len(splits[other]) > (other != "test")]
+        givers = [splits[other] for other in SPLITS if len(splits[other]) > (other != "test")]
         if not splits[split] and givers:
-            spare = [name for other in givers for name in splits[other]]
+            spare = itertools.chain(*givers)
             name = min(spare, key=lambda n: max(begin - places[n], places[n] - end))
-            for other in givers:
-                splits[other] = [kept for kept in splits[other] if kept != name]
-            splits[split] = [name]
+            next(giver for giver in givers if name in giver).remove(name)
+            splits[split].append(name)
             print(
                 f"so few photos leave none for {split} at TRAIN_SPLIT_RATIO = {train_ratio}: "
                 f"{name} is taken for it (--train_split_ratio changes the share)"

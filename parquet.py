@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archive import check_unpacked
-from captions_file import CAPTION_KEYS, caption_columns, choose_columns
+from captions_file import CAPTION_KEYS, caption_columns, choose_columns, texts_of
 from photo_names import is_photo
 from utils import UserError, first_line, require_extra
 
@@ -36,7 +36,9 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
                         image = row[photo]
                         image = image if isinstance(image, dict) else {"bytes": image}
                         if content := image["bytes"]:
-                            yield _name(image.get("path"), taken), content, _texts(row, captions)
+                            texts = texts_of([row[column] for column in captions])
+                            texts = [text for text in texts if isinstance(text, str)]
+                            yield _name(image.get("path"), taken), content, texts
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
 
@@ -65,12 +67,3 @@ def _name(path: str | None, taken: set[str]) -> str:
         name, number = f"{number:06d}.jpg", number + 1
     taken.add(name.lower())
     return name
-
-
-def _texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """A row's captions: texts, lists of them, or of objects as Karpathy's sentences."""
-    found: list[Any] = []
-    for column in columns:
-        found += row[column] if isinstance(row[column], list) else [row[column]]
-    found = [x.get("raw") or x.get("caption") if isinstance(x, dict) else x for x in found]
-    return [text for text in found if isinstance(text, str)]

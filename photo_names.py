@@ -48,8 +48,7 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
         raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
     real = {name: name for name in texts if os.path.isfile(folder / name)}
     for way in (_spelled, _stem):
-        taken = set(real.values())
-        free = [name for name in there if name not in taken]
+        free = {*there}.difference(real.values())
         real |= _alike([name for name in texts if name not in real], free, way)
     # Photos of one name may stand in several folders: where any is there, theirs may be missing.
     real = real or _ending(texts, there)

@@ -129,7 +129,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         tables = {n.lower(): entries.pop(n) for n in list(entries) if n.lower() in TABLE_NAMES}
         if not entries:
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        if not (tables or paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+        there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
+        if not (tables or there):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}): write them to "
                 f"{paths.captions} first"
@@ -139,7 +140,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
-        if tables and not (paths.captions.exists() or find_table(paths.data_dir, paths.images)):
+        if tables and not there:
             name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
     write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
@@ -432,22 +433,16 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) 
         return path
     try:
         [archive] = download([url], paths.data_dir / "temp_download", paths.data_dir)
-        _extract_karpathy(archive, name, path)
-    except UserError as error:
-        raise UserError(f"Karpathy's split is not to be had: {error}. To go on: {remedy}") from None
-    return path
-
-
-def _extract_karpathy(archive: Path, name: str, path: Path) -> None:
-    try:
         with open_zip([archive]) as zipped:
             info = next((i for i in zipped.infolist() if i.filename.split("/")[-1] == name), None)
             if info is None or info.file_size > MAX_ENTRY_BYTES:
                 raise UserError(f"{archive} holds no sound {name}")
             write_file(path, zipped.read(info))
-    except DamagedArchive:
-        archive.unlink()
-        raise
+    except UserError as error:
+        if isinstance(error, DamagedArchive):
+            archive.unlink()  # the next run downloads it anew
+        raise UserError(f"Karpathy's split is not to be had: {error}. To go on: {remedy}") from None
+    return path
 
 
 def write_splits(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captions_file import NAME_KEYS, headed_rows, photo_in, read_file, read_objects
+from captions_file import NAME_KEYS, photo_in, read_file, read_objects, table_of
 from photo_names import match_names
 from utils import UserError, read_json, write_file
 
@@ -21,34 +21,40 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
             return content  # our own form: `load_questions` says what is wrong with it
         content = values
-    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
-    if form == "table":
-        rows, names = headed_rows(path, content)
-        entries = [
-            (f"{path}, line {number}", dict(zip(names, (value for value, _ in row), strict=False)))
-            for number, row in rows[1:]
+    if form == "JSON":
+        content = [(str(path), entry) for entry in content]
+    elif form == "table":
+        _, names, rows = table_of(content)
+        content = [
+            (where, {key: cell for key, (cell, _) in zip(names, row, strict=False)})
+            for where, row in rows[1:]
         ]
-    else:
-        entries = content if form == "JSON lines" else ((str(path), entry) for entry in content)
+    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
     table: dict[str, list[dict[str, Any]]] = {}
-    for where, row in read_objects(entries, usage):
+    for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
-        people = [a.get("answer") if isinstance(a, dict) else a for a in row.get("answers") or []]
-        answers = [str(answer) for answer in people if answer is not None]
-        if not name or not row.get("question") or not (answers or row.get("answer") is not None):
+        question = _question(row.get("question"), row)
+        if not name or not question:
             raise UserError(f"{where} has no photo, question and answer: {usage}")
-        kind = row.get("type") or row.get("question_type") or row.get("answer_type") or ""
-        said = {"question": str(row["question"]), "answer": str(row.get("answer") or "")}
-        said |= {"answers": answers} if answers else {}
-        table.setdefault(name, []).append(said | {"type": str(kind)})
+        table.setdefault(name, []).append(question)
     return table
 
 
+def _question(asked: Any, entry: dict[str, Any]) -> dict[str, Any] | None:
+    """A question with its answer, or several people's, in an entry; None if one has no words."""
+    people = [a.get("answer") if isinstance(a, dict) else a for a in entry.get("answers") or []]
+    answers = [str(answer) for answer in people if answer is not None]
+    common = max(answers, key=answers.count, default="")
+    own = (entry.get("multiple_choice_answer"), entry.get("answer"), common)
+    answer = next((str(text) for text in own if text not in (None, "")), "")
+    if not asked or not str(asked).strip() or not answer.strip():
+        return None
+    kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
+    return {"question": str(asked), "answer": answer, "answers": answers, "type": str(kind)}
+
+
 def convert_vqa(
-    questions: Sequence[str],
-    annotations: Sequence[str],
-    target: Path,
-    images: Path | None = None,
+    questions: Sequence[str], annotations: Sequence[str], target: Path, images: Path | None = None
 ) -> None:
     """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
 
@@ -74,21 +80,15 @@ def convert_vqa(
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {str(e["question_id"]): str(e["question"] or "") for e in asked["questions"]}
+    texts = {str(entry["question_id"]): entry["question"] for entry in asked["questions"]}
     passed = 0
     for entry in answered["annotations"]:
-        people = entry.get("answers") or []
-        answers = [str(given["answer"] if isinstance(given, dict) else given) for given in people]
-        own = [entry.get(key) for key in ("multiple_choice_answer", "answer")]
-        answer = next((str(text) for text in own if text not in (None, "")), "")
-        question = texts.get(str(entry["question_id"]), "")
-        common = max(answers, key=answers.count, default="")
-        if not question.strip() or not (answer or common).strip():
+        question = _question(texts.get(str(entry["question_id"])), entry)
+        if question is None:
             passed += 1
             continue
         number = str(entry["image_id"])
         name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
-        row = {"question": question, "answer": answer, "answers": answers}
-        table.setdefault(name, []).append(row | {"type": str(entry.get("question_type") or "")})
+        table.setdefault(name, []).append(question)
     if passed:
         print(f"  passed over: {passed:,} annotations without a question or an answer")

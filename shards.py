@@ -47,13 +47,7 @@ from features import (
 )
 from tars import Sample, elsewhere, identity, read_shard, shard_name
 from tokenizer import CaptionTokenizer
-from utils import (
-    Bar,
-    UserError,
-    require_extra,
-    require_room,
-    size_text,
-)
+from utils import Bar, UserError, require_extra, require_room, size_text
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a photo's shard, by number, and its row there
@@ -362,14 +356,16 @@ class StreamedRows:
         before, own = sum(sizes[: team.rank]), sizes[team.rank]
         part = [len(self) * edge // batch_size for edge in (before, before + own)]
         key = (seed, epoch, team.rank)
-        cut = self._cut(self._shuffled(self._in_order(seed, epoch, *part), key), own, key, skip)
+        shuffled, pools = self._shuffled(self._in_order(seed, epoch, *part), key), skip // POOL
         # A process that is done before the others goes on with empty batches.
-        cut = itertools.chain(cut, itertools.repeat(([], [])))
-        cut = itertools.islice(cut, self.count(batch_size))
+        cut = itertools.chain(self._cut(shuffled, own, key, pools), itertools.repeat(([], [])))
+        cut = itertools.islice(cut, self.count(batch_size) - pools * POOL)
+        # Of whole pools that are behind no caption needs to be encoded.
+        first = itertools.islice(shuffled, pools * POOL * own)
+        then = (place for places, _ in itertools.islice(cut, skip % POOL) for place in places)
         behind = [bytearray(shard.photos) for shard in self.stock.shards]
-        for places, _ in itertools.islice(cut, skip):
-            for shard, row in places:
-                behind[shard][row] = True
+        for shard, row in itertools.chain(first, then):
+            behind[shard][row] = True
         places = self._in_order(seed, epoch, *part)
         self.stock.begin((shard, row) for shard, row in places if not behind[shard][row])
         for places, rows in cut:
@@ -389,17 +385,10 @@ class StreamedRows:
         return filters.shuffle(self.buffer, initial=self.buffer, rng=dice)(places)
 
     def _cut(
-        self, places: Iterator[Place], batch_size: int, key: Sequence[int], skip: int
+        self, places: Iterator[Place], batch_size: int, key: Sequence[int], pool: int
     ) -> Iterator[tuple[list[Place], list[list[list[int]]]]]:
-        """Batches of photos, and each one's captions as ids, which of the first `skip` may lack."""
-        for pool in itertools.count():
-            members = list(itertools.islice(places, POOL * batch_size))
-            if not members:
-                return
-            if (pool + 1) * POOL <= skip:
-                for start in range(0, len(members), batch_size):
-                    yield members[start : start + batch_size], []
-                continue
+        """Batches of photos, and each one's captions as ids; `pool` is the first one's number."""
+        while members := list(itertools.islice(places, POOL * batch_size)):
             groups = [self.stock.table(shard)["items"][row][1] for shard, row in members]
             pairs = [("", text) for text in itertools.chain(*groups)]
             ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
@@ -407,3 +396,4 @@ class StreamedRows:
             lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
             for batch in epoch_order(lengths, batch_size, (*key, pool)):
                 yield [members[i] for i in batch], [rows[i] for i in batch]
+            pool += 1

@@ -18,10 +18,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from captions_file import has_word, unescaped
+from captions_file import has_word, texts_of, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
@@ -53,8 +52,7 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    paths = [url if elsewhere(url) else Path(url).expanduser() for url in expanded]
-    urls = [os.path.abspath(path) if isinstance(path, Path) else path for path in paths]
+    urls = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
     missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
     if missing:
         raise UserError(
@@ -203,8 +201,7 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
     if "json" in files and not has_word(texts[0]):
         # Numbers don't matter, and Python refuses long ones.
         table = json.loads(decoded(files["json"][1]), parse_int=float)
-        texts = next((table[key] for key in TEXT_KEYS if table.get(key)), [])
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
     captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
     if "photo" not in files or not captions:
         return "without a caption" if "photo" in files else "without a photo"
