@@ -33,13 +33,14 @@ TABLES = (
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file img img_name img_path photo imageid image_url name id"
+    "image_file images img img_name img_path photo imageid image_url name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text prompt".split(),
+    *"caption_text caption_en alt_text prompt conversations messages".split(),
 )
+ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 PLAINLY = ("caption", "captions")  # which count before the other names
 NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
 SAMPLE = 1000  # rows by which it is decided what is what
@@ -258,12 +259,21 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
-    """The captions in a JSON value: a text, an object that has it by a usual key, or a list."""
+    """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
+    answer in a conversation that has one alone."""
+    if isinstance(said, list) and said and all(_speaker(each) for each in said):
+        answers = [each for each in said if _speaker(each) in ANSWERING]
+        said = [each.get("value", each.get("content")) for each in answers[: len(answers) == 1]]
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
         return texts_of(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
     return [] if said is None else [said]
+
+
+def _speaker(said: Any) -> str:
+    """Who speaks in a turn of a conversation, as LLaVA and chat models' data sets have them."""
+    return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
 
 
 def _merged(form: str, parts: Iterable[Captions]) -> Captions:
@@ -529,18 +539,25 @@ def _plain(name: str) -> str:
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions, one a line, in `photo.txt` (or `.caption`) beside `photo.jpg` or in `place`."""
+    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`."""
     found = Captions("a text beside each photo")
     for name in photos_in(folder):
         photo = (place or folder) / name
-        ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT")
+        ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT", ".json")
         if file := next((f for end in ends if os.path.isfile(f := photo.with_suffix(end))), None):
-            text = decoded(file.read_bytes())
-            if lines := [line for line in LINE_END.split(text) if line.strip()]:
+            if lines := _lines(file):
                 found.add(name, lines, file)
                 continue
         found.passed.append(f"{folder / name}: no text beside it")
     return found
+
+
+def _lines(file: Path) -> list[str]:
+    """The captions, one a line, of a text, or those of a photo's own JSON object."""
+    if file.suffix == ".json":
+        said = read_json(file)
+        return texts_of(said) if isinstance(said, dict) else []
+    return [line for line in LINE_END.split(decoded(file.read_bytes())) if line.strip()]
 
 
 def read_nested(folder: Path) -> Captions:

@@ -68,7 +68,7 @@ from encoder import PHOTO_SUFFIXES
 from features import check_bad
 from options import SPLITS, parse_tasks
 from parquet import read_parquet
-from photo_names import is_photo, match_names
+from photo_names import is_photo, match_names, photos_in
 from questions_file import convert_vqa, read_questions
 from shards import say_samples
 from tars import expand_shards, read_shard
@@ -92,6 +92,8 @@ SOURCES = {
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
+LISTS = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".jsonlines", ".ndjson")
+DEPTH = 3  # of folders, in which lists of captions are looked for
 TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".jsonl")  # of what captions in folders come from
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
@@ -190,14 +192,14 @@ def find_captions(
     found = found if found.texts else read_texts_beside(paths.images)
     if found.texts:
         return paths.images, found
-    others = find_others(paths.data_dir)
+    others, refused = find_others(paths)
     if len(others) == 1:
         return others[0]
-    seen = f" (one of {', '.join(str(file) for file, _ in others)}?)" if others else ""
+    seen = [f"one of {', '.join(str(place) for place, _ in others)}?"] if others else refused[:1]
     raise UserError(
         f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
-        f"name a file with --captions_file{seen}"
+        f"name a file with --captions_file{''.join(f' ({each})' for each in seen)}"
     )
 
 
@@ -207,24 +209,39 @@ def karpathy_files(folder: Path) -> list[Path]:
     return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
 
 
-def find_others(folder: Path) -> list[tuple[Path, Captions]]:
-    """Files of other names that captions can be read from, and these."""
-    found = []
-    for file in sorted(folder.iterdir()):
-        own = file.name in OURS or file.name.endswith(".prepared.json")
-        if file.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl") and not own:
-            with contextlib.suppress(UserError):
-                captions = read_captions(file)
-                if any(map(is_photo, captions.texts)):
-                    found.append((file, captions))
-    return found
+def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str]]:
+    """Files of other names that captions can be read from, and folders of texts, with these; and
+    why other files can't be."""
+    found, refused, root = [], [], paths.data_dir
+    photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
+    bare = {os.path.basename(name) for name in photos}
+    names = sorted(files_in(root))
+    parts = [PurePosixPath(name).parts for name in names if name.endswith((".txt", ".caption"))]
+    folders = {first for first, *rest in parts if os.path.splitext("/".join(rest))[0] in photos}
+    for folder in sorted(folders):
+        found.append((root / folder, read_texts_beside(paths.images, root / folder)))
+    for file in (root / name for name in names if name.count("/") < DEPTH):
+        own = file.name in OURS or file.name.endswith(".prepared.json") or file.stem in bare
+        if file.suffix.lower() not in LISTS or own:
+            continue
+        try:
+            captions = read_captions(file)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if any(is_photo(name) or name in bare for name in captions.texts):
+            found.append((file, captions))
+    return found, refused
 
 
 def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
-    texts = (name for name in files_in(source) if name.lower().endswith(TEXT_SUFFIXES))
+    there = [*files_in(source)]
+    photos = {os.path.splitext(name)[0] for name in there if is_photo(name)}
+    texts = [name for name in there if name.lower().endswith(TEXT_SUFFIXES)]
+    texts += [name for name in there if name.endswith(".json") and name[:-5] in photos]
     names = [name for name in texts if name not in OURS and os.path.isfile(source / name)]
     files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
     return hashlib.sha256(repr(files).encode()).hexdigest()

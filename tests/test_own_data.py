@@ -340,6 +340,10 @@ AB = {"1.jpg": ["A"], "2.jpg": ["B"]}
 ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
 
 
+def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
+    return [{who: one, what: "<image>\nDescribe it."}, {who: other, what: answer}]
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
@@ -379,6 +383,14 @@ ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
         ([{"image": {"path": "1.jpg"}, "text": "A"}, {"images": ["2.jpg"], "text": "B"}], AB),
+        (
+            [
+                {"image": "1.jpg", "conversations": talk("from", "value", "human", "gpt", "A")},
+                {"images": ["2.jpg"], "messages": talk("role", "content", "user", "model", "B")},
+                {"image": "3.jpg", "conversations": 2 * talk("from", "value", "x", "gpt", "C")},
+            ],
+            AB,  # whoever is asked twice describes no photo
+        ),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
@@ -588,12 +600,49 @@ def test_a_converted_file_is_no_source(tmp_path):
     assert prepared(folder) == EXPECTED
 
 
-@pytest.mark.parametrize("name", ["train.csv", "Captions.CSV", "my_captions.json"])
+@pytest.mark.parametrize(
+    "name",
+    "train.csv Captions.CSV my_captions.json annotations/captions_val2017.json a/b.ndjson".split(),
+)
 def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
-    text = json.dumps(COCO) if name.endswith("json") else rows("image,caption", "{},{}")
+    lines, table = FORMS["images/metadata.jsonl"][0], rows("image,caption", "{},{}")
+    texts = {".json": json.dumps(COCO), ".ndjson": lines}
+    text = texts.get(Path(name).suffix, table)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     folder = lay_out(tmp_path, {name: text, "dataset_info.json": '{"features": 1}'})
     assert prepared(folder) == EXPECTED
     assert f"{name} is " in capsys.readouterr().out
+
+
+def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
+    """As CUB has its texts, and img2dataset its objects."""
+    folder = lay_out(tmp_path, {}, ["a/1.jpg", "a/2.jpg", "a/3.jpg"])
+    (folder / "text/a").mkdir(parents=True)
+    for name in ("1", "2"):
+        (folder / f"text/a/{name}.txt").write_text("A\nB")
+    assert prepared(folder) == {"a/1.jpg": ["A", "B"], "a/2.jpg": ["A", "B"]}
+    shutil.rmtree(folder / "text")
+    (folder / "captions.json").unlink()
+    said = {"caption": "An old dog", "url": "https://x/y.jpg", "width": 70}
+    for name in ("2", "3"):
+        (folder / f"images/a/{name}.json").write_text(json.dumps(said))
+    assert prepared(folder) == {"a/2.jpg": ["An old dog"], "a/3.jpg": ["An old dog"]}
+    (folder / "images/a/2.json").write_text(json.dumps(said | {"caption": "A cat"}))
+    assert prepared(folder)["a/2.jpg"] == ["A cat"]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"train.csv": "a,b\n1,2"}, "(.*train.csv, line 1: of the columns a, b none is known"),
+        ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
+        (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
+    ],
+)
+def test_where_no_file_is_to_be_chosen_those_there_are_named(tmp_path, files, says):
+    with pytest.raises(UserError) as refused:
+        check(lay_out(tmp_path, files))
+    assert re.search(says.replace("(", r"\(").replace("?)", r"\?\)"), str(refused.value))
 
 
 def test_photos_in_a_folder_of_another_name_are_found(tmp_path):
