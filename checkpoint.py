@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,18 @@ class Checkpoint:
             "settings": self.settings,
             "scores": self.scores,
         }
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> None:
+    """Refuse to go on with, or begin with, a checkpoint that another configuration made."""
+    differing = [
+        f"{of}{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
+            "restore it, or start anew with --resume_checkpoint_path none --start_checkpoint none"
+        )
 
 
 def digest(content: Any) -> str:

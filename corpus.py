@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
     DataPaths,
@@ -73,11 +74,12 @@ def load_data(
     paths: DataPaths,
     device: torch.device,
     team: Team = ALONE,
-    tokenizer: CaptionTokenizer | None = None,
+    begun: Checkpoint | None = None,
 ) -> Data:
     """Read what the tasks want, and encode the photos that aren't in the feature cache yet.
 
-    Without a `tokenizer`, the one that was given is loaded, or one learned.
+    The tokenizer is that of `begun`, from which training goes on; without it the one that was
+    given is loaded, or one learned.
     """
     tasks = parse_tasks(settings.TASKS)
     texts = load_texts(paths, tasks)
@@ -88,12 +90,16 @@ def load_data(
     if settings.MAX_IMAGES:
         splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
-    tokenizer = tokenizer or given_tokenizer(settings, paths)
+    tokenizer = begun.tokenizer if begun else given_tokenizer(settings, paths)
     encoder = FrozenEncoder.load(
         settings.ENCODER_MODEL_NAME,
         settings.ENCODER_REVISION or None,
         parse_layers(settings.ENCODER_LAYERS),
     ).to(device)
+    identity = encoder.identity()
+    if begun:  # before photos are encoded
+        decisive = ("weights", "layers", "preprocessing")
+        check_same(begun.encoder, {key: identity[key] for key in decisive}, "encoder ")
     how = {
         "dtype": choose_dtype(settings.PRECISION, device),
         "batch_size": settings.FEATURE_BATCH_SIZE,
@@ -131,7 +137,7 @@ def load_data(
         tasks,
         texts,
         splits,
-        encoder.identity(),
+        identity,
         encoder.processor.to_json_string(),
         encoder.for_others(weights=False),
         cache,

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, load_checkpoint, save_for_training, save_for_use, stored_digest
+from checkpoint import (
+    Checkpoint,
+    check_same,
+    load_checkpoint,
+    save_for_training,
+    save_for_use,
+    stored_digest,
+)
 from corpus import Data
 from dataset import CaptionRows, Text
 from decoder import DecoderConfig
@@ -108,7 +115,7 @@ class Run:
         """Build the model, new or as a checkpoint has it; with its training state, go on there."""
         size = decoder_config(settings, len(data.tokenizer))
         if begun:
-            check_begun(begun, size, data.encoder)
+            check_same(asdict(begun.model.config), asdict(size))
         self.settings, self.team, self.device = settings, team, device
         self.dtype, self.output = choose_dtype(settings.PRECISION, device), output_dir(settings)
         self.tokenizer = data.tokenizer
@@ -335,21 +342,6 @@ def keep_apart(run: Run) -> Progress:
         if bests and run.file_of(measure, bests[-1]).name not in progress.written:
             progress.since[measure] = progress.epoch
     return progress
-
-
-def check_begun(checkpoint: Checkpoint, size: DecoderConfig, encoder: dict[str, Any]) -> None:
-    """Refuse to go on with, or begin with, a checkpoint that another configuration made."""
-    there, here = asdict(checkpoint.model.config), asdict(size)
-    for key in ("weights", "layers", "preprocessing"):
-        there[f"encoder {key}"], here[f"encoder {key}"] = checkpoint.encoder[key], encoder[key]
-    differing = [
-        f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]
-    ]
-    if differing:
-        raise UserError(
-            f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
-            "restore it, or start anew with --resume_checkpoint_path none --start_checkpoint none"
-        )
 
 
 def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.optim.Optimizer:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = team.device(settings.DEVICE)
         decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
-        data = load_data(settings, paths, device, team, begun.tokenizer if begun else None)
+        data = load_data(settings, paths, device, team, begun)
         run = Run(settings, team, device, data, begun)
         take_place(run, data)
         report = Report(run, data, show_demo if settings.demo else None)

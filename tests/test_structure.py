@@ -17,7 +17,7 @@ from utils import constant_comments, constants
 ORDER = """
     utils options device tokenizer metrics encoder decoder distributed features photo_names
     dataset captions_file questions_file download tars shards model rerank modeling_captioner
-    attention generation self_critical corpus checkpoint standalone hub tracking run report sidecar
+    attention generation self_critical checkpoint corpus standalone hub tracking run report sidecar
     check_data archive parquet commands prepare_dataset train evaluate inference tools.app
     tools.onnx_graph tools.export tools.rivals tools.benchmark
 """.split()

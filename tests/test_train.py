@@ -101,8 +101,7 @@ def start(*flags: object) -> tuple[Run, Data]:
     """A run that is ready for its first step, and its data."""
     settings, device = commands.train([str(flag) for flag in flags]), torch.device("cpu")
     begun = train.find_checkpoint(settings, ALONE)
-    tokenizer = begun.tokenizer if begun else None
-    data = load_data(settings, prepare_dataset.prepare(settings), device, ALONE, tokenizer)
+    data = load_data(settings, prepare_dataset.prepare(settings), device, ALONE, begun)
     return Run(settings, ALONE, device, data, begun), data
 
 
@@ -448,6 +447,9 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
     other = run("train.py", *flags, "--decoder_layers", 1, "--output_dir", tmp_path / "other")
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
+    other = run("train.py", *flags, "--encoder_layers=-2", "--output_dir", tmp_path / "other")
+    assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
+    assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
     missing = run("train.py", *flags, "--start_checkpoint", "nowhere.safetensors")
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
 
