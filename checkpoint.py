@@ -31,7 +31,7 @@ from rerank import Reranker
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, check_ranges, first_line, write_error
 
-FORMAT = 2
+FORMAT = 3
 RERANKER = "reranker."  # what the names of its tensors begin with
 
 
