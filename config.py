@@ -62,7 +62,7 @@ LABEL_SMOOTHING = 0.1  # share of the target spread over the vocabulary
 EMA_DECAY = 0.999  # of the averaged weights that are validated and saved; 0: no average
 SEED = 0  # of weights, order and dropout
 DEVICE = "auto"  # auto, cuda, mps or cpu
-COMPILE = False  # torch.compile the decoder's training: meant for GPUs, no gain on a CPU
+COMPILE = False  # torch.compile the decoder's training: meant for GPUs, little gain on a CPU
 PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
 
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
