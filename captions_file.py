@@ -30,6 +30,7 @@ TABLES = (
     "captions.txt results.csv captions.csv captions.tsv captions.jsonl metadata.jsonl metadata.csv "
     "Flickr8k.token.txt results_20130124.token"
 ).split()
+JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
@@ -198,7 +199,7 @@ def read_file(path: Path) -> tuple[str, Any]:
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     first = rows[0][1].lstrip()
-    if path.suffix.lower() in (".jsonl", ".ndjson") or first.startswith("{"):
+    if path.suffix.lower() in JSON_LINES or first.startswith("{"):
         if first.strip() in ("{", "[") or first.startswith("[{"):  # an object over several lines
             return "JSON", read_json(path)
         return "JSON lines", rows
@@ -263,7 +264,9 @@ def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
     answer in a conversation that has one alone."""
     if isinstance(said, list) and said and all(_speaker(each) for each in said):
         answers = [each for each in said if _speaker(each) in ANSWERING]
-        said = [each.get("value", each.get("content")) for each in answers[: len(answers) == 1]]
+        if len(answers) != 1:
+            return []
+        said = answers[0].get("value", answers[0].get("content"))
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):

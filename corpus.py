@@ -23,7 +23,7 @@ from dataset import (
 )
 from device import choose_dtype
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, parse_layers
+from encoder import FrozenEncoder, decisive, parse_layers
 from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
 from options import parse_tasks
 from rerank import Reranker, fit_reranker
@@ -98,8 +98,7 @@ def load_data(
     ).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
-        decisive = ("weights", "layers", "preprocessing")
-        check_same(begun.encoder, {key: identity[key] for key in decisive}, "encoder ")
+        check_same(begun.encoder, decisive(identity), "encoder ")
     how = {
         "dtype": choose_dtype(settings.PRECISION, device),
         "batch_size": settings.FEATURE_BATCH_SIZE,

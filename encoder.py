@@ -292,6 +292,12 @@ class FrozenEncoder(nn.Module):
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
 
 
+def decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """Of an `identity()` what features depend on: a folder that moved, or a branch that was
+    renamed, holds the same weights all the same."""
+    return {key: identity[key] for key in identity if key not in ("name", "revision")}
+
+
 def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
     """How a library's `from_pretrained` is to load `name`: without the code that it may bring, of
     which it would ask on standard input; from what was downloaded before if the Hub is silent."""
@@ -337,9 +343,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
-    if config.model_type == "blip_vision_model":  # AutoModel doesn't know it, nor it the prefix
-        options = {"key_mapping": {r"^vision_model\.": ""}}  # of its weights in the whole model
-        return transformers.BlipVisionModel, options
+    if config.model_type == "blip_vision_model":
+        # AutoModel doesn't know it, nor does it know its weights' prefix in the whole model.
+        return transformers.BlipVisionModel, {"key_mapping": {r"^vision_model\.": ""}}
     if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
     tower_class = transformers.AutoModel._model_mapping[type(config)]

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from device import autocast
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, ImageError
+from encoder import FrozenEncoder, ImageError, decisive
 from utils import (
     Bar,
     UserError,
@@ -318,16 +318,15 @@ def file_digest(file: Path) -> str:
 def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     """The folder for features of this encoder; says what changed if there are others."""
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
-    # A folder that moved or a branch that was renamed holds the same weights all the same.
-    decisive = {key: identity[key] for key in identity if key not in ("name", "revision")}
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    counts = decisive(identity)
+    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{Path(identity['name']).name}-{key}"
     found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
-    if not decisive.keys() <= found.get(folder, {}).keys():
+    if not counts.keys() <= found.get(folder, {}).keys():
         if folder in found:
             print(f"{folder}/identity.json is damaged: it is made anew")
         for other in sorted(found.keys() - {folder}):
-            changed = [name for name in decisive if found[other].get(name) != decisive[name]]
+            changed = [name for name in counts if found[other].get(name) != counts[name]]
             print(
                 f"features in {other} are of another kind ({', '.join(changed)} differ): "
                 "not used; delete that folder if you no longer need it"

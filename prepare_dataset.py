@@ -43,6 +43,7 @@ from archive import (
     select_entries,
 )
 from captions_file import (
+    JSON_LINES,
     TABLES,
     Captions,
     find_table,
@@ -52,6 +53,7 @@ from captions_file import (
 )
 from check_data import check
 from dataset import (
+    WRITTEN,
     DataPaths,
     converted_file,
     data_paths,
@@ -92,7 +94,7 @@ SOURCES = {
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
-LISTS = (".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".jsonlines", ".ndjson")
+LISTS = (".csv", ".tsv", ".xlsx", ".json", *JSON_LINES)
 DEPTH = 3  # of folders, in which lists of captions are looked for
 TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".jsonl")  # of what captions in folders come from
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -195,11 +197,13 @@ def find_captions(
     others, refused = find_others(paths)
     if len(others) == 1:
         return others[0]
-    seen = [f"one of {', '.join(str(place) for place, _ in others)}?"] if others else refused[:1]
+    seen = f" ({refused[0]})" if refused else ""
+    if others:
+        seen = f" (one of {', '.join(str(place) for place, _ in others)}?)"
     raise UserError(
         f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
-        f"name a file with --captions_file{''.join(f' ({each})' for each in seen)}"
+        f"name a file with --captions_file{seen}"
     )
 
 
@@ -215,7 +219,7 @@ def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str
     found, refused, root = [], [], paths.data_dir
     photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
     bare = {os.path.basename(name) for name in photos}
-    names = sorted(files_in(root))
+    names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
     parts = [PurePosixPath(name).parts for name in names if name.endswith((".txt", ".caption"))]
     folders = {first for first, *rest in parts if os.path.splitext("/".join(rest))[0] in photos}
     for folder in sorted(folders):
@@ -240,9 +244,15 @@ def state_of(source: Path) -> str:
         return hashlib.sha256(source.read_bytes()).hexdigest()
     there = [*files_in(source)]
     photos = {os.path.splitext(name)[0] for name in there if is_photo(name)}
-    texts = [name for name in there if name.lower().endswith(TEXT_SUFFIXES)]
-    texts += [name for name in there if name.endswith(".json") and name[:-5] in photos]
-    names = [name for name in texts if name not in OURS and os.path.isfile(source / name)]
+    names = [
+        name
+        for name in there
+        if (
+            name.lower().endswith(TEXT_SUFFIXES) or (name.endswith(".json") and name[:-5] in photos)
+        )
+        and name not in OURS
+        and os.path.isfile(source / name)
+    ]
     files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
     return hashlib.sha256(repr(files).encode()).hexdigest()
 

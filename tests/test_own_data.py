@@ -640,8 +640,11 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
     ],
 )
 def test_where_no_file_is_to_be_chosen_those_there_are_named(tmp_path, files, says):
+    folder = lay_out(tmp_path, files)
+    (folder / "features").mkdir()  # what a training wrote is no candidate
+    (folder / "features/identity.json").write_text("[1]")
     with pytest.raises(UserError) as refused:
-        check(lay_out(tmp_path, files))
+        check(folder)
     assert re.search(says.replace("(", r"\(").replace("?)", r"\?\)"), str(refused.value))
 
 
