@@ -7,8 +7,10 @@ of 0.48 instead of 0.32 between the words of 18 captions).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +114,7 @@ def draw_attention(photo: Image.Image, grid: PatchGrid, maps: Sequence[WordMap])
     """
     scale = TILE / max(photo.size)
     small = photo.resize([max(1, round(side * scale)) for side in photo.size])
-    font = _font(20)
+    font = _font("".join(shown.word for shown in maps), 20)
     _, top, _, bottom = font.getbbox("Äg")
     across = min(len(maps), max(2, round((len(maps) * 1.6 * small.height / small.width) ** 0.5)))
     wide = max(small.width, *(round(font.getlength(shown.word)) for shown in maps))
@@ -142,8 +144,31 @@ def _tile(photo: Image.Image, grid: PatchGrid, weights: Tensor) -> Image.Image:
     return tile
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)  # has more scripts than Pillow's own
+        return ImageFont.truetype(fonts_for(text)[-1].fname, size)  # that of the rarest letters
     except OSError:
         return ImageFont.load_default(size)
+
+
+def fonts_for(text: str) -> list[Any]:
+    """Fonts that are installed and have a text's letters between them, matplotlib's own first.
+
+    Letters that none has are said: they are drawn as boxes.
+    """
+    from matplotlib import font_manager  # takes a second
+
+    own = font_manager.findfont("DejaVu Sans")  # has more scripts than Pillow's
+    found, lacking = [], {ord(sign) for sign in f"{text} " if sign.isprintable()}
+    for path in (own, *(font.fname for font in font_manager.fontManager.ttflist)):
+        with contextlib.suppress(OSError, RuntimeError):  # a damaged one is passed over
+            font = font_manager.get_font(path)
+            if has := lacking & {*font.get_charmap()}:
+                found.append(font)
+                lacking -= has
+        if not lacking:
+            break
+    else:
+        letter = chr(min(lacking))
+        print(f"no font here draws {letter!r} and others: install one (Noto has all)")
+    return found

@@ -7,6 +7,7 @@ import shlex
 import sys
 import textwrap
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from attention import fonts_for
 from corpus import Data
 from dataset import DataPaths, references_of
 from encoder import open_image
@@ -388,6 +390,8 @@ def draw_samples(
     names = list(shown[-1]["samples"])
     if not names:
         return
+    said = [*(each["samples"] for each in shown), humans]
+    families = [font.family_name for font in fonts_for(str([[*each.values()] for each in said]))]
     figure = Figure(figsize=(9, 2.2 * len(names)), layout="constrained")
     table = figure.subplots(len(names), 2, width_ratios=(1, 3), squeeze=False)
     for name, (picture, text) in zip(names, table, strict=True):
@@ -397,6 +401,7 @@ def draw_samples(
         for row, (label, words, colour) in enumerate(texts):
             height = 0.92 - row * 0.9 / len(texts)
             kind = {"va": "top", "color": colour, "transform": text.transAxes, "fontsize": 11}
+            kind |= {"family": families}
             text.text(0, height, label, weight="bold", **kind)
             # As it is: a dollar in a caption is no formula.
             text.text(0.16, height, textwrap.fill(words, 64, max_lines=3), parse_math=False, **kind)
@@ -406,5 +411,6 @@ def draw_samples(
 
 
 def _save(figure: Any, path: Path) -> None:
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # `fonts_for` has said it
         figure.savefig(temporary, format="png", dpi=120)

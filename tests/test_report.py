@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attention import fonts_for
 from checkpoint import load_checkpoint
 from report import draw_curves, draw_samples
 from tests.conftest import paint, run, small_flags, write_photos
@@ -81,6 +82,15 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
         "costs $5 or $6",
     ]
     assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
+
+
+def test_letters_are_drawn_by_a_font_that_has_them_or_it_is_said(tmp_path, capsys, recwarn):
+    assert [font.family_name for font in fonts_for("A dog, un été, собака, كلب")] == ["DejaVu Sans"]
+    assert len(fonts_for("a \u1d8a")) == 2  # which DejaVu lacks
+    assert capsys.readouterr().out == ""
+    paint("red", "left", 0).save(tmp_path / "a.png")
+    draw_samples(entries(1), tmp_path, tmp_path / "s.png", {"a.png": ["\U0001fae8 \U00016fe1"]})
+    assert "no font here draws" in capsys.readouterr().out and not list(recwarn)
 
 
 def test_one_epoch_and_no_samples(tmp_path):
