@@ -149,7 +149,7 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
     for info in tar:
         tar.members = []  # or all stay in RAM
         # Names may be of any bytes, and in some headers hold a zero, which no file's may.
-        name = decoded(info.name.encode("utf-8", "surrogateescape")).replace("\0", "_")
+        name = re.sub("[\udc80-\udcff]", _older_letter, info.name).replace("\0", "_")
         found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
         if not info.isreg() or not found:
             continue
@@ -162,6 +162,11 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
                 raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
             pieces += [piece] if small else []
         yield found[1], kind, suffix, b"".join(pieces) if small else None
+
+
+def _older_letter(found: re.Match) -> str:
+    """What a byte that is not UTF-8 is in Windows' older encoding."""
+    return found[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 class _Header(tarfile.TarInfo):

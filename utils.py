@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -519,7 +520,12 @@ def write_error(error: OSError, path: Path) -> Exception:
 
 
 def decoded(content: bytes, older: bool = True) -> str:
-    """A text in UTF-8, UTF-16, or else, unless refused, Windows' `older` encoding."""
+    """A text in UTF-8, UTF-16, or else, unless refused, Windows' `older` Western encoding.
+
+    Raises:
+        UnicodeDecodeError: it is in none of these: languages that are written in other encodings
+            have long runs of bytes beyond ASCII, and in a flawed UTF-8 most of them are sound.
+    """
     encoding = "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as spreadsheets save "Unicode text"
         encoding = "utf-16"
@@ -528,25 +534,33 @@ def decoded(content: bytes, older: bool = True) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError:
-        if not older:
+        read = content.decode("utf-8", "replace")
+        flawed = sum(sign > "\x7f" for sign in read) > 2 * read.count("\ufffd")
+        runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", content)]
+        foreign = 4 * sum(run for run in runs if run > 2) > sum(runs)
+        foreign |= b"\x83" in content  # what katakana begin with, and no word of Western languages
+        if not older or encoding != "utf-8-sig" or flawed or foreign:
             raise
-        return content.decode("cp1252", "replace")
+        return content.decode("cp1252")
 
 
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one."""
+def read_text(path: Path, older: bool = False) -> str:
+    """Read a text file as `decoded` does; what is missing or in another encoding is refused."""
     try:
-        return decoded(path.read_bytes(), older=False)
+        return decoded(path.read_bytes(), older)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8, or convert it by iconv "
+            f"-f ENCODING -t UTF-8 {shlex.quote(str(path))} > NEW (GB18030, SHIFT_JIS, CP1251, ...)"
+        ) from None
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file in which no key stands twice."""
+def read_json(path: Path, older: bool = False) -> Any:
+    """Read a JSON file in which no key stands twice, in an encoding as `read_text` does."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, count in Counter(key for key, _ in pairs).items():
@@ -555,7 +569,7 @@ def read_json(path: Path) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(read_text(path), object_pairs_hook=unique)
+        return json.loads(read_text(path, older), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
