@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captions_file import TABLES, read_captions
+from captions_file import LISTS, TABLES, TEXT_SUFFIXES, read_captions
 from photo_names import is_photo
 from utils import UserError, lock, remove_leftovers, size_text, write_error
 
@@ -94,15 +94,18 @@ def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0)
 
 
 def select_entries(
-    archive: zipfile.ZipFile, packed: int, known: Container[str] = ()
+    archive: zipfile.ZipFile, packed: int, known: Container[str] = (), whole: bool = False
 ) -> dict[str, zipfile.ZipInfo]:
     """The photos and captions tables of a zip of `packed` bytes, by name.
 
     A photo's name is the longest end of its path that is among the `known` ones, which captions
-    are of, and otherwise its last part. What is unsafe is refused before anything is written.
+    are of, and otherwise its last part. A zip's `whole` tree is taken with all that may hold
+    captions, less the folders that all is in. What is unsafe is refused before anything is written.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     names: dict[str, zipfile.ZipInfo] = {}
+    taken: list[tuple[PurePosixPath, zipfile.ZipInfo]] = []
+    stems = {PurePosixPath(name).stem for name in archive.namelist() if is_photo(name)}
     for info in archive.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
@@ -110,12 +113,18 @@ def select_entries(
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")
-        if info.is_dir() or not (path.name.lower() in TABLE_NAMES or is_photo(path.name)):
-            continue
-        if path.name.startswith(".") or "__MACOSX" in path.parts:
-            continue
+        kind = path.suffix.lower()
+        text = whole and (kind in LISTS or (kind in TEXT_SUFFIXES and path.stem in stems))
+        wanted = text or path.name.lower() in TABLE_NAMES or is_photo(path.name)
+        hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+        if wanted and not (info.is_dir() or hidden or (text and info.file_size > MAX_ENTRY_BYTES)):
+            taken.append((path, info))
+    top = os.path.commonpath([path.parent for path, _ in taken]) if taken else ""
+    for path, info in taken:
+        entry = f"the archive's entry {info.filename!r}"
         ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
         name = next((end for end in ends if end in known), path.name)
+        name = str(path.relative_to(top)) if whole else name
         # A file system that ignores case would write "A.jpg" over "a.jpg".
         key = name.lower()
         if key in entries:
@@ -131,6 +140,13 @@ def select_entries(
     largest = max((info.file_size for info in entries.values()), default=0)
     check_unpacked("the archive", packed, unpacked, largest)
     return names
+
+
+def has_one_table(archive: zipfile.ZipFile) -> bool:
+    """Has a zip a captions table of a usual name, and none of that name in another folder?"""
+    paths = [PurePosixPath(name) for name in archive.namelist() if "__MACOSX" not in name]
+    tables = [path.name.lower() for path in paths if path.name.lower() in TABLE_NAMES]
+    return 0 < len(tables) == len({*tables})
 
 
 def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name
+from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name, split_in
 from options import SPLITS
-from photo_names import is_photo, is_unread, photos_in
-from utils import SURROGATES, UserError, decoded, read_json, read_text
+from photo_names import is_photo, is_there, is_unread, photos_in
+from utils import SURROGATES, UserError, decoded, files_in, read_json, read_text
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -31,6 +31,8 @@ TABLES = (
     "Flickr8k.token.txt results_20130124.token"
 ).split()
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
+LISTS = (".csv", ".tsv", ".xlsx", ".parquet", ".json", *JSON_LINES)  # of other names
+TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
@@ -41,8 +43,11 @@ CAPTION_KEYS = (
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
     *"caption_text caption_en alt_text prompt conversations messages".split(),
 )
+TALKS = ("conversations", "messages")
+SHOWN = re.compile("<img>(.+?)</img>")  # a photo within a conversation, as Qwen-VL's have it
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
-PLAINLY = ("caption", "captions")  # which count before the other names
+SPLIT_KEYS = ("split", "set_name", "subset", "partition")
+PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
 SAMPLE = 1000  # rows by which it is decided what is what
 MOST_LINES = 100  # of a quoted caption
@@ -59,6 +64,8 @@ OTHER_KINDS = {
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
+TO_CAPTION = re.compile(r"caption|describe|^\W*$", re.IGNORECASE)  # a prompt that asks for one
+BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -76,16 +83,17 @@ class Captions:
     texts: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
     mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
+    older: int = 0  # files in another encoding than UTF-8
+    splits: dict[str, str] = field(default_factory=dict)  # of photos, where the file says them
 
-    def add(self, name: str, captions: Iterable[str], where: object) -> None:
+    def add(self, name: str, captions: Iterable[str], where: object, split: object = "") -> None:
         """Add a photo's captions, texts or lists of them; the name is relative to its folder."""
         if SURROGATES.search(name) or "\0" in name:
             self.passed.append(f"{where}: {ascii(name)} can't be the name of a photo")
             return
-        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
-        # Where the photo lay on somebody's disk: `match_names` looks for its last part.
-        name = re.sub(r"^([A-Za-z]:)?/+(?=[^/])", "", name)
-        check_name(where, name)
+        name = name_within(where, name)
+        if split := split_in(split):
+            self.splits[name] = split
         texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
@@ -116,16 +124,33 @@ class Captions:
         self.passed.append(f"{where}: {name!r} {why}")
         return ""
 
-    def tell(self, source: Path) -> None:
+    def tell(self, source: object) -> None:
         """Say what was read and what was not."""
         count = sum(map(len, self.texts.values()))
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
         if self.mended:
             print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
+        if self.older:
+            said = (text for texts in self.texts.values() for text in texts if not text.isascii())
+            print(
+                f"  not UTF-8, read in Windows' Western encoding: {self.older:,} files, such as "
+                f"{next(said, '')!r}"
+            )
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:
             print(f"  and {len(self.passed) - 10:,} more")
+
+
+def name_within(where: object, name: str) -> str:
+    """A photo's name, relative to where it lay on somebody's disk; `match_names` looks for its end.
+
+    One that begins with `../` needs a folder of its own, and none leads out of the photo folder.
+    """
+    name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+    name = re.sub(r"^(([A-Za-z]:)?/+|(\.\./)+(?=[^/]+/))(?=[^/])", "", name)
+    check_name(where, name)
+    return name
 
 
 def _listed(text: str) -> list[str]:
@@ -155,19 +180,25 @@ def has_word(text: str) -> bool:
 
 def find_table(*folders: Path) -> Path | None:
     """The captions table in one of the folders; where there are several, which one is said."""
-    found = [folder / name for name in TABLES for folder in folders if (folder / name).is_file()]
+    places = [folder / name for name in TABLES for folder in dict.fromkeys(folders)]
+    found = [place for place in places if place.is_file()]
     if len(found) > 1:
         others = ", ".join(map(str, found[1:]))
         print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
     return found[0] if found else None
 
 
-def read_captions(path: Path) -> Captions:
-    """Read captions in any form that is known; the message of what is refused says the line."""
-    readers = {"JSON": _read_object, "JSON lines": _read_objects, "table": _read_rows}
+def read_captions(path: Path, folder: Path | None = None) -> Captions:
+    """Read captions in any form that is known; the message of what is refused says the line.
+
+    A table without a header may call the photos of a `folder` without their suffix.
+    """
+    readers = {"JSON": _read_object, "JSON lines": _read_objects}
     try:
         form, content = read_file(path)
-        found = readers[form](path, content)
+        found = (
+            readers[form](path, content) if form in readers else _read_rows(path, content, folder)
+        )
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
@@ -176,7 +207,16 @@ def read_captions(path: Path) -> Captions:
         found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
         found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
     found.texts = {name: texts for name, texts in found.texts.items() if texts}
+    found.older = _is_older(path)
     return found
+
+
+def _is_older(path: Path) -> bool:
+    """Is a text in Windows' older encoding, as it can be read and is not Unicode?"""
+    try:
+        return not decoded(path.read_bytes(), older=False)
+    except UnicodeDecodeError:
+        return True
 
 
 def read_file(path: Path) -> tuple[str, Any]:
@@ -187,11 +227,11 @@ def read_file(path: Path) -> tuple[str, Any]:
             raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")
     if path.suffix.lower() == ".json":
         try:
-            return "JSON", read_json(path)
+            return "JSON", read_json(path, older=True)
         except UserError as error:
             if "Extra data: line 2 column 1 " not in str(error):  # what JSON lines begin with
                 raise
-    text = LINE_END.sub("\n", read_text(path))
+    text = LINE_END.sub("\n", read_text(path, older=True))
     text = re.sub(r"\Asep=.\n", "\n", text)  # which Excel begins with
     text = MISSING_DELIMITER.sub(r"\1|", text)
     lines = enumerate(text.split("\n"), 1)
@@ -201,7 +241,7 @@ def read_file(path: Path) -> tuple[str, Any]:
     first = rows[0][1].lstrip()
     if path.suffix.lower() in JSON_LINES or first.startswith("{"):
         if first.strip() in ("{", "[") or first.startswith("[{"):  # an object over several lines
-            return "JSON", read_json(path)
+            return "JSON", read_json(path, older=True)
         return "JSON lines", rows
     return "table", rows
 
@@ -217,7 +257,7 @@ def _read_object(path: Path, table: Any) -> Captions:
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no captions: write {PLAIN}")
     if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        return _merged("captions by split", (_read_object(path, part) for part in table.values()))
+        return merged("captions by split", [_read_object(path, v) for v in table.values()], table)
     images, annotations = table.get("images"), table.get("annotations")
     try:
         if isinstance(images, list) and isinstance(annotations, list):
@@ -247,6 +287,9 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
     if entries is not None and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
     values = [*table.values()]
+    lists = [v for v in values if isinstance(v, list) and v and all(map(_names_photo, v))]
+    if len(lists) == 1 and not any(map(is_photo, table)):
+        return lists[0]
     if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
@@ -257,6 +300,10 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
     if len({len(each) if isinstance(each, list) else -1 for each in columns}) > 1:
         return None
     return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _names_photo(entry: Any) -> bool:
+    return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
 
 
 def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
@@ -271,7 +318,7 @@ def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
         return texts_of(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
-    return [] if said is None else [said]
+    return [] if said is None or said != said else [said]  # nor NaN
 
 
 def _speaker(said: Any) -> str:
@@ -279,14 +326,19 @@ def _speaker(said: Any) -> str:
     return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
 
 
-def _merged(form: str, parts: Iterable[Captions]) -> Captions:
-    merged = Captions(form)
-    for part in parts:
-        for name, texts in part.texts.items():
-            merged.texts.setdefault(name, []).extend(texts)
-        merged.passed += part.passed
-        merged.mended += part.mended
-    return merged
+def merged(form: str, parts: Sequence[Captions], called: Iterable[object]) -> Captions:
+    """The captions of several files or parts; what each is called may tell its photos' split."""
+    found = Captions(form)
+    for part, name in zip(parts, called, strict=True):
+        for photo, texts in part.texts.items():
+            found.texts.setdefault(photo, []).extend(texts)
+        if split := split_in(name):
+            found.splits |= dict.fromkeys(part.texts, split)
+        found.splits |= part.splits
+        found.passed += part.passed
+        found.mended += part.mended
+        found.older += part.older
+    return found
 
 
 def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
@@ -313,7 +365,7 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
         name = os.path.join(image.get("filepath") or "", image["filename"])
         sentences = image.get("sentences") or []
         texts = [each.get("raw") or " ".join(each.get("tokens") or []) for each in sentences]
-        found.add(name, texts, path)
+        found.add(name, texts, path, image.get("split", ""))
     return found
 
 
@@ -327,7 +379,12 @@ def read_objects(
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
-            rows.append((where, {_plain_key(key): value for key, value in row.items()}))
+            row = {_plain_key(key): value for key, value in row.items()}
+            if isinstance(asked := row.get("prefix"), str) and "suffix" in row:  # PaliGemma's
+                asks = {} if TO_CAPTION.search(asked) else {"question": asked}
+                row |= asks | {"answer" if asks else "caption": row.pop("suffix")}
+            shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
+            rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
@@ -341,14 +398,23 @@ def _read_objects(
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     columns = [[row.get(key) for _, row in rows[:SAMPLE]] for key in keys]
     photos, captions = ([keys[i] for i in places] for places in choose_columns(keys, columns))
-    others = [key for key in keys if key not in (*photos[:1], *captions[:1])]
+    talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
+    # Where others name photos, or there are conversations, an object's number is not a photo's.
+    photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
+    split = next((key for key in SPLIT_KEYS if says_split(row.get(key) for _, row in rows)), "")
+    others = [key for key in keys if key not in (*photos[:1], *captions[:1], split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
     for where, row in rows:
         key = next((key for key in photos if key in row), None)
+        asks = row.get("question") and not any(caption in row for caption in captions)
+        if asks or (key is None and any(row.get(talk) for talk in TALKS)):
+            why = "asks a question: --tasks questions learns from it" if asks else "shows no photo"
+            found.passed.append(f"{where} {why}")
+            continue
         if key is None or not any(caption in row for caption in captions):
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         if name := found.name_of(where, photo_in(row[key]), OBJECT, bare=key in NUMBERS):
-            found.add(name, texts_of(row, captions), where)
+            found.add(name, texts_of(row, captions), where, row.get(split))
     return found
 
 
@@ -390,6 +456,11 @@ def choose_columns(
     return photos, captions
 
 
+def says_split(cells: Iterable[Any]) -> bool:
+    """Do the cells of a column tell photos to train on from those to validate?"""
+    return {split_in(cell) for cell in {*map(str, cells)}} >= {"train", "val"}
+
+
 def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
     """All columns of captions: those of the likeliest one's name, or of it and a number."""
     likeliest = names[captions[0]] if captions else ""
@@ -400,30 +471,32 @@ def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
 Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
 
 
-def _read_rows(path: Path, lines: list[tuple[str, str]]) -> Captions:
+def _read_rows(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
     The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
     may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
-    delimiter, names, rows = table_of(lines)
+    delimiter, names, rows = table_of(lines, folder)
     sample = [row for _, row in rows[1 : SAMPLE + 1]]
     columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
     photos, captions = choose_columns(names, columns)
     captions = caption_columns(names, captions)
-    if not captions and any(is_photo(_plain(name)) for name in names):
+    begun = not captions and any(is_photo(_plain(name)) for name in names)
+    bare = not (begun or (photos and captions)) and folder and is_there(names[0], folder)
+    if begun or bare:
         numbered = len(names) > 2 and names[1].isdigit() and delimiter != " "
         names = ["image", *NUMBER_KEYS[:numbered], "caption"]
-        found = _read_columns(rows, delimiter, names, 0, [len(names) - 1], headed=False)
+        found = _read_columns(rows, delimiter, names, 0, [len(names) - 1], False, bare)
     elif photos and captions:
-        found = _read_columns(rows[1:], delimiter, names, photos[0], captions, headed=True)
+        found = _read_columns(rows[1:], delimiter, names, photos[0], captions, True, True)
     else:
+        what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)
         raise UserError(
-            f"{rows[0][0]}: of the columns {', '.join(filter(None, names))} none is "
-            f"known to name {'captions' if photos else 'photos'}: call them "
-            f"{', '.join(NAME_KEYS)} and {', '.join(CAPTION_KEYS)}, or begin with a row like "
-            "photo.jpg,A caption"
+            f"{rows[0][0]}: of the columns {', '.join(filter(None, names))} none is known to name "
+            f"{what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and begin with a "
+            "row like image,caption, or like photo.jpg,A caption"
         )
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
@@ -431,12 +504,14 @@ def _read_rows(path: Path, lines: list[tuple[str, str]]) -> Captions:
     return found
 
 
-def table_of(lines: list[tuple[str, str]]) -> tuple[str, list[str], list[Row]]:
+def table_of(
+    lines: list[tuple[str, str]], folder: Path | None = None
+) -> tuple[str, list[str], list[Row]]:
     """A table's delimiter, the names in its first row, and all of its rows."""
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    if words and is_photo(_plain(words[1])):
+    if words and (is_photo(_plain(words[1])) or (folder and is_there(words[1], folder))):
         delimiter = " "  # where tabs were lost
     rows = [*_whole_rows(lines, delimiter)]
     return delimiter, [_plain_key(value) for value, _ in rows[0][1]], rows
@@ -488,14 +563,25 @@ def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
 
 
 def _read_columns(
-    rows: list[Row], delimiter: str, names: list[str], photo: int, captions: list[int], headed: bool
+    rows: list[Row],
+    delimiter: str,
+    names: list[str],
+    photo: int,
+    captions: list[int],
+    headed: bool,
+    bare: bool,
 ) -> Captions:
     """Rows of these columns; where there are more than photo and caption, what lacks one of these
     is passed over, and refused otherwise.
 
-    Without a header the last column may hold several captions, by tabs or each in quotes.
+    Without a header the last column may hold several captions, by tabs or each in quotes. Names
+    may be `bare` of their suffix.
     """
-    others = [n for i, n in enumerate(names) if n and i != photo and i not in captions]
+    ended = headed and len(names) - 1 in (photo, *captions)  # by what may not be empty
+    places = (names.index(key) for key in SPLIT_KEYS if key in names)
+    told = (i for i in places if says_split(row[i][0] for _, row in rows if i < len(row)))
+    split = next(told, None)
+    others = [n for i, n in enumerate(names) if n and i not in (photo, *captions, split)]
     ignored = [name for name in others if name not in NUMBER_KEYS]
     found = Captions(
         "a table" + f", of which the columns {', '.join(ignored)} are ignored" * bool(ignored)
@@ -504,6 +590,8 @@ def _read_columns(
     count = names.index(others[0]) if strict and others else None  # the caption's number
     for where, row in rows:
         row += [("", "")] * (len(names) - len(row))
+        while ended and len(row) > len(names) and not row[-1][0]:
+            row.pop()  # what spreadsheets write beyond the last column
         more = len(row) - len(names)
         if more and len(captions) > 1:
             found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
@@ -516,7 +604,7 @@ def _read_columns(
             continue
         if count is not None and not cells[count].isdigit():
             raise UserError(f"{where}: {cells[count]!r} is not the number of a caption")
-        name = found.name_of(where, cells[photo], ROW, bare=headed, strict=strict)
+        name = found.name_of(where, cells[photo], ROW, bare=bare, strict=strict)
         if not name:
             continue
         texts = [cells[place] for place in captions if cells[place]]
@@ -528,7 +616,8 @@ def _read_columns(
                     f"{where} has {len(names) + more} columns: say which is what in a first row, "
                     f"such as image{delimiter}caption"
                 )
-        found.add(name, texts or [EMPTY_IN_THE_WILD.get(name, "")], where)
+        texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
+        found.add(name, texts, where, "" if split is None else cells[split])
     return found
 
 
@@ -542,15 +631,18 @@ def _plain(name: str) -> str:
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`."""
+    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`, there
+    also without the first of the photo's folders."""
     found = Captions("a text beside each photo")
     for name in photos_in(folder):
-        photo = (place or folder) / name
-        ends = (".txt", f"{photo.suffix}.txt", ".caption", ".TXT", ".json")
-        if file := next((f for end in ends if os.path.isfile(f := photo.with_suffix(end))), None):
-            if lines := _lines(file):
-                found.add(name, lines, file)
-                continue
+        _, _, inner = name.partition("/")
+        photos = [folder / name] if place is None else [place / name, place / (inner or name)]
+        ends = (".txt", f"{photos[0].suffix}.txt", ".caption", ".TXT", ".json")
+        files = (photo.with_suffix(end) for photo in photos for end in ends)
+        if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
+            found.add(name, lines, file)
+            found.older += _is_older(file)
+            continue
         found.passed.append(f"{folder / name}: no text beside it")
     return found
 
@@ -558,18 +650,29 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
 def _lines(file: Path) -> list[str]:
     """The captions, one a line, of a text, or those of a photo's own JSON object."""
     if file.suffix == ".json":
-        said = read_json(file)
+        said = read_json(file, older=True)
         return texts_of(said) if isinstance(said, dict) else []
-    return [line for line in LINE_END.split(decoded(file.read_bytes())) if line.strip()]
+    lines = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
+    return [line for line in lines if line and not BOX.fullmatch(line)]
 
 
 def read_nested(folder: Path) -> Captions:
     """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
-    them; names are relative to each one's own."""
-
-    def read(table: Path) -> Captions:
-        found, place = read_captions(table), table.parent.relative_to(folder)
-        return replace(found, texts={str(place / name): t for name, t in found.texts.items()})
-
+    them."""
     tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    return _merged("image folders with their metadata", map(read, tables))
+    parts = [read_own(table, folder) for table in tables]
+    return merged("image folders with their metadata", parts, [""] * len(parts))
+
+
+def read_own(table: Path, folder: Path) -> Captions:
+    """The captions of a table, whose names are relative to its own folder if that is within the
+    photos' and has some."""
+    found = read_captions(table, folder)
+    if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
+        return found
+    place = table.parent.relative_to(folder)
+    texts, splits = (
+        {str(place / name): said for name, said in each.items()}
+        for each in (found.texts, found.splits)
+    )
+    return replace(found, texts=texts, splits=splits)

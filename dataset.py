@@ -29,7 +29,8 @@ from utils import SURROGATES, UserError, files_in, interpreter, read_json
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
-OTHER_SPLITS = {"valid": "val", "validation": "val", "dev": "val"}  # how files call them
+OTHER_SPLITS = {"valid": "val", "validation": "val", "dev": "val", "restval": "train"}  # in files
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join([*SPLITS, *OTHER_SPLITS])})(?:ing)?(?![a-z])")
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
 # Rows are as long as a multiple of this: so few shapes that kernels and memory are reused.
@@ -307,7 +308,6 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """
     table = read_json(path)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    called = OTHER_SPLITS | {"restval": "train"}
     known = {unicodedata.normalize("NFC", name): name for name in names}
     bases = Counter(os.path.basename(name) for name in known)
     alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}
@@ -322,13 +322,29 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
                 raise UserError(f"{path}: {name!r} stands in it twice")
             seen.add(name)
             if there := known.get(name) or known.get(base) or alone.get(os.path.basename(base)):
-                splits[called.get(split, split)].append(there)
+                splits[OTHER_SPLITS.get(split, split)].append(there)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not in Karpathy's format ({error!r} is off): it needs "
             '{"images": [{"filename": "1.jpg", "split": "train"}, ...]}, with train, val or test'
         ) from None
     return _checked(splits, str(path))
+
+
+def split_in(text: object) -> str:
+    """The split that a word in a text names, the last one, as in `train2017/` or `x_val.csv`."""
+    words = SPLIT_WORD.findall(str(text).lower())
+    return OTHER_SPLITS.get(words[-1], words[-1]) if words else ""
+
+
+def split_by_own(names: Iterable[str], known: Mapping[str, str]) -> dict[str, list[str]] | None:
+    """Split photos as their captions say, or else their folders; None if that leaves no photo to
+    train on, or to validate."""
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        if split := known.get(name) or split_in(os.path.dirname(name)):
+            splits[split].append(name)
+    return splits if splits["train"] and splits["val"] else None
 
 
 def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:

@@ -51,6 +51,7 @@ from metrics import (
     vqa_accuracy,
 )
 from options import change_options, given_options
+from prepare_dataset import say_outdated
 from utils import UserError, check_output, first_line, run_script, write_file
 
 
@@ -222,6 +223,7 @@ class Scored:
             if output := getattr(settings, flag):
                 check_output(f"--{flag}", output, *read)
         self.splits = load_splits(self.paths.splits)
+        say_outdated(settings, self.paths)
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from archive import check_unpacked
-from captions_file import CAPTION_KEYS, caption_columns, choose_columns, texts_of
+from captions_file import CAPTION_KEYS, SPLIT_KEYS, caption_columns, choose_columns, texts_of
+from dataset import split_in
 from photo_names import is_photo
 from utils import UserError, first_line, require_extra
 
@@ -19,17 +20,20 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
 
     Photos stand in a column of bytes, or of `{"bytes": ..., "path": ...}` as the library
     `datasets` writes it; captions in one that is called as in tables, or in `caption_0` and so on.
+    Their split, as a column or files of several splits say it, is the photo's folder.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
-    taken: set[str] = set()
+    taken: set[tuple[str, str]] = set()
+    called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
+        whole = called[file] if len({*called.values()}) > 1 else ""
         try:
             with pq.ParquetFile(file) as table:
-                photo, captions = _columns(file, table.schema_arrow)
+                photo, captions, split = _columns(file, table.schema_arrow)
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
                 packed, unpacked = file.stat().st_size, 0
                 check_unpacked(file, packed, sum(group.total_byte_size for group in groups))
-                for part in table.iter_batches(batch_size=8, columns=[photo, *captions]):
+                for part in table.iter_batches(batch_size=8, columns=[photo, *captions, *split]):
                     unpacked += part.nbytes  # what repeats itself is in the file once
                     check_unpacked(file, packed, unpacked)
                     for row in part.to_pylist():
@@ -38,13 +42,15 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
                         if content := image["bytes"]:
                             texts = texts_of([row[column] for column in captions])
                             texts = [text for text in texts if isinstance(text, str)]
-                            yield _name(image.get("path"), taken), content, texts
+                            own = "".join(split_in(row[column]) for column in split) or whole
+                            name = _name(own, image.get("path"), taken)
+                            yield name, content, texts
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
 
 
-def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
-    """The column of photos, and those of their captions."""
+def _columns(file: Path, schema: Any) -> tuple[str, list[str], list[str]]:
+    """The column of photos, those of their captions, and that of their split, if there is one."""
     kinds = {field.name: str(field.type) for field in schema}
     photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
     names = [*kinds]
@@ -56,14 +62,14 @@ def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
             f"captions in one of {', '.join(CAPTION_KEYS)}"
         )
-    return photos[0], captions
+    return photos[0], captions, [name for name in SPLIT_KEYS if name in kinds][:1]
 
 
-def _name(path: str | None, taken: set[str]) -> str:
-    """The photo's own name, or a number where it has none or another photo has it."""
+def _name(split: str, path: str | None, taken: set[tuple[str, str]]) -> str:
+    """The photo's own name, or a number where it has none or another photo of its split has it."""
     name = re.sub(r"[^\w.-]", "_", os.path.basename((path or "").replace("\\", "/")))[-60:]
     number = len(taken)
-    while not is_photo(name) or name.startswith(".") or name.lower() in taken:
+    while not is_photo(name) or name.startswith(".") or (split, name.lower()) in taken:
         name, number = f"{number:06d}.jpg", number + 1
-    taken.add(name.lower())
-    return name
+    taken.add((split, name.lower()))
+    return os.path.join(split, name)

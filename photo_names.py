@@ -33,6 +33,12 @@ def photos_in(folder: Path) -> list[str]:
     return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
 
 
+def is_there(name: str, folder: Path) -> bool:
+    """Is it a photo's name in a folder, with or without its folders and suffix?"""
+    there = photos_in(folder)
+    return any(_alike([name], there, way) for way in (_stem, _last, _numbered))
+
+
 def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
     """What is said of photos, by the names that they really have in the folder, if there is one.
 
@@ -54,9 +60,12 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
     real = real or _ending(texts, there)
     real = real or _alike(texts, there, _last) or _alike(texts, there, _numbered)
     if not real:
+        named = {*map(_last, texts)}
+        alike = [name for name in there if _last(name) in named]
         raise UserError(
             f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
-            f"{folder} holds {there[0]!r}: correct the names, or choose the folder with --image_dir"
+            f"{folder} holds {(alike or there)[0]!r}{' and more of that name' * bool(alike)}: "
+            "correct the names, or choose the folder with --image_dir"
         )
     changed = [(name, file) for name, file in real.items() if name != file]
     if changed:

@@ -35,24 +35,28 @@ from tqdm import tqdm
 from archive import (
     CAPTION_FILES,
     MAX_ENTRY_BYTES,
-    TABLE_NAMES,
     DamagedArchive,
     extract_photos,
+    has_one_table,
     named_in,
     open_zip,
     select_entries,
 )
 from captions_file import (
-    JSON_LINES,
+    LISTS,
     TABLES,
+    TEXT_SUFFIXES,
     Captions,
     find_table,
+    merged,
     read_captions,
     read_nested,
+    read_own,
     read_texts_beside,
 )
 from check_data import check
 from dataset import (
+    SPLIT_WORD,
     WRITTEN,
     DataPaths,
     converted_file,
@@ -63,6 +67,7 @@ from dataset import (
     load_splits,
     load_texts,
     split_by_karpathy,
+    split_by_own,
     split_by_ratio,
 )
 from download import download
@@ -94,9 +99,7 @@ SOURCES = {
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
-LISTS = (".csv", ".tsv", ".xlsx", ".json", *JSON_LINES)
 DEPTH = 3  # of folders, in which lists of captions are looked for
-TEXT_SUFFIXES = (".txt", ".caption", ".csv", ".jsonl")  # of what captions in folders come from
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
 
@@ -129,25 +132,32 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
     """
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
-        entries = select_entries(archive, packed, named_in(archive, packed))
-        tables = {n.lower(): entries.pop(n) for n in list(entries) if n.lower() in TABLE_NAMES}
-        if not entries:
-            raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
         there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
-        if not (tables or there):
+        whole = not has_one_table(archive)
+        entries = select_entries(archive, packed, named_in(archive, packed), whole)
+        texts = [name for name in entries if not is_photo(name)]
+        if len(texts) == len(entries):
+            raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
+        if not (texts or there):
             raise UserError(
-                f"{parts[0]} holds no captions ({' or '.join(TABLES)}): write them to "
-                f"{paths.captions} first"
+                f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
+                f"beside each photo): write them to {paths.captions} first"
             )
+        tables = {} if whole else {n.lower(): entries.pop(n) for n in texts}
         present = photo_sizes(paths.images)
-        missing = {n: info for n, info in entries.items() if present.get(n) != info.file_size}
+        missing = {
+            name: info
+            for name, info in entries.items()
+            if present.get(name) != info.file_size and (is_photo(name) or name not in present)
+        }
         require_room([(paths.images, sum(info.file_size for info in missing.values()))])
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
         if tables and not there:
             name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
-    write_marker(paths, dataset, {name: info.file_size for name, info in entries.items()})
+    photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
+    write_marker(paths, dataset, photos)
 
 
 def photo_sizes(folder: Path) -> dict[str, int]:
@@ -161,8 +171,9 @@ def photo_sizes(folder: Path) -> dict[str, int]:
 
 def find_captions(
     settings: SimpleNamespace, paths: DataPaths, note: Mapping[str, str]
-) -> tuple[Path, Captions]:
-    """Read the captions that are there, from the first place that has any, in whatever form.
+) -> tuple[list[Path], Captions]:
+    """Read the captions that are there, from the first place that has any, in whatever form: a
+    file, a folder, or files that are parts of one.
 
     captions.json counts no more where, by the `note`, it was made of what has changed since.
     """
@@ -170,33 +181,37 @@ def find_captions(
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
         if source.is_dir():
-            return source, read_texts_beside(paths.images, source)
+            return [source], read_texts_beside(paths.images, source)
         if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
-        return source, read_captions(source)
+        return [source], read_captions(source, paths.images)
     table = find_table(paths.data_dir, paths.images)
-    if usual.exists() and not is_outdated(note):
+    if old := outdated(note):
+        print(f"{old} has changed: captions.json is made anew")
+    if usual.exists() and not old:
         if table and table.stat().st_mtime > usual.stat().st_mtime:
             print(
                 f"{table} is newer than {usual}, which is used: delete the latter to have it "
                 "made anew"
             )
         elif table and getattr(settings, "check", False):
-            read_captions(table).tell(table)
-        return usual, read_captions(usual)
+            read_captions(table, paths.images).tell(table)
+        return [usual], read_captions(usual)
     if table:
-        return table, read_captions(table)
+        return [table], read_captions(table, paths.images)
     karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
     for file in (karpathy, *karpathy_files(paths.data_dir)):
         if file and file.is_file() and (found := read_captions(file)).texts:
-            return file, found
+            return [file], found
     found = read_nested(paths.images)
     found = found if found.texts else read_texts_beside(paths.images)
     if found.texts:
-        return paths.images, found
+        return [paths.images], found
     others, refused = find_others(paths)
-    if len(others) == 1:
-        return others[0]
+    if len(others) == 1 or are_parts(others):
+        places, parts = zip(*others, strict=True)
+        form = parts[0].form + ", in parts" * (len(parts) > 1)
+        return [*places], merged(form, parts, [p.relative_to(paths.data_dir) for p in places])
     seen = f" ({refused[0]})" if refused else ""
     if others:
         seen = f" (one of {', '.join(str(place) for place, _ in others)}?)"
@@ -213,23 +228,37 @@ def karpathy_files(folder: Path) -> list[Path]:
     return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
 
 
+def are_parts(others: Sequence[tuple[Path, Captions]]) -> bool:
+    """Are files called alike, but for a split, and speak of different photos?"""
+    photos = [name for _, found in others for name in found.texts]
+    alike = len({SPLIT_WORD.sub("", place.name) for place, _ in others}) == 1
+    return alike and len(photos) == len({*photos})
+
+
 def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str]]:
     """Files of other names that captions can be read from, and folders of texts, with these; and
     why other files can't be."""
     found, refused, root = [], [], paths.data_dir
     photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
     bare = {os.path.basename(name) for name in photos}
+    photos |= {inner for name in photos if (inner := name.partition("/")[2])}
     names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
-    parts = [PurePosixPath(name).parts for name in names if name.endswith((".txt", ".caption"))]
-    folders = {first for first, *rest in parts if os.path.splitext("/".join(rest))[0] in photos}
+    texts = [os.path.splitext(n)[0].split("/") for n in names if n.endswith((".txt", ".caption"))]
+    places = [[n for n in (1, 2) if "/".join(parts[n:]) in photos] for parts in texts]
+    folders = {"/".join(parts[: n[0]]) for parts, n in zip(texts, places, strict=True) if n}
     for folder in sorted(folders):
-        found.append((root / folder, read_texts_beside(paths.images, root / folder)))
-    for file in (root / name for name in names if name.count("/") < DEPTH):
-        own = file.name in OURS or file.name.endswith(".prepared.json") or file.stem in bare
-        if file.suffix.lower() not in LISTS or own:
+        if (captions := read_texts_beside(paths.images, root / folder)).texts:
+            found.append((root / folder, captions))
+    files = [root / name for name in names if name.count("/") < DEPTH and name not in OURS]
+    files = [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
+    named = [file for file in files if "caption" in file.name.lower()]
+    for file in (*named, *(file for file in files if file not in named)):
+        if file.stem in bare or file.name.endswith(".prepared.json"):
             continue
+        if file not in named and any(place in named for place, _ in found):
+            break  # COCO's other annotations take minutes to read
         try:
-            captions = read_captions(file)
+            captions = read_own(file, paths.images)
         except UserError as error:
             refused.append(str(error))
             continue
@@ -248,7 +277,8 @@ def state_of(source: Path) -> str:
         name
         for name in there
         if (
-            name.lower().endswith(TEXT_SUFFIXES) or (name.endswith(".json") and name[:-5] in photos)
+            name.lower().endswith((*TEXT_SUFFIXES, ".csv", ".jsonl"))
+            or (name.endswith(".json") and name[:-5] in photos)
         )
         and name not in OURS
         and os.path.isfile(source / name)
@@ -265,47 +295,70 @@ def captions_note(paths: DataPaths) -> dict[str, str]:
     return note if made.exists() and note.get("made") == state_of(made) else {}
 
 
-def is_outdated(note: Mapping[str, str]) -> bool:
-    """Is what captions.json was made from another now?"""
-    source = Path(note.get("source", ""))
-    if not note or not source.exists() or state_of(source) == note["state"]:
-        return False
-    print(f"{source} has changed: captions.json is made anew")
-    return True
+def outdated(note: Mapping[str, str]) -> str:
+    """What captions.json was made from, if that is another now."""
+    sources = [*map(Path, note.get("source", "").split("\n"))]
+    there = note and all(source.exists() for source in sources)
+    changed = there and "\n".join(map(state_of, sources)) != note["state"]
+    return ", ".join(map(str, sources)) if changed else ""
+
+
+def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
+    """Say which captions were made from a file that has changed since, for who doesn't prepare."""
+    source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
+    newer = source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime
+    if (
+        old := str(source)
+        if newer
+        else outdated({} if settings.CAPTIONS_FILE else captions_note(paths))
+    ):
+        remedy = f"{interpreter()} prepare_dataset.py makes it anew"
+        print(f"{old} has changed, and {paths.captions} was made before: {remedy}")
 
 
 def ensure_captions(
     settings: SimpleNamespace, paths: DataPaths
-) -> tuple[DataPaths, dict[str, str]]:
+) -> tuple[DataPaths, dict[str, Any], dict[str, str]]:
     """Have the captions as `{"photo.jpg": [...]}`, by the photos' real names; say where they are,
-    and what they were made from.
+    what captions.json was made from, and which split the captions say each photo to be of.
 
     A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
     """
     note = captions_note(paths)
-    source, found = find_captions(settings, paths, note)
-    texts = match_names(found.texts, paths.images)
-    if not texts:
-        raise UserError("; ".join([f"{source} holds no captions", *found.passed[:3]]))
-    usual = paths.data_dir / "captions.json"
-    if settings.CAPTIONS_FILE or source == usual:
-        kept = held_or_converted(paths.data_dir, source, texts)
-        if kept != source:
-            found.tell(source)
-        return replace(paths, captions=kept), note
-    found.tell(source)
+    sources, found = find_captions(settings, paths, note)
+    place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
+    if not found.texts:
+        raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
+    both = {name: [said, found.splits.get(name)] for name, said in found.texts.items()}
+    both = match_names(both, paths.images)
+    texts = {name: said for name, (said, _) in both.items()}
+    splits = {name: split for name, (_, split) in both.items() if split}
+    if settings.CAPTIONS_FILE or sources == [usual]:
+        kept = held_or_converted(paths.data_dir, sources[0], texts)
+        if kept != sources[0]:
+            found.tell(place)
+        noted = {} if settings.CAPTIONS_FILE else note.get("splits", {})
+        return replace(paths, captions=kept), note, splits or noted
+    found.tell(place)
     write_changed(usual, json.dumps(texts, ensure_ascii=False, indent=1))
-    made = {"source": str(source), "state": state_of(source), "made": state_of(usual)}
-    return replace(paths, captions=usual), made
+    made = {
+        "source": "\n".join(map(str, sources)),
+        "state": "\n".join(map(state_of, sources)),
+        "made": state_of(usual),
+        "splits": splits,
+    }
+    return replace(paths, captions=usual), made, splits
 
 
 def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
     """The file that holds these texts: their source, or else one that is written beside."""
     target = converted_file(data_dir, source)
-    if source.suffix.lower() == ".json" and read_json(source) == texts:
-        target.unlink(missing_ok=True)
-        return source
+    if source.suffix.lower() == ".json":
+        with contextlib.suppress(UserError):  # in an older encoding
+            if read_json(source) == texts:
+                target.unlink(missing_ok=True)
+                return source
     write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
     return target
 
@@ -453,7 +506,10 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) 
     if settings.DATASET == "custom":
         if len(found := karpathy_files(paths.data_dir)) == 1:
             return found[0]
-        raise UserError(f"SPLIT is 'karpathy', but a custom data set has no such split: {remedy}")
+        raise UserError(
+            "SPLIT is 'karpathy', but neither a dataset_*.json, nor a column `split` or folders or "
+            f"files called train and val say which photo is of which split: {remedy}"
+        )
     name = f"dataset_{settings.DATASET}.json"
     path = paths.data_dir / name
     if path.exists():
@@ -478,15 +534,26 @@ def write_splits(
     names: Iterable[str],
     karpathy_url: str,
     note: Mapping[str, str],
+    known: Mapping[str, str],
 ) -> None:
     """Split the photos as SPLIT says and write splits.json, if that changes it, with the `note`
-    about captions.json."""
-    if settings.SPLIT == "karpathy":
+    about captions.json; `known` are the splits that captions say photos to be of."""
+    names, own = [*names], None
+    if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
+        own = split_by_own(names, known)
+    if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
+        source, splits = "the data set itself", own
+        left = len(names) - sum(map(len, own.values()))
+        print(f"split as columns, files or folders say; {left} photos are of none")
+    elif settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
         source, splits = file.name, split_by_karpathy(names, file)
     else:
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
+        if own:
+            told = ", ".join(f"{split} {len(group)}" for split, group in own.items())
+            print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
     if paths.splits.exists() and "method" not in read_json(paths.splits):
         raise UserError(
             f"{paths.splits} would be overwritten, and was not written by this script: name it "
@@ -531,14 +598,14 @@ def prepare(
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, paths.questions, paths.images)
-        tasks, note = parse_tasks(settings.TASKS), {}
+        tasks, note, known = parse_tasks(settings.TASKS), {}, {}
         if "captions" in tasks:
-            paths, note = ensure_captions(settings, paths)
+            paths, note, known = ensure_captions(settings, paths)
         if "questions" in tasks:
             paths = ensure_questions(settings, paths)
         names = list(load_texts(paths, tasks))
         found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
-        write_splits(settings, paths, found, karpathy_url, note)
+        write_splits(settings, paths, found, karpathy_url, note, known)
         temporary = paths.data_dir / "temp_download"
         kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
         if settings.DATASET != "custom" and temporary.is_dir() and not kept:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captions_file import NAME_KEYS, photo_in, read_file, read_objects, table_of
+from captions_file import NAME_KEYS, name_within, photo_in, read_file, read_objects, table_of
 from photo_names import match_names
 from utils import UserError, read_json, write_file
 
@@ -33,7 +33,10 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
     table: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
+        name = name and name_within(where, name)
         question = _question(row.get("question"), row)
+        if row.get("prefix") and not row.get("question"):
+            continue  # it asks for a caption
         if not name or not question:
             raise UserError(f"{where} has no photo, question and answer: {usage}")
         table.setdefault(name, []).append(question)

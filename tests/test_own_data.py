@@ -24,9 +24,10 @@ from dataset import (
     load_splits,
     split_by_karpathy,
 )
+from options import SPLITS
 from questions_file import convert_vqa
 from tests.conftest import run, small_flags, write_photos
-from utils import Parser, UserError, load_settings
+from utils import Parser, UserError, decoded, load_settings
 
 
 def rows_of(captions: dict[str, list[str]]) -> dict[str, str]:
@@ -183,12 +184,190 @@ def test_captions_file_names_any_form_anywhere(tmp_path, file):
     assert prepared(folder) == mine
 
 
-def test_photos_and_table_in_one_folder(tmp_path):
+def test_photos_and_table_in_one_folder(tmp_path, capsys):
     folder = lay_out(tmp_path, {"captions.csv": rows("image,caption", "{},{}")})
     for photo in (folder / "images").iterdir():
         photo.rename(folder / photo.name)
     (folder / "images").rmdir()
     assert prepared(folder) == EXPECTED
+    assert "not from" not in capsys.readouterr().out  # one file in one place
+
+
+# --- Encodings, names without a suffix, splits ---------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["captions.csv", "captions.json", "mine.csv"])
+def test_windows_encoding_is_read_and_said(tmp_path, file, capsys):
+    text = {
+        "json": json.dumps({n: ["Café’s"] for n in IDS}, ensure_ascii=False),
+        "csv": "image,caption\n" + "".join(f"{n},Café’s\n" for n in IDS),
+    }[file.partition(".")[2]]
+    folder = lay_out(tmp_path, {})
+    (folder / file).write_bytes(text.encode("cp1252"))
+    flags = ["--captions_file", folder / file] if file == "mine.csv" else []
+    assert check(folder, *flags) == 0 and check(folder, *flags) == 0
+    given = {"CAPTIONS_FILE": str(folder / file)} if flags else {}
+    assert load_captions(paths_in(folder, **given).captions) == {n: ["Café’s"] for n in IDS}
+    assert "read in Windows' Western encoding: 1 files, such as 'Café’s'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("一只狗在跑", "gbk"),
+        ("一隻狗在跑", "big5"),
+        ("犬が走る", "shift-jis"),
+        ("ドッグ", "shift-jis"),
+        ("개가 달린다", "euc-kr"),
+        ("собака бежит", "cp1251"),
+        ("คลื่น", "cp874"),
+    ],
+)
+@pytest.mark.parametrize("file", ["captions.csv", "images/1.txt", "captions.json"])
+def test_another_encoding_is_refused_with_what_converts_it(tmp_path, file, text, encoding):
+    folder = lay_out(tmp_path, {})
+    whole = {
+        "captions.csv": f"image,caption\n1.jpg,{text}\n2.jpg,{text}\n",
+        "captions.json": json.dumps({"1.jpg": [text]}, ensure_ascii=False),
+    }
+    (folder / file).write_bytes(whole.get(file, text).encode(encoding))
+    with pytest.raises(UserError, match=rf"{file} is not UTF-8.*iconv -f ENCODING .*{file} > "):
+        check(folder)
+
+
+@pytest.mark.parametrize("text", ["Größe", "d’été", "Été", "«Où»", "naïve façade, «déjà» vu"])
+def test_short_western_texts_are_known_and_flawed_unicode_is_not_one(text):
+    assert decoded(text.encode("cp1252")) == text
+    for flawed in (f"{text} {text}".encode() + b"\xe9", text.encode("utf-16") + b"x"):
+        with pytest.raises(UnicodeDecodeError):
+            decoded(flawed)
+
+
+@pytest.mark.parametrize("mark", ["\t", ",", " "])
+def test_a_table_without_header_may_lack_suffixes(tmp_path, mark):
+    there = [f"ROCO_{n}.jpg" for n in (1, 2, 3)]
+    table = "".join(f"ROCO_{n}{mark}X-ray {n}\n" for n in (1, 2, 3))
+    folder = lay_out(tmp_path, {"captions.csv": table}, there)
+    assert prepared(folder) == {name: [f"X-ray {n}"] for n, name in enumerate(there, 1)}
+
+
+SIX = [f"{n}.jpg" for n in range(1, 7)]
+OF = dict(zip(SIX, "train train train train val test".split(), strict=True))
+LONG = {"val": "validation"}
+
+
+def coco_of(split: str) -> str:
+    images = [{"id": n, "file_name": name} for n, name in enumerate(SIX) if OF[name] == split]
+    texts = [{"image_id": image["id"], "caption": "A dog"} for image in images]
+    return json.dumps({"images": images, "annotations": texts})
+
+
+def lines_of(part: str, **more: str) -> str:
+    said = [{"image": n, "caption": "A dog", **more} for n in SIX if OF[n] == part]
+    return "\n".join(map(json.dumps, said)) + "\n"
+
+
+SPLIT_FORMS = {
+    "a column": {
+        "captions.csv": "image,caption,Split\n" + "".join(f"{n},A,{OF[n]}\n" for n in SIX)
+    },
+    "a key": {
+        "x.jsonl": "".join(lines_of(s, split=LONG.get(s, s)) for s in ("train", "val", "test"))
+    },
+    "an object": {
+        "captions.json": json.dumps({s: {n: ["A"] for n in SIX if OF[n] == s} for s in OF.values()})
+    },
+    "COCO's pair": {
+        **{f"annotations/captions_{s}2017.json": coco_of(s) for s in OF.values()},
+        "annotations/instances_val2017.json": "{",  # is never read
+    },
+    "files": {f"{LONG.get(s, s)}.jsonl": lines_of(s) for s in OF.values()},
+    "folders": {"captions.csv": "image,caption\n" + "".join(f"{n},A\n" for n in SIX)},
+    "annotations": {f"images/{s}/_annotations.jsonl": lines_of(s) for s in OF.values()},
+    "Karpathy's": {
+        "deep/karpathy.json": json.dumps(
+            {"images": [{"filename": n, "split": OF[n], "sentences": [{"raw": "A"}]} for n in SIX]}
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("form", SPLIT_FORMS)
+def test_a_split_of_ones_own_is_kept(tmp_path, form, capsys):
+    within = form in ("folders", "annotations")
+    there = [f"{OF[n]}2017/{n}" if within else n for n in SIX]
+    files = {
+        name.replace("images/train/", "images/train2017/"): t
+        for name, t in SPLIT_FORMS[form].items()
+    }
+    files = {
+        re.sub(r"images/(val|test)/", r"images/\g<1>2017/", name): t for name, t in files.items()
+    }
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    folder = lay_out(tmp_path, {}, there)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    wanted = {
+        split: [n for n, o in zip(there, SIX, strict=True) if OF[o] == split] for split in SPLITS
+    }
+    assert check(folder) == 0
+    said = capsys.readouterr().out
+    assert "split of their own (train 4, val 1, test 1): --split karpathy keeps to it" in said
+    assert "split are ignored" not in said.lower()
+    for _ in range(2):  # from what was prepared, too
+        assert check(folder, "--split", "karpathy") == 0
+        splits = load_splits(folder / "splits.json")
+        assert {split: sorted(names) for split, names in splits.items()} == wanted
+
+
+def test_files_that_share_photos_are_no_splits(tmp_path):
+    files = {f"{split}.jsonl": lines_of("train") for split in ("train", "val")}
+    with pytest.raises(UserError, match=r"one of .*train\.jsonl, .*val\.jsonl\?"):
+        check(lay_out(tmp_path, files, SIX))
+
+
+def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path):
+    folder = lay_out(tmp_path / "a", {"images/1.txt": "0 0.5 0.5 0.1 0.1\n1 .5 .5 .1 .1"})
+    with pytest.raises(UserError, match="captions.json is missing"):  # YOLO's boxes
+        check(folder)
+    folder = lay_out(tmp_path / "b", {"captions.csv": "1.jpg,A\n"}, ["a/1.jpg", "b/1.jpg"])
+    with pytest.raises(UserError, match=r"'1\.jpg' is wanted.*'a/1\.jpg' and more of that name"):
+        check(folder)
+    folder = lay_out(tmp_path / "c", {"captions.csv": "foto,caption\n1.jpg,A\n"})
+    with pytest.raises(UserError, match="none is known to name photos: call it image"):
+        check(folder)
+
+
+def test_files_of_one_name_beside_their_photos_are_parts(tmp_path):
+    folder = lay_out(tmp_path, {}, ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"])
+    for kind in ("cat", "dog"):
+        (folder / "images" / kind / "labels.csv").write_text(f"image,caption\n1.jpg,A {kind}\n")
+    assert prepared(folder) == {"cat/1.jpg": ["A cat"], "dog/1.jpg": ["A dog"]}
+
+
+def test_texts_in_a_folder_beside_the_photos_folder(tmp_path):
+    folder = lay_out(tmp_path, {})
+    (folder / "images").rename(folder / "photos")
+    (folder / "captions").mkdir()
+    for name in IDS:
+        (folder / "captions" / name).with_suffix(".txt").write_text("A dog")
+    assert prepared(folder) == {f"photos/{name}": ["A dog"] for name in IDS}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsys):
+    folder = lay_out(tmp_path, {"captions.csv": rows("image,caption", "{},{}")})
+    flags = ["--captions_file", folder / "captions.csv"] if given else []
+    assert check(folder, *flags) == 0
+    settings = settings_of(folder, *flags)
+    prepare_dataset.say_outdated(settings, data_paths(settings))
+    assert "has changed" not in capsys.readouterr().out
+    (folder / "captions.csv").write_text(rows("image,caption", "{},{} now"))
+    os.utime(folder / "captions.csv", (2e9, 2e9))
+    prepare_dataset.say_outdated(settings, data_paths(settings))
+    assert "captions.csv has changed, and" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -328,6 +507,8 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
         ("image_url,caption\nhttps://x.org/1.jpg?w=2,A\n", {"https://x.org/1.jpg": ["A"]}),
         ("image,caption_1,caption_2\n1.jpg,A, B,C\n2.jpg,D,E", {"2.jpg": ["D", "E"]}),
+        ("image,caption\n1.jpg,A,,\n2.jpg,B, C,\n", {"1.jpg": ["A"], "2.jpg": ["B, C"]}),
+        ("image,caption,note\n1.jpg,A, B,\n", {"1.jpg": ["A, B"]}),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
@@ -379,6 +560,25 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ({"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "A", "1": "B"}}, AB),
         ([{"image_id": n, "img": f"{3 - n}.jpg", "caption": "BA"[n - 1]} for n in (1, 2)], AB),
         ([["1.jpg", "A"], ["2.jpg", "B"]], AB),
+        (
+            {
+                "version": 1,
+                "captions": [{"image": f"{n}.jpg", "text": "AB"[n - 1]} for n in (1, 2)],
+            },
+            AB,
+        ),
+        (
+            {"data": [{"image_path": "1.jpg", "caption_str": "A", "reference_strs": ["A", "B b"]}]},
+            {"1.jpg": ["A"]},  # TextCaps has a row for each of its references
+        ),
+        (
+            [
+                {"image": "1.jpg", "prefix": "caption en", "suffix": "A"},
+                {"image": "2.jpg", "prefix": "<DETAILED_CAPTION>", "suffix": "B"},
+                {"image": "2.jpg", "prefix": "what is red?", "suffix": "C"},
+            ],
+            AB,
+        ),
         ([{"Image Path": " 1.jpg", "Caption": "A"}, {"image-path": "2.jpg", "caption": "B"}], AB),
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
@@ -388,9 +588,25 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
                 {"image": "1.jpg", "conversations": talk("from", "value", "human", "gpt", "A")},
                 {"images": ["2.jpg"], "messages": talk("role", "content", "user", "model", "B")},
                 {"image": "3.jpg", "conversations": 2 * talk("from", "value", "x", "gpt", "C")},
+                {"id": "1", "messages": talk("role", "content", "user", "model", "Hi")},
             ],
-            AB,  # whoever is asked twice describes no photo
+            AB,  # whoever is asked twice describes no photo, nor who is shown none
         ),
+        (
+            [
+                {
+                    "id": str(3 - n),
+                    "conversations": [
+                        {"from": "user", "value": f"Picture 1: <img>{n}.jpg</img>\nDescribe it"},
+                        {"from": "assistant", "value": "AB"[n - 1]},
+                    ],
+                }
+                for n in (1, 2)
+            ],
+            AB,  # as Qwen-VL has it: the number is not the photo's
+        ),
+        ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
+        ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
@@ -602,11 +818,14 @@ def test_a_converted_file_is_no_source(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    "train.csv Captions.CSV my_captions.json annotations/captions_val2017.json a/b.ndjson".split(),
+    (
+        "train.csv Captions.CSV my_captions.json annotations/captions_val2017.json a/b.ndjson "
+        "Flickr8k_text/Flickr8k.token.txt"
+    ).split(),
 )
 def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
     lines, table = FORMS["images/metadata.jsonl"][0], rows("image,caption", "{},{}")
-    texts = {".json": json.dumps(COCO), ".ndjson": lines}
+    texts = {".json": json.dumps(COCO), ".ndjson": lines, ".txt": TOKENS}
     text = texts.get(Path(name).suffix, table)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     folder = lay_out(tmp_path, {name: text, "dataset_info.json": '{"features": 1}'})
@@ -681,6 +900,18 @@ QUESTIONS = [
         ("a.json", json.dumps({n: entry for n, entry in enumerate(QUESTIONS)})),
         ("a.jsonl", "\n".join(map(json.dumps, QUESTIONS))),
         ("a.csv", "image,question,answer\n1,Which?,red\n2,Which?,red\n3,Which?,red\n"),
+        (
+            "a.csv",
+            "image,question,answer\n" + "".join(f"../x/{n}.jpg,Which?,red\n" for n in (1, 2, 3)),
+        ),
+        (
+            "a.jsonl",
+            "\n".join(
+                json.dumps({"image": f"{n}.jpg", "prefix": asked, "suffix": "red"})
+                for n in (1, 2, 3)
+                for asked in ("Which?", "caption")
+            ),
+        ),
         ("a.json", json.dumps({e["image"]: [e] for e in QUESTIONS})),
     ],
 )
@@ -717,7 +948,9 @@ def test_check_names_what_is_not_used(tmp_path, capsys):
         check(folder)
 
 
-@pytest.mark.parametrize("root", ["/home/me/photos/", "C:\\photos\\", "D:/"])
+@pytest.mark.parametrize(
+    "root", ["/home/me/photos/", "C:\\photos\\", "D:/", "../input/photos/", "..\\..\\x\\"]
+)
 def test_names_that_were_absolute_elsewhere_find_their_photos(tmp_path, root):
     data = write_photos(tmp_path / "data", 4)
     (data / "captions.json").unlink()

@@ -22,6 +22,9 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 
+FLAGS = ["--dataset", "custom", "--split", "ratio", "--data_dir"]
+
+
 def photo(shade: int) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (16, 12), (shade, 0, 0)).save(content, "JPEG")
@@ -77,6 +80,21 @@ def test_two_photos_of_one_name_stay_two(tmp_path):
     assert found == {"0.jpg": ["a0"], "1.jpg": ["b0"], "000002.jpg": ["a1"], "000003.jpg": ["b1"]}
 
 
+@pytest.mark.parametrize("column", [False, True])
+def test_splits_of_files_or_a_column_are_folders(tmp_path, column):
+    texts = {"image": images(2), "caption": ["a", "b"]}
+    if column:
+        write(tmp_path / "test.parquet", texts | {"split": ["train", "dev"]})
+    else:
+        for split in ("train", "validation"):
+            write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", texts)
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--split", "karpathy"])
+    splits = json.loads((tmp_path / "splits.json").read_text())
+    names = [[0], [1]] if column else [[0, 1], [0, 1]]
+    assert splits["train"] == [f"train/{n}.jpg" for n in names[0]]
+    assert splits["val"] == [f"val/{n}.jpg" for n in names[1]]
+
+
 @pytest.mark.fault(count=5)
 def test_what_is_no_data_set_of_photos_is_refused_in_a_line(tmp_path, monkeypatch):
     plain = write(tmp_path / "plain.parquet", {"caption": ["a"], "label": [3]})
@@ -99,9 +117,6 @@ def test_what_is_no_data_set_of_photos_is_refused_in_a_line(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install -r requirements-parquet.txt"):
         list(read_parquet([whole]))
-
-
-FLAGS = ["--dataset", "custom", "--split", "ratio", "--data_dir"]
 
 
 def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):

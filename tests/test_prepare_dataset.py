@@ -168,7 +168,7 @@ def test_unreadable_row_is_named(tmp_path: Path, text: str, line: int) -> None:
         read_captions(tmp_path / "results.csv")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"image,caption\n", b"a.jpg,caf\xe9\n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"image,caption\n", b"a.jpg,\xb9\xb7\xb9\xb7\n"])
 def test_table_without_rows_or_not_utf8(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "captions.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"captions\.txt"):
@@ -834,6 +834,46 @@ def test_folders_of_an_archive_stay_where_the_table_names_them(tmp_path: Path) -
         prepare(settings_for(tmp_path / "data", "--archive", archive))
         images = tmp_path / "data" / "images"
         assert {name: (images / name).read_bytes() for name in photos} == photos
+
+
+KARPATHY = [{"filename": n, "split": "train", "sentences": [{"raw": "A photo"}]} for n in "ab"]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"train/0.txt": "A photo", "train/1.txt": "A photo", "__MACOSX/set/train/._0.txt": "x"},
+        {"labels/0.txt": "A photo", "labels/1.txt": "A photo"},
+        {"labels.csv": "image,caption\n0.jpg,A photo\n1.jpg,A photo\n", "readme.txt": "x"},
+        {
+            "train/metadata.csv": "file_name,text\n0.jpg,A photo\n1.jpg,A photo\n",
+            "val/metadata.csv": "",
+        },
+        {
+            "dataset_x.json": json.dumps(
+                {"images": [i | {"filename": f"{n}.jpg"} for n, i in enumerate(KARPATHY)]}
+            )
+        },
+    ],
+)
+def test_an_archive_keeps_its_folders_where_no_table_of_a_usual_name_is_in_it(
+    tmp_path: Path, texts: dict[str, str]
+) -> None:
+    texts = {
+        n if n[0] == "_" else f"set/{n}": t or "file_name,text\n2.jpg,A photo\n"
+        for n, t in texts.items()
+    }
+    photos = {f"set/{'val' if n == 2 else 'train'}/{n}.jpg": PHOTOS[f"{n}.jpg"] for n in range(3)}
+    archive = write_archive(tmp_path, make_zip(texts | photos))
+    flags = ("--archive", archive, "--max_bad_images", 3)
+    for _ in range(2):
+        found = load_captions(prepare(settings_for(tmp_path / "data", *flags)).captions)
+        assert found["train/0.jpg"] == found["train/1.jpg"] == ["A photo"]
+        names = {str(n.relative_to(tmp_path / "data/images")) for n in tmp_path.rglob("*.jpg")}
+        assert names == {"train/0.jpg", "train/1.jpg", "val/2.jpg"}
+        (tmp_path / "data/images/train/0.jpg").unlink()  # and is restored where it was
+    marked = json.loads((tmp_path / "data/prepared.json").read_text())["photos"]
+    assert set(marked) == names  # what people write into texts is theirs
 
 
 @pytest.mark.fault
