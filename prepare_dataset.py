@@ -360,6 +360,8 @@ def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any
                 target.unlink(missing_ok=True)
                 return source
     write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
+    with contextlib.suppress(OSError):  # where nobody may write
+        os.utime(target)  # as new as what it was made from
     return target
 
 

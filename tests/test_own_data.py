@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,10 +365,16 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
     settings = settings_of(folder, *flags)
     prepare_dataset.say_outdated(settings, data_paths(settings))
     assert "has changed" not in capsys.readouterr().out
-    (folder / "captions.csv").write_text(rows("image,caption", "{},{} now"))
-    os.utime(folder / "captions.csv", (2e9, 2e9))
+    before = time.time() - 9
+    made = data_paths(settings).captions
+    os.utime(made, (before, before))
+    (folder / "captions.csv").write_text(rows("image,caption", "{},{}  "))  # to the same effect
     prepare_dataset.say_outdated(settings, data_paths(settings))
     assert "captions.csv has changed, and" in capsys.readouterr().out
+    assert check(folder, *flags) == 0
+    capsys.readouterr()
+    prepare_dataset.say_outdated(settings, data_paths(settings))
+    assert "has changed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
