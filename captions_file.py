@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import html
 import itertools
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name, split_in
 from options import SPLITS
-from photo_names import is_photo, is_there, is_unread, photos_in
-from utils import SURROGATES, UserError, decoded, files_in, read_json, read_text
+from photo_names import is_photo, is_there, is_unread, plain_name
+from tables import Row, plain_key, table_of
+from utils import SURROGATES, UserError, decoded, read_json, read_text
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -50,7 +50,6 @@ SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
 SAMPLE = 1000  # rows by which it is decided what is what
-MOST_LINES = 100  # of a quoted caption
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
 # What is no text, by how it begins.
@@ -65,7 +64,6 @@ NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 TO_CAPTION = re.compile(r"caption|describe|^\W*$", re.IGNORECASE)  # a prompt that asks for one
-BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -112,7 +110,7 @@ class Captions:
 
         A `bare` one may lack its suffix; what is no name is refused if `strict`.
         """
-        name = _plain(said) if isinstance(said, str) else said
+        name = plain_name(said) if isinstance(said, str) else said
         unread = is_unread(name)
         plain = bare and isinstance(name, str | int) and BARE.fullmatch(str(name)) and not unread
         if plain or (isinstance(name, str) and is_photo(name)):
@@ -178,16 +176,6 @@ def has_word(text: str) -> bool:
     return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)
 
 
-def find_table(*folders: Path) -> Path | None:
-    """The captions table in one of the folders; where there are several, which one is said."""
-    places = [folder / name for name in TABLES for folder in dict.fromkeys(folders)]
-    found = [place for place in places if place.is_file()]
-    if len(found) > 1:
-        others = ", ".join(map(str, found[1:]))
-        print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
-    return found[0] if found else None
-
-
 def read_captions(path: Path, folder: Path | None = None) -> Captions:
     """Read captions in any form that is known; the message of what is refused says the line.
 
@@ -207,11 +195,11 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
         found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
         found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
     found.texts = {name: texts for name, texts in found.texts.items() if texts}
-    found.older = _is_older(path)
+    found.older = is_older(path)
     return found
 
 
-def _is_older(path: Path) -> bool:
+def is_older(path: Path) -> bool:
     """Is a text in Windows' older encoding, as it can be read and is not Unicode?"""
     try:
         return not decoded(path.read_bytes(), older=False)
@@ -379,7 +367,7 @@ def read_objects(
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
-            row = {_plain_key(key): value for key, value in row.items()}
+            row = {plain_key(key): value for key, value in row.items()}
             if isinstance(asked := row.get("prefix"), str) and "suffix" in row:  # PaliGemma's
                 asks = {} if TO_CAPTION.search(asked) else {"question": asked}
                 row |= asks | {"answer" if asks else "caption": row.pop("suffix")}
@@ -440,7 +428,7 @@ def choose_columns(
     def share(place: int) -> float:
         """Of the cells in which something stands, those with a photo's name."""
         cells = [cell for cell in map(photo_in, columns[place]) if cell not in (None, "")]
-        good = [isinstance(c, str) and "://" not in c and is_photo(_plain(c)) for c in cells]
+        good = [isinstance(c, str) and "://" not in c and is_photo(plain_name(c)) for c in cells]
         return sum(good) / max(1, len(good))
 
     def words(place: int) -> int:
@@ -468,9 +456,6 @@ def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
     return [i for i, name in enumerate(names) if name and name in {likeliest, *numbered}]
 
 
-Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
-
-
 def _read_rows(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
@@ -483,7 +468,7 @@ def _read_rows(path: Path, lines: list[tuple[str, str]], folder: Path | None) ->
     columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
     photos, captions = choose_columns(names, columns)
     captions = caption_columns(names, captions)
-    begun = not captions and any(is_photo(_plain(name)) for name in names)
+    begun = not captions and any(is_photo(plain_name(name)) for name in names)
     bare = not (begun or (photos and captions)) and folder and is_there(names[0], folder)
     if begun or bare:
         numbered = len(names) > 2 and names[1].isdigit() and delimiter != " "
@@ -502,64 +487,6 @@ def _read_rows(path: Path, lines: list[tuple[str, str]], folder: Path | None) ->
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
     return found
-
-
-def table_of(
-    lines: list[tuple[str, str]], folder: Path | None = None
-) -> tuple[str, list[str], list[Row]]:
-    """A table's delimiter, the names in its first row, and all of its rows."""
-    first = lines[0][1]
-    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
-    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    if words and (is_photo(_plain(words[1])) or (folder and is_there(words[1], folder))):
-        delimiter = " "  # where tabs were lost
-    rows = [*_whole_rows(lines, delimiter)]
-    return delimiter, [_plain_key(value) for value, _ in rows[0][1]], rows
-
-
-def _plain_key(name: str) -> str:
-    return re.sub("[ -]+", "_", name.strip().lower())
-
-
-def _whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
-    """The rows of a table; one that ends within quotes goes on with the lines after it."""
-    mark = re.escape(delimiter)
-    end = rf"[ \r]*{mark}"
-    field = re.compile(  # quotes within quotes are doubled, or else follow a backslash
-        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*){mark}'
-    )
-
-    def fields(text: str) -> list[tuple[str, str]]:
-        if len(text) > csv.field_size_limit():
-            raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
-        found = []
-        for match in field.finditer(text + delimiter):  # so that the last one has an end too
-            doubled, escaped, value = match.groups()
-            if doubled is not None:
-                value = doubled.replace('""', '"')
-            elif escaped is not None:
-                value = re.sub(r"\\(.)", r"\1", escaped)
-            found.append((value.strip(), match[0].removesuffix(delimiter)))
-        return found
-
-    def is_open(row: list[tuple[str, str]]) -> bool:
-        spelled = row[-1][1].lstrip()
-        return spelled.startswith('"') and spelled.count('"') % 2 == 1
-
-    place = 0
-    while place < len(lines):
-        where, text = lines[place]
-        row, place = fields(text), place + 1
-        last = min(len(lines), place + MOST_LINES)
-        while is_open(row) and place < last:
-            more = lines[place][1]
-            if any(is_photo(_plain(value)) for value, _ in fields(more)):
-                break
-            text, place = f"{text}\n{more}", place + 1
-            row = fields(text)
-        if is_open(row):
-            raise UserError(f"{where}: a quoted caption isn't closed before the next")
-        yield where, row
 
 
 def _read_columns(
@@ -619,60 +546,3 @@ def _read_columns(
         texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
         found.add(name, texts, where, "" if split is None else cells[split])
     return found
-
-
-def _plain(name: str) -> str:
-    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
-    name = name.strip().partition("?")[0] if "://" in name else name.strip()
-    return re.sub(r"(#\w+)+$", "", name)
-
-
-# --- Texts beside photos, and metadata in their folders --------------------------------------
-
-
-def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`, there
-    also without the first of the photo's folders."""
-    found = Captions("a text beside each photo")
-    for name in photos_in(folder):
-        _, _, inner = name.partition("/")
-        photos = [folder / name] if place is None else [place / name, place / (inner or name)]
-        ends = (".txt", f"{photos[0].suffix}.txt", ".caption", ".TXT", ".json")
-        files = (photo.with_suffix(end) for photo in photos for end in ends)
-        if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
-            found.add(name, lines, file)
-            found.older += _is_older(file)
-            continue
-        found.passed.append(f"{folder / name}: no text beside it")
-    return found
-
-
-def _lines(file: Path) -> list[str]:
-    """The captions, one a line, of a text, or those of a photo's own JSON object."""
-    if file.suffix == ".json":
-        said = read_json(file, older=True)
-        return texts_of(said) if isinstance(said, dict) else []
-    lines = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
-    return [line for line in lines if line and not BOX.fullmatch(line)]
-
-
-def read_nested(folder: Path) -> Captions:
-    """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
-    them."""
-    tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    parts = [read_own(table, folder) for table in tables]
-    return merged("image folders with their metadata", parts, [""] * len(parts))
-
-
-def read_own(table: Path, folder: Path) -> Captions:
-    """The captions of a table, whose names are relative to its own folder if that is within the
-    photos' and has some."""
-    found = read_captions(table, folder)
-    if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
-        return found
-    place = table.parent.relative_to(folder)
-    texts, splits = (
-        {str(place / name): said for name, said in each.items()}
-        for each in (found.texts, found.splits)
-    )
-    return replace(found, texts=texts, splits=splits)

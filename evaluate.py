@@ -34,6 +34,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from captions_search import say_outdated
 from checkpoint import load_checkpoint
 from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
@@ -51,7 +52,6 @@ from metrics import (
     vqa_accuracy,
 )
 from options import change_options, given_options
-from prepare_dataset import say_outdated
 from utils import UserError, check_output, first_line, run_script, write_file
 
 

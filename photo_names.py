@@ -22,6 +22,12 @@ def is_photo(name: str) -> bool:
     return os.path.splitext(name.lower())[1] in PHOTO_SUFFIXES
 
 
+def plain_name(name: str) -> str:
+    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
+    name = name.strip().partition("?")[0] if "://" in name else name.strip()
+    return re.sub(r"(#\w+)+$", "", name)
+
+
 def is_unread(name: object) -> bool:
     """Is it a picture in a form that isn't read?"""
     return str(name).lower().endswith(OTHER_PICTURES)

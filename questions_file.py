@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captions_file import NAME_KEYS, name_within, photo_in, read_file, read_objects, table_of
+from captions_file import NAME_KEYS, name_within, photo_in, read_file, read_objects
 from photo_names import match_names
+from tables import table_of
 from utils import UserError, read_json, write_file
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+import captions_search
 import commands
 import config
 import prepare_dataset
@@ -363,17 +364,17 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
     flags = ["--captions_file", folder / "captions.csv"] if given else []
     assert check(folder, *flags) == 0
     settings = settings_of(folder, *flags)
-    prepare_dataset.say_outdated(settings, data_paths(settings))
+    captions_search.say_outdated(settings, data_paths(settings))
     assert "has changed" not in capsys.readouterr().out
     before = time.time() - 9
     made = data_paths(settings).captions
     os.utime(made, (before, before))
     (folder / "captions.csv").write_text(rows("image,caption", "{},{}  "))  # to the same effect
-    prepare_dataset.say_outdated(settings, data_paths(settings))
+    captions_search.say_outdated(settings, data_paths(settings))
     assert "captions.csv has changed, and" in capsys.readouterr().out
     assert check(folder, *flags) == 0
     capsys.readouterr()
-    prepare_dataset.say_outdated(settings, data_paths(settings))
+    captions_search.say_outdated(settings, data_paths(settings))
     assert "has changed" not in capsys.readouterr().out
 
 

@@ -1,0 +1,304 @@
+"""Where the captions of a data set are, and captions.json, which is made of them.
+
+A table of a usual name counts first, then Karpathy's file, texts beside the photos, and whatever
+else in DATA_DIR can be read; what is made of them knows what from, and is made anew when that
+changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from captions_file import (
+    LINE_END,
+    LISTS,
+    TABLES,
+    TEXT_SUFFIXES,
+    Captions,
+    is_older,
+    merged,
+    read_captions,
+    texts_of,
+)
+from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file
+from photo_names import is_photo, match_names, photos_in
+from utils import UserError, files_in, interpreter, read_json, read_text, write_file
+
+OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
+DEPTH = 3  # of folders, in which lists of captions are looked for
+BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
+
+
+def find_captions(
+    settings: SimpleNamespace, paths: DataPaths, note: Mapping[str, str]
+) -> tuple[list[Path], Captions]:
+    """Read the captions that are there, from the first place that has any, in whatever form: a
+    file, a folder, or files that are parts of one.
+
+    captions.json counts no more where, by the `note`, it was made of what has changed since.
+    """
+    usual = paths.data_dir / "captions.json"
+    if settings.CAPTIONS_FILE:
+        source = Path(settings.CAPTIONS_FILE).expanduser()
+        if source.is_dir():
+            return [source], read_texts_beside(paths.images, source)
+        if not source.is_file():
+            raise UserError(f"CAPTIONS_FILE {source} is not there")
+        return [source], read_captions(source, paths.images)
+    table = find_table(paths.data_dir, paths.images)
+    if old := outdated(note):
+        print(f"{old} has changed: captions.json is made anew")
+    if usual.exists() and not old:
+        if table and table.stat().st_mtime > usual.stat().st_mtime:
+            print(
+                f"{table} is newer than {usual}, which is used: delete the latter to have it "
+                "made anew"
+            )
+        elif table and getattr(settings, "check", False):
+            read_captions(table, paths.images).tell(table)
+        return [usual], read_captions(usual)
+    if table:
+        return [table], read_captions(table, paths.images)
+    karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
+    for file in (karpathy, *karpathy_files(paths.data_dir)):
+        if file and file.is_file() and (found := read_captions(file)).texts:
+            return [file], found
+    found = read_nested(paths.images)
+    found = found if found.texts else read_texts_beside(paths.images)
+    if found.texts:
+        return [paths.images], found
+    others, refused = find_others(paths)
+    if len(others) == 1 or are_parts(others):
+        places, parts = zip(*others, strict=True)
+        form = parts[0].form + ", in parts" * (len(parts) > 1)
+        return [*places], merged(form, parts, [p.relative_to(paths.data_dir) for p in places])
+    seen = f" ({refused[0]})" if refused else ""
+    if others:
+        seen = f" (one of {', '.join(str(place) for place, _ in others)}?)"
+    raise UserError(
+        f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
+        f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
+        f"name a file with --captions_file{seen}"
+    )
+
+
+def find_table(*folders: Path) -> Path | None:
+    """The captions table in one of the folders; where there are several, which one is said."""
+    places = [folder / name for name in TABLES for folder in dict.fromkeys(folders)]
+    found = [place for place in places if place.is_file()]
+    if len(found) > 1:
+        others = ", ".join(map(str, found[1:]))
+        print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
+    return found[0] if found else None
+
+
+def karpathy_files(folder: Path) -> list[Path]:
+    """The files in Karpathy's form in a folder; data sets' own descriptions have such names too."""
+    files = sorted(folder.glob("dataset_*.json"))
+    return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
+
+
+def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str]]:
+    """Files of other names that captions can be read from, and folders of texts, with these; and
+    why other files can't be."""
+    found, refused, root = [], [], paths.data_dir
+    photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
+    bare = {os.path.basename(name) for name in photos}
+    photos |= {inner for name in photos if (inner := name.partition("/")[2])}
+    names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
+    texts = [os.path.splitext(n)[0].split("/") for n in names if n.endswith((".txt", ".caption"))]
+    places = [[n for n in (1, 2) if "/".join(parts[n:]) in photos] for parts in texts]
+    folders = {"/".join(parts[: n[0]]) for parts, n in zip(texts, places, strict=True) if n}
+    for folder in sorted(folders):
+        if (captions := read_texts_beside(paths.images, root / folder)).texts:
+            found.append((root / folder, captions))
+    files = [root / name for name in names if name.count("/") < DEPTH and name not in OURS]
+    files = [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
+    named = [file for file in files if "caption" in file.name.lower()]
+    for file in (*named, *(file for file in files if file not in named)):
+        if file.stem in bare or file.name.endswith(".prepared.json"):
+            continue
+        if file not in named and any(place in named for place, _ in found):
+            break  # COCO's other annotations take minutes to read
+        try:
+            captions = read_own(file, paths.images)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if any(is_photo(name) or name in bare for name in captions.texts):
+            found.append((file, captions))
+    return found, refused
+
+
+def are_parts(others: Sequence[tuple[Path, Captions]]) -> bool:
+    """Are files called alike, but for a split, and speak of different photos?"""
+    photos = [name for _, found in others for name in found.texts]
+    alike = len({SPLIT_WORD.sub("", place.name) for place, _ in others}) == 1
+    return alike and len(photos) == len({*photos})
+
+
+# --- Texts beside photos, and metadata in their folders --------------------------------------
+
+
+def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
+    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`, there
+    also without the first of the photo's folders."""
+    found = Captions("a text beside each photo")
+    for name in photos_in(folder):
+        _, _, inner = name.partition("/")
+        photos = [folder / name] if place is None else [place / name, place / (inner or name)]
+        ends = (".txt", f"{photos[0].suffix}.txt", ".caption", ".TXT", ".json")
+        files = (photo.with_suffix(end) for photo in photos for end in ends)
+        if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
+            found.add(name, lines, file)
+            found.older += is_older(file)
+            continue
+        found.passed.append(f"{folder / name}: no text beside it")
+    return found
+
+
+def _lines(file: Path) -> list[str]:
+    """The captions, one a line, of a text, or those of a photo's own JSON object."""
+    if file.suffix == ".json":
+        said = read_json(file, older=True)
+        return texts_of(said) if isinstance(said, dict) else []
+    lines = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
+    return [line for line in lines if line and not BOX.fullmatch(line)]
+
+
+def read_nested(folder: Path) -> Captions:
+    """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
+    them."""
+    tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
+    parts = [read_own(table, folder) for table in tables]
+    return merged("image folders with their metadata", parts, [""] * len(parts))
+
+
+def read_own(table: Path, folder: Path) -> Captions:
+    """The captions of a table, whose names are relative to its own folder if that is within the
+    photos' and has some."""
+    found = read_captions(table, folder)
+    if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
+        return found
+    place = table.parent.relative_to(folder)
+    texts, splits = (
+        {str(place / name): said for name, said in each.items()}
+        for each in (found.texts, found.splits)
+    )
+    return replace(found, texts=texts, splits=splits)
+
+
+# --- captions.json, made of what was found --------------------------------------------------
+
+
+def ensure_captions(
+    settings: SimpleNamespace, paths: DataPaths
+) -> tuple[DataPaths, dict[str, Any], dict[str, str]]:
+    """Have the captions as `{"photo.jpg": [...]}`, by the photos' real names; say where they are,
+    what captions.json was made from, and which split the captions say each photo to be of.
+
+    A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
+    changed: a captions.json or --captions_file that needs it is converted into a file beside.
+    """
+    note = captions_note(paths)
+    sources, found = find_captions(settings, paths, note)
+    place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
+    if not found.texts:
+        raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
+    both = {name: [said, found.splits.get(name)] for name, said in found.texts.items()}
+    both = match_names(both, paths.images)
+    texts = {name: said for name, (said, _) in both.items()}
+    splits = {name: split for name, (_, split) in both.items() if split}
+    if settings.CAPTIONS_FILE or sources == [usual]:
+        kept = held_or_converted(paths.data_dir, sources[0], texts)
+        if kept != sources[0]:
+            found.tell(place)
+        noted = {} if settings.CAPTIONS_FILE else note.get("splits", {})
+        return replace(paths, captions=kept), note, splits or noted
+    found.tell(place)
+    write_changed(usual, json.dumps(texts, ensure_ascii=False, indent=1))
+    made = {
+        "source": "\n".join(map(str, sources)),
+        "state": "\n".join(map(state_of, sources)),
+        "made": state_of(usual),
+        "splits": splits,
+    }
+    return replace(paths, captions=usual), made, splits
+
+
+def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
+    """The file that holds these texts: their source, or else one that is written beside."""
+    target = converted_file(data_dir, source)
+    if source.suffix.lower() == ".json":
+        with contextlib.suppress(UserError):  # in an older encoding
+            if read_json(source) == texts:
+                target.unlink(missing_ok=True)
+                return source
+    write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
+    with contextlib.suppress(OSError):  # where nobody may write
+        os.utime(target)  # as new as what it was made from
+    return target
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a file, if that changes it."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_file(path, text)
+
+
+def captions_note(paths: DataPaths) -> dict[str, str]:
+    """From splits.json: what captions.json was made from, if it was and is as we made it."""
+    if not paths.splits.exists():
+        return {}
+    note, made = read_json(paths.splits).get("captions") or {}, paths.data_dir / "captions.json"
+    return note if made.exists() and note.get("made") == state_of(made) else {}
+
+
+def outdated(note: Mapping[str, str]) -> str:
+    """What captions.json was made from, if that is another now."""
+    sources = [*map(Path, note.get("source", "").split("\n"))]
+    there = note and all(source.exists() for source in sources)
+    changed = there and "\n".join(map(state_of, sources)) != note["state"]
+    return ", ".join(map(str, sources)) if changed else ""
+
+
+def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
+    """Say which captions were made from a file that has changed since, for who doesn't prepare."""
+    source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
+    newer = source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime
+    if (
+        old := str(source)
+        if newer
+        else outdated({} if settings.CAPTIONS_FILE else captions_note(paths))
+    ):
+        remedy = f"{interpreter()} prepare_dataset.py makes it anew"
+        print(f"{old} has changed, and {paths.captions} was made before: {remedy}")
+
+
+def state_of(source: Path) -> str:
+    """What changes when the captions in a file, or in a folder's texts, do."""
+    if source.is_file():
+        return hashlib.sha256(source.read_bytes()).hexdigest()
+    there = [*files_in(source)]
+    photos = {os.path.splitext(name)[0] for name in there if is_photo(name)}
+    names = [
+        name
+        for name in there
+        if (
+            name.lower().endswith((*TEXT_SUFFIXES, ".csv", ".jsonl"))
+            or (name.endswith(".json") and name[:-5] in photos)
+        )
+        and name not in OURS
+        and os.path.isfile(source / name)
+    ]
+    files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
+    return hashlib.sha256(repr(files).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""The rows of a table as people write them, with quotes of several kinds and line ends within.
+
+The csv module would need to be told the delimiter, and a stray quote swallows what follows.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from photo_names import is_photo, is_there, plain_name
+from utils import UserError
+
+MOST_LINES = 100  # of a quoted caption
+Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
+
+
+def table_of(
+    lines: list[tuple[str, str]], folder: Path | None = None
+) -> tuple[str, list[str], list[Row]]:
+    """A table's delimiter, the names in its first row, and all of its rows."""
+    first = lines[0][1]
+    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
+    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
+    if words and (is_photo(plain_name(words[1])) or (folder and is_there(words[1], folder))):
+        delimiter = " "  # where tabs were lost
+    rows = [*whole_rows(lines, delimiter)]
+    return delimiter, [plain_key(value) for value, _ in rows[0][1]], rows
+
+
+def plain_key(name: str) -> str:
+    return re.sub("[ -]+", "_", name.strip().lower())
+
+
+def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
+    """The rows of a table; one that ends within quotes goes on with the lines after it."""
+    mark = re.escape(delimiter)
+    end = rf"[ \r]*{mark}"
+    field = re.compile(  # quotes within quotes are doubled, or else follow a backslash
+        rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*){mark}'
+    )
+
+    def fields(text: str) -> list[tuple[str, str]]:
+        if len(text) > csv.field_size_limit():
+            raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
+        found = []
+        for match in field.finditer(text + delimiter):  # so that the last one has an end too
+            doubled, escaped, value = match.groups()
+            if doubled is not None:
+                value = doubled.replace('""', '"')
+            elif escaped is not None:
+                value = re.sub(r"\\(.)", r"\1", escaped)
+            found.append((value.strip(), match[0].removesuffix(delimiter)))
+        return found
+
+    def is_open(row: list[tuple[str, str]]) -> bool:
+        spelled = row[-1][1].lstrip()
+        return spelled.startswith('"') and spelled.count('"') % 2 == 1
+
+    place = 0
+    while place < len(lines):
+        where, text = lines[place]
+        row, place = fields(text), place + 1
+        last = min(len(lines), place + MOST_LINES)
+        while is_open(row) and place < last:
+            more = lines[place][1]
+            if any(is_photo(plain_name(value)) for value, _ in fields(more)):
+                break
+            text, place = f"{text}\n{more}", place + 1
+            row = fields(text)
+        if is_open(row):
+            raise UserError(f"{where}: a quoted caption isn't closed before the next")
+        yield where, row
