@@ -155,7 +155,8 @@ def has_word(text: str) -> bool:
 
 def find_table(*folders: Path) -> Path | None:
     """The captions table in one of the folders; where there are several, which one is said."""
-    found = [folder / name for name in TABLES for folder in folders if (folder / name).is_file()]
+    places = dict.fromkeys(folders)  # the photos may stand beside it
+    found = [folder / name for name in TABLES for folder in places if (folder / name).is_file()]
     if len(found) > 1:
         others = ", ".join(map(str, found[1:]))
         print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")

@@ -102,9 +102,10 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
         return DEMO
 
     settings = load_settings(config, argv, parser, preset=preset)
-    if os.path.basename(settings.CHECKPOINT_PREFIX) != settings.CHECKPOINT_PREFIX:
+    prefix = settings.CHECKPOINT_PREFIX
+    if os.path.basename(prefix) != prefix or len(os.fsencode(prefix)) > 200:
         raise UserError(
-            f"CHECKPOINT_PREFIX is {settings.CHECKPOINT_PREFIX!r}: it begins the files' names; "
+            f"CHECKPOINT_PREFIX is {prefix!r}: it begins the files' names, of at most 255 bytes; "
             "their folder is --output_dir"
         )
     settings.arguments = list(sys.argv[1:] if argv is None else argv)

@@ -150,12 +150,11 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             name, revision = (given, None) if given else (tower["name"], tower["revision"])
             auto = transformers.AutoConfig.from_pretrained(name, revision=revision)
             vision = getattr(auto, "vision_config", auto)
-            how = {"revision": revision, "config": vision, "dtype": torch.float32}
-            tower_class = getattr(transformers, tower["class"])
-            loaded_tower = tower_class.from_pretrained(name, **how | tower["options"])
-            if fingerprint(loaded_tower) != model.config.trained["encoder"]["weights"]:
+            how = tower["options"] | {"revision": revision, "config": vision}
+            found = getattr(transformers, tower["class"]).from_pretrained(name, **how)
+            if fingerprint(found.float()) != model.config.trained["encoder"]["weights"]:
                 logger.warning(f"{name} is another encoder than this captioner was trained with")
-            model.tower = loaded_tower.to(model.device, model.dtype).eval()
+            model.tower = found.to(model.device, model.dtype).eval()
             # `save_pretrained` writes its weights along.
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
             model.config.tower = {"class": tower["class"], "options": options}

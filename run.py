@@ -92,10 +92,7 @@ class Progress:
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> Progress:
-        """As it was saved; what older versions kept and can be derived is left out.
-
-        Raises TypeError, ValueError or KeyError, or UserError, where no run can have written it.
-        """
+        """As it was saved, or an error; what older versions kept and can be derived is left out."""
         known = {part.name for part in fields(cls)}
         saved = {name: value for name, value in saved.items() if name in known}
         if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
@@ -316,11 +313,7 @@ def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
 
 
 def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
-    """A checkpoint with a training's state, which is checked: a right digest proves no sense.
-
-    Raises:
-        UserError: it has none, or one that no run can have written.
-    """
+    """A checkpoint with a training's state; refuses one that no run can have written."""
     checkpoint = load_checkpoint(path)
     saved, model = checkpoint.training, checkpoint.model
     if saved is None:
@@ -338,10 +331,9 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
         chance = [saved["random"], *saved.get("other_random", [])]
         pairs += [(state["cpu"], torch.get_rng_state()) for state in chance]
         for there, wanted in pairs:
-            if (there.shape, there.dtype) != (wanted.shape, wanted.dtype):
-                raise ValueError(f"a tensor of {there.dtype} {[*there.shape]} is out of place")
-            if not there.isfinite().all():
-                raise ValueError("numbers that are not finite")
+            fit = (there.shape, there.dtype) == (wanted.shape, wanted.dtype)
+            if not fit or not there.isfinite().all():
+                raise ValueError(f"a tensor of {there.dtype} {[*there.shape]} is none of its own")
     except Exception as error:  # noqa: BLE001 - a made-up state can be wrong in any way
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} holds no state of a training to go on from ({reason})") from None

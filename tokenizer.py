@@ -129,7 +129,7 @@ class CaptionTokenizer:
 
         A question is cut so that its prefix is at most half of `max_length` ids long.
         """
-        most = max_length // 2 - 2
+        most = max(0, max_length // 2 - 2)
         return [
             [START_ID, *ids[:most], ANSWER_ID] if question else [START_ID]
             for question, ids in zip(questions, self.encode(questions), strict=True)

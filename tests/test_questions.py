@@ -215,6 +215,7 @@ def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     assert tokenizer.decode(ids[len(prefix) :]) == "red"
     [long] = tokenizer.prefixes(["what color is it? " * 30], 40)
     assert len(long) == 20 and long[-1] == ANSWER_ID
+    assert tokenizer.prefixes(["what color is it?"], 3) == [[START_ID, ANSWER_ID]]
     [text] = tokenizer.prefixes(["is <answer> a token?"], 40)
     assert text.count(ANSWER_ID) == 1
 
