@@ -135,8 +135,7 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         asked = itertools.repeat(questions or "") if same else asked
-        several = isinstance(pictures, Iterable) and not isinstance(pictures, bytes | bytearray)
-        pictures = pictures if several and not _is_one(pictures) else [pictures]
+        pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
@@ -239,14 +238,16 @@ class Captioner:
             if 0 in picture.size:
                 raise ImageError("the picture has no pixels")
             return as_rgb(picture)
-        if not _is_one(picture):
+        if not isinstance(picture, Picture) and not hasattr(picture, "read"):
             raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
         return self.encoder.open(picture)
 
 
 def _is_one(pictures: object) -> bool:
-    """Is it a picture: a Pillow image, a file's name, or an open file; and not several?"""
-    return isinstance(pictures, Picture) or hasattr(pictures, "read")
+    """Is it a picture (a Pillow image, a file's name, an open file) or nothing of the kind, and not
+    several?"""
+    single = isinstance(pictures, Picture | bytes | bytearray) or hasattr(pictures, "read")
+    return single or not isinstance(pictures, Iterable)
 
 
 def _key(picture: Picture) -> object:

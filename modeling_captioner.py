@@ -222,11 +222,13 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             input_ids = torch.full((len(memory), 1), start, device=memory.device)
         settings = options.get("generation_config") or self.generation_config
         room = self.config.max_position_embeddings - input_ids.shape[1]
+        if room < 1:
+            raise ValueError(f"a question of {input_ids.shape[1]} tokens leaves no room to answer")
         wanted = options.pop("max_new_tokens", None)
         if longest := options.pop("max_length", None):
             wanted = longest - input_ids.shape[1]
         wanted = (settings.max_new_tokens or room) if wanted is None else wanted
-        options["max_new_tokens"] = min(max(1, room), wanted)
+        options["max_new_tokens"] = min(room, wanted)
         if options.get("no_repeat_ngram_size", settings.no_repeat_ngram_size):
             rules = options.get("logits_processor") or LogitsProcessorList()
             options["logits_processor"] = LogitsProcessorList([*rules, NoTokenTwice()])

@@ -333,6 +333,8 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     for impossible in ({"num_beams": 5, "num_return_sequences": 6}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
             model.generate(**asked, **impossible)
+    with pytest.raises(ValueError, match="leaves no room"):
+        model.generate(**processor(images=photos[:1], text=["why is it so? " * 50]))
 
 
 def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):
