@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import html
 import itertools
 import json
@@ -181,12 +182,11 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
 
     A table without a header may call the photos of a `folder` without their suffix.
     """
-    readers = {"JSON": _read_object, "JSON lines": _read_objects}
+    table = functools.partial(_read_rows, folder=folder)
+    readers = {"JSON": _read_object, "JSON lines": _read_objects, "table": table}
     try:
         form, content = read_file(path)
-        found = (
-            readers[form](path, content) if form in readers else _read_rows(path, content, folder)
-        )
+        found = readers[form](path, content)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]

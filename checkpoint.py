@@ -183,6 +183,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise UserError(f"{path} was written by a newer version: update this project")
         tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
         weights = content["model"]
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{path} holds weights that are not finite ({bad[0]}): take another")
         held = [name for name in weights if name.startswith(RERANKER)]
         held = {name.removeprefix(RERANKER): weights.pop(name) for name in held}
         model = _restore_model(description, weights)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from os.path import isfile as is_file
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,27 @@ SCORED = (
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("train", "generate", "features", "scaling")
 EXISTING = ("skip", "overwrite", "append", "error")
+# Flags of any script that change nothing, unless the rest of what is set is so.
+WITHOUT_EFFECT = (
+    ("temperature top_k top_p seed", "without --sample", lambda s: s.sample),
+    ("groups diversity", "with --sample", lambda s: not s.sample),
+    ("diversity", "without --groups", lambda s: (s.groups or 1) > 1),
+    ("existing", "without --write", lambda s: s.write),
+    ("prefix suffix batch_size", "with --attention", lambda s: not s.attention),
+    ("revision", "on a file", lambda s: not is_file(s.checkpoint)),
+    ("encoder", "without --with-encoder", lambda s: s.format != "onnx" or s.with_encoder),
+    ("rerank", "on questions", lambda s: not (s.question or s.questions_file)),
+    ("rerank", "on questions", lambda s: s.task == "captions"),
+    ("question_weight", "without questions", lambda s: "questions" in s.TASKS),
+    ("questions_file", "without questions", lambda s: "questions" in getattr(s, "task", s.TASKS)),
+    ("captions_file", "without captions", lambda s: "captions" in getattr(s, "task", s.TASKS)),
+    ("preset", "with --demo", lambda s: not s.demo),
+    ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
+    ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),
+    ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),
+    ("wandb_entity wandb_run_name", "without --wandb_project", lambda s: s.WANDB_PROJECT),
+    ("start_checkpoint", "on resuming", lambda s: not is_file(s.RESUME_CHECKPOINT_PATH or "")),
+)
 
 
 def begin(read: Callable[[], Any]) -> None:
@@ -39,9 +62,21 @@ def begin(read: Callable[[], Any]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
-        read()
+        say_without_effect(read(), sys.argv[1:])
     except UserError as error:
         sys.exit(say_error(error))
+
+
+def say_without_effect(settings: Any, argv: Sequence[str]) -> None:
+    """Say which of the flags given are passed over."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process says it
+        return
+    given = {word.partition("=")[0].removeprefix("--") for word in argv if word[:2] == "--"}
+    for flags, how, counts in WITHOUT_EFFECT:
+        with contextlib.suppress(AttributeError):  # it is about another script
+            if not counts(settings) and (idle := [f for f in flags.split() if f in given]):
+                names = ", ".join(f"--{flag}" for flag in idle)
+                print(f"note: {names} changes nothing {how}", file=sys.stderr)
 
 
 def parser_of(script: str) -> Parser:
@@ -67,9 +102,10 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
         return DEMO
 
     settings = load_settings(config, argv, parser, preset=preset)
-    if os.path.basename(settings.CHECKPOINT_PREFIX) != settings.CHECKPOINT_PREFIX:
+    prefix = settings.CHECKPOINT_PREFIX
+    if os.path.basename(prefix) != prefix or len(os.fsencode(prefix)) > 200:
         raise UserError(
-            f"CHECKPOINT_PREFIX is {settings.CHECKPOINT_PREFIX!r}: it begins the files' names; "
+            f"CHECKPOINT_PREFIX is {prefix!r}: it begins the files' names, of at most 255 bytes; "
             "their folder is --output_dir"
         )
     settings.arguments = list(sys.argv[1:] if argv is None else argv)

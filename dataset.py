@@ -98,9 +98,8 @@ def converted_file(data_dir: Path, source: Path) -> Path:
 # --- captions.json --------------------------------------------------------------------------
 
 
-def _read_table(path: Path, form: str) -> dict[str, Any]:
-    """Read a file of `form`, an object of at least one photo; what it says of one is unchecked."""
-    table = read_json(path)
+def _table_of(path: Path, table: Any, form: str) -> dict[str, Any]:
+    """A table of `form`, an object of at least one photo; what it says of one is unchecked."""
     if not isinstance(table, dict):
         raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
     if not table:
@@ -112,7 +111,7 @@ def _read_table(path: Path, form: str) -> dict[str, Any]:
 
 def load_captions(path: Path) -> dict[str, list[str]]:
     """Read captions.json: `{"photo.jpg": ["caption", ...]}`, names relative to the photo folder."""
-    table = _read_table(path, PLAIN)
+    table = _table_of(path, read_json(path), PLAIN)
     for name, captions in table.items():
         if not isinstance(captions, list) or not captions:
             raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
@@ -141,15 +140,17 @@ class Text:
         return "questions" if self.question else "captions"
 
 
-def load_questions(path: Path, answered: bool = True) -> dict[str, list[Text]]:
+def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict[str, list[Text]]:
     """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
 
     An entry may also have "answers" (a list of several people's, of which the most frequent one
-    is the answer if none is given) and "type". With `answered` each needs an answer.
+    is the answer if none is given) and "type". With `answered` each needs an answer. `table` is
+    what is in the file, if it was read before, or was of another form.
     """
+    table = read_json(path) if table is None else table
     form = '{"photo.jpg": [{"question": "...", "answer": "..."}, ...]}'
     questions = {}
-    for name, entries in _read_table(path, form).items():
+    for name, entries in _table_of(path, table, form).items():
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise UserError(f"{path}: {name!r} needs a list of questions: {form}")
         questions[name] = [_read_question(path, name, entry, answered) for entry in entries]

@@ -218,10 +218,11 @@ class Scored:
         given = given_options(settings)
         self.options = change_options(self.checkpoint.generation, asked, **given)
         self.paths = data_paths(settings)
-        read = settings.checkpoint, self.paths.captions, self.paths.splits
+        taken = [settings.checkpoint, self.paths.captions, self.paths.splits]
         for flag in ("report", "save_captions"):
             if output := getattr(settings, flag):
-                check_output(f"--{flag}", output, *read)
+                check_output(f"--{flag}", output, *taken)
+                taken.append(output)
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
         self.texts = load_texts(self.paths, [settings.task])

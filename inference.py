@@ -16,6 +16,7 @@ if __name__ == "__main__":
     commands.begin(commands.inference)
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -40,7 +41,8 @@ from features import encode, prefetch
 from generation import Hypothesis, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
-from photo_names import is_photo
+from photo_names import is_photo, match_names
+from questions_file import read_questions
 from sidecar import Photo, open_output
 from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
@@ -127,14 +129,12 @@ class Captioner:
         threads while others are encoded, `batch_size` at a time; one that stands several times in
         a row, with other questions, is encoded once.
         """
-        self.require("captions" if questions is None else "questions")
-        chosen = change_options(self.options, questions is not None, **options)
+        same = questions is None or isinstance(questions, str)
+        asked = [questions] if same else [*questions]
+        chosen = self._options(asked if questions is not None else None, options)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        same = questions is None or isinstance(questions, str)
-        asked = itertools.repeat(questions or "") if same else [*questions]
-        if questions is not None and not all(q.strip() for q in ([questions] if same else asked)):
-            raise UserError("a question is empty: to have a caption written, ask none")
+        asked = itertools.repeat(questions or "") if same else asked
         pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
@@ -142,6 +142,13 @@ class Captioner:
         chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
         for rows, inputs in prefetch(self._read, chunks, threads=2, ahead=2):
             yield from self._write(rows, inputs, chosen)
+
+    def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
+        """How to write, if it has learned what is asked for."""
+        self.require("captions" if questions is None else "questions")
+        if not all(question.strip() for question in questions or ()):
+            raise UserError("a question is empty: to have a caption written, ask none")
+        return change_options(self.options, questions is not None, **given)
 
     def _read(
         self, chunk: list[list[tuple[Picture, str]]]
@@ -214,8 +221,7 @@ class Captioner:
             picture: as in `caption`.
             options: as in `caption`, or for a question as in `answer`.
         """
-        self.require("captions" if question is None else "questions")
-        chosen = change_options(self.options, question is not None, **options)
+        chosen = self._options(None if question is None else [question], options)
         (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
         image = self._open(picture)
         features = self.features([image])
@@ -229,15 +235,19 @@ class Captioner:
 
     def _open(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):
+            if 0 in picture.size:
+                raise ImageError("the picture has no pixels")
             return as_rgb(picture)
-        if not _is_one(picture):
+        if not isinstance(picture, Picture) and not hasattr(picture, "read"):
             raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
         return self.encoder.open(picture)
 
 
 def _is_one(pictures: object) -> bool:
-    """Is it a picture: a Pillow image, a file's name, or an open file; and not several?"""
-    return isinstance(pictures, Picture) or hasattr(pictures, "read")
+    """Is it a picture (a Pillow image, a file's name, an open file) or nothing of the kind, and not
+    several?"""
+    single = isinstance(pictures, Picture | bytes | bytearray) or hasattr(pictures, "read")
+    return single or not isinstance(pictures, Iterable)
 
 
 def _key(picture: Picture) -> object:
@@ -314,7 +324,12 @@ def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple
     if not args.questions_file:
         return [(photo, args.question or "") for photo in photos]
     by_name = {photo.name: photo for photo in photos}
-    table = load_questions(Path(args.questions_file).expanduser(), answered=False)
+    file, folder = Path(args.questions_file).expanduser(), Path(args.paths[0]).expanduser()
+    if not file.is_file():
+        raise UserError(f"--questions_file {file}: there is no such file")
+    table = load_questions(file, False, read_questions(file, answered=False))
+    with contextlib.suppress(UserError):  # which names are missing is said below
+        table = match_names(table, folder) if len(args.paths) == 1 else table
     missing = [name for name in table if name not in by_name]
     if missing:
         raise UserError(

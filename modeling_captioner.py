@@ -12,6 +12,7 @@ the two of the project that import nothing of it. Nothing in the project imports
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.models.auto import modeling_auto
 from .decoder import Decoder, DecoderConfig
 from .rerank import Reranker, layout
 
+logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
 # The pipeline calls a model unsupported, aloud, whose class isn't listed here.
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MODEL_TYPE] = "VisionCaptioner"
@@ -68,6 +70,15 @@ class VisionCaptionerProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, ids, skip_special_tokens=True, **_: Any):
         texts = self.batch_decode(ids, skip_special_tokens=skip_special_tokens)
         return [text.strip() for text in texts]
+
+
+def fingerprint(tower: nn.Module) -> str:
+    """A hash of all weights, as the captioner's own project notes it."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tower.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class HeldReranker(nn.Module):
@@ -139,9 +150,11 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             name, revision = (given, None) if given else (tower["name"], tower["revision"])
             auto = transformers.AutoConfig.from_pretrained(name, revision=revision)
             vision = getattr(auto, "vision_config", auto)
-            how = {"revision": revision, "config": vision, "dtype": model.dtype} | tower["options"]
-            loaded_tower = getattr(transformers, tower["class"]).from_pretrained(name, **how)
-            model.tower = loaded_tower.to(model.device).eval()
+            how = tower["options"] | {"revision": revision, "config": vision}
+            found = getattr(transformers, tower["class"]).from_pretrained(name, **how)
+            if fingerprint(found.float()) != model.config.trained["encoder"]["weights"]:
+                logger.warning(f"{name} is another encoder than this captioner was trained with")
+            model.tower = found.to(model.device, model.dtype).eval()
             # `save_pretrained` writes its weights along.
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
             model.config.tower = {"class": tower["class"], "options": options}
@@ -209,10 +222,13 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             input_ids = torch.full((len(memory), 1), start, device=memory.device)
         settings = options.get("generation_config") or self.generation_config
         room = self.config.max_position_embeddings - input_ids.shape[1]
+        if room < 1:
+            raise ValueError(f"a question of {input_ids.shape[1]} tokens leaves no room to answer")
         wanted = options.pop("max_new_tokens", None)
         if longest := options.pop("max_length", None):
             wanted = longest - input_ids.shape[1]
-        options["max_new_tokens"] = max(1, min(room, wanted or settings.max_new_tokens or room))
+        wanted = (settings.max_new_tokens or room) if wanted is None else wanted
+        options["max_new_tokens"] = min(room, wanted)
         if options.get("no_repeat_ngram_size", settings.no_repeat_ngram_size):
             rules = options.get("logits_processor") or LogitsProcessorList()
             options["logits_processor"] = LogitsProcessorList([*rules, NoTokenTwice()])
@@ -222,7 +238,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             return super().generate(input_ids, memory=memory, **options)
         wanted = options.pop("num_return_sequences", settings.num_return_sequences) or 1
         whole = options.pop("return_dict_in_generate", settings.return_dict_in_generate)
-        options |= {"num_return_sequences": beams, "return_dict_in_generate": True}
+        # All beams, and an error of the library where more are wanted.
+        options |= {"num_return_sequences": max(beams, wanted), "return_dict_in_generate": True}
         options["output_scores"] = True
         found = super().generate(input_ids, memory=memory, **options)
         order = self.best_first(features, input_ids, found)[:, :wanted].flatten()

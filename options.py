@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from utils import UserError, check_ranges, constant_comments
 
@@ -88,6 +88,17 @@ def typed(kind: type[T], values: dict[str, Any]) -> T:
     hints = get_type_hints(kind)
     for name, value in values.items():
         hint = hints.get(name, object)
-        if not isinstance(value, (hint, int) if hint is float else hint):
+        if not fits(value, hint):
             raise TypeError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
     return kind(**values)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Is it of a field's type, such as `dict[str, int]`, with all its parts?"""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind not in (dict, list):
+        return hint is Any or isinstance(value, (hint, int) if hint is float else hint)
+    if not isinstance(value, kind):
+        return False
+    groups = (value.keys(), value.values()) if isinstance(value, dict) else (value,)
+    return all(fits(v, part) for group, part in zip(groups, parts, strict=True) for v in group)

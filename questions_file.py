@@ -13,15 +13,18 @@ from tables import table_of
 from utils import UserError, read_json, write_file
 
 
-def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
+def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:
     """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
-    question, and an answer or several people's."""
+    question, and an answer or several people's, which may be missing unless `answered`."""
     form, content = read_file(path)
     if form == "JSON" and isinstance(content, dict):
         values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
         if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
             return content  # our own form: `load_questions` says what is wrong with it
         content = values
+    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds no questions: {usage}")
     if form == "JSON":
         content = [(str(path), entry) for entry in content]
     elif form == "table":
@@ -30,12 +33,11 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
             (where, {key: cell for key, (cell, _) in zip(names, row, strict=False)})
             for where, row in rows[1:]
         ]
-    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
     table: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
         name = name and name_within(where, name)
-        question = _question(row.get("question"), row)
+        question = _question(row.get("question"), row, answered)
         if row.get("prefix") and not row.get("question"):
             continue  # it asks for a caption
         if not name or not question:
@@ -44,14 +46,16 @@ def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
     return table
 
 
-def _question(asked: Any, entry: dict[str, Any]) -> dict[str, Any] | None:
+def _question(asked: Any, entry: dict[str, Any], answered: bool = True) -> dict[str, Any] | None:
     """A question with its answer, or several people's, in an entry; None if one has no words."""
-    people = [a.get("answer") if isinstance(a, dict) else a for a in entry.get("answers") or []]
+    several = entry.get("answers")
+    several = several if isinstance(several, list) else [several]
+    people = [a.get("answer") if isinstance(a, dict) else a for a in several]
     answers = [str(answer) for answer in people if answer is not None]
     common = max(answers, key=answers.count, default="")
     own = (entry.get("multiple_choice_answer"), entry.get("answer"), common)
     answer = next((str(text) for text in own if text not in (None, "")), "")
-    if not asked or not str(asked).strip() or not answer.strip():
+    if not asked or not str(asked).strip() or (answered and not answer.strip()):
         return None
     kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
     return {"question": str(asked), "answer": answer, "answers": answers, "type": str(kind)}

@@ -26,7 +26,7 @@ from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import repository_files
 from tracking import Tracker, memory
-from utils import Bar, UserError, atomic_write, interpreter, redact, size_text
+from utils import Bar, UserError, atomic_write, interpreter, redact, shown, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
@@ -386,8 +386,8 @@ def draw_samples(
     """
     from matplotlib.figure import Figure
 
-    shown = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
-    names = list(shown[-1]["samples"])
+    told = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
+    names = list(told[-1]["samples"])
     if not names:
         return
     said = [*(each["samples"] for each in shown), humans]
@@ -396,7 +396,7 @@ def draw_samples(
     table = figure.subplots(len(names), 2, width_ratios=(1, 3), squeeze=False)
     for name, (picture, text) in zip(names, table, strict=True):
         picture.imshow(open_image(image_dir / name, 400))
-        texts = [(f"epoch {e['epoch']}", e["samples"].get(name, ""), "black") for e in shown]
+        texts = [(f"epoch {e['epoch']}", e["samples"].get(name, ""), "black") for e in told]
         texts += [("a human", caption, GREY) for caption in humans.get(name, ())[:1]]
         for row, (label, words, colour) in enumerate(texts):
             height = 0.92 - row * 0.9 / len(texts)
@@ -404,7 +404,8 @@ def draw_samples(
             kind |= {"family": families}
             text.text(0, height, label, weight="bold", **kind)
             # As it is: a dollar in a caption is no formula.
-            text.text(0.16, height, textwrap.fill(words, 64, max_lines=3), parse_math=False, **kind)
+            words = textwrap.fill(shown(words), 64, max_lines=3)
+            text.text(0.16, height, words, parse_math=False, **kind)
         picture.axis("off")
         text.axis("off")
     _save(figure, path)

@@ -26,17 +26,17 @@ from checkpoint import (
     stored_digest,
 )
 from corpus import Data
-from dataset import CaptionRows, Text
+from dataset import CaptionRows, Text, check_name
 from decoder import DecoderConfig
 from device import choose_dtype
 from distributed import Team, share_gradients
 from hub import locate_checkpoint
 from model import CaptionModel
-from options import GenerationOptions, parse_tasks
+from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
 from shards import StreamedRows
-from utils import UserError, atomic_write, constants, link_or_copy, redact
+from utils import UserError, atomic_write, check_ranges, constants, first_line, link_or_copy, redact
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,22 @@ class Progress:
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> Progress:
-        """As it was saved; what older versions kept and can be derived is left out."""
+        """As it was saved, or an error; what older versions kept and can be derived is left out."""
         known = {part.name for part in fields(cls)}
         saved = {name: value for name, value in saved.items() if name in known}
         if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
             names = [f"{stem}{s}" for stem in saved["written"] for s in (".pt", ".safetensors")]
             saved["written"] = dict.fromkeys(names, "")
-        return cls(**saved)
+        progress = typed(cls, saved)
+        check_ranges(progress)
+        for entry in progress.history:
+            figures = [entry[name] for name in entry if name.startswith(("train_", "val_"))]
+            finite = fits(entry["epoch"], int) and all(map(math.isfinite, figures))
+            if not finite or not fits(entry["samples"], dict[str, str]):
+                raise ValueError(f"its history holds {entry}")
+        for name in (*progress.written, *(name for e in progress.history for name in e["samples"])):
+            check_name("its progress", name)
+        return progress
 
 
 class Run:
@@ -134,8 +143,9 @@ class Run:
         saved = begun.training if begun else None
         if saved:
             self.model.load_state_dict(saved["weights"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.optimizer.param_groups[0]["weight_decay"] = settings.WEIGHT_DECAY  # as is set now
+            # Its moments; how it goes on is as is set now.
+            how = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": how})
             self.progress = Progress.restored(saved["progress"])
             self.reranker = begun.reranker  # until it is fitted to what is trained on now
         self.progress.job = team.job
@@ -291,27 +301,43 @@ def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
     if settings.RESUME_CHECKPOINT_PATH:
         path = Path(settings.RESUME_CHECKPOINT_PATH).expanduser()  # --flag=~/file keeps its ~
         if path.is_file():
-            checkpoint = load_checkpoint(path)
-            if checkpoint.training is None:
-                raise UserError(
-                    f"{path} is for use only: resume from the .pt beside it, or from last.pt"
-                )
-            return checkpoint
+            return load_to_resume(settings, path)
         if path.exists():
             raise UserError(f"{path} is no file: give a .pt, such as {path / 'last.pt'}")
         print(f"there is no checkpoint {path} to resume from: training from scratch")
     if settings.START_CHECKPOINT:
         print(f"beginning with the decoder and tokenizer of {settings.START_CHECKPOINT}")
         path = locate_checkpoint(settings.START_CHECKPOINT)
-        checkpoint = replace(load_checkpoint(path), training=None)
-        weights = checkpoint.model.state_dict()
-        if bad := [name for name in weights if not weights[name].isfinite().all()]:
-            raise UserError(
-                f"{settings.START_CHECKPOINT} holds weights that are not finite ({bad[0]}): take "
-                "another one"
-            )
-        return checkpoint
+        return replace(load_checkpoint(path), training=None)
     return None
+
+
+def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
+    """A checkpoint with a training's state; refuses one that no run can have written."""
+    checkpoint = load_checkpoint(path)
+    saved, model = checkpoint.training, checkpoint.model
+    if saved is None:
+        raise UserError(f"{path} is for use only: resume from the .pt beside it, or from last.pt")
+    try:
+        Progress.restored(saved["progress"])
+        weights, own = saved["weights"], model.state_dict()
+        pairs = [(weights.get(name), own.get(name)) for name in {**weights, **own}]
+        groups, moments = make_optimizer(model, settings).param_groups, saved["optimizer"]["state"]
+        moved = [weight for group in groups for weight in group["params"]]
+        for number, weight in enumerate(moved if moments else ()):  # none before the first update
+            held = moments[number]
+            pairs += [(held["exp_avg"], weight), (held["exp_avg_sq"], weight)]
+            pairs.append((held["step"], torch.tensor(0.0)))
+        chance = [saved["random"], *saved.get("other_random", [])]
+        pairs += [(state["cpu"], torch.get_rng_state()) for state in chance]
+        for there, wanted in pairs:
+            fit = (there.shape, there.dtype) == (wanted.shape, wanted.dtype)
+            if not fit or not there.isfinite().all():
+                raise ValueError(f"a tensor of {there.dtype} {[*there.shape]} is none of its own")
+    except Exception as error:  # noqa: BLE001 - a made-up state can be wrong in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} holds no state of a training to go on from ({reason})") from None
+    return checkpoint
 
 
 def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
@@ -319,7 +345,7 @@ def saved_by_job(settings: SimpleNamespace, team: Team) -> str | None:
     last = output_dir(settings) / "last.pt"
     if not team.job or not last.is_file():
         return None
-    job = load_checkpoint(last).training["progress"].get("job")
+    job = load_to_resume(settings, last).training["progress"].get("job")
     return str(last) if job == team.job else None
 
 

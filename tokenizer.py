@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from utils import UserError, write_file
+from utils import SURROGATES, UserError, write_file
 
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
@@ -114,7 +114,8 @@ class CaptionTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, normalised, without special tokens."""
         # No merge crosses a space, so that each word is encoded once, however often it is there.
-        rows = [normalize(text).split() for text in texts]
+        # A half of a pair, as of an emoji that was cut, has no bytes.
+        rows = [SURROGATES.sub("\ufffd", normalize(text)).split() for text in texts]
         words = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
         ids: dict[str, list[int]] = {}
         for start in range(0, len(words), 1000):  # the library's results take much room
@@ -128,7 +129,7 @@ class CaptionTokenizer:
 
         A question is cut so that its prefix is at most half of `max_length` ids long.
         """
-        most = max_length // 2 - 2
+        most = max(0, max_length // 2 - 2)
         return [
             [START_ID, *ids[:most], ANSWER_ID] if question else [START_ID]
             for question, ids in zip(questions, self.encode(questions), strict=True)

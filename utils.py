@@ -31,10 +31,10 @@ ANY = 2**31 - 1  # stands for: no upper bound
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
 
-# What settings and flags of all scripts may be, both ends allowed.
+# What settings, flags of all scripts, and a resumed training's state may be, both ends allowed.
 BOUNDS = {
     (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES QUESTION_WEIGHT NUM_EPOCHS "
-    "SCST_EPOCHS WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM TOP_K",
+    "SCST_EPOCHS WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM TOP_K EPOCH BATCH SECONDS BAD_STEPS",
     (1, ANY): "SHUFFLE_BUFFER FEATURE_BATCH_SIZE BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
     "DECODER_EMBED_DIM DECODER_FF_DIM MAX_BAD_STEPS MIN_LENGTH MAX_LENGTH REPEATS",
     (1, 1000): "FEATURE_VIEWS DECODER_LAYERS DECODER_HEADS BEAM_SIZE GROUPS N_BEST",
@@ -46,7 +46,7 @@ BOUNDS = {
     (0, 100): "MIN_LEARNING_RATE SCST_LEARNING_RATE WEIGHT_DECAY",
     (1e-12, 100): "LEARNING_RATE",
     (1e-12, ANY): "GRADIENT_CLIP",
-    (0, 2**63 - 1): "SEED",
+    (0, 2**63 - 1): "SEED STEP LOSS_SUM LOSS_COUNT",
     (-100, 100): "LENGTH_PENALTY",
     (0, 1000): "DIVERSITY RERANK",
     (1e-3, 1000): "TEMPERATURE",
@@ -65,9 +65,10 @@ def check_output(flag: str, output: str | os.PathLike[str], *inputs: object) -> 
     """Refuse, before there is a result, a file that can't be written, or is one of the `inputs`."""
     path = Path(os.path.realpath(os.path.expanduser(output)))
     if any(str(path) == os.path.realpath(os.path.expanduser(str(each))) for each in inputs if each):
-        raise UserError(f"{flag} {output} is what is read: give another name")
-    if os.path.isdir(path):
-        raise UserError(f"{flag} {output} is a folder: name a file in it")
+        raise UserError(f"{flag} {output} is what is read or written already: name another")
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder: name a file in it" if os.path.isdir(path) else "no file: name another"
+        raise UserError(f"{flag} {output} is {kind}")
     folder = next(parent for parent in path.parents if os.path.exists(parent))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"{flag} {output}: {folder} can't be written to, choose another folder")

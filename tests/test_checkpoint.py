@@ -47,6 +47,16 @@ def checkpoint() -> Checkpoint:
     )
 
 
+@pytest.mark.fault(count=2)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    checkpoint.model.project.weight.data[0, 0] = float("nan")
+    (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
+    with pytest.raises(UserError, match=rf"c{suffix} holds weights that are not finite"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"

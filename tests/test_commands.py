@@ -49,6 +49,47 @@ def test_help_and_mistakes_are_answered_without_pytorch(script):
         assert out_of_range.stderr.startswith("error: NUM_EPOCHS is -3: it must be")
 
 
+NOTES = [
+    (
+        "inference a.jpg --checkpoint x --temperature 2 --seed=1",
+        "--temperature, --seed",
+        "--sample",
+    ),
+    ("inference a.jpg --checkpoint x --sample --temperature 2", "", ""),
+    ("inference a.jpg --checkpoint README.md --revision main", "--revision", "on a file"),
+    ("inference a.jpg --checkpoint x --existing append", "--existing", "--write"),
+    ("inference a.jpg --checkpoint x --question q --rerank 0.1", "--rerank", "on questions"),
+    ("inference a.jpg --checkpoint x --attention b.png --prefix p", "--prefix", "--attention"),
+    ("evaluate --checkpoint x --questions_file q.json", "--questions_file", "without questions"),
+    ("evaluate --checkpoint x --task questions --questions_file q.json", "", ""),
+    ("evaluate --checkpoint x --diversity 1 --groups 2 --beam_size 2", "", ""),
+    ("tools.export --checkpoint x --encoder e", "--encoder", "--with-encoder"),
+    ("train --questions_file q.json", "--questions_file", "without questions"),
+    ("train --tasks captions,questions --questions_file q.json --seed 1", "", ""),
+    ("train --demo --preset small", "--preset", "--demo"),
+    ("train --scst_epochs 0 --scst_beam_size 3", "--scst_beam_size", "--scst_epochs 0"),
+    (
+        "train --resume_checkpoint_path=README.md --start_checkpoint x",
+        "--start_checkpoint",
+        "on resuming",
+    ),
+    ("prepare_dataset --train_split_ratio 0.5", "--train_split_ratio", "--split ratio"),
+]
+
+
+@pytest.mark.parametrize(("line", "idle", "how"), NOTES)
+def test_a_flag_that_changes_nothing_is_said_once(line, idle, how, monkeypatch, capsys):
+    script, *flags = line.split()
+    monkeypatch.chdir(REPO)
+    settings = getattr(commands, script.removeprefix("tools."))(flags)
+    commands.say_without_effect(settings, flags)
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(idle) and idle in said and how in said
+    monkeypatch.setenv("RANK", "1")  # another process of the same training
+    commands.say_without_effect(settings, flags)
+    assert not capsys.readouterr().err
+
+
 def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
     pressed = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
     (tmp_path / "torch.py").write_text(pressed)

@@ -330,6 +330,31 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     torch.testing.assert_close(ranked[:5], raised[order], rtol=1e-3, atol=1e-2)
     assert again[5:] == texts[5:] and torch.equal(ranked[5:], scores[5:])
     assert beams(100.0, 1)[0] == [again[0], again[5]]
+    for impossible in ({"num_beams": 5, "num_return_sequences": 6}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
+            model.generate(**asked, **impossible)
+    with pytest.raises(ValueError, match="leaves no room"):
+        model.generate(**processor(images=photos[:1], text=["why is it so? " * 50]))
+
+
+def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):
+    checkpoint, out = joint / "captioner_best_cider.safetensors", tmp_path / "captioner"
+    flags = ["--checkpoint", checkpoint, "--format", "transformers", "--without-encoder"]
+    right = run("-m", "tools.export", *flags, "--out", out)
+    assert right.returncode == 0 and "another encoder" not in right.stderr, right.stderr
+    folder = load_checkpoint(checkpoint).encoder["name"]
+    wrong = transformers.ViTModel.from_pretrained(folder)
+    wrong.layernorm.weight.data[0] += 1
+    wrong.save_pretrained(tmp_path / "other")
+    code = (
+        "import sys, transformers\n"
+        "transformers.AutoModelForImageTextToText.from_pretrained("
+        "sys.argv[1], trust_remote_code=True, encoder=sys.argv[2])"
+    )
+    for encoder, count in ((folder, 0), (tmp_path / "other", 1)):
+        said = run("-c", code, out, encoder)
+        assert said.returncode == 0
+        assert said.stderr.count("is another encoder than") == count, said.stderr
 
 
 @pytest.mark.parametrize("kind", ["VisionEncoderDecoderModel", "ViTModel", "GPT2LMHeadModel"])

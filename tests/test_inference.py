@@ -285,9 +285,11 @@ def test_from_python(trained, joint, folder, monkeypatch):
         captioner.caption(folder / "bad.jpg")
     with pytest.raises(UserError, match="not trained for questions"):
         captioner.answer(paths[0], "why?")
-    for wrong in (np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))] * 2, [None]):
+    for wrong in (np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))] * 2, [None], None, 3, b"\xff\xd8"):
         with pytest.raises(TypeError, match="a picture is a file or a Pillow image, not"):
             captioner.caption(wrong)
+    with pytest.raises(ImageError, match="no pixels"):
+        captioner.caption(Image.new("RGB", (0, 5)))
     with pytest.raises(ValueError, match="batch_size is 0"):
         captioner.caption(paths, batch_size=0)
     with open(paths[0], "rb") as file:
@@ -334,6 +336,14 @@ def test_an_empty_question_is_refused(joint):
     for question in ("", " ", ["why?", ""]):
         with pytest.raises(UserError, match="a question is empty"):
             captioner.answer(joint / "images" / "000.png", question)
+    with pytest.raises(UserError, match="a question is empty"):
+        captioner.explain(joint / "images" / "000.png", "")
+
+
+def test_half_a_character_in_a_question_is_replaced(joint):
+    command = ["inference.py", joint / "images" / "000.png", "--question", "why \udcff?"]
+    result = run(*command, "--checkpoint", joint / "captioner_best_accuracy.safetensors")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):

@@ -30,7 +30,7 @@ import config
 import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
-from captions_file import read_captions
+from captions_file import find_table, read_captions
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
@@ -186,6 +186,12 @@ def read(text: str) -> str:
 
 CAPTION_TEXT = ANY_TEXT.filter(lambda text: any(sign.isalnum() for sign in read(text)))
 NAME = st.from_regex(r"[a-zA-Z0-9_]{1,12}\.(jpg|png|JPEG)", fullmatch=True)
+
+
+def test_a_table_beside_the_photos_is_one(tmp_path, capsys):
+    (tmp_path / "captions.csv").write_text("a.jpg,a dog\n")
+    assert find_table(tmp_path, tmp_path) == tmp_path / "captions.csv"
+    assert capsys.readouterr().out == ""
 
 
 @settings(max_examples=200, deadline=None)

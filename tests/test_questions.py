@@ -215,6 +215,7 @@ def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     assert tokenizer.decode(ids[len(prefix) :]) == "red"
     [long] = tokenizer.prefixes(["what color is it? " * 30], 40)
     assert len(long) == 20 and long[-1] == ANSWER_ID
+    assert tokenizer.prefixes(["what color is it?"], 3) == [[START_ID, ANSWER_ID]]
     [text] = tokenizer.prefixes(["is <answer> a token?"], 40)
     assert text.count(ANSWER_ID) == 1
 
@@ -290,6 +291,21 @@ def test_inference_answers(joint, tmp_path):
         "two.png": [{"question": "what color is the square?", "answer": "blue"}],
         "one.png": [{"question": "what color is the square?", "answer": "red"}],
     }
+    forms = {
+        "q.csv": "image,question\ntwo.png,what color is the square?\n",
+        "q.jsonl": '{"image": "one.png", "question": "what color is the square?", "answers": []}\n',
+        "vqa.json": json.dumps({"data": [{"image_id": "TWO", "question": "what color?"}]}),
+    }
+    for name, text in forms.items():  # as prepare_dataset.py reads them, answers or not
+        (tmp_path / name).write_text(text)
+        command = ["inference.py", tmp_path, "--checkpoint", checkpoint, "--json"]
+        told = run(*command, "--questions_file", tmp_path / name)
+        assert told.returncode == 0, told.stderr
+        assert '.png": [{"question": "what color' in told.stdout.splitlines()[-1]
+    for odd in ("3", "null", '[{"image": "one.png", "question": "", "answers": 3}]'):
+        (tmp_path / "q.json").write_text(odd)
+        told = run(*command, "--questions_file", tmp_path / "q.json")
+        assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
     (tmp_path / "q.json").write_text(json.dumps({"three.png": [{"question": "what?"}]}))
     absent = run(
         "inference.py",

@@ -70,7 +70,7 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "text", lambda self, x, y, s, *a, **k: written.append(s) or text(self, x, y, s, **k)
     )
-    draw_samples(entries(9), tmp_path, tmp_path / "s.png", {"a.png": ["costs $5 or $6", "other"]})
+    draw_samples(entries(9), tmp_path, tmp_path / "s.png", {"a.png": ["costs $5 or \x08", "other"]})
     assert written == [
         "epoch 1",
         "text 1",
@@ -79,7 +79,7 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
         "epoch 9",
         "text 9",
         "a human",
-        "costs $5 or $6",
+        "costs $5 or \\x08",
     ]
     assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import commands
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
-from run import Progress, Run
+from distributed import ALONE
+from run import Progress, Run, find_checkpoint
 from tests.conftest import run, small_flags, write_photos
+from utils import UserError
 
 BEST = "captioner_best_cider.safetensors"
 
@@ -150,6 +156,47 @@ def test_beginning_with_weights_that_are_no_numbers_is_refused(six, tmp_path):
     more = ["--output_dir", tmp_path / "out", "--start_checkpoint", tmp_path / "nan.safetensors"]
     result = run("train.py", *flags, *more)
     assert result.returncode == 1 and "nan.safetensors holds weights" in result.stderr
+
+
+BIG, NAN = 10**30, math.nan
+# Training states that no run wrote, each by the place that is changed and what stands there.
+ODD_STATES: list[tuple[str, object]] = [
+    *((part, value) for part in "weights optimizer progress random".split() for value in (3, [])),
+    *((f"progress {count}", value) for count in ("epoch", "batch") for value in (-1, NAN, BIG)),
+    *((f"progress {sum_}", value) for sum_ in ("loss_sum", "seconds") for value in ("x", NAN)),
+    ("progress order", 3),
+    ("progress written", {"../last.pt": "x"}),
+    ("progress since", {"val_loss": "x"}),
+    ("progress history 0", {}),
+    ("progress history 0 val_loss", NAN),
+    ("progress history 0 val_cider", "x"),
+    ("progress history 0 epoch", "x"),
+    ("progress history 0 samples", {"/etc/passwd": "x"}),
+    ("progress history 0 samples", {"000.png": 3}),
+    ("weights extra", torch.zeros(1)),
+    ("weights project.bias", torch.zeros(3)),
+    ("weights project.bias", torch.full([32], NAN)),
+    ("optimizer state", 3),
+    ("optimizer state 0 exp_avg", torch.zeros(3)),
+    ("optimizer state 0 step", torch.tensor(NAN)),
+    ("optimizer state 1", {}),
+    ("random cpu", torch.zeros(3)),
+    ("other_random", [1]),
+]
+
+
+@pytest.mark.fault(count=len(ODD_STATES))
+@pytest.mark.parametrize(("place", "value"), ODD_STATES, ids=lambda each: str(each)[:30])
+def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, value):
+    data, flags = six
+    checkpoint = load_checkpoint(data / "last.pt")
+    *parts, last = (int(key) if key.isdigit() else key for key in place.split())
+    functools.reduce(operator.getitem, parts, checkpoint.training)[last] = value
+    save_for_training(tmp_path / "last.pt", checkpoint)
+    more = ["--output_dir", tmp_path, "--resume_checkpoint_path", tmp_path / "last.pt"]
+    settings = commands.train([*map(str, [*flags, *more])])
+    with pytest.raises(UserError, match=r"last\.pt holds (no state of a training|weights)"):
+        find_checkpoint(settings, ALONE)
 
 
 def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):

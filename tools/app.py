@@ -105,9 +105,9 @@ class Service:
 
     async def sample(self, request: Request) -> Response:
         number = request.path_params["number"]
-        if number >= SAMPLES:
+        if number not in map(str, range(SAMPLES)):
             raise HTTPException(404, f"There are only {SAMPLES} samples.")
-        dice, file = random.Random(number), io.BytesIO()
+        dice, file = random.Random(int(number)), io.BytesIO()
         scene = scenes.invent(dice, scenes.distinct)
         scenes.paint(scene, scenes.arrange(scene, dice), dice, shrink=2).save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
@@ -158,7 +158,7 @@ def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlett
         routes=[
             Route("/", service.page),
             Route("/health", service.health),
-            Route("/samples/{number:int}", service.sample),
+            Route("/samples/{number}", service.sample),
             Route("/caption", service.caption, methods=["POST"]),
         ],
         middleware=[Middleware(Guarded, host=host)],
