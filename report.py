@@ -390,8 +390,9 @@ def draw_samples(
     names = list(told[-1]["samples"])
     if not names:
         return
-    said = [*(each["samples"] for each in shown), humans]
-    families = [font.family_name for font in fonts_for(str([[*each.values()] for each in said]))]
+    said = [text for each in told for text in each["samples"].values()]
+    said += [text for captions in humans.values() for text in captions[:1]]
+    families = [font.family_name for font in fonts_for("".join(said))]
     figure = Figure(figsize=(9, 2.2 * len(names)), layout="constrained")
     table = figure.subplots(len(names), 2, width_ratios=(1, 3), squeeze=False)
     for name, (picture, text) in zip(names, table, strict=True):
