@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +30,7 @@ from report import Ledger
 from run import Run
 from self_critical import advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tests.forked import Forked
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError, sole_user
 
@@ -251,26 +250,13 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     assert advantages([7.0]) == [0.0]
 
 
-def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
+def start_and_stop(flags: list[str], when: str) -> subprocess.CompletedProcess:
     """Start a training and send it SIGTERM when a line that holds `when` appears."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train.py", *flags],
-        cwd=REPO,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if when in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.seen = "".join(seen) + process.stdout.read()
-    process.errors = process.stderr.read()
-    process.wait(timeout=120)
-    return process
+    with Forked("train.py", *flags) as process:
+        assert any(when in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(120)
+        return subprocess.CompletedProcess(flags, process.returncode, *said)
 
 
 @pytest.mark.parametrize("epochs", [(6, 0), (2, 4)], ids=["cross-entropy", "self-critical"])
@@ -282,8 +268,8 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     cut = write_photos(tmp_path / "cut", 24)
     arguments = [*small_flags(cut, encoder_dir), *flags]
     stopped = start_and_stop(arguments, "epoch 2/6")
-    assert stopped.returncode == 130, stopped.errors
-    assert re.search(r"go on with: \S*python train.py", stopped.seen)
+    assert stopped.returncode == 130, stopped.stderr
+    assert re.search(r"go on with: \S*python train.py", stopped.stdout)
     progress = load_checkpoint(cut / "last.pt").training["progress"]
     assert 2 <= progress["epoch"] < 6
     resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
@@ -350,14 +336,7 @@ def test_inference_needs_no_config(tmp_path, trained):
     assert result.returncode == 0, result.stderr
     caption = result.stdout.strip()
     assert caption and "<" not in caption and "\n" not in caption
-    pt = run(
-        lonely / "inference.py",
-        "--image_path",
-        photo,
-        "--checkpoint",
-        best(trained, ".pt"),
-        cwd=tmp_path,
-    )
+    pt = run("inference.py", photo, "--checkpoint", best(trained, ".pt"))
     assert pt.stdout.strip() == caption
 
 
