@@ -257,11 +257,12 @@ def test_several_answers_and_answers_in_a_table(joint, tmp_path):
     assert len(rows) == 96 and set(rows[0]) == {"file_name", "question", "answer"}
 
 
-def test_from_python(trained, joint, folder, monkeypatch):
-    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+def test_from_python(trained, folder):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
     paths = [folder / name for name in NAMES]
     single = [captioner.caption(path) for path in paths]
     assert single == captioner.caption(paths) == captioner.caption([str(path) for path in paths])
+    assert captioner.caption([Image.open(path) for path in paths]) == single
     assert captioner.caption([]) == []
     assert captioner.caption(paths * 10) == single * 10
     (folder / "bad.jpg").write_bytes(b"")
@@ -331,11 +332,13 @@ def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):
     assert len(table.splitlines()) == 1 + len(NAMES) and "日本é.jpg" in table
 
 
-def test_a_pipe_among_photos_is_named_and_not_waited_for(folder, caption):
-    os.mkfifo(folder / "pipe.jpg")
-    result = caption(folder)
+def test_what_cannot_be_read_is_named_and_stops_nothing(folder, caption):
+    (folder / "bad.jpg").write_bytes(b"<html>")
+    os.mkfifo(folder / "pipe.jpg")  # which is not waited for
+    result = caption("--image_path", folder, "--batch_size", 2, "--beam_size", 3, "--json")
     assert result.returncode == 1 and "pipe.jpg is a pipe" in result.stderr
-    assert len(result.stdout.splitlines()) == len(NAMES)
+    assert "bad.jpg is not a readable picture" in result.stderr
+    assert list(json.loads(result.stdout.splitlines()[-1])) == NAMES
 
 
 def test_what_is_given_is_never_written_over(folder, caption):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import load_checkpoint
 from report import draw_curves, draw_samples
 from tests.conftest import paint, run, small_flags, write_photos
 
@@ -89,28 +88,6 @@ def test_one_epoch_and_no_samples(tmp_path):
     assert pixels(tmp_path / "s.png").min() < 100
     draw_samples([{"epoch": 1, "samples": {}}], tmp_path, tmp_path / "none.png", {})
     assert not (tmp_path / "none.png").exists()
-
-
-def test_the_history_goes_on_through_a_resume(tmp_path, encoder_dir):
-    data = write_photos(tmp_path / "data", 24)
-    flags = small_flags(data, encoder_dir)
-    assert run("train.py", *flags).returncode == 0
-    resumed = run(
-        "train.py",
-        *flags,
-        "--epochs",
-        3,
-        "--scst_epochs",
-        1,
-        "--resume_checkpoint_path",
-        data / "last.pt",
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    history = load_checkpoint(data / "last.pt").training["progress"]["history"]
-    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4]
-    assert ["train_loss" in entry for entry in history] == [True, True, True, False]
-    assert "train_beam_cider" in history[3]
-    assert all(len(entry["samples"]) == 4 for entry in history)
 
 
 @pytest.mark.parametrize("name", ["training_curves.png", "samples.png"])

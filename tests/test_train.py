@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import commands
+import inference
 import prepare_dataset
 import train
 from checkpoint import load_checkpoint
@@ -278,7 +278,12 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     assert_same_weights(whole / "last.pt", cut / "last.pt")
     one, two = (load_checkpoint(d / "last.pt").training for d in (whole, cut))
     assert one["progress"]["step"] == two["progress"]["step"]
-    assert one["progress"]["history"] == two["progress"]["history"]
+    history = one["progress"]["history"]
+    assert history == two["progress"]["history"]
+    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert ["train_loss" in entry for entry in history] == [n < epochs[0] for n in range(6)]
+    assert ["train_beam_cider" in entry for entry in history] == [n >= epochs[0] for n in range(6)]
+    assert all(len(entry["samples"]) == 4 for entry in history)
 
     # A control: another course of chance gives other weights, so that the equality says something.
     control = write_photos(tmp_path / "control", 24)
@@ -340,35 +345,6 @@ def test_inference_needs_no_config(tmp_path, trained):
     assert pt.stdout.strip() == caption
 
 
-def test_a_folder_is_captioned_and_bad_pictures_are_named(tmp_path, trained):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(5):
-        (folder / f"{i}.png").write_bytes((trained / "images" / f"00{i}.png").read_bytes())
-    (folder / "notes.txt").write_text("no picture")
-    checkpoint = trained / "captioner_best_cider.safetensors"
-    command = ["inference.py", "--image_path", folder, "--checkpoint", checkpoint, "--json"]
-    result = run(*command, "--batch_size", "2", "--beam_size", "3")
-    assert result.returncode == 0, result.stderr
-    captions = json.loads(result.stdout.splitlines()[-1])
-    assert list(captions) == [f"{i}.png" for i in range(5)]
-    assert result.stdout.splitlines()[0] == f"0.png: {captions['0.png']}"
-    (folder / "bad.jpg").write_bytes(b"<html>")
-    result = run(*command)
-    assert result.returncode == 1 and "bad.jpg" in result.stderr
-    assert len(json.loads(result.stdout.splitlines()[-1])) == 5
-
-
-def test_captions_do_not_depend_on_the_batch(trained):
-    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
-    photos = sorted((trained / "images").iterdir())[:6]
-    together = captioner.caption(photos)
-    assert together == [captioner.caption([photo])[0] for photo in photos]
-    opened = [Image.open(photo) for photo in photos]
-    assert captioner.caption(opened) == together
-    assert captioner.caption(photos, beam_size=1) is not None
-
-
 def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
     checkpoint = trained / "captioner_best_cider.safetensors"
     other = build_encoder("siglip", tmp_path / "other")
@@ -379,11 +355,10 @@ def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none"])
-def test_no_such_checkpoint(trained, name):
-    result = run(
-        "inference.py", "--image_path", trained / "images" / "000.png", "--checkpoint", name
-    )
-    assert result.returncode == 1 and f"no checkpoint {name}" in result.stderr
+def test_a_checkpoint_that_is_not_there_is_named(trained, name):
+    photo = str(trained / "images" / "000.png")
+    with pytest.raises(UserError, match=f"no checkpoint {name}"):
+        inference.main(["--image_path", photo, "--checkpoint", name])
 
 
 MISTAKES = {
