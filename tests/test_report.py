@@ -94,6 +94,6 @@ def test_one_epoch_and_no_samples(tmp_path):
 def test_a_picture_that_can_not_be_written_spoils_nothing(tmp_path, encoder_dir, name):
     data = write_photos(tmp_path / "data", 24)
     (data / name).mkdir()
-    result = run("train.py", *small_flags(data, encoder_dir), "--epochs", 1)
+    result = run("train.py", *small_flags(data, encoder_dir), "--epochs", 1, pictures=True)
     assert result.returncode == 0 and "pictures can't be drawn" in result.stdout
     assert "Traceback" not in result.stderr
