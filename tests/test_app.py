@@ -360,7 +360,8 @@ def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
         (line,) = [x for x in table if f":{server.port:04X} 00000000:0000" in x]
         assert "0100007F:" in line  # 127.0.0.1
         server.process.send_signal(signal.SIGINT)
-        assert server.process.communicate(20) == ("", "") and server.process.returncode == 0
+        _, errors = server.process.communicate(20)
+        assert (server.process.returncode, errors) == (0, "")
 
 
 def test_without_the_extra_it_says_what_to_install():
