@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import transformers
 from PIL import Image
 
 from checkpoint import load_checkpoint
-from tests.forked import can_fork, run_forked
+from tests.forked import ENVIRONMENT, Forked, can_fork
 from utils import sole_user
 
 REPO = Path(__file__).resolve().parents[1]
@@ -31,6 +30,15 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220)}
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault(count=1): injects so many real faults")
     torch.set_num_threads(1)  # two processes run tests at a time
+
+
+# The files that take longest come first, so that in the end no process waits for the other.
+LONGEST = "prepare_dataset model kills shards app train faults export hub tracking distributed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = [f"test_{name}.py" for name in LONGEST.split()]
+    items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else 99)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -195,35 +203,46 @@ def run(
     *command: object,
     cwd: Path = REPO,
     limits: Mapping[int, int] | None = None,
+    pictures: bool = False,
     **env: str,
 ) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does, offline; returns its output as text.
+    """Run a program as a user does, offline; returns its output as text.
 
-    `limits` are of `resource.setrlimit`: {resource.RLIMIT_FSIZE: 4096} is a disk without room.
+    Args:
+        command: a script of the project with its flags, or what follows `python` else.
+        limits: of `resource.setrlimit`: {resource.RLIMIT_FSIZE: 4096} is a disk without room.
+        pictures: whether what a training learned is really drawn, which takes longer than most
+            trainings here.
+        env: what stands in the environment, besides what stands there.
     """
-
     words = [*map(str, command)]
     if can_fork(words, env):
-        return run_forked(words, cwd, limits or {}, timeout=600)
-
-    def limit() -> None:
-        for kind, most in limits.items():
-            resource.setrlimit(kind, (most, most))
-
+        with Forked(*words, cwd=cwd, limits=limits, pictures=pictures, **env) as process:
+            said = process.communicate()
+            return subprocess.CompletedProcess(process.args, process.returncode, *said)
+    assert not limits, "only a fork has limits"
     return subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
-        preexec_fn=limit if limits else None,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
+        env=os.environ | ENVIRONMENT | env,
         text=True,
         capture_output=True,
         timeout=600,
     )
 
 
+def run_without(module: str, name: str, *flags: object) -> subprocess.CompletedProcess:
+    """Run the module `name` of the project as where the library `module` is not installed."""
+    code = (
+        f"import runpy, sys; sys.modules[{module!r}] = None\n"
+        f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    )
+    return run("-c", code, *flags)
+
+
 def train_small(data: Path, encoder: Path, *more: object) -> None:
     """A short training that leaves its checkpoints in the data folder."""
-    result = run("train.py", *small_flags(data, encoder), *more)
+    result = run("train.py", *small_flags(data, encoder), *more, pictures=True)
     assert result.returncode == 0, result.stderr
     (data / "said.txt").write_text(result.stdout)
 

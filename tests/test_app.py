@@ -12,8 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +22,8 @@ import pytest
 from PIL import Image
 
 from inference import load_captioner
-from tests.conftest import REPO, paint, run
+from tests.conftest import paint, run, run_without
+from tests.forked import Forked
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -35,13 +34,13 @@ QUESTION = "what color is the square?"
 class Server:
     """A running tools/app.py."""
 
-    def __init__(self, process: subprocess.Popen, port: int):
+    def __init__(self, process: Forked, port: int):
         self.process, self.port = process, port
         self.host = f"127.0.0.1:{port}"
 
     def ask(self, method: str, path: str, body=None, **headers: str):
         """Status, headers and body of a response."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         content = response.read()
@@ -73,22 +72,11 @@ app.main()
 
 @contextmanager
 def running(checkpoint, *flags, script=("-m", "tools.app")):
-    process = subprocess.Popen(
-        [sys.executable, *script, "--checkpoint", checkpoint, "--port", "0", *flags],
-        cwd=REPO,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with Forked(*script, "--checkpoint", checkpoint, "--port", 0, *flags) as process:
         said = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
-        assert address, said + process.stderr.read()
+        assert address, (said, process.communicate(1))
         yield Server(process, int(address.group(1)))
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -350,14 +338,15 @@ def test_every_answer_has_the_headers(slow, photo):
     said(slow, errors=1)
 
 
-def test_it_ends_at_once_whatever_waits(slow, photo):
-    with ThreadPoolExecutor(12) as pool:
+def test_it_ends_at_once_whatever_waits(joint, photo):
+    checkpoint, code = joint / "captioner_best_cider.safetensors", SLOWLY.replace("0.4", "1")
+    with running(checkpoint, script=("-c", code)) as slow, ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(slow.caption, photo) for _ in range(12)]
         slow.process.stdout.readline()  # the first is being captioned
         time.sleep(0.3)
         begun = time.monotonic()
         said(slow)
-        assert time.monotonic() - begun < 4  # the twelve take longer
+        assert time.monotonic() - begun < 10  # the twelve take longer
         assert {answer.result()[0] for answer in answers} <= {200, 503}
 
 
@@ -366,32 +355,18 @@ def test_it_ends_at_once_whatever_waits(slow, photo):
 
 def test_it_listens_on_this_machine_only_and_ends_quietly(joint):
     with running(joint / "captioner_best_cider.safetensors") as server:
-        heard = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "tools.app",
-                "--checkpoint",
-                "absent.pt",
-                "--port",
-                str(server.port),
-            ],
-            cwd=REPO,
-            capture_output=True,
-            text=True,
-        )
+        heard = run("-m", "tools.app", "--checkpoint", "absent.pt", "--port", server.port)
         assert heard.returncode == 1 and "--port" in heard.stderr
         table = read_proc("net/tcp").splitlines()
         (line,) = [x for x in table if f":{server.port:04X} 00000000:0000" in x]
         assert "0100007F:" in line  # 127.0.0.1
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(20) == 0
-        assert server.process.stderr.read() == ""
+        _, errors = server.process.communicate(20)
+        assert (server.process.returncode, errors) == (0, "")
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path):
-    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('no', name='uvicorn')")
-    result = run("-m", "tools.app", "--checkpoint", "x.pt", PYTHONPATH=str(tmp_path))
+def test_without_the_extra_it_says_what_to_install():
+    result = run_without("uvicorn", "tools.app", "--checkpoint", "x.pt")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
         "error: the page needs uvicorn: run pip install -r requirements-app.txt"

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import resource
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from decoder import DecoderConfig
 from encoder import FrozenEncoder
 from model import CaptionModel
 from options import GenerationOptions
-from tests.conftest import REPO, run
+from tests.conftest import run
 from tokenizer import CaptionTokenizer
 from utils import UserError
 
@@ -291,13 +290,12 @@ def test_no_pt_takes_more_than_it_holds(tmp_path, bomb, request):
 
 FULL_DISK = """
 import resource, sys
-sys.path.insert(0, {repo!r})
 from pathlib import Path
 from checkpoint import load_checkpoint, save_for_training, save_for_use
 from utils import UserError
-path = Path({path!r})
+path = Path(sys.argv[1])
 checkpoint = load_checkpoint(path)
-checkpoint.training = {{"step": 2}}
+checkpoint.training = {"step": 2}
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     (save_for_use if path.suffix == ".safetensors" else save_for_training)(path, checkpoint)
@@ -313,8 +311,7 @@ def test_a_full_disk_leaves_the_old_file_whole(checkpoint, tmp_path, suffix):
     (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
     before = path.read_bytes()
     assert len(before) > 4096 and resource.RLIMIT_FSIZE is not None
-    code = FULL_DISK.format(repo=str(REPO), path=str(path))
-    result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    result = run("-c", FULL_DISK, path)
     assert path.name in result.stdout, result.stderr
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from checkpoint import load_checkpoint
-from tests.conftest import REPO, run, small_flags, write_photos
+from tests.conftest import run, small_flags, write_photos, write_questions
+from tests.forked import Forked
 from tests.test_kills import assert_equal, epochs_said, state
-from tests.test_questions import write_questions
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # 17 photos in batches of 4: the last one is a single photo, so most processes have none of it.
@@ -40,8 +38,10 @@ FLAGS = [
 ]
 
 
-def torchrun(processes: int, *command: object) -> subprocess.CompletedProcess:
-    return run(*TORCHRUN, f"--nproc_per_node={processes}", *command, OMP_NUM_THREADS="1")
+def torchrun(processes: int, *command: object, forks: bool = True) -> subprocess.CompletedProcess:
+    """Run a script by torchrun, whose processes are its forks or, as a user's, start anew."""
+    how = ["--run-path", "--start-method=fork"] if forks else []
+    return run(*TORCHRUN, *how, f"--nproc_per_node={processes}", *command)
 
 
 def figures(text: str) -> list[list[float]]:
@@ -78,7 +78,7 @@ def runs(tmp_path_factory, encoder_dir) -> Runs:
     found = Runs(data, [*small_flags(data, encoder_dir), *map(str, FLAGS)], {}, {})
     for size in (4, 2, 1):
         command = ["train.py", *found.flags, "--output_dir", folder / f"{size}"]
-        result = torchrun(size, *command) if size > 1 else run(*command, OMP_NUM_THREADS="1")
+        result = torchrun(size, *command) if size > 1 else run(*command)
         assert result.returncode == 0, result.stderr
         found.said[size], found.shards[size] = result.stdout, cached(data)
         for path in data.glob("features/*/shard_*_1.*"):  # what the process of rank 1 has made
@@ -115,7 +115,7 @@ def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path)
     other = tmp_path / "whole" / "last.pt"
     (tmp_path / "cut" / "last.pt").write_bytes(other.read_bytes())  # of another job: not resumed
     command = ["tests/killed_run.py", "update", 5, *flags, "--output_dir", tmp_path / "cut"]
-    cut = torchrun(2, "--max-restarts=1", *command)
+    cut = torchrun(2, "--max-restarts=1", *command, forks=False)
     assert cut.returncode == 0, cut.stderr
     assert cut.stderr.count("another process of this training has ended") == 1
     assert cut.stdout.count("epoch 1/3") == 1 and "resumed   after 1 epochs" in cut.stdout
@@ -127,42 +127,17 @@ def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path)
 
 
 def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-u",
-            *TORCHRUN,
-            "--nproc_per_node=2",
-            "train.py",
-            *runs.flags,
-            "--output_dir",
-            str(tmp_path),
-        ],
-        cwd=REPO,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1/3"):
-            process.send_signal(signal.SIGTERM)
-            break
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
+    command = ["--nproc_per_node=2", "train.py", *runs.flags, "--output_dir", tmp_path]
+    with Forked(*TORCHRUN, *command) as process:
+        assert any(line.startswith("epoch 1/3") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(120)
+        assert process.returncode != 0
     assert errors.count("stopping after this step") == 1
     assert "go on with: torchrun --nproc_per_node=2 train.py" in said
     training = load_checkpoint(tmp_path / "last.pt").training
     assert training["progress"]["epoch"] == 1 or training["progress"]["batch"] > 0
-    resumed = run(
-        "train.py",
-        *runs.flags,
-        "--output_dir",
-        tmp_path,
-        "--resume_checkpoint_path",
-        tmp_path / "last.pt",
-        OMP_NUM_THREADS="1",
-    )
+    resumed = run(*command[1:], "--resume_checkpoint_path", tmp_path / "last.pt")
     assert resumed.returncode == 0, resumed.stderr
     assert "trained by 2 processes before, 1 now" in resumed.stdout
     last = figures(resumed.stdout)[-1]
@@ -170,7 +145,8 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
 
 
 def test_a_mistake_is_said_once(runs, tmp_path):
-    result = torchrun(2, "train.py", *runs.flags, "--decoder_heads", 5, "--output_dir", tmp_path)
+    more = ["--decoder_heads", 5, "--output_dir", tmp_path]
+    result = torchrun(2, "train.py", *runs.flags, *more, forks=False)
     assert result.returncode != 0
     assert result.stderr.count("error: DECODER_EMBED_DIM") == 1
     assert 'train.py", line' not in result.stderr  # no traceback of ours

@@ -9,7 +9,6 @@ import resource
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +28,8 @@ import config
 from checkpoint import Checkpoint, digest, load_checkpoint
 from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
-from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tests.conftest import build_encoder, run, small_flags, write_photos
+from tests.forked import Forked
 from tests.hub_server import HubServer
 from utils import RANGES, UserError, constants, redact
 
@@ -120,14 +120,13 @@ def test_memory_too_short(tmp_path, trained, encoder_dir):
 
 SAVES = """
 import os, signal, sys, time
-sys.path.insert(0, {repo!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from checkpoint import load_checkpoint, save_for_training, save_for_use
-path = Path({path!r})
+path = Path(sys.argv[1])
 checkpoint = load_checkpoint(path)
-for kill in range({kills}):
+for kill in range(20):
     child = os.fork()
     if child == 0:
         while True:
@@ -146,8 +145,7 @@ for kill in range({kills}):
 @pytest.mark.fault(count=20)
 def test_killed_again_and_again_while_saving(tmp_path, trained):
     path = Path(shutil.copy(trained / "last.pt", tmp_path))
-    code = SAVES.format(repo=str(REPO), path=str(path), kills=20)
-    result = run("-c", code, OMP_NUM_THREADS="1")
+    result = run("-c", SAVES, path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["whole"] * 20
     assert list(tmp_path.glob(".*.tmp")), "no kill hit a save: the loop is too slow to say anything"
@@ -157,20 +155,11 @@ def test_killed_again_and_again_while_saving(tmp_path, trained):
 def test_no_process_is_left_of_a_killed_run(tmp_path, encoder_dir):
     data = write_photos(tmp_path / "data", 18)
     flags = [*small_flags(data, encoder_dir), "--wandb_project", "test", "--epochs", "100000"]
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *flags],
-        cwd=REPO,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert any("epoch 2/" in line for line in process.stdout)  # and so the first one is saved
-    children = [pid for pid, parent in processes().items() if parent == process.pid]
-    assert children, "the tracker has no process of its own any more: nothing could be left"
-    process.kill()
-    process.wait()
+    with Forked("train.py", *flags, WANDB_MODE="offline") as process:
+        assert any("epoch 2/" in line for line in process.stdout)  # and so the first one is saved
+        children = [pid for pid, parent in processes().items() if parent == process.pid]
+        assert children, "the tracker has no process of its own any more: nothing could be left"
+        process.kill()
     deadline = time.monotonic() + 60
     while processes().keys() & children and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from PIL import Image
 import inference
 from encoder import ImageError
 from inference import load_captioner
-from tests.conftest import REPO, paint, run
+from tests.conftest import paint, run
+from tests.forked import Forked
 from utils import UserError
 
 NAMES = ["a.jpg", "b.PNG", "sub/c.jfif", "sub/deep/d.webp"]
@@ -197,30 +196,18 @@ def test_a_killed_run_goes_on_with_nothing_twice_and_nothing_missing(tmp_path, t
         place.mkdir(parents=True, exist_ok=True)
         paint("blue", "right", i).save(place / f"{i:02d}.png")
     (folder / "part1" / "bad.jpg").write_bytes(b"no photo")
-    command = [
-        sys.executable,
-        "-u",
-        "inference.py",
-        folder,
-        "--write",
-        "jsonl",
-        "--batch_size",
-        "4",
-        "--checkpoint",
-        trained / "captioner_best_cider.safetensors",
-    ]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen([*map(str, command)], cwd=REPO, env=env, **pipes)
-    seen = [process.stdout.readline() for _ in range(14)]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    command = ["inference.py", folder, "--write", "jsonl", "--batch_size", 4]
+    command += ["--checkpoint", checkpoint]
+    with Forked(*command) as process:
+        seen = [process.stdout.readline() for _ in range(14)]
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     file = folder / "metadata.jsonl"
     assert len(file.read_text().splitlines()) >= len(seen) - 4  # at most a batch is lost
     with open(file, "a") as torn:
         torn.write('{"file_name": "part0/00.png", "te')  # as a kill in mid-write leaves it
-    result = run(*command[2:])
+    result = run(*command)
     assert result.returncode == 1 and "1 of 61 photos can't be read" in result.stderr
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     counts = Counter(row["file_name"] for row in rows)
@@ -270,11 +257,12 @@ def test_several_answers_and_answers_in_a_table(joint, tmp_path):
     assert len(rows) == 96 and set(rows[0]) == {"file_name", "question", "answer"}
 
 
-def test_from_python(trained, joint, folder, monkeypatch):
-    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+def test_from_python(trained, folder):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
     paths = [folder / name for name in NAMES]
     single = [captioner.caption(path) for path in paths]
     assert single == captioner.caption(paths) == captioner.caption([str(path) for path in paths])
+    assert captioner.caption([Image.open(path) for path in paths]) == single
     assert captioner.caption([]) == []
     assert captioner.caption(paths * 10) == single * 10
     (folder / "bad.jpg").write_bytes(b"")
@@ -354,11 +342,13 @@ def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):
     assert len(table.splitlines()) == 1 + len(NAMES) and "日本é.jpg" in table
 
 
-def test_a_pipe_among_photos_is_named_and_not_waited_for(folder, caption):
-    os.mkfifo(folder / "pipe.jpg")
-    result = caption(folder)
+def test_what_cannot_be_read_is_named_and_stops_nothing(folder, caption):
+    (folder / "bad.jpg").write_bytes(b"<html>")
+    os.mkfifo(folder / "pipe.jpg")  # which is not waited for
+    result = caption("--image_path", folder, "--batch_size", 2, "--beam_size", 3, "--json")
     assert result.returncode == 1 and "pipe.jpg is a pipe" in result.stderr
-    assert len(result.stdout.splitlines()) == len(NAMES)
+    assert "bad.jpg is not a readable picture" in result.stderr
+    assert list(json.loads(result.stdout.splitlines()[-1])) == NAMES
 
 
 def test_what_is_given_is_never_written_over(folder, caption):

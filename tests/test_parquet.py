@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 import prepare_dataset
 from dataset import load_captions
 from parquet import read_parquet
-from tests.conftest import REPO, run
+from tests.conftest import run
 from utils import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -147,7 +146,7 @@ def test_killed_while_unpacking_it_begins_anew(tmp_path):
         "prepare_dataset.write_file = stop\n"
         f"prepare_dataset.main({[*FLAGS, str(tmp_path)]!r})\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=REPO)
+    killed = run("-c", code)
     assert killed.returncode == -signal.SIGKILL
     assert 0 < len(list((tmp_path / "images").iterdir())) < 30
     assert run("prepare_dataset.py", *FLAGS, tmp_path).returncode == 0

@@ -319,21 +319,6 @@ def test_inference_answers(joint, tmp_path):
     assert absent.returncode == 1 and "three.png" in absent.stderr
 
 
-def test_a_checkpoint_says_what_it_was_not_trained_for(trained, tmp_path):
-    paint("red", "left", 5).save(tmp_path / "one.png")
-    checkpoint = trained / "captioner_best_cider.safetensors"
-    result = run(
-        "inference.py",
-        "--image_path",
-        tmp_path / "one.png",
-        "--checkpoint",
-        checkpoint,
-        "--question",
-        "what color?",
-    )
-    assert result.returncode == 1 and "not trained for questions" in result.stderr
-
-
 def test_questions_alone(tmp_path, encoder_dir):
     data = write_questions(write_photos(tmp_path / "data", 24))
     (data / "captions.json").unlink()

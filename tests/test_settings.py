@@ -191,11 +191,6 @@ def test_what_people_read_steers_no_terminal_and_forges_no_line():
 
 MISTAKES = {
     "unknown flag": (["train.py", "--epoch", "5"], 2, "--epoch"),
-    "no such picture": (
-        ["inference.py", "--image_path", "no.jpg", "--checkpoint", "no.pt"],
-        1,
-        "no such picture",
-    ),
     "not a picture": (
         ["inference.py", "--image_path", "config.py", "--checkpoint", "no.pt"],
         1,

@@ -26,7 +26,7 @@ from encoder import FrozenEncoder
 from run import on_record
 from shards import Stock, StreamedRows, take_stock
 from tars import ATTEMPTS, Sample, expand_shards, shard_name
-from tests.conftest import COLOURS, paint, run, small_flags
+from tests.conftest import COLOURS, paint, run, run_without, small_flags
 from tests.download_server import DownloadServer, Remote, serving
 from tests.test_distributed import figures, torchrun
 from tests.test_kills import assert_equal, state
@@ -688,16 +688,10 @@ def test_mistakes_are_named(photos, encoder_dir, tars, more, said):
     assert "Traceback" not in result.stderr
 
 
-def test_without_the_library_the_message_says_what_to_install(tmp_path):
-    hidden = tmp_path / "webdataset"
-    hidden.mkdir()
-    code = (
-        "import sys; sys.modules['webdataset'] = None\n"
-        "from utils import run_script\nimport tars\n"
-        "run_script(lambda: tars.expand_shards('x{0..1}.tar'))"
-    )
-    result = run("-c", code)
-    assert result.returncode == 1
+def test_without_the_library_the_message_says_what_to_install(tmp_path, encoder_dir, tars):
+    flags = flags_of(tmp_path / "data", encoder_dir, tars[0], "--val_shards", tars[1])
+    result = run_without("webdataset", "train", *flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search(r"pip install -r requirements-shards.txt", result.stderr)
     assert os.path.exists("requirements-shards.txt")
 

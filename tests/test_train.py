@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import commands
+import inference
 import prepare_dataset
 import train
 from checkpoint import load_checkpoint
@@ -32,6 +30,7 @@ from report import Ledger
 from run import Run
 from self_critical import advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tests.forked import Forked
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError, sole_user
 
@@ -251,26 +250,13 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     assert advantages([7.0]) == [0.0]
 
 
-def start_and_stop(flags: list[str], when: str) -> subprocess.Popen:
+def start_and_stop(flags: list[str], when: str) -> subprocess.CompletedProcess:
     """Start a training and send it SIGTERM when a line that holds `when` appears."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train.py", *flags],
-        cwd=REPO,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if when in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.seen = "".join(seen) + process.stdout.read()
-    process.errors = process.stderr.read()
-    process.wait(timeout=120)
-    return process
+    with Forked("train.py", *flags) as process:
+        assert any(when in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(120)
+        return subprocess.CompletedProcess(flags, process.returncode, *said)
 
 
 @pytest.mark.parametrize("epochs", [(6, 0), (2, 4)], ids=["cross-entropy", "self-critical"])
@@ -282,8 +268,8 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     cut = write_photos(tmp_path / "cut", 24)
     arguments = [*small_flags(cut, encoder_dir), *flags]
     stopped = start_and_stop(arguments, "epoch 2/6")
-    assert stopped.returncode == 130, stopped.errors
-    assert re.search(r"go on with: \S*python train.py", stopped.seen)
+    assert stopped.returncode == 130, stopped.stderr
+    assert re.search(r"go on with: \S*python train.py", stopped.stdout)
     progress = load_checkpoint(cut / "last.pt").training["progress"]
     assert 2 <= progress["epoch"] < 6
     resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
@@ -292,7 +278,12 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     assert_same_weights(whole / "last.pt", cut / "last.pt")
     one, two = (load_checkpoint(d / "last.pt").training for d in (whole, cut))
     assert one["progress"]["step"] == two["progress"]["step"]
-    assert one["progress"]["history"] == two["progress"]["history"]
+    history = one["progress"]["history"]
+    assert history == two["progress"]["history"]
+    assert [entry["epoch"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert ["train_loss" in entry for entry in history] == [n < epochs[0] for n in range(6)]
+    assert ["train_beam_cider" in entry for entry in history] == [n >= epochs[0] for n in range(6)]
+    assert all(len(entry["samples"]) == 4 for entry in history)
 
     # A control: another course of chance gives other weights, so that the equality says something.
     control = write_photos(tmp_path / "control", 24)
@@ -350,44 +341,8 @@ def test_inference_needs_no_config(tmp_path, trained):
     assert result.returncode == 0, result.stderr
     caption = result.stdout.strip()
     assert caption and "<" not in caption and "\n" not in caption
-    pt = run(
-        lonely / "inference.py",
-        "--image_path",
-        photo,
-        "--checkpoint",
-        best(trained, ".pt"),
-        cwd=tmp_path,
-    )
+    pt = run("inference.py", photo, "--checkpoint", best(trained, ".pt"))
     assert pt.stdout.strip() == caption
-
-
-def test_a_folder_is_captioned_and_bad_pictures_are_named(tmp_path, trained):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(5):
-        (folder / f"{i}.png").write_bytes((trained / "images" / f"00{i}.png").read_bytes())
-    (folder / "notes.txt").write_text("no picture")
-    checkpoint = trained / "captioner_best_cider.safetensors"
-    command = ["inference.py", "--image_path", folder, "--checkpoint", checkpoint, "--json"]
-    result = run(*command, "--batch_size", "2", "--beam_size", "3")
-    assert result.returncode == 0, result.stderr
-    captions = json.loads(result.stdout.splitlines()[-1])
-    assert list(captions) == [f"{i}.png" for i in range(5)]
-    assert result.stdout.splitlines()[0] == f"0.png: {captions['0.png']}"
-    (folder / "bad.jpg").write_bytes(b"<html>")
-    result = run(*command)
-    assert result.returncode == 1 and "bad.jpg" in result.stderr
-    assert len(json.loads(result.stdout.splitlines()[-1])) == 5
-
-
-def test_captions_do_not_depend_on_the_batch(trained):
-    captioner = load_captioner(trained / "captioner_best_cider.safetensors", precision="fp32")
-    photos = sorted((trained / "images").iterdir())[:6]
-    together = captioner.caption(photos)
-    assert together == [captioner.caption([photo])[0] for photo in photos]
-    opened = [Image.open(photo) for photo in photos]
-    assert captioner.caption(opened) == together
-    assert captioner.caption(photos, beam_size=1) is not None
 
 
 def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
@@ -400,11 +355,10 @@ def test_a_checkpoint_wants_its_own_encoder(tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none"])
-def test_no_such_checkpoint(trained, name):
-    result = run(
-        "inference.py", "--image_path", trained / "images" / "000.png", "--checkpoint", name
-    )
-    assert result.returncode == 1 and f"no checkpoint {name}" in result.stderr
+def test_a_checkpoint_that_is_not_there_is_named(trained, name):
+    photo = str(trained / "images" / "000.png")
+    with pytest.raises(UserError, match=f"no checkpoint {name}"):
+        inference.main(["--image_path", photo, "--checkpoint", name])
 
 
 MISTAKES = {
