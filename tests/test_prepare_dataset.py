@@ -30,7 +30,8 @@ import config
 import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
-from captions_file import find_table, read_captions
+from captions_file import read_captions
+from captions_search import find_table
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from tests.download_server import DownloadServer, Remote, serving
