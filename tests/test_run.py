@@ -185,7 +185,7 @@ ODD_STATES: list[tuple[str, object]] = [
 ]
 
 
-@pytest.mark.fault(count=len(ODD_STATES))
+@pytest.mark.fault
 @pytest.mark.parametrize(("place", "value"), ODD_STATES, ids=lambda each: str(each)[:30])
 def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, value):
     data, flags = six
