@@ -8,6 +8,7 @@ of 0.48 instead of 0.32 between the words of 18 captions).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +170,10 @@ def fonts_for(text: str) -> list[Any]:
         if not lacking:
             break
     else:
-        letter = chr(min(lacking))
-        print(f"no font here draws {letter!r} and others: install one (Noto has all)")
+        say_boxes(chr(min(lacking)))
     return found
+
+
+@functools.cache  # once, not after each epoch
+def say_boxes(letter: str) -> None:
+    print(f"no font here draws {letter!r}, which becomes a box: install one (Noto has all)")
