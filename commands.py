@@ -102,6 +102,11 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
         return DEMO
 
     settings = load_settings(config, argv, parser, preset=preset)
+    if settings.demo:
+        usual = vars(config) | preset(settings)
+        for name in ("DATASET", "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "TRAIN_SHARDS"):
+            if getattr(settings, name) != usual[name]:
+                raise UserError(f"--demo draws a data set of its own: leave out --{name.lower()}")
     prefix = settings.CHECKPOINT_PREFIX
     if os.path.basename(prefix) != prefix or len(os.fsencode(prefix)) > 200:
         raise UserError(

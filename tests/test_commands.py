@@ -90,6 +90,13 @@ def test_a_flag_that_changes_nothing_is_said_once(line, idle, how, monkeypatch, 
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--data_dir", "--captions_file", "--train_shards"])
+def test_the_demo_takes_no_other_data(flag, tmp_path):
+    with pytest.raises(UserError, match=f"a data set of its own: leave out {flag}"):
+        commands.train(["--demo", flag, str(tmp_path / "mine")])
+    assert commands.train(["--demo", "--epochs", "1"]).demo
+
+
 def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
     pressed = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
     (tmp_path / "torch.py").write_text(pressed)
