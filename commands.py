@@ -25,7 +25,7 @@ SCORED = (
     "MAX_BAD_IMAGES DEVICE PRECISION"
 ).split()
 KINDS = ("txt", "jsonl", "csv")
-PARTS = ("train", "generate", "features", "scaling")
+PARTS = ("losses", "train", "generate", "features")
 EXISTING = ("skip", "overwrite", "append", "error")
 # Flags of any script that change nothing, unless the rest of what is set is so.
 WITHOUT_EFFECT = (
@@ -237,5 +237,4 @@ def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="of each measurement [%(default)s]")
     add_device_flags(parser)
     add("--compile", action="store_true", help="torch.compile our decoder")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m tools.benchmark                 # everything, some minutes on two cores
     python -m tools.benchmark --only train    # one part
-    python -m tools.benchmark --only scaling  # several processes beside one, under torchrun
+    python -m tools.benchmark --device cuda   # on a GPU, whose losses are checked with the CPU's
 
 The rival is `VisionEncoderDecoderModel` (ViT-B/16 and a GPT-2-shaped decoder of our default size)
 in the plain PyTorch loop of its documentation. Weights are random and photos synthetic: neither
@@ -18,12 +18,11 @@ if __name__ == "__main__":
     commands.begin(commands.benchmark)
 
 import contextlib
+import copy
 import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,6 @@ from torch import Tensor
 from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
 from device import autocast, choose_device, choose_dtype
-from distributed import joined, share_gradients
 from encoder import FrozenEncoder
 from features import build_features
 from generation import generate
@@ -54,9 +52,10 @@ from tools.rivals import (
     rival_model,
     training_step,
 )
-from utils import run_script
+from utils import UserError, run_script
 
 EPOCHS = 20
+MOST_APART = 0.01  # of loss and gradient, in bf16 (on a CPU 1e-5 and 4e-4)
 LENGTH = 12  # tokens of a caption while generation is timed: about Flickr's mean
 
 
@@ -117,6 +116,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     b = torch.randn(2048, 512, device=device, dtype=dtype)
     taken = interleaved({"mm": lambda: [a @ b.T for _ in range(10)]}, 5, device)["mm"]
     return 10 * 2048 * 512 * 2048 / statistics.median(taken)
+
+
+def check_losses(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """The loss a token and the gradient's length of one batch, here and on a CPU in fp32."""
+    rows = CaptionRows(flickr_like_captions(32), None)
+    batch = next(rows.batches(32, 0, 0))
+    features = torch.randn(32, PATCHES, WIDTH)
+    reference = our_model(torch.device("cpu")).eval()
+    figures = []
+    for model, kind in ((reference, torch.float32), (copy.deepcopy(reference).to(device), dtype)):
+        place = next(model.parameters()).device
+        with autocast(place, kind):
+            loss = model.loss(features.to(place), batch.to(place)) / len(batch.targets)
+        loss.backward()
+        gradient = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
+        figures.append((loss.item(), gradient.item()))
+    (right, steep), (found, found_steep) = figures
+    if not (abs(found / right - 1) < MOST_APART and abs(found_steep / steep - 1) < MOST_APART):
+        raise UserError(f"loss and gradient of one batch are {figures[1]}, on a CPU {figures[0]}")
+    return {"loss": found, "cpu_loss": right, "gradient": found_steep, "cpu_gradient": steep}
 
 
 def measure_training(
@@ -239,79 +258,12 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     }
 
 
-# --- Several processes -----------------------------------------------------------------------
-
-
-def time_shared_steps(device_name: str, precision: str, repeats: int) -> None:
-    """What torchrun starts in each process of `measure_scaling`; the first prints the times.
-
-    A step is of 32 photos shared by all; beside it stands adding up as many numbers alone, and
-    the processors' time for the step, which other work on the machine hardly changes.
-    """
-    with joined(device_name) as team:
-        device = team.device(device_name)
-        rows = CaptionRows(flickr_like_captions(32 * (repeats + 1)), None)
-        model = our_model(device).train()
-        shared = share_gradients(model, team)
-        batches = rows.batches(32, 0, 0, team=team)
-        features = torch.randn(32, PATCHES, WIDTH, device=device)
-        gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
-        processor: list[float] = []
-
-        def loss() -> Tensor:
-            batch = next(batches).to(device)
-            return shared(model.loss, features[: len(batch.names)], batch, 0.1) / 2000
-
-        training = training_step(loss, model, choose_dtype(precision, device))
-
-        def step() -> None:
-            started = time.process_time()
-            training()
-            processor.append(time.process_time() - started)
-
-        works = {"step": step, "all_reduce": lambda: team.all_reduce(gradients)}
-        times = interleaved(works, repeats, device)
-        summed = [sum(each) for each in zip(*team.all_gather(processor), strict=True)]
-        times["processor"] = summed[1:]
-        print(json.dumps({name: median(taken) for name, taken in times.items()}))
-
-
-def measure_scaling(device: torch.device, precision: str, repeats: int) -> dict[str, object]:
-    """Training steps of the same 32 photos by 1, 2, ... processes of a GPU or one thread each."""
-    count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
-    sizes = [size for size in (1, 2, 4, 8) if size <= count]
-    found: dict[str, object] = {}
-    for size in sizes:
-        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={size}"
-        worker = f"-m tools.benchmark --worker --repeats {repeats}"
-        where = f"--device {device.type} --precision {precision}"
-        command = [sys.executable, *f"{torchrun} {worker} {where}".split()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        said = subprocess.check_output(command, text=True, env=environment)
-        times = json.loads(said.splitlines()[-1])
-        taken = times["step"]["median"]
-        found |= {
-            f"scaling_{size}_step_seconds": times["step"],
-            f"scaling_{size}_captions_per_second": 32 * CAPTIONS / taken,
-            f"scaling_{size}_process_seconds_per_photo": size * taken / 32,
-            f"scaling_{size}_processor_seconds_per_photo": times["processor"]["median"] / 32,
-        }
-        if size > 1:
-            alone = found["scaling_1_step_seconds"]["median"]
-            found[f"scaling_{size}_efficiency"] = alone / (size * taken)
-            found[f"scaling_{size}_all_reduce_seconds"] = times["all_reduce"]
-    return found
-
-
 # --- All of it ------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = commands.benchmark(argv)
     torch.manual_seed(0)
-    if args.worker:
-        time_shared_steps(args.device, args.precision, args.repeats)
-        return 0
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = choose_device(args.device)
@@ -324,10 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     measured = {
+        "losses": lambda: check_losses(device, dtype),
         "train": lambda: measure_training(device, dtype, args.repeats, args.compile),
         "generate": lambda: measure_generation(device, dtype, args.repeats),
         "features": lambda: measure_features(device, dtype, args.repeats),
-        "scaling": lambda: measure_scaling(device, args.precision, args.repeats),
     }
     show(result)
     for part, measure in measured.items():
