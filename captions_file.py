@@ -95,7 +95,7 @@ class Captions:
         name = name_within(where, name)
         if split := split_in(split):
             self.splits[name] = split
-        texts = [*captions] or [EMPTY_IN_THE_WILD.get(name, "")]
+        texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
         for text in itertools.chain.from_iterable(map(_listed, texts)):
@@ -532,5 +532,6 @@ def _read_rows(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"
                     )
+            texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
             found.add(name, texts, where, "" if split is None else cells[split])
     return found

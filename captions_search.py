@@ -285,14 +285,10 @@ def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
-    there = [name for name in files_in(source) if os.path.isfile(source / name)]
-    photos = {os.path.splitext(name)[0] for name in there if is_photo(name)}
+    there = [name for name in files_in(source) if name not in OURS]
+    objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl")
-    told = {name for name in there if name.lower().endswith(ends)} - {*OURS}
-    told |= {f"{photo}.json" for photo in photos} & {*there}
-    files = [
-        (name, (file := (source / name).stat()).st_size, file.st_mtime_ns)
-        for name in there
-        if name in told
-    ]
+    told = [name for name in there if name in objects or name.lower().endswith(ends)]
+    states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
     return hashlib.sha256(repr(files).encode()).hexdigest()

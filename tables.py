@@ -56,11 +56,8 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
         found = []
         for match in field.finditer(text + delimiter):  # so that the last one has an end too
-            doubled, escaped, value = match.groups()
-            if doubled is not None:
-                value = doubled.replace('""', '"')
-            elif escaped is not None:
-                value = re.sub(r"\\(.)", r"\1", escaped)
+            doubled, escaped, plain = match.groups("")  # of which one stands there
+            value = plain or doubled.replace('""', '"') or re.sub(r"\\(.)", r"\1", escaped)
             found.append((value.strip(), match[0].removesuffix(delimiter)))
         return found
 
