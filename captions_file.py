@@ -469,10 +469,9 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     captions = caption_columns(names, captions)
     table.headed = bool(photos and captions)
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
-    bare = table.headed or (not begun and folder and is_there(names[0], folder))
     if table.headed:
         table.rows.pop(0)
-    elif begun or bare:
+    elif begun or (folder and is_there(names[0], folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         photos, captions, split = [0], [len(table.names) - 1], None
@@ -483,7 +482,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
             f"known to name {what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and "
             "begin with a row like image,caption, or like photo.jpg,A caption"
         )
-    found = _read_rows(table, photos[0], captions, split, bool(bare))
+    found = _read_rows(table, photos[0], captions, split, bare=not begun)
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
@@ -496,7 +495,8 @@ def _read_rows(
     """Rows of these columns; where there are more than photo and caption, what lacks one of these
     is passed over, and refused otherwise.
 
-    Without a header the last column may hold several captions, by tabs or each in quotes.
+    Without a header the last column may hold several captions, by tabs or each in quotes. Names
+    may be `bare` of their suffix.
     """
     used, width, last = (photo, *captions), len(table.names), captions[-1]
     others = [i for i, name in enumerate(table.names) if name and i not in (*used, split)]
@@ -527,7 +527,7 @@ def _read_rows(
                 quoted = [spelled.lstrip().startswith('"') for _, spelled in whole]
                 if table.delimiter == "\t" or all(quoted):
                     texts = [value for value, _ in whole]
-                elif whole[0][0] != whole[0][1].strip():  # and another column follows
+                elif whole[0][0] != whole[0][1].strip():  # quoted, and another column follows
                     raise UserError(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

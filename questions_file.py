@@ -35,13 +35,14 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
         ]
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_objects(content, usage):
+        name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
+        name = name and name_within(where, name)
+        question = _question(row.get("question"), row, answered)
         if row.get("prefix") and not row.get("question"):
             continue  # it asks for a caption
-        name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
-        question = _question(row.get("question"), row, answered)
         if not name or not question:
             raise UserError(f"{where} has no photo, question and answer: {usage}")
-        questions.setdefault(name_within(where, name), []).append(question)
+        questions.setdefault(name, []).append(question)
     return questions
 
 
