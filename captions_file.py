@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import html
 import itertools
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name, split_in
 from options import SPLITS
 from photo_names import is_photo, is_there, is_unread, plain_name
-from tables import Row, plain_key, table_of
+from tables import Table, plain_key, table_of
 from utils import SURROGATES, UserError, decoded, read_json, read_text
+
+Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
+Key = TypeVar("Key", int, str)  # of a column of a table, or of a value in an object
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -104,17 +106,15 @@ class Captions:
             else:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
 
-    def name_of(
-        self, where: str, said: Any, usage: str, bare: bool = True, strict: bool = True
-    ) -> str:
+    def name_of(self, where: str, said: Any, usage: str, bare: bool, strict: bool = True) -> str:
         """The photo's name in a cell or value; nothing where it is passed over.
 
         A `bare` one may lack its suffix; what is no name is refused if `strict`.
         """
         name = plain_name(said) if isinstance(said, str) else said
         unread = is_unread(name)
-        plain = bare and isinstance(name, str | int) and BARE.fullmatch(str(name)) and not unread
-        if plain or (isinstance(name, str) and is_photo(name)):
+        bare = bare and isinstance(name, str | int) and bool(BARE.fullmatch(str(name)))
+        if is_photo(str(name)) or (bare and not unread):
             return str(name)
         why = "can't be read: make it a JPEG" if unread else "is not the name of a photo"
         # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
@@ -157,8 +157,9 @@ def _listed(text: str) -> list[str]:
     if not re.match(r"\s*[\[(]\s*['\"{]", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    python = (commas, re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas))
-    for read, cell in ((json.loads, text), *((ast.literal_eval, each) for each in python)):
+    filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
+    python = ast.literal_eval
+    for read, cell in ((json.loads, text), (python, commas), (python, filled)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
             texts = texts_of([*values]) if isinstance(values, list | tuple) else [None]
@@ -182,11 +183,12 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
 
     A table without a header may call the photos of a `folder` without their suffix.
     """
-    table = functools.partial(_read_rows, folder=folder)
-    readers = {"JSON": _read_object, "JSON lines": _read_objects, "table": table}
     try:
-        form, content = read_file(path)
-        found = readers[form](path, content)
+        kind, content = read_file(path)
+        if kind == "table":
+            found = _read_table(path, content, folder)
+        else:
+            found = _read_json(path, content) if kind == "JSON" else _read_objects(content, kind)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
@@ -237,15 +239,16 @@ def read_file(path: Path) -> tuple[str, Any]:
 # --- JSON -----------------------------------------------------------------------------------
 
 
-def _read_object(path: Path, table: Any) -> Captions:
+def _read_json(path: Path, table: Any) -> Captions:
     """One JSON value for all photos."""
     if isinstance(table, list):
-        named = ((f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1))
-        return _read_objects(path, named, "a list of objects")
+        entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1)]
+        return _read_objects(entries, "a list of objects")
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no captions: write {PLAIN}")
     if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        return merged("captions by split", [_read_object(path, v) for v in table.values()], table)
+        parts = {split: _read_json(path, part) for split, part in table.items()}
+        return merged("captions by split", parts)
     images, annotations = table.get("images"), table.get("annotations")
     try:
         if isinstance(images, list) and isinstance(annotations, list):
@@ -256,7 +259,7 @@ def _read_object(path: Path, table: Any) -> Captions:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if objects is not None:
-        return _read_object(path, objects)
+        return _read_json(path, objects)
     found = Captions("a table of photos")
     for name, said in table.items():
         texts = texts_of(said)
@@ -294,10 +297,10 @@ def _names_photo(entry: Any) -> bool:
     return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
 
 
-def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
+def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answer in a conversation that has one alone."""
-    if isinstance(said, list) and said and all(_speaker(each) for each in said):
+    if isinstance(said, list) and said and all(map(_speaker, said)):
         answers = [each for each in said if _speaker(each) in ANSWERING]
         if len(answers) != 1:
             return []
@@ -305,7 +308,7 @@ def texts_of(said: Any, keys: Sequence[str] = ()) -> list[Any]:
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
-        return texts_of(next((said[k] for k in (*keys, *CAPTION_KEYS) if said.get(k)), None))
+        return texts_of(next((said[key] for key in CAPTION_KEYS if said.get(key)), None))
     return [] if said is None or said != said else [said]  # nor NaN
 
 
@@ -314,13 +317,20 @@ def _speaker(said: Any) -> str:
     return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
 
 
-def merged(form: str, parts: Sequence[Captions], called: Iterable[object]) -> Captions:
+def photo_in(said: Any) -> Any:
+    """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
+    if isinstance(said, list) and len(said) == 1:
+        return photo_in(said[0])
+    return next((said[k] for k in NAME_KEYS if k in said), said) if isinstance(said, dict) else said
+
+
+def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
     """The captions of several files or parts; what each is called may tell its photos' split."""
     found = Captions(form)
-    for part, name in zip(parts, called, strict=True):
+    for called, part in parts.items():
         for photo, texts in part.texts.items():
             found.texts.setdefault(photo, []).extend(texts)
-        if split := split_in(name):
+        if split := split_in(called):
             found.splits |= dict.fromkeys(part.texts, split)
         found.splits |= part.splits
         found.passed += part.passed
@@ -357,9 +367,7 @@ def _read_karpathy(path: Path, images: list[dict]) -> Captions:
     return found
 
 
-def read_objects(
-    entries: Iterable[tuple[str, Any]], usage: str
-) -> list[tuple[str, dict[str, Any]]]:
+def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[str, Any]]]:
     """JSON objects, one a line or in a list, with their keys in lower case."""
     rows = []
     for where, entry in entries:
@@ -378,125 +386,111 @@ def read_objects(
     return rows
 
 
-def _read_objects(
-    path: Path, entries: Iterable[tuple[str, Any]], form: str = "JSON lines"
-) -> Captions:
+def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
-    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
-    columns = [[row.get(key) for _, row in rows[:SAMPLE]] for key in keys]
-    photos, captions = ([keys[i] for i in places] for places in choose_columns(keys, columns))
+    keys = {key: key for _, row in rows for key in row}
+    photos, captions, split = choose_columns(keys, [row for _, row in rows])
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
-    split = next((key for key in SPLIT_KEYS if says_split(row.get(key) for _, row in rows)), "")
-    others = [key for key in keys if key not in (*photos[:1], *captions[:1], split)]
+    others = [key for key in keys if key and key not in (*photos[:1], *captions[:1], split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
     for where, row in rows:
-        key = next((key for key in photos if key in row), None)
-        asks = row.get("question") and not any(caption in row for caption in captions)
-        if asks or (key is None and any(row.get(talk) for talk in TALKS)):
-            why = "asks a question: --tasks questions learns from it" if asks else "shows no photo"
-            found.passed.append(f"{where} {why}")
-            continue
-        if key is None or not any(caption in row for caption in captions):
+        photo = next((key for key in photos if key in row), None)
+        told = [row[key] for key in captions if key in row]
+        if row.get("question") and not told:
+            found.passed.append(f"{where} asks a question: --tasks questions learns from it")
+        elif photo is None and any(row.get(talk) for talk in TALKS):
+            found.passed.append(f"{where} shows no photo")
+        elif photo is None or not told:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
-        if name := found.name_of(where, photo_in(row[key]), OBJECT, bare=key in NUMBERS):
-            found.add(name, texts_of(row, captions), where, row.get(split))
+        elif name := found.name_of(where, photo_in(row[photo]), OBJECT, bare=photo in NUMBERS):
+            found.add(name, texts_of(next(filter(None, told), None)), where, row.get(split))
     return found
-
-
-def photo_in(said: Any) -> Any:
-    """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
-    if isinstance(said, list) and len(said) == 1:
-        return photo_in(said[0])
-    return next((said[k] for k in NAME_KEYS if k in said), said) if isinstance(said, dict) else said
 
 
 # --- Tables ---------------------------------------------------------------------------------
 
 
 def choose_columns(
-    names: Sequence[str], columns: Sequence[Sequence[Any]]
-) -> tuple[list[int], list[int]]:
-    """Which columns, or keys, hold the photo and its captions, the likeliest first.
+    names: Mapping[Key, str], rows: Sequence[Mapping[Key, Any]]
+) -> tuple[list[Key], list[Key], Key | None]:
+    """Which columns, or keys, hold the photo and its captions, the likeliest first, and which one
+    tells photos to train on from those to validate.
 
     A usual name decides, and among several what stands below: names of photos rather than
     numbers; for captions `caption` first, then the most words.
     """
+    sample = rows[:SAMPLE]
 
-    def share(place: int) -> float:
+    def called(usual: Iterable[str]) -> list[Key]:
+        return [key for each in usual for key, name in names.items() if name == each]
+
+    def share(key: Key) -> float:
         """Of the cells in which something stands, those with a photo's name."""
-        cells = [cell for cell in map(photo_in, columns[place]) if cell not in (None, "")]
+        cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
         good = [isinstance(c, str) and "://" not in c and is_photo(plain_name(c)) for c in cells]
         return sum(good) / max(1, len(good))
 
-    def words(place: int) -> int:
-        return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(cell)))) for cell in columns[place])
+    def words(key: Key) -> int:
+        return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
 
-    usual = [i for key in NAME_KEYS for i, name in enumerate(names) if name == key]
-    captions = [i for key in CAPTION_KEYS for i, name in enumerate(names) if name == key]
-    captions = [i for i in captions if i not in usual[:1]]
-    others = [i for i in range(len(names)) if usual and i not in (*usual, *captions)]
-    named = [i for i in (*usual, *others) if share(i) >= 0.5]
-    photos = [*dict.fromkeys((*named, *usual))]
-    captions.sort(key=lambda i: (not (names[i] in PLAINLY and words(i)), -words(i)))
-    return photos, captions
+    def tells_split(key: Key) -> bool:
+        return {*map(split_in, {str(row.get(key)) for row in rows})} >= {"train", "val"}
 
-
-def says_split(cells: Iterable[Any]) -> bool:
-    """Do the cells of a column tell photos to train on from those to validate?"""
-    return {split_in(cell) for cell in {*map(str, cells)}} >= {"train", "val"}
+    usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
+    others = [key for key in names if usual and key not in (*usual, *captions)]
+    photos = [key for key in (*usual, *others) if share(key) >= 0.5]
+    captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
+    split = next(filter(tells_split, called(SPLIT_KEYS)), None)
+    return [*dict.fromkeys((*photos, *usual))], captions, split
 
 
-def caption_columns(names: Sequence[str], captions: Sequence[int]) -> list[int]:
+def caption_columns(names: Mapping[Key, str], captions: Sequence[Key]) -> list[Key]:
     """All columns of captions: those of the likeliest one's name, or of it and a number."""
     likeliest = names[captions[0]] if captions else ""
-    numbered = {n for n in names if NUMBERED.fullmatch(n) and n.startswith(likeliest.rstrip("s"))}
-    return [i for i, name in enumerate(names) if name and name in {likeliest, *numbered}]
+    stem = likeliest.rstrip("s")
+    numbered = [n for n in names.values() if NUMBERED.fullmatch(n) and n.startswith(stem)]
+    return [key for key, name in names.items() if name and name in (likeliest, *numbered)]
 
 
-def _read_rows(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
+def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
     """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
 
     The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
     may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
-    delimiter, names, rows = table_of(lines, folder)
-    sample = [row for _, row in rows[1 : SAMPLE + 1]]
-    columns = [[row[i][0] if i < len(row) else "" for row in sample] for i in range(len(names))]
-    photos, captions = choose_columns(names, columns)
+    table = table_of(lines, folder)
+    names = dict(enumerate(table.names))
+    cells = [dict(enumerate(value for value, _ in row)) for _, row in table.rows[1:]]
+    photos, captions, split = choose_columns(names, cells)
     captions = caption_columns(names, captions)
-    begun = not captions and any(is_photo(plain_name(name)) for name in names)
-    bare = not (begun or (photos and captions)) and folder and is_there(names[0], folder)
-    if begun or bare:
-        numbered = len(names) > 2 and names[1].isdigit() and delimiter != " "
-        names = ["image", *NUMBER_KEYS[:numbered], "caption"]
-        found = _read_columns(rows, delimiter, names, 0, [len(names) - 1], False, bare)
-    elif photos and captions:
-        found = _read_columns(rows[1:], delimiter, names, photos[0], captions, True, True)
+    table.headed = bool(photos and captions)
+    begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
+    if table.headed:
+        table.rows.pop(0)
+    elif begun or (folder and is_there(names[0], folder)):
+        numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
+        table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
+        photos, captions, split = [0], [len(table.names) - 1], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)
         raise UserError(
-            f"{rows[0][0]}: of the columns {', '.join(filter(None, names))} none is known to name "
-            f"{what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and begin with a "
-            "row like image,caption, or like photo.jpg,A caption"
+            f"{table.rows[0][0]}: of the columns {', '.join(filter(None, table.names))} none is "
+            f"known to name {what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and "
+            "begin with a row like image,caption, or like photo.jpg,A caption"
         )
+    found = _read_rows(table, photos[0], captions, split, bare=not begun)
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
     return found
 
 
-def _read_columns(
-    rows: list[Row],
-    delimiter: str,
-    names: list[str],
-    photo: int,
-    captions: list[int],
-    headed: bool,
-    bare: bool,
+def _read_rows(
+    table: Table, photo: int, captions: Sequence[int], split: int | None, bare: bool
 ) -> Captions:
     """Rows of these columns; where there are more than photo and caption, what lacks one of these
     is passed over, and refused otherwise.
@@ -504,45 +498,40 @@ def _read_columns(
     Without a header the last column may hold several captions, by tabs or each in quotes. Names
     may be `bare` of their suffix.
     """
-    ended = headed and len(names) - 1 in (photo, *captions)  # by what may not be empty
-    places = (names.index(key) for key in SPLIT_KEYS if key in names)
-    told = (i for i in places if says_split(row[i][0] for _, row in rows if i < len(row)))
-    split = next(told, None)
-    others = [n for i, n in enumerate(names) if n and i not in (photo, *captions, split)]
-    ignored = [name for name in others if name not in NUMBER_KEYS]
-    found = Captions(
-        "a table" + f", of which the columns {', '.join(ignored)} are ignored" * bool(ignored)
-    )
-    last, strict = captions[-1], not ignored and len(captions) == 1
-    count = names.index(others[0]) if strict and others else None  # the caption's number
-    for where, row in rows:
-        row += [("", "")] * (len(names) - len(row))
-        while ended and len(row) > len(names) and not row[-1][0]:
+    used, width, last = (photo, *captions), len(table.names), captions[-1]
+    others = [i for i, name in enumerate(table.names) if name and i not in (*used, split)]
+    ignored = [table.names[i] for i in others if table.names[i] not in NUMBER_KEYS]
+    columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
+    found = Captions(f"a table{columns}")
+    strict = not ignored and len(captions) == 1
+    ended = table.headed and width - 1 in used  # by what may not be empty
+    for where, row in table.rows:
+        while ended and len(row) > width and not row[-1][0]:
             row.pop()  # what spreadsheets write beyond the last column
-        more = len(row) - len(names)
+        row += [("", "")] * (width - len(row))
+        more = len(row) - width
         if more and len(captions) > 1:
-            found.passed.append(f"{where} has {len(row)} columns, not {len(names)}")
+            found.passed.append(f"{where} has {len(row)} columns, not {width}")
             continue
         whole = row[last : last + more + 1]
         if more:  # delimiters within a caption that isn't quoted
-            row[last : last + more + 1] = [(delimiter.join(s for _, s in whole).strip(), "")]
+            row[last : last + more + 1] = [(table.delimiter.join(s for _, s in whole).strip(), "")]
         cells = [value for value, _ in row]
         if not any(cells):
             continue
-        if count is not None and not cells[count].isdigit():
-            raise UserError(f"{where}: {cells[count]!r} is not the number of a caption")
-        name = found.name_of(where, cells[photo], ROW, bare=bare, strict=strict)
-        if not name:
-            continue
-        texts = [cells[place] for place in captions if cells[place]]
-        if more and not headed:
-            if delimiter == "\t" or all(spelled.lstrip().startswith('"') for _, spelled in whole):
-                texts = [value for value, _ in whole]
-            elif whole[0][0] != whole[0][1].strip():  # it is quoted, and another column follows
-                raise UserError(
-                    f"{where} has {len(names) + more} columns: say which is what in a first row, "
-                    f"such as image{delimiter}caption"
-                )
-        texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
-        found.add(name, texts, where, "" if split is None else cells[split])
+        if wrong := [cells[i] for i in others if strict and not cells[i].isdigit()]:
+            raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")
+        if name := found.name_of(where, cells[photo], ROW, bare, strict):
+            texts = [cells[i] for i in captions if cells[i]]
+            if more and not table.headed:
+                quoted = [spelled.lstrip().startswith('"') for _, spelled in whole]
+                if table.delimiter == "\t" or all(quoted):
+                    texts = [value for value, _ in whole]
+                elif whole[0][0] != whole[0][1].strip():  # quoted, and another column follows
+                    raise UserError(
+                        f"{where} has {width + more} columns: say which is what in a first row, "
+                        f"such as image{table.delimiter}caption"
+                    )
+            texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
+            found.add(name, texts, where, "" if split is None else cells[split])
     return found

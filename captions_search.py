@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +39,12 @@ BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not 
 
 
 def find_captions(
-    settings: SimpleNamespace, paths: DataPaths, note: Mapping[str, str]
+    settings: SimpleNamespace, paths: DataPaths, changed: str
 ) -> tuple[list[Path], Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form: a
     file, a folder, or files that are parts of one.
 
-    captions.json counts no more where, by the `note`, it was made of what has changed since.
+    captions.json counts no more where what it was made of has `changed`.
     """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
@@ -55,9 +55,9 @@ def find_captions(
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return [source], read_captions(source, paths.images)
     table = find_table(paths.data_dir, paths.images)
-    if old := outdated(note):
-        print(f"{old} has changed: captions.json is made anew")
-    if usual.exists() and not old:
+    if changed:
+        print(f"{changed} has changed: captions.json is made anew")
+    elif usual.exists():
         if table and table.stat().st_mtime > usual.stat().st_mtime:
             print(
                 f"{table} is newer than {usual}, which is used: delete the latter to have it "
@@ -72,18 +72,17 @@ def find_captions(
     for file in (karpathy, *karpathy_files(paths.data_dir)):
         if file and file.is_file() and (found := read_captions(file)).texts:
             return [file], found
-    found = read_nested(paths.images)
-    found = found if found.texts else read_texts_beside(paths.images)
-    if found.texts:
-        return [paths.images], found
+    for read in (read_nested, read_texts_beside):
+        if (found := read(paths.images)).texts:
+            return [paths.images], found
     others, refused = find_others(paths)
     if len(others) == 1 or are_parts(others):
-        places, parts = zip(*others, strict=True)
-        form = parts[0].form + ", in parts" * (len(parts) > 1)
-        return [*places], merged(form, parts, [p.relative_to(paths.data_dir) for p in places])
+        form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
+        parts = {place.relative_to(paths.data_dir): part for place, part in others.items()}
+        return [*others], merged(form, parts)
     seen = f" ({refused[0]})" if refused else ""
     if others:
-        seen = f" (one of {', '.join(str(place) for place, _ in others)}?)"
+        seen = f" (one of {', '.join(map(str, others))}?)"
     raise UserError(
         f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
@@ -107,27 +106,29 @@ def karpathy_files(folder: Path) -> list[Path]:
     return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
 
 
-def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str]]:
-    """Files of other names that captions can be read from, and folders of texts, with these; and
-    why other files can't be."""
-    found, refused, root = [], [], paths.data_dir
+def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
+    """What can be read in files of other names, and in folders of texts; and why other files
+    can't be."""
+    root, found, refused = paths.data_dir, {}, []
     photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
     bare = {os.path.basename(name) for name in photos}
     photos |= {inner for name in photos if (inner := name.partition("/")[2])}
     names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
-    texts = [os.path.splitext(n)[0].split("/") for n in names if n.endswith((".txt", ".caption"))]
-    places = [[n for n in (1, 2) if "/".join(parts[n:]) in photos] for parts in texts]
-    folders = {"/".join(parts[: n[0]]) for parts, n in zip(texts, places, strict=True) if n}
+    folders = set()
+    for name in names:
+        parts = os.path.splitext(name)[0].split("/")
+        depths = [n for n in (1, 2) if "/".join(parts[n:]) in photos]
+        if depths and name.endswith(TEXT_SUFFIXES):
+            folders.add("/".join(parts[: depths[0]]))
     for folder in sorted(folders):
         if (captions := read_texts_beside(paths.images, root / folder)).texts:
-            found.append((root / folder, captions))
+            found[root / folder] = captions
     files = [root / name for name in names if name.count("/") < DEPTH and name not in OURS]
     files = [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
+    files = [f for f in files if f.stem not in bare and not f.name.endswith(".prepared.json")]
     named = [file for file in files if "caption" in file.name.lower()]
     for file in (*named, *(file for file in files if file not in named)):
-        if file.stem in bare or file.name.endswith(".prepared.json"):
-            continue
-        if file not in named and any(place in named for place, _ in found):
+        if file not in named and not found.keys().isdisjoint(named):
             break  # COCO's other annotations take minutes to read
         try:
             captions = read_own(file, paths.images)
@@ -135,14 +136,14 @@ def find_others(paths: DataPaths) -> tuple[list[tuple[Path, Captions]], list[str
             refused.append(str(error))
             continue
         if any(is_photo(name) or name in bare for name in captions.texts):
-            found.append((file, captions))
+            found[file] = captions
     return found, refused
 
 
-def are_parts(others: Sequence[tuple[Path, Captions]]) -> bool:
+def are_parts(others: Mapping[Path, Captions]) -> bool:
     """Are files called alike, but for a split, and speak of different photos?"""
-    photos = [name for _, found in others for name in found.texts]
-    alike = len({SPLIT_WORD.sub("", place.name) for place, _ in others}) == 1
+    photos = [name for found in others.values() for name in found.texts]
+    alike = len({SPLIT_WORD.sub("", place.name) for place in others}) == 1
     return alike and len(photos) == len({*photos})
 
 
@@ -179,8 +180,8 @@ def read_nested(folder: Path) -> Captions:
     """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
     them."""
     tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
-    parts = [read_own(table, folder) for table in tables]
-    return merged("image folders with their metadata", parts, [""] * len(parts))
+    parts = (read_own(table, folder) for table in tables)  # whose folders tell their split
+    return merged("image folders with their metadata", dict(enumerate(parts)))
 
 
 def read_own(table: Path, folder: Path) -> Captions:
@@ -209,8 +210,8 @@ def ensure_captions(
     A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
     """
-    note = captions_note(paths)
-    sources, found = find_captions(settings, paths, note)
+    note, changed = captions_note(paths)
+    sources, found = find_captions(settings, paths, changed)
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if not found.texts:
         raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
@@ -255,50 +256,39 @@ def write_changed(path: Path, text: str) -> None:
         write_file(path, text)
 
 
-def captions_note(paths: DataPaths) -> dict[str, str]:
-    """From splits.json: what captions.json was made from, if it was and is as we made it."""
-    if not paths.splits.exists():
-        return {}
-    note, made = read_json(paths.splits).get("captions") or {}, paths.data_dir / "captions.json"
-    return note if made.exists() and note.get("made") == state_of(made) else {}
-
-
-def outdated(note: Mapping[str, str]) -> str:
-    """What captions.json was made from, if that is another now."""
-    sources = [*map(Path, note.get("source", "").split("\n"))]
-    there = note and all(source.exists() for source in sources)
+def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
+    """From splits.json: what captions.json was made from, if it was and is as we made it; and the
+    names of these sources, if they are others now."""
+    note, made = {}, paths.data_dir / "captions.json"
+    if paths.splits.exists() and made.exists():
+        note = read_json(paths.splits).get("captions") or {}
+    if not note or note.get("made") != state_of(made):
+        return {}, ""
+    sources = [*map(Path, note["source"].split("\n"))]
+    there = all(source.exists() for source in sources)
     changed = there and "\n".join(map(state_of, sources)) != note["state"]
-    return ", ".join(map(str, sources)) if changed else ""
+    return note, ", ".join(map(str, sources)) if changed else ""
 
 
 def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     """Say which captions were made from a file that has changed since, for who doesn't prepare."""
     source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
-    newer = source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime
-    if (
-        old := str(source)
-        if newer
-        else outdated({} if settings.CAPTIONS_FILE else captions_note(paths))
-    ):
+    _, changed = ({}, "") if settings.CAPTIONS_FILE else captions_note(paths)
+    if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
+        changed = str(source)
+    if changed:
         remedy = f"{interpreter()} prepare_dataset.py makes it anew"
-        print(f"{old} has changed, and {paths.captions} was made before: {remedy}")
+        print(f"{changed} has changed, and {paths.captions} was made before: {remedy}")
 
 
 def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
-    there = [*files_in(source)]
-    photos = {os.path.splitext(name)[0] for name in there if is_photo(name)}
-    names = [
-        name
-        for name in there
-        if (
-            name.lower().endswith((*TEXT_SUFFIXES, ".csv", ".jsonl"))
-            or (name.endswith(".json") and name[:-5] in photos)
-        )
-        and name not in OURS
-        and os.path.isfile(source / name)
-    ]
-    files = [(name, (file := (source / name).stat()).st_size, file.st_mtime_ns) for name in names]
+    there = [name for name in files_in(source) if name not in OURS]
+    objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl")
+    told = [name for name in there if name in objects or name.lower().endswith(ends)]
+    states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
     return hashlib.sha256(repr(files).encode()).hexdigest()

@@ -53,10 +53,8 @@ def _columns(file: Path, schema: Any) -> tuple[str, list[str], list[str]]:
     """The column of photos, those of their captions, and that of their split, if there is one."""
     kinds = {field.name: str(field.type) for field in schema}
     photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
-    names = [*kinds]
-    known = [name.lower() for name in names]
-    _, likely = choose_columns(known, [()] * len(known))
-    captions = [names[i] for i in caption_columns(known, likely)]
+    names = {name: name.lower() for name in kinds}
+    captions = caption_columns(names, choose_columns(names, [])[1])
     if not photos or not captions:
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "

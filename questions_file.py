@@ -28,12 +28,12 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if form == "JSON":
         content = [(str(path), entry) for entry in content]
     elif form == "table":
-        _, names, rows = table_of(content)
+        table = table_of(content)
         content = [
-            (where, {key: cell for key, (cell, _) in zip(names, row, strict=False)})
-            for where, row in rows[1:]
+            (where, {key: cell for key, (cell, _) in zip(table.names, row, strict=False)})
+            for where, row in table.rows[1:]
         ]
-    table: dict[str, list[dict[str, Any]]] = {}
+    questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
         name = name and name_within(where, name)
@@ -42,8 +42,8 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
             continue  # it asks for a caption
         if not name or not question:
             raise UserError(f"{where} has no photo, question and answer: {usage}")
-        table.setdefault(name, []).append(question)
-    return table
+        questions.setdefault(name, []).append(question)
+    return questions
 
 
 def _question(asked: Any, entry: dict[str, Any], answered: bool = True) -> dict[str, Any] | None:

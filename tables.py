@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from photo_names import is_photo, is_there, plain_name
@@ -17,17 +18,25 @@ MOST_LINES = 100  # of a quoted caption
 Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
 
 
-def table_of(
-    lines: list[tuple[str, str]], folder: Path | None = None
-) -> tuple[str, list[str], list[Row]]:
-    """A table's delimiter, the names in its first row, and all of its rows."""
+@dataclass
+class Table:
+    """The names in the first row, and all rows, unless that is said to be a header."""
+
+    delimiter: str
+    names: list[str]
+    rows: list[Row]
+    headed: bool = False
+
+
+def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
+    """A table of lines; its first row may call a photo of the `folder` without its suffix."""
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
     if words and (is_photo(plain_name(words[1])) or (folder and is_there(words[1], folder))):
         delimiter = " "  # where tabs were lost
     rows = [*whole_rows(lines, delimiter)]
-    return delimiter, [plain_key(value) for value, _ in rows[0][1]], rows
+    return Table(delimiter, [plain_key(value) for value, _ in rows[0][1]], rows)
 
 
 def plain_key(name: str) -> str:
@@ -47,11 +56,8 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
         found = []
         for match in field.finditer(text + delimiter):  # so that the last one has an end too
-            doubled, escaped, value = match.groups()
-            if doubled is not None:
-                value = doubled.replace('""', '"')
-            elif escaped is not None:
-                value = re.sub(r"\\(.)", r"\1", escaped)
+            doubled, escaped, plain = match.groups("")  # of which one stands there
+            value = plain or doubled.replace('""', '"') or re.sub(r"\\(.)", r"\1", escaped)
             found.append((value.strip(), match[0].removesuffix(delimiter)))
         return found
 
