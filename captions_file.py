@@ -131,10 +131,8 @@ class Captions:
             print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
         if self.older:
             said = (text for texts in self.texts.values() for text in texts if not text.isascii())
-            print(
-                f"  not UTF-8, read in Windows' Western encoding: {self.older:,} files, such as "
-                f"{next(said, '')!r}"
-            )
+            sample = next(said, "")
+            print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r})")
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:

@@ -334,7 +334,8 @@ def write_splits(
     if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
         source, splits = "the data set itself", own
         left = len(names) - sum(map(len, own.values()))
-        print(f"split as columns, files or folders say; {left} photos are of none")
+        others = f"; {left} photos are of none" if left else ""
+        print(f"split as columns, files or folders say{others}")
     elif settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
         source, splits = file.name, split_by_karpathy(names, file)

@@ -210,7 +210,7 @@ def test_windows_encoding_is_read_and_said(tmp_path, file, capsys):
     assert check(folder, *flags) == 0 and check(folder, *flags) == 0
     given = {"CAPTIONS_FILE": str(folder / file)} if flags else {}
     assert load_captions(paths_in(folder, **given).captions) == {n: ["Café’s"] for n in IDS}
-    assert "read in Windows' Western encoding: 1 files, such as 'Café’s'" in capsys.readouterr().out
+    assert "not UTF-8: 1 read in Windows' Western encoding ('Café’s')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

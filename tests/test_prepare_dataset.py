@@ -30,7 +30,7 @@ import config
 import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
-from captions_file import read_captions
+from captions_file import NOTHING, read_captions
 from captions_search import find_table
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
@@ -185,7 +185,9 @@ def read(text: str) -> str:
     return ENTITY.sub(lambda found: html.unescape(found[0]), text).strip()
 
 
-CAPTION_TEXT = ANY_TEXT.filter(lambda text: any(sign.isalnum() for sign in read(text)))
+CAPTION_TEXT = ANY_TEXT.filter(
+    lambda text: any(sign.isalnum() for sign in read(text)) and read(text) not in NOTHING
+)
 NAME = st.from_regex(r"[a-zA-Z0-9_]{1,12}\.(jpg|png|JPEG)", fullmatch=True)
 
 
