@@ -104,27 +104,15 @@ def select_entries(
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     names: dict[str, zipfile.ZipInfo] = {}
-    taken: list[tuple[PurePosixPath, zipfile.ZipInfo]] = []
-    stems = {PurePosixPath(name).stem for name in archive.namelist() if is_photo(name)}
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename.replace("\\", "/"))
-        entry = f"the archive's entry {info.filename!r}"
-        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
-            raise UserError(f"{entry} leads out of the folder")
-        if stat.S_ISLNK(info.external_attr >> 16):
-            raise UserError(f"{entry} is a link, not a file")
-        kind = path.suffix.lower()
-        text = whole and (kind in LISTS or (kind in TEXT_SUFFIXES and path.stem in stems))
-        wanted = text or path.name.lower() in TABLE_NAMES or is_photo(path.name)
-        hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-        if wanted and not (info.is_dir() or hidden or (text and info.file_size > MAX_ENTRY_BYTES)):
-            taken.append((path, info))
-    top = os.path.commonpath([path.parent for path, _ in taken]) if taken else ""
-    for path, info in taken:
+    wanted = [*_wanted(archive, whole)]
+    top = os.path.commonpath([path.parent for path, _ in wanted]) if wanted else ""
+    for path, info in wanted:
         entry = f"the archive's entry {info.filename!r}"
         ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        name = next((end for end in ends if end in known), path.name)
-        name = str(path.relative_to(top)) if whole else name
+        if whole:
+            name = str(path.relative_to(top))
+        else:
+            name = next((end for end in ends if end in known), path.name)
         # A file system that ignores case would write "A.jpg" over "a.jpg".
         key = name.lower()
         if key in entries:
@@ -142,19 +130,39 @@ def select_entries(
     return names
 
 
+def _wanted(
+    archive: zipfile.ZipFile, whole: bool
+) -> Iterator[tuple[PurePosixPath, zipfile.ZipInfo]]:
+    """The photos and tables of a zip, and of a `whole` tree other lists and the photos' texts;
+    a path that leads elsewhere is refused."""
+    stems = {PurePosixPath(name).stem for name in archive.namelist() if is_photo(name)}
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename.replace("\\", "/"))
+        entry = f"the archive's entry {info.filename!r}"
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
+            raise UserError(f"{entry} leads out of the folder")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(f"{entry} is a link, not a file")
+        if info.is_dir() or path.name.startswith(".") or "__MACOSX" in path.parts:
+            continue
+        kind = path.suffix.lower()
+        text = whole and (kind in LISTS or (kind in TEXT_SUFFIXES and path.stem in stems))
+        if text and info.file_size > MAX_ENTRY_BYTES:
+            continue
+        if text or path.name.lower() in TABLE_NAMES or is_photo(path.name):
+            yield path, info
+
+
 def has_one_table(archive: zipfile.ZipFile) -> bool:
     """Has a zip a captions table of a usual name, and none of that name in another folder?"""
-    paths = [PurePosixPath(name) for name in archive.namelist() if "__MACOSX" not in name]
-    tables = [path.name.lower() for path in paths if path.name.lower() in TABLE_NAMES]
-    return 0 < len(tables) == len({*tables})
+    names = [path.name.lower() for path, _ in _tables(archive)]
+    return 0 < len(names) == len({*names})
 
 
 def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
     """The names of photos, with their folders, in the captions table of a zip."""
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename)
-        small = info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed)
-        if path.name.lower() in TABLE_NAMES and small and "__MACOSX" not in path.parts:
+    for path, info in _tables(archive):
+        if info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed):
             with tempfile.TemporaryDirectory() as folder:
                 table = Path(folder) / path.name
                 table.write_bytes(archive.read(info))
@@ -162,6 +170,13 @@ def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
                 with contextlib.suppress(UserError):
                     return set(read_captions(table).texts)
     return set()
+
+
+def _tables(archive: zipfile.ZipFile) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
+    """The captions tables of a usual name in a zip."""
+    entries = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
+    named = [(path, info) for path, info in entries if path.name.lower() in TABLE_NAMES]
+    return [(path, info) for path, info in named if "__MACOSX" not in path.parts]
 
 
 def extract_photos(

@@ -215,10 +215,9 @@ def ensure_captions(
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if not found.texts:
         raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
-    both = {name: [said, found.splits.get(name)] for name, said in found.texts.items()}
-    both = match_names(both, paths.images)
-    texts = {name: said for name, (said, _) in both.items()}
-    splits = {name: split for name, (_, split) in both.items() if split}
+    texts = match_names(found.texts, paths.images)
+    real = zip(found.texts, texts, strict=True)  # each name, and the photo's own
+    splits = {file: found.splits[name] for name, file in real if name in found.splits}
     if settings.CAPTIONS_FILE or sources == [usual]:
         kept = held_or_converted(paths.data_dir, sources[0], texts)
         if kept != sources[0]:

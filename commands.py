@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from os.path import isfile as is_file
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +33,7 @@ WITHOUT_EFFECT = (
     ("diversity", "without --groups", lambda s: (s.groups or 1) > 1),
     ("existing", "without --write", lambda s: s.write),
     ("prefix suffix batch_size", "with --attention", lambda s: not s.attention),
-    ("revision", "on a file", lambda s: not is_file(s.checkpoint)),
+    ("revision", "on a file", lambda s: not os.path.isfile(s.checkpoint)),
     ("encoder", "without --with-encoder", lambda s: s.format != "onnx" or s.with_encoder),
     ("rerank", "on questions", lambda s: not (s.question or s.questions_file)),
     ("rerank", "on questions", lambda s: s.task == "captions"),
@@ -46,7 +45,11 @@ WITHOUT_EFFECT = (
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),
     ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),
     ("wandb_entity wandb_run_name", "without --wandb_project", lambda s: s.WANDB_PROJECT),
-    ("start_checkpoint", "on resuming", lambda s: not is_file(s.RESUME_CHECKPOINT_PATH or "")),
+    (
+        "start_checkpoint",
+        "on resuming",
+        lambda s: not os.path.isfile(s.RESUME_CHECKPOINT_PATH or ""),
+    ),
 )
 
 
