@@ -31,7 +31,7 @@ from captions_file import (
 )
 from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file
 from photo_names import is_photo, match_names, photos_in
-from utils import UserError, files_in, interpreter, read_json, read_text, write_file
+from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
@@ -247,12 +247,6 @@ def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any
     with contextlib.suppress(OSError):  # where nobody may write
         os.utime(target)  # as new as what it was made from
     return target
-
-
-def write_changed(path: Path, text: str) -> None:
-    """Write a file, if that changes it."""
-    if not path.exists() or path.read_bytes() != text.encode():
-        write_file(path, text)
 
 
 def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:

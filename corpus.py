@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -160,13 +161,13 @@ def say_cut(
     """Say how many texts are longer than what is learned of them."""
     count = sum(len(texts[name]) for name in rows.names)
     cut = [
-        text.target
+        (text.question, text.target)
         for name in rows.names
         for text, ids in zip(texts[name], rows.groups[name], strict=True)
         if ids[-1] != END_ID
     ]
     if cut:
-        longest = max(map(len, tokenizer.encode(cut))) + 2
+        longest = max(map(len, tokenizer.encode_texts(cut, sys.maxsize)))
         print(
             f"cut       {len(cut):,} of {count:,} texts, to MAX_CAPTION_LENGTH = {length} "
             f"tokens; --max_caption_length {longest} would keep all"

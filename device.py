@@ -1,8 +1,10 @@
-"""Devices, and the precision of matrix products."""
+"""Devices, the precision of matrix products, and the RAM that is held."""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from pathlib import Path
 
 import torch
 
@@ -37,3 +39,18 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which matrix products are done in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def resident_kilobytes() -> int | None:
+    """The RAM this process holds now, in units of 1,024 bytes; None where it isn't Linux."""
+    status = Path("/proc/self/status")  # `getrusage` tells of the peak, and of the parent's too
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else None
+
+
+def release_memory() -> None:
+    """Give back to the system the RAM that was freed; only glibc has to be asked.
+
+    Batches of many lengths leave holes between what lives on: without this, a training with
+    questions grows from 2 to 3.5 GB in some epochs (docs/performance.md).
+    """
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -345,11 +346,13 @@ def model_card(
     scores: Mapping[str, float],
     command: str,
     samples: Mapping[str, str],
+    question: str = "",
 ) -> str:
     """The README of a Hub repository: front matter for machines, then text for people.
 
     `scores` holds measured values only ({"CIDEr": 35.3}), on `split` of `dataset` by `scorer`;
-    `samples` maps photos' names to the captions that the model gave them.
+    `samples` maps photos' names to the captions that the model gave them; `question` is one that
+    it can answer, where it can do nothing else.
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")
@@ -383,6 +386,7 @@ def model_card(
     measured = f"On the {split} split of {dataset}, measured with {scorer}:\n\n"
     measured += f"| metric | value |\n|---|---|\n{rows}"
     at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
+    asked = json.dumps(question)
     body = CARD.format(
         name=data.model_name,
         repo_id=repo_id,
@@ -393,6 +397,9 @@ def model_card(
         scores=measured if scores else "Not measured yet.",
         samples="\n".join(f"- `{photo}`: {caption}" for photo, caption in samples.items())
         or "None were made.",
+        text=asked,
+        flags=f" --question {shlex.quote(question)}" if question else "",
+        call=f'answer("photo.jpg", {asked})' if question else 'caption(["photo.jpg"])',
     )
     return str(ModelCard(redact(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
@@ -412,19 +419,19 @@ With `transformers` alone; `text` may be a question, if it learned to answer que
 from transformers import pipeline
 
 captioner = pipeline("image-text-to-text", "{repo_id}", trust_remote_code=True)
-print(captioner("photo.jpg", text="")[0]["generated_text"])
+print(captioner("photo.jpg", text={text})[0]["generated_text"])
 ```
 
 In a clone of the project that trained it, on the command line or from Python:
 
 ```bash
-python inference.py --image_path photo.jpg --checkpoint {repo_id}
+python inference.py --image_path photo.jpg --checkpoint {repo_id}{flags}
 ```
 
 ```python
 from inference import load_captioner
 
-print(load_captioner("{repo_id}").caption(["photo.jpg"]))
+print(load_captioner("{repo_id}").{call})
 ```
 
 `tokenizer.json` loads with `transformers.AutoTokenizer`, `preprocessor_config.json` (the

@@ -47,7 +47,6 @@ from captions_search import (
     find_table,
     held_or_converted,
     karpathy_files,
-    write_changed,
 )
 from check_data import check
 from dataset import (
@@ -80,6 +79,7 @@ from utils import (
     redact,
     require_room,
     run_script,
+    write_changed,
     write_file,
 )
 

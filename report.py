@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from attention import fonts_for
 from corpus import Data
-from dataset import DataPaths, references_of
+from dataset import DataPaths, prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
@@ -155,6 +155,7 @@ class Report:
             scores=scores_of(entry),
             command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
             samples=entry["samples"],
+            question=self._question(data.splits["val"]),
         )
         checkpoint = run.checkpoint(scores_of(entry))
         files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
@@ -196,10 +197,18 @@ class Report:
         if path != loss and "val_cider" in entry:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         splits = self.data.splits
-        photo = self.data.paths.images / (splits["test"] or splits["val"])[0]
+        name = (splits["test"] or splits["val"])[0]
+        photo, question = self.data.paths.images / name, self._question([name])
         command = [interpreter(), "inference.py", "--image_path", photo, "--checkpoint", path]
-        print(f"caption a picture:\n  {shlex.join(map(str, command))}")
+        command += ["--question", question] if question else []
+        act = "ask about" if question else "caption"
+        print(f"{act} a picture:\n  {shlex.join(map(str, command))}")
         return 0
+
+    def _question(self, names: Sequence[str]) -> str:
+        """A question about the photos for who learned only to answer; else ""."""
+        asked = prompts_about(self.data.texts, names, "questions")
+        return asked[0][1].question if "captions" not in self.data.tasks else ""
 
     def _draw(self) -> None:
         """Draw what was learned; a picture that fails is named, and spoils nothing."""
@@ -210,8 +219,8 @@ class Report:
         try:
             draw_curves(history, curves)
             humans = references_of(self.data.texts, history[-1]["samples"])
-            draw_samples(history, self.data.paths.images, samples, humans)
-            print(f"pictures: {curves}, {samples}")
+            drawn = draw_samples(history, self.data.paths.images, samples, humans)
+            print(f"pictures: {curves}{f', {samples}' if drawn else ''}")
         except (UserError, OSError) as error:
             print(f"pictures can't be drawn: {error}")
 
@@ -222,12 +231,15 @@ def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def dataset_name(settings: SimpleNamespace) -> str:
-    """What the data set is called: of one's own photos or tars, what their folder is."""
-    if settings.TRAIN_SHARDS:
-        return PurePosixPath(redact(settings.TRAIN_SHARDS)).parent.name
-    return (
-        Path(settings.DATA_DIR).resolve().name if settings.DATASET == "custom" else settings.DATASET
-    )
+    """What the data set is called: one's own tars or photos by their folder, or by DATA_DIR."""
+    if settings.TRAIN_SHARDS:  # .../cc3m/{0..9}.tar, or the Hub's .../cc3m/resolve/main/0.tar
+        folders = redact(settings.TRAIN_SHARDS).split("/")[:-1]
+        named = [part for part in folders if part not in ("", ".", "..", "resolve", "main")]
+        if named:
+            return named[-1]
+    elif settings.DATASET != "custom":
+        return settings.DATASET
+    return Path(settings.DATA_DIR).resolve().name
 
 
 def without_folders(command: str) -> str:
@@ -377,8 +389,9 @@ def draw_samples(
     image_dir: Path,
     path: Path,
     humans: Mapping[str, Sequence[str]],
-) -> None:
-    """Draw photos with what was written about them at the first, middle and last epoch as a PNG.
+) -> bool:
+    """Draw photos with what was written about them at the first, middle and last epoch as a PNG;
+    says whether there were any.
 
     Args:
         history: as for `draw_curves`; each entry's "samples" are {photo: text}.
@@ -389,7 +402,7 @@ def draw_samples(
     told = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
     names = list(told[-1]["samples"])
     if not names:
-        return
+        return False
     said = [text for each in told for text in each["samples"].values()]
     said += [text for captions in humans.values() for text in captions[:1]]
     families = [font.family_name for font in fonts_for("".join(said))]
@@ -410,6 +423,7 @@ def draw_samples(
         picture.axis("off")
         text.axis("off")
     _save(figure, path)
+    return True
 
 
 def _save(figure: Any, path: Path) -> None:

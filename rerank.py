@@ -25,6 +25,7 @@ from torch.nn import functional as F
 MAX_N = 4  # of CIDEr's n-grams
 RANK = 1024  # principal components of the photos that are kept
 VARIANCE = 2.0  # of the Gaussian that tells how alike photos are, whose mean square is 1
+LEAST_SIZE = 1e-4  # of the photos' differences, root mean square: below, they are rounding's
 RIDGE = 0.1  # added to each photo's likeness to itself, which is 1
 MODES = 512  # eigenvectors of the likenesses that are kept
 MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 3 kB each
@@ -154,7 +155,8 @@ def pool(features: Tensor) -> Tensor:
 
 
 def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) -> Reranker | None:
-    """Fit the regression on training photos; None where no two photos' captions share anything.
+    """Fit the regression on training photos; None where no two photos' captions share
+    anything, or all photos look the same.
 
     Args:
         store: a `FeatureCache`, or one in memory.
@@ -169,7 +171,9 @@ def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) 
     looks = torch.cat([pool(store.read(part)).cpu() for part in parts])
     mean = looks.mean(0)
     looks -= mean
-    size = looks.square().sum(1).mean().sqrt().clamp(min=1e-6)
+    size = looks.square().sum(1).mean().sqrt()
+    if size < LEAST_SIZE:
+        return None
     squares, axes = (x.flip(-1) for x in torch.linalg.eigh(looks.T @ looks / size**2))
     rank = min(RANK, int((squares > 1e-5 * squares[0]).sum()))
     query = axes[:, :rank] / size

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from utils import SURROGATES, UserError, write_file
+from utils import SURROGATES, UserError, write_changed
 
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
@@ -80,8 +80,8 @@ class CaptionTokenizer:
     def save(self, vocab_file: Path, merges_file: Path) -> None:
         """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""
         files = self.to_files()
-        write_file(vocab_file, files["vocab.json"])
-        write_file(merges_file, files["merges.txt"])
+        write_changed(vocab_file, files["vocab.json"])
+        write_changed(merges_file, files["merges.txt"])
 
     def to_files(self) -> dict[str, str]:
         """The tokenizer in the files that other programs read, by name.

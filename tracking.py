@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from device import resident_kilobytes
 from encoder import open_image
-from utils import first_line, resident_kilobytes
+from utils import first_line
 
 OFFLINE = ("offline", "dryrun")  # two spellings of the library's for one mode
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline

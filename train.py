@@ -39,7 +39,7 @@ from dataset import (
     prompts_about,
     references_of,
 )
-from device import autocast
+from device import autocast, release_memory
 from distributed import StopSignal, joined
 from features import prefetch
 from generation import generate_cached
@@ -59,7 +59,7 @@ from run import (
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
-from utils import UserError, release_memory, run_script, sole_user
+from utils import UserError, run_script, sole_user
 
 # --- The whole run --------------------------------------------------------------------------
 
@@ -105,7 +105,8 @@ def take_place(run: Run, data: Data) -> None:
             f"processes have changed): epoch {progress.epoch + 1} begins anew"
         )
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
-    judged = order_name(data.tasks, [(name, data.texts[name]) for name in data.val.names])
+    texts = [(name, data.texts[name]) for name in data.val.names]
+    judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
         print("resumed   with other validation photos or texts: earlier epochs are not compared")
         progress.since = dict.fromkeys(MEASURES, progress.epoch)
@@ -174,11 +175,14 @@ def learning_rate(run: Run, data: Data) -> float:
     Linear warm-up, a cosine from LEARNING_RATE to MIN_LEARNING_RATE at the end of NUM_EPOCHS, and
     in the self-critical stage a line from SCST_LEARNING_RATE to MIN_LEARNING_RATE.
     """
-    settings, step = run.settings, run.progress.step
+    settings, progress = run.settings, run.progress
     per_epoch = run.updates_per_epoch(data.train)
+    # By the place and not by the updates done, which another batch size had other numbers of.
+    within = math.ceil(progress.batch / settings.GRADIENT_ACCUMULATION_STEPS)
+    step = per_epoch * progress.epoch + within
     updates, critical = per_epoch * settings.NUM_EPOCHS, per_epoch * critical_epochs(settings)
     warmup = max(1, min(settings.WARMUP_STEPS, updates // 10))
-    if critical and step >= updates:
+    if run.self_critical:
         peak, share = settings.SCST_LEARNING_RATE, max(0.0, 1 - (step - updates) / critical)
     elif step < warmup:
         return settings.LEARNING_RATE * (step + 1) / warmup
@@ -241,7 +245,8 @@ def step_loss(
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
     with autocast(run.device, run.dtype):
         loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
-    return loss, loss.detach(), len(batch.targets)
+    share = 1 if scales is None else len(scales) / scales.sum()  # so that it is nats a token
+    return loss, loss.detach() * share, len(batch.targets)
 
 
 def self_critical_loss(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import importlib
@@ -380,21 +379,6 @@ class Bar(contextlib.AbstractContextManager):
         self.close()
 
 
-def resident_kilobytes() -> int | None:
-    """The RAM this process holds now, in units of 1,024 bytes; None where it isn't Linux."""
-    status = Path("/proc/self/status")  # `getrusage` tells of the peak, and of the parent's too
-    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else None
-
-
-def release_memory() -> None:
-    """Give back to the system the RAM that was freed; only glibc has to be asked.
-
-    Batches of many lengths leave holes between what lives on: without this, a training with
-    questions grows from 2 to 3.5 GB in some epochs (docs/performance.md).
-    """
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-
-
 # --- Files ----------------------------------------------------------------------------------
 
 
@@ -460,6 +444,12 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_changed(path: Path, text: str) -> None:
+    """Write a file, if that changes it: where nobody may write, what is there already will do."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_file(path, text)
+
+
 def link_or_copy(file: Path, path: Path) -> None:
     """Give a file a second name; where the file system knows no links, make a copy."""
     try:
@@ -481,11 +471,12 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise write_error(error, folder) from error
     with file:
-        if not lock(file, f"waiting for another process to leave {folder}" if wait else None):
-            raise UserError(
-                f"another run is writing to {folder}: wait for it to end, or choose another "
-                "folder with --output_dir"
-            )
+        with contextlib.suppress(OSError):  # some network disks know no locks
+            if not lock(file, f"waiting for another process to leave {folder}" if wait else None):
+                raise UserError(
+                    f"another run is writing to {folder}: wait for it to end, or choose another "
+                    "folder with --output_dir"
+                )
         remove_leftovers(folder, ".*.tmp")
         yield
 

@@ -169,6 +169,9 @@ def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):
         CaptionTokenizer.from_json(tokenizer.to_json()),
     ):
         assert other.encode([text]) == tokenizer.encode([text])
+    before = vocab.stat()
+    tokenizer.save(vocab, merges)
+    assert vocab.stat() == before  # not written again: perhaps nobody may
     merges.write_text("a b c d\n")
     with pytest.raises(UserError, match="no BPE files"):
         CaptionTokenizer.load(vocab, merges)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 import features
+from dataset import CaptionRows, make_batch
 from encoder import FrozenEncoder, open_image
 from features import build_features, prefetch, view_of
 from tests.conftest import build_encoder, paint, write_photos
@@ -203,6 +204,17 @@ def test_views_are_what_they_say():
     assert crop.tobytes() == view_of(image, "a", 2).tobytes()
     sizes = {view_of(image, name, 2).size for name in "abcdefgh"}
     assert len(sizes) > 3
+
+
+def test_an_epoch_shows_all_views():
+    names = [f"img_{number:04}.jpg" for number in range(100)]
+    read = SimpleNamespace(read=lambda items: [view for _, view in items])
+    rows = CaptionRows({name: [[1, 2]] for name in names}, read, views=2)
+    batch = make_batch(names, rows.captions)
+    for epoch in range(2):
+        assert 30 < sum(rows.load(batch, epoch)[1]) < 70
+    turned = zip(rows.load(batch, 0)[1], rows.load(batch, 1)[1], strict=True)
+    assert all(sum(views) == 1 for views in turned)
 
 
 def test_prefetch_keeps_order_and_bounds_and_passes_errors_on():

@@ -504,6 +504,16 @@ def card(**changes) -> str:
     return hub.model_card(**arguments | changes)
 
 
+def test_card_of_who_only_answers_asks():
+    said = card(question='is it "red"?')
+    for call in (
+        r'text="is it \"red\"?"',
+        "--checkpoint me/captioner --question 'is it \"red\"?'",
+        r'.answer("photo.jpg", "is it \"red\"?")',
+    ):
+        assert call in said
+
+
 def test_card_is_read_back_by_the_hubs_own_reader():
     read = ModelCard(card())
     results = {result.metric_name: result for result in read.data.eval_results}

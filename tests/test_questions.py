@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
 
 import train
 from checkpoint import load_checkpoint
-from dataset import CaptionRows, Text, load_questions, make_batch
+from corpus import say_cut
+from dataset import CaptionRows, Text, encode_rows, load_questions, make_batch
 from evaluate import accuracy_by_kind, common_answers
 from generation import generate
 from inference import load_captioner
@@ -335,12 +337,26 @@ def test_questions_alone(tmp_path, encoder_dir):
         data / "captioner_best_accuracy.safetensors",
     )
     assert refused.returncode == 1 and "not trained for captions" in refused.stderr
+    told = shlex.split(result.stdout.splitlines()[-1])  # the command that the end names
+    answered = run(*told[1:])
+    assert answered.returncode == 0 and answered.stdout, answered.stderr
+
+
+def test_the_length_that_is_named_keeps_whole_answers(capsys):
+    tokenizer = CaptionTokenizer.train(["a dog runs"] * 3, 300)
+    texts = {"a.jpg": [Text("a small brown dog", "what runs there?")]}
+    length = 12
+    for cut in (True, False):
+        rows = CaptionRows(encode_rows(tokenizer, texts, ["a.jpg"], length), None)
+        say_cut(tokenizer, texts, rows, length)
+        said = capsys.readouterr().out
+        assert bool(said) == cut
+        length = int(said.split("--max_caption_length ")[1].split()[0]) if said else 0
 
 
 def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
     data = write_questions(write_photos(tmp_path / "data", 24))
-    norms = []
-    for weight in (0.0, 1.0):
+    for weight in (0.0, 1.0, 4.0):
         flags = [
             *small_flags(data, encoder_dir),
             "--tasks",
@@ -353,13 +369,13 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
         state, found = start(*flags)
         state.model.eval()
         ((batch, feature),) = next(train.batch_groups(state, found))
-        only = [
-            [ids for ids in found.train.groups[name] if ANSWER_ID not in ids]
-            for name in batch.names
-        ]
-        alone = make_batch(batch.names, only)
-        plain = state.model.loss(feature.float(), alone, 0.1)
+        groups = [found.train.groups[name] for name in batch.names]
+        summed = tokens = 0.0
+        for asked, counts in ((False, 1.0), (True, weight)):
+            rows = [[ids for ids in group if (ANSWER_ID in ids) == asked] for group in groups]
+            alone = make_batch(batch.names, rows)
+            summed += counts * state.model.loss(feature.float(), alone, 0.1).item()
+            tokens += counts * len(alone.targets)
         update = train.update(state, found, [(batch, feature)])
-        norms.append((update.summed.item(), plain.item()))
-    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-4)
-    assert norms[1][0] > norms[1][1] * 1.05
+        # What is shown is nats a token, however much an answer's weigh.
+        assert (update.summed / update.count).item() == pytest.approx(summed / tokens, rel=1e-3)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from attention import fonts_for
-from report import draw_curves, draw_samples
+from report import dataset_name, draw_curves, draw_samples
 from tests.conftest import paint, run, small_flags, write_photos
 
 
@@ -98,6 +99,19 @@ def test_one_epoch_and_no_samples(tmp_path):
     assert pixels(tmp_path / "s.png").min() < 100
     draw_samples([{"epoch": 1, "samples": {}}], tmp_path, tmp_path / "none.png", {})
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("shards", "name"),
+    {
+        "sets/cc3m/{00000..00331}.tar": "cc3m",
+        "{00000..00331}.tar": "mine",
+        "pipe:curl -s -H 'key: 1' https://a.b/cc3m/{0..9}.tar": "mine",  # a command is a secret
+        "https://huggingface.co/datasets/x/cc3m-wds/resolve/main/cc3m-{0..9}.tar": "cc3m-wds",
+    }.items(),
+)
+def test_what_tars_are_called(shards, name):
+    assert dataset_name(SimpleNamespace(TRAIN_SHARDS=shards, DATA_DIR="x/mine")) == name
 
 
 @pytest.mark.parametrize("name", ["training_curves.png", "samples.png"])

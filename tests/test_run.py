@@ -145,6 +145,8 @@ def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):
     assert other.returncode == 0 and "earlier epochs are not compared" in other.stdout, other.stderr
     training = load_checkpoint(tmp_path / "out" / "last.pt").training
     assert set(training["progress"]["since"].values()) == {6}
+    fewer = run("train.py", *flags, *more, "--scored_images", 3)
+    assert fewer.returncode == 0 and "earlier epochs are not compared" in fewer.stdout
 
 
 @pytest.mark.fault

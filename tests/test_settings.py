@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shlex
@@ -142,6 +143,17 @@ def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(tmp_pa
     writer.wait()
     with sole_user(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.fault
+def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with sole_user(tmp_path), atomic_write(tmp_path / "file") as path:
+        path.write_text("written")
+    assert (tmp_path / "file").read_text() == "written"
 
 
 SAYS = """

@@ -453,10 +453,25 @@ def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_d
     for resume in ("none", data / "last.pt"):
         arguments = [*flags, *more, "--resume_checkpoint_path", resume]
         state, found = start(*arguments)
-        state.progress.step = 8
+        state.progress.epoch, state.progress.batch = 1, 3
         rates.append(train.learning_rate(state, found))
         assert [g["weight_decay"] for g in state.optimizer.param_groups] == [0.5, 0.0]
     assert rates[0] == rates[1]
+
+
+def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
+    stages = ["--epochs", 3, "--scst_epochs", 2, "--scst_learning_rate", 1e-4]
+    flags, ends = small_flags(write_photos(tmp_path / "data", 24), encoder_dir), []
+    for size in (2, 4, 8):
+        state, found = start(*flags, *stages, "--batch_size", size)
+        state.progress.step = 7  # updates that were done, of whatever size
+        rates = []
+        for state.progress.epoch in range(5):
+            rates.append(train.learning_rate(state, found))
+        state.progress.epoch, state.progress.batch = 2, found.train.count(size)
+        ends.append([*rates[-2:], train.learning_rate(state, found)])
+        assert min(rates[1:3]) > rates[3] == 1e-4 > rates[4] > ends[-1][-1]
+    assert ends[1] == pytest.approx(ends[0]) and ends[2] == pytest.approx(ends[0])
 
 
 def test_half_a_tokenizer_is_refused_and_left_alone(tmp_path, encoder_dir):
