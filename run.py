@@ -355,12 +355,13 @@ def keep_apart(run: Run) -> Progress:
     Bests whose files are elsewhere count no more: the next epoch is the best again.
     """
     source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
-    mine = {stored_digest(source), *progress.written.values()}
-    # An older version noted no digests: all that stands beside its checkpoint is its own.
-    trusted = "" in mine and source.resolve().parent == run.output.resolve()
     lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
     standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
     there = {name: stored_digest(run.output / name) for name in (*standing, *progress.written)}
+    # A file is this run's if its digest is one that it noted, or of what it goes on from. An older
+    # version noted none: then all that stands beside its checkpoint is its own.
+    mine = {stored_digest(source), *progress.written.values()}
+    trusted = "" in mine and source.resolve().parent == run.output.resolve()
     progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
     set_aside([run.output / name for name in standing if name not in progress.written])
     for measure in KEPT:

@@ -271,6 +271,7 @@ def self_critical_loss(
         weight = run.settings.QUESTION_WEIGHT * captions / tokens
     if not len(taught.targets):
         return no_loss(run.model), 0.0, 0
+    # An advantage times -log p has the policy's gradient; the beams' stand in their own order.
     scales = torch.full([len(taught.targets)], weight)
     scales[~taught.asked] = torch.tensor([scale for beams in found for scale in beams.scales])
     taught, scales = taught.to(run.device), scales.to(run.device)
