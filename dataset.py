@@ -23,7 +23,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
-from photo_names import is_photo
+from photo_names import by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, files_in, interpreter, read_json
 
@@ -304,26 +304,28 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
 def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """Split photos as a `dataset_*.json` in Karpathy's format says; `restval` is for training.
 
-    A photo is known by its name with its folder, or else by its name alone. Photos that the file
-    doesn't know belong to no split.
+    Its names are matched as those of captions are; one that is left over, as a flat file's of
+    photos in folders, by its last part. Photos that the file doesn't know belong to no split.
     """
-    table = read_json(path)
+    table, names = read_json(path), [*names]
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    known = {unicodedata.normalize("NFC", name): name for name in names}
-    bases = Counter(os.path.basename(name) for name in known)
-    alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}
-    seen: set[str] = set()
+    of: dict[str, str] = {}  # the split of each name in the file
     try:
         lists = {} if "images" in table else table  # {"train": ["1.jpg", ...], "val": [...]}
         images = [{"filename": name, "split": split} for split in lists for name in lists[split]]
         for image in images or table["images"]:
-            base = unicodedata.normalize("NFC", image["filename"])
-            name, split = os.path.join(image.get("filepath") or "", base), image["split"]
-            if name in seen:
+            name = os.path.join(image.get("filepath") or "", image["filename"])
+            name, split = unicodedata.normalize("NFC", name), image["split"]
+            if name in of:
                 raise UserError(f"{path}: {name!r} stands in it twice")
-            seen.add(name)
-            if there := known.get(name) or known.get(base) or alone.get(os.path.basename(base)):
-                splits[OTHER_SPLITS.get(split, split)].append(there)
+            of[name] = OTHER_SPLITS.get(split, split)
+        found = find_names(of, names)
+        taken = {*found.values()}
+        others = {n: file for n, file in by_last_part(of, names).items() if file not in taken}
+        found = others | found
+        for name in of:
+            if name in found:
+                splits[of[name]].append(found[name])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not in Karpathy's format ({error!r} is off): it needs "

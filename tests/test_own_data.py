@@ -389,6 +389,9 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
         ("https://x.org/y/a.jpg", "a.jpg"),
         ("my%20photo.jpg", "my photo.jpg"),
         ("1.0", "1.png"),
+        ("img.v1", "img.v1.jpg"),
+        ("x/img.v1", "img.v1.jpg"),
+        ("y/1.0", "x/1.png"),
         ("a.jpg", "deep/er/a.jpg"),
         ("x\\a.jpg", "x/a.jpg"),
         ("42.jpg", "COCO_val2014_000000000042.jpg"),
@@ -881,7 +884,7 @@ def test_photos_in_a_folder_of_another_name_are_found(tmp_path):
     assert prepared(folder) == {f"Flickr_Data/{name}": texts for name, texts in EXPECTED.items()}
 
 
-def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path):
+def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys):
     mine = json.dumps({"train": ["1.jpg"], "validation": ["2.jpg"], "test": ["3.jpg"]})
     folder = lay_out(tmp_path, {"captions.json": json.dumps(EXPECTED), "splits.json": mine})
     with pytest.raises(UserError, match="--karpathy_file"):
@@ -892,6 +895,9 @@ def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path):
     assert check(folder, *flags) == 0
     splits = load_splits(folder / "splits.json")
     assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+    (folder / "mine.json").write_text('{"train": ["1.jpg"], "val": ["2.jpg"]}')
+    assert check(folder, *flags) == 0
+    assert "mine.json says; 1 photos are of none" in capsys.readouterr().out
 
 
 QUESTIONS = [
