@@ -460,22 +460,28 @@ def _plain(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
+def _as_written(answer: str) -> str:
+    return _plain(answer).lower().removesuffix(".")
+
+
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """How right an answer is, 0 to 1, by VQA's formula (Antol et al. 2015).
 
     With several people's answers: against all but one of them, min(1, those that agree / 3),
-    averaged over which one is left out. As in VQA's script, answers are normalised only if people
-    don't agree to the letter. With a single one, for which the script has no formula: whether it
-    is the same, normalised.
+    averaged over which one is left out. Where fewer than three are left, all of them are enough,
+    which VQA's script, made for ten answers, doesn't know. As there, answers are normalised only
+    if people don't agree to the letter; where they do, only case and a closing full stop, which
+    the decoder never writes, don't count. With a single answer, for which the script has no
+    formula: whether it is the same, normalised.
     """
     alike = len(answers) > 1 and len({_plain(other) for other in answers}) == 1
-    read = _plain if alike else normalize_answer
+    read = _as_written if alike else normalize_answer
     given = read(answer)
     agree = [read(other) == given for other in answers]
     if len(agree) == 1:
         return float(agree[0])
-    total = sum(agree)
-    return sum(min(1.0, (total - one) / 3) for one in agree) / len(agree)
+    total, enough = sum(agree), min(3, len(agree) - 1)
+    return sum(min(1.0, (total - one) / enough) for one in agree) / len(agree)
 
 
 # --- Around the scores ----------------------------------------------------------------------
