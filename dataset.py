@@ -90,9 +90,12 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
 
 
 def converted_file(data_dir: Path, source: Path) -> Path:
-    """Where texts are kept that were read from `source`, a file in another form."""
-    place = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:6]
-    return data_dir / f"{source.stem}.{place}.prepared.json"
+    """Where texts are kept that were read from `source`, a file in another form: found again by
+    another spelling of either path, and for a source within it where `data_dir` was moved."""
+    place, root = Path(os.path.realpath(source)), os.path.realpath(data_dir)
+    place = place.relative_to(root) if place.is_relative_to(root) else place
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:6]
+    return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 
 # --- captions.json --------------------------------------------------------------------------
