@@ -156,23 +156,26 @@ def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict
     for name, entries in _table_of(path, table, form).items():
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise UserError(f"{path}: {name!r} needs a list of questions: {form}")
-        questions[name] = [_read_question(path, name, entry, answered) for entry in entries]
+        where = f"{path}: {name!r}"
+        questions[name] = [read_question(where, entry, answered) for entry in entries]
     return questions
 
 
-def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool) -> Text:
+def read_question(where: str, entry: Mapping[str, Any], answered: bool = True) -> Text:
+    """An entry of questions.json, and of other files brought to its form; refused where it lacks
+    a question, or where it is to be `answered`, an answer."""
     answers = entry.get("answers", [])
     texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
     if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
-        raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
+        raise UserError(f"{where} has a question whose parts are no text: {entry!r}")
     question, answer, kind = (SURROGATES.sub("\ufffd", text) for text in texts)
     answers = [SURROGATES.sub("\ufffd", text) for text in answers]
     if not question.strip():
-        raise UserError(f"{path}: {name!r} has an empty question")
+        raise UserError(f"{where} has an empty question")
     if not answer.strip() and answers:
         answer = Counter(answers).most_common(1)[0][0]
     if answered and not answer.strip():
-        raise UserError(f"{path}: {name!r} has a question without an answer: {question!r}")
+        raise UserError(f"{where} has a question without an answer: {question!r}")
     return Text(answer, question, tuple(answers), kind)
 
 

@@ -17,6 +17,7 @@ from captions_file import (
     read_file,
     read_objects,
 )
+from dataset import read_question
 from photo_names import match_names
 from tables import Table, table_of
 from utils import UserError, read_json, write_file
@@ -42,11 +43,11 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
         name = name and name_within(where, name)
-        question = _question(row.get("question"), row, answered)
         if row.get("prefix") and not row.get("question"):
             continue  # it asks for a caption
-        if not name or not question:
-            raise UserError(f"{where} has no photo, question and answer: {usage}")
+        if not name or not row.get("question"):
+            raise UserError(f"{where} names no photo and question: {usage}")
+        question = _question(where, row["question"], row, answered)
         questions.setdefault(name, []).append(question)
     return questions
 
@@ -70,17 +71,18 @@ def _rows(table: Table) -> list[Entry]:
     return rows
 
 
-def _question(asked: Any, entry: dict[str, Any], answered: bool = True) -> dict[str, Any] | None:
-    """A question with its answer, or several people's, in an entry; None if one has no words."""
+def _question(
+    where: str, asked: Any, entry: dict[str, Any], answered: bool = True
+) -> dict[str, Any]:
+    """A question with its answer, or several people's, as questions.json has it; raises as
+    `read_question`."""
     several = entry.get("answers")
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
-    common = max(answers, key=answers.count, default="")
-    own = (entry.get("multiple_choice_answer"), entry.get("answer"), common)
+    own = (entry.get("multiple_choice_answer"), entry.get("answer"))
     answer = next((str(text) for text in own if text not in (None, "")), "")
-    if not asked or not str(asked).strip() or (answered and not answer.strip()):
-        return None
     kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
-    return {"question": str(asked), "answer": answer, "answers": answers, "type": str(kind)}
+    found = {"question": str(asked or ""), "answer": answer, "answers": answers, "type": str(kind)}
+    return found | {"answer": read_question(where, found, answered).target}
 
 
 def _people(said: Any) -> list[str]:
@@ -135,8 +137,9 @@ def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) 
     texts = {str(entry["question_id"]): entry["question"] for entry in asked["questions"]}
     passed = 0
     for entry in answered["annotations"]:
-        question = _question(texts.get(str(entry["question_id"])), entry)
-        if question is None:
+        try:
+            question = _question("it", texts.get(str(entry["question_id"])), entry)
+        except UserError:
             passed += 1
             continue
         number = str(entry["image_id"])
