@@ -853,7 +853,7 @@ KARPATHY = [{"filename": n, "split": "train", "sentences": [{"raw": "A photo"}]}
 @pytest.mark.parametrize(
     "texts",
     [
-        {"train/0.txt": "A photo", "train/1.txt": "A photo", "__MACOSX/set/train/._0.txt": "x"},
+        {"train/0.txt": "A photo", "train/1.jpg.txt": "A photo", "__MACOSX/set/train/._0.txt": "x"},
         {"labels/0.txt": "A photo", "labels/1.txt": "A photo"},
         {"labels.csv": "image,caption\n0.jpg,A photo\n1.jpg,A photo\n", "readme.txt": "x"},
         {
