@@ -337,10 +337,10 @@ def write_splits(
     if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
         own = split_by_own(names, known)
     if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
-        source, splits, told = "the data set itself", own, "columns, files or folders say"
+        source, splits, says = "the data set itself", own, "columns, files or folders say"
     elif settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
-        source, splits, told = file.name, split_by_karpathy(names, file), f"{file} says"
+        source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
     else:
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
@@ -349,7 +349,7 @@ def write_splits(
             print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
     if settings.SPLIT == "karpathy":
         left = len(names) - sum(map(len, splits.values()))
-        print(f"split as {told}{f'; {left} photos are of none' if left else ''}")
+        print(f"split as {says}{f'; {left} photos are of none' if left else ''}")
     if paths.splits.exists() and not written_splits(paths):
         raise UserError(
             f"{paths.splits} would be overwritten, and was not written by this script: name it "
