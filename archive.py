@@ -135,7 +135,8 @@ def _wanted(
 ) -> Iterator[tuple[PurePosixPath, zipfile.ZipInfo]]:
     """The photos and tables of a zip, and of a `whole` tree other lists and the photos' texts;
     a path that leads elsewhere is refused."""
-    stems = {PurePosixPath(name).stem for name in archive.namelist() if is_photo(name)}
+    photos = [PurePosixPath(name) for name in archive.namelist() if is_photo(name)]
+    stems = {stem for photo in photos for stem in (photo.stem, photo.name)}
     for info in archive.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
@@ -143,7 +144,7 @@ def _wanted(
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")
-        if info.is_dir() or path.name.startswith(".") or "__MACOSX" in path.parts:
+        if info.is_dir() or _is_hidden(path):
             continue
         kind = path.suffix.lower()
         text = whole and (kind in LISTS or (kind in TEXT_SUFFIXES and path.stem in stems))
@@ -176,7 +177,11 @@ def _tables(archive: zipfile.ZipFile) -> list[tuple[PurePosixPath, zipfile.ZipIn
     """The captions tables of a usual name in a zip."""
     entries = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
     named = [(path, info) for path, info in entries if path.name.lower() in TABLE_NAMES]
-    return [(path, info) for path, info in named if "__MACOSX" not in path.parts]
+    return [(path, info) for path, info in named if not _is_hidden(path)]
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
 
 
 def extract_photos(

@@ -83,6 +83,8 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
 
 def _ends(places: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
     """Where a line through the places read on the ruler is at both ends of the input."""
+    if np.ptp(places) < 1e-3:  # a side of one pixel, which it sees whole
+        places = (np.arange(len(places)) + 0.5) / len(places)
     slope, start = np.polyfit(inside.nonzero()[0] + 0.5, places, 1)
     return float(start), float(start + slope * len(inside))
 
@@ -132,9 +134,8 @@ def draw_attention(photo: Image.Image, grid: PatchGrid, maps: Sequence[WordMap])
 
 
 def _tile(photo: Image.Image, grid: PatchGrid, weights: Tensor) -> Image.Image:
-    left, top, right, bottom = (
-        round(part * side) for part, side in zip(grid.area, photo.size * 2, strict=True)
-    )
+    left, right = _span(*grid.area[::2], photo.width)
+    top, bottom = _span(*grid.area[1::2], photo.height)
     heat = Image.fromarray((255 * weights / weights.max()).byte().numpy())
     heat = heat.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     grey = photo.convert("L").point(lambda value: 50 + value * 0.4).convert("RGB")
@@ -143,6 +144,12 @@ def _tile(photo: Image.Image, grid: PatchGrid, weights: Tensor) -> Image.Image:
     glowing = Image.blend(photo, Image.new("RGB", photo.size, GLOW), 0.35)
     tile.paste(glowing.crop((left, top, right, bottom)), (left, top), heat)
     return tile
+
+
+def _span(start: float, end: float, side: int) -> tuple[int, int]:
+    """A part of a side in whole pixels, at least one that is in the photo."""
+    first = min(round(start * side), side - 1)
+    return first, max(first + 1, round(end * side))
 
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +98,7 @@ class Captions:
         texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
-        for text in itertools.chain.from_iterable(map(_listed, texts)):
+        for text in itertools.chain.from_iterable(map(listed, texts)):
             whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
@@ -150,25 +150,12 @@ def name_within(where: object, name: str) -> str:
     return name
 
 
-def _listed(text: str) -> list[str]:
-    """The captions in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not re.match(r"\s*[\[(]\s*['\"{]", text):
-        return [text]
-    commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
-    python = ast.literal_eval
-    for read, cell in ((json.loads, text), (python, commas), (python, filled)):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            values = read(cell)
-            texts = texts_of([*values]) if isinstance(values, list | tuple) else [None]
-            if all(isinstance(each, str) for each in texts):
-                return texts
-    return [text]
-
-
 def unescaped(text: str) -> str:
-    """With `&amp;` and the like as what they mean; without its semicolon `&not` is no such sign."""
-    return re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
+    """With `&amp;` and the like as what they mean, however often they were escaped; without its
+    semicolon `&not` is no such sign."""
+    while (plain := re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)) != text:
+        text = plain
+    return text
 
 
 def has_word(text: str) -> bool:
@@ -313,6 +300,22 @@ def texts_of(said: Any) -> list[Any]:
 def _speaker(said: Any) -> str:
     """Who speaks in a turn of a conversation, as LLaVA and chat models' data sets have them."""
     return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
+
+
+def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
+    """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    if not re.match(r"\s*[\[(]\s*['\"{]", text):
+        return [text]
+    commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
+    filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
+    python = ast.literal_eval
+    for read, cell in ((json.loads, text), (python, commas), (python, filled)):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            values = read(cell)
+            texts = texts_in([*values]) if isinstance(values, list | tuple) else [None]
+            if all(isinstance(each, str) for each in texts):
+                return texts
+    return [text]
 
 
 def photo_in(said: Any) -> Any:
@@ -504,16 +507,16 @@ def _read_rows(
     strict = not ignored and len(captions) == 1
     ended = table.headed and width - 1 in used  # by what may not be empty
     for where, row in table.rows:
-        while ended and len(row) > width and not row[-1][0]:
-            row.pop()  # what spreadsheets write beyond the last column
+        if ended:
+            table.trim(row)
         row += [("", "")] * (width - len(row))
         more = len(row) - width
         if more and len(captions) > 1:
             found.passed.append(f"{where} has {len(row)} columns, not {width}")
             continue
         whole = row[last : last + more + 1]
-        if more:  # delimiters within a caption that isn't quoted
-            row[last : last + more + 1] = [(table.delimiter.join(s for _, s in whole).strip(), "")]
+        if more:
+            table.join(row, last)
         cells = [value for value, _ in row]
         if not any(cells):
             continue

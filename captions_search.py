@@ -157,7 +157,8 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     for name in photos_in(folder):
         _, _, inner = name.partition("/")
         photos = [folder / name] if place is None else [place / name, place / (inner or name)]
-        ends = (".txt", f"{photos[0].suffix}.txt", ".caption", ".TXT", ".json")
+        # Its own text counts before one that a photo of another suffix may share.
+        ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")
         files = (photo.with_suffix(end) for photo in photos for end in ends)
         if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
             found.add(name, lines, file)
@@ -249,13 +250,17 @@ def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any
     return target
 
 
+def written_splits(paths: DataPaths) -> dict[str, Any]:
+    """splits.json as `prepare_dataset.py` wrote it; nothing where it is missing, or not by it."""
+    table = read_json(paths.splits) if paths.splits.exists() else {}
+    return table if isinstance(table, dict) and "method" in table else {}
+
+
 def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
     """From splits.json: what captions.json was made from, if it was and is as we made it; and the
     names of these sources, if they are others now."""
-    note, made = {}, paths.data_dir / "captions.json"
-    if paths.splits.exists() and made.exists():
-        note = read_json(paths.splits).get("captions") or {}
-    if not note or note.get("made") != state_of(made):
+    note, made = written_splits(paths).get("captions"), paths.data_dir / "captions.json"
+    if not note or not made.exists() or note.get("made") != state_of(made):
         return {}, ""
     sources = [*map(Path, note["source"].split("\n"))]
     there = all(source.exists() for source in sources)

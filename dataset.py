@@ -24,7 +24,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
-from photo_names import is_photo
+from photo_names import by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, files_in, interpreter, read_json
 
@@ -91,9 +91,12 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
 
 
 def converted_file(data_dir: Path, source: Path) -> Path:
-    """Where texts are kept that were read from `source`, a file in another form."""
-    place = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:6]
-    return data_dir / f"{source.stem}.{place}.prepared.json"
+    """Where texts are kept that were read from `source`, a file in another form: found again by
+    another spelling of either path, and for a source within it where `data_dir` was moved."""
+    place, root = Path(os.path.realpath(source)), os.path.realpath(data_dir)
+    place = place.relative_to(root) if place.is_relative_to(root) else place
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:6]
+    return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 
 # --- captions.json --------------------------------------------------------------------------
@@ -154,23 +157,26 @@ def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict
     for name, entries in _table_of(path, table, form).items():
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise UserError(f"{path}: {name!r} needs a list of questions: {form}")
-        questions[name] = [_read_question(path, name, entry, answered) for entry in entries]
+        where = f"{path}: {name!r}"
+        questions[name] = [read_question(where, entry, answered) for entry in entries]
     return questions
 
 
-def _read_question(path: Path, name: str, entry: dict[str, Any], answered: bool) -> Text:
+def read_question(where: str, entry: Mapping[str, Any], answered: bool = True) -> Text:
+    """An entry of questions.json, and of other files brought to its form; refused where it lacks
+    a question, or where it is to be `answered`, an answer."""
     answers = entry.get("answers", [])
     texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
     if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
-        raise UserError(f"{path}: {name!r} has a question whose parts are no text: {entry!r}")
+        raise UserError(f"{where} has a question whose parts are no text: {entry!r}")
     question, answer, kind = (SURROGATES.sub("\ufffd", text) for text in texts)
     answers = [SURROGATES.sub("\ufffd", text) for text in answers]
     if not question.strip():
-        raise UserError(f"{path}: {name!r} has an empty question")
+        raise UserError(f"{where} has an empty question")
     if not answer.strip() and answers:
         answer = Counter(answers).most_common(1)[0][0]
     if answered and not answer.strip():
-        raise UserError(f"{path}: {name!r} has a question without an answer: {question!r}")
+        raise UserError(f"{where} has a question without an answer: {question!r}")
     return Text(answer, question, tuple(answers), kind)
 
 
@@ -305,26 +311,28 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
 def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """Split photos as a `dataset_*.json` in Karpathy's format says; `restval` is for training.
 
-    A photo is known by its name with its folder, or else by its name alone. Photos that the file
-    doesn't know belong to no split.
+    Its names are matched as those of captions are; one that is left over, as a flat file's of
+    photos in folders, by its last part. Photos that the file doesn't know belong to no split.
     """
-    table = read_json(path)
+    table, names = read_json(path), [*names]
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    known = {unicodedata.normalize("NFC", name): name for name in names}
-    bases = Counter(os.path.basename(name) for name in known)
-    alone = {b: name for key, name in known.items() if bases[b := os.path.basename(key)] == 1}
-    seen: set[str] = set()
+    of: dict[str, str] = {}  # the split of each name in the file
     try:
         lists = {} if "images" in table else table  # {"train": ["1.jpg", ...], "val": [...]}
         images = [{"filename": name, "split": split} for split in lists for name in lists[split]]
         for image in images or table["images"]:
-            base = unicodedata.normalize("NFC", image["filename"])
-            name, split = os.path.join(image.get("filepath") or "", base), image["split"]
-            if name in seen:
+            name = os.path.join(image.get("filepath") or "", image["filename"])
+            name, split = unicodedata.normalize("NFC", name), image["split"]
+            if name in of:
                 raise UserError(f"{path}: {name!r} stands in it twice")
-            seen.add(name)
-            if there := known.get(name) or known.get(base) or alone.get(os.path.basename(base)):
-                splits[OTHER_SPLITS.get(split, split)].append(there)
+            of[name] = OTHER_SPLITS.get(split, split)
+        found = find_names(of, names)
+        taken = {*found.values()}
+        others = {n: file for n, file in by_last_part(of, names).items() if file not in taken}
+        found = others | found
+        for name in of:
+            if name in found:
+                splits[of[name]].append(found[name])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not in Karpathy's format ({error!r} is off): it needs "

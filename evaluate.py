@@ -45,7 +45,6 @@ from metrics import (
     SCORER,
     TOKENIZER,
     bootstrap_interval,
-    cider_d,
     diversity,
     score,
     tokenize,
@@ -64,7 +63,7 @@ def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
         score(
             {name: group[k] for name, group in usable.items()},
             {name: group[:k] + group[k + 1 :] for name, group in usable.items()},
-        )
+        )[0]
         for k in range(min(map(len, usable.values())))
     ]
     return {metric: fmean(each[metric] for each in found) for metric in found[0]}
@@ -272,8 +271,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
     said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
     captions = dict(zip(names, said, strict=True))
     references = references_of(scored.texts, names)
-    found = score(captions, references)
-    values = dict(zip(captions, cider_d(captions, references)[1].tolist(), strict=True))
+    found, values = score(captions, references)
     low, high = bootstrap_interval(list(values.values()), seed=0)
     training = references_of(scored.texts, scored.splits["train"]).values()
     other = diversity(said, {text for group in training for text in group})

@@ -368,7 +368,8 @@ def write_all(
     writer = None
     if args.write:
         photos = [photo for photo, _ in items]
-        writer = open_output(args.write, args.output, args.existing, folder, asked, photos)
+        read = [file for file in (args.checkpoint, args.questions_file) if file]
+        writer = open_output(args.write, args.output, args.existing, folder, asked, photos, read)
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)

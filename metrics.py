@@ -194,46 +194,23 @@ def _spell(token: str) -> str:
 # --- BLEU, ROUGE-L, CIDEr-D ------------------------------------------------------------------
 
 
-def score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """All metrics of one caption per image against that image's references.
+def score(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """All metrics of one caption per image against that image's references, times 100.
 
-    Returns `{"BLEU-1": ..., ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}`, times 100.
+    Returns `{"BLEU-1": ..., ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}` of them all, and
+    the CIDEr-D of each image, in the order of `captions`; its document frequencies come from
+    `references`.
 
     Raises:
         ValueError: the two don't name the same images, or there is no reference (or no image).
     """
     pairs = _tokenized_pairs(captions, references)
+    each = _cider_d(pairs)
     table = {f"BLEU-{n}": value for n, value in enumerate(_bleu(pairs), start=1)}
-    table["ROUGE-L"] = _rouge_l(pairs)
-    table["CIDEr-D"] = float(_cider_d(pairs).mean())
-    return table
-
-
-def bleu(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> list[float]:
-    """BLEU-1..4 of the corpus, times 100 (Papineni et al. 2002).
-
-    The brevity penalty compares with the reference of the closest length; nothing is smoothed.
-    """
-    return _bleu(_tokenized_pairs(captions, references))
-
-
-def rouge_l(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
-    """ROUGE-L, the mean over images, times 100 (Lin 2004), with beta 1.2.
-
-    Precision and recall are each the best over the references, as in the COCO caption evaluation.
-    """
-    return _rouge_l(_tokenized_pairs(captions, references))
-
-
-def cider_d(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> tuple[float, np.ndarray]:
-    """CIDEr-D times 100 (Vedantam et al. 2015): the mean, and a value per image.
-
-    The values are in the order of `captions`. Document frequencies come from `references`.
-    """
-    values = _cider_d(_tokenized_pairs(captions, references))
-    return float(values.mean()), values
+    table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(each.mean())}
+    return table, dict(zip(captions, each.tolist(), strict=True))
 
 
 _Places = tuple[tuple[int, int], ...]  # which references hold an n-gram, and how often
@@ -357,6 +334,7 @@ def _bigrams(tokens: Sequence[Hashable]) -> int:
 
 
 def _cider_d(pairs: _Pairs) -> np.ndarray:
+    """CIDEr-D of each image (Vedantam et al. 2015)."""
     scorer = CiderD(
         {i: [_words(tokens) for tokens in references] for i, (_, references) in enumerate(pairs)}
     )
@@ -364,6 +342,10 @@ def _cider_d(pairs: _Pairs) -> np.ndarray:
 
 
 def _bleu(pairs: _Pairs) -> list[float]:
+    """BLEU-1..4 of the corpus (Papineni et al. 2002).
+
+    The brevity penalty compares with the reference of the closest length; nothing is smoothed.
+    """
     matches, guesses = [0] * MAX_N, [0] * MAX_N
     length = wanted_length = 0
     for caption, references in pairs:
@@ -386,6 +368,10 @@ def _bleu(pairs: _Pairs) -> list[float]:
 
 
 def _rouge_l(pairs: _Pairs) -> float:
+    """ROUGE-L, the mean over images (Lin 2004), with beta 1.2.
+
+    Precision and recall are each the best over the references, as in the COCO caption evaluation.
+    """
     return 100 * float(np.mean([_rouge_l_of(*pair) for pair in pairs]))
 
 
@@ -460,22 +446,28 @@ def _plain(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
+def _as_written(answer: str) -> str:
+    return _plain(answer).lower().removesuffix(".")
+
+
 def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     """How right an answer is, 0 to 1, by VQA's formula (Antol et al. 2015).
 
     With several people's answers: against all but one of them, min(1, those that agree / 3),
-    averaged over which one is left out. As in VQA's script, answers are normalised only if people
-    don't agree to the letter. With a single one, for which the script has no formula: whether it
-    is the same, normalised.
+    averaged over which one is left out. Where fewer than three are left, all of them are enough,
+    which VQA's script, made for ten answers, doesn't know. As there, answers are normalised only
+    if people don't agree to the letter; where they do, only case and a closing full stop, which
+    the decoder never writes, don't count. With a single answer, for which the script has no
+    formula: whether it is the same, normalised.
     """
     alike = len(answers) > 1 and len({_plain(other) for other in answers}) == 1
-    read = _plain if alike else normalize_answer
+    read = _as_written if alike else normalize_answer
     given = read(answer)
     agree = [read(other) == given for other in answers]
     if len(agree) == 1:
         return float(agree[0])
-    total = sum(agree)
-    return sum(min(1.0, (total - one) / 3) for one in agree) / len(agree)
+    total, enough = sum(agree), min(3, len(agree) - 1)
+    return sum(min(1.0, (total - one) / enough) for one in agree) / len(agree)
 
 
 # --- Around the scores ----------------------------------------------------------------------

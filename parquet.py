@@ -12,6 +12,7 @@ from archive import check_unpacked
 from captions_file import CAPTION_KEYS, SPLIT_KEYS, caption_columns, choose_columns, texts_of
 from dataset import split_in
 from photo_names import is_photo
+from tables import plain_key
 from utils import UserError, first_line, require_extra
 
 
@@ -49,18 +50,26 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
 
 
+def _holds_photos(kind: str) -> bool:
+    """Is a column, by its type, one of bytes, or of objects that have them as `bytes`?"""
+    if kind.startswith("struct<"):
+        return bool(re.search(r"\bbytes: \w*binary", kind))
+    return "binary" in kind.split("list<")[0]
+
+
 def _columns(file: Path, schema: Any) -> tuple[str, list[str], list[str]]:
     """The column of photos, those of their captions, and that of their split, if there is one."""
     kinds = {field.name: str(field.type) for field in schema}
-    photos = [n for n, kind in kinds.items() if "binary" in kind.split("list<")[0]]
-    names = {name: name.lower() for name in kinds}
+    photos = [name for name, kind in kinds.items() if _holds_photos(kind)]
+    names = {name: plain_key(name) for name in kinds}
     captions = caption_columns(names, choose_columns(names, [])[1])
     if not photos or not captions:
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
             f"captions in one of {', '.join(CAPTION_KEYS)}"
         )
-    return photos[0], captions, [name for name in SPLIT_KEYS if name in kinds][:1]
+    splits = [name for key in SPLIT_KEYS for name in names if names[name] == key]
+    return photos[0], captions, splits[:1]
 
 
 def _name(split: str, path: str | None, taken: set[tuple[str, str]]) -> str:

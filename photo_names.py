@@ -41,33 +41,48 @@ def photos_in(folder: Path) -> list[str]:
 
 def is_there(name: str, folder: Path) -> bool:
     """Is it a photo's name in a folder, with or without its folders and suffix?"""
-    there = photos_in(folder)
-    return any(_alike([name], there, way) for way in (_stem, _last, _numbered))
+    return bool(find_names([name], photos_in(folder)))
+
+
+def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Which of the photos there the names mean: {name: photo}, of a photo one name at most.
+
+    A name that is not there is read in these ways, each of which counts as far as one name and one
+    photo alone become the same by it.
+    """
+    spellings = (
+        _spelled,  # caf%C3%A9.JPG is café.jpg
+        _bare,  # a.jpg is a.png, and img.v1 is img.v1.jpg
+        _stem,  # 1.0 is 1.jpg
+    )
+    # Photos of one name may stand in several folders: where any is there, theirs may be missing.
+    if_none_is_there = (
+        _ending,  # C:/photos/x/1.jpg is x/1.jpg
+        _last,  # y/1.jpg is x/1.jpg
+        _numbered,  # 42 is COCO_val2014_000000000042.jpg
+    )
+    wanted, there = [*wanted], {*there}
+    found = {name: name for name in wanted if name in there}
+    for way in spellings:
+        left = [name for name in wanted if name not in found]
+        found |= _alike(left, there.difference(found.values()), way)
+    for way, cut in itertools.product(if_none_is_there, (_bare, _stem)):
+        found = found or way(wanted, there, cut)
+    return found
 
 
 def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
-    """What is said of photos, by the names that they really have in the folder, if there is one.
-
-    Where a name is not there, tried are, as far as only one photo fits that nothing else names:
-    Unicode's other spelling or another case, and another suffix; and, where no name at all is
-    there, the name without the first of its folders, without all, and COCO's number.
-    """
+    """What is said of photos, by the names that they really have in the folder, if there is one."""
     if not folder.is_dir() or all(os.path.isfile(folder / name) for name in texts):
         return texts
     there = photos_in(folder)
     if not there:
         suffixes = ", ".join(sorted(PHOTO_SUFFIXES))
         raise UserError(f"{folder} holds no photo ({suffixes}): choose another with --image_dir")
-    real = {name: name for name in texts if os.path.isfile(folder / name)}
-    for way in (_spelled, _stem):
-        free = {*there}.difference(real.values())
-        real |= _alike([name for name in texts if name not in real], free, way)
-    # Photos of one name may stand in several folders: where any is there, theirs may be missing.
-    real = real or _ending(texts, there)
-    real = real or _alike(texts, there, _last) or _alike(texts, there, _numbered)
+    real = find_names(texts, [*there, *(name for name in texts if os.path.isfile(folder / name))])
     if not real:
-        named = {*map(_last, texts)}
-        alike = [name for name in there if _last(name) in named]
+        named = {*map(_last_part, texts)}
+        alike = [name for name in there if _last_part(name) in named]
         raise UserError(
             f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
             f"{folder} holds {(alike or there)[0]!r}{' and more of that name' * bool(alike)}: "
@@ -80,25 +95,20 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
     return {real.get(name, name): captions for name, captions in texts.items()}
 
 
+def by_last_part(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
+    """Which of the photos there the names mean by their last part alone, as far as no other name
+    and no other photo has the same: {name: photo}."""
+    return _alike(wanted, there, _last_part)
+
+
+# --- How names may be alike -------------------------------------------------------------------
+
+
 def _alike(
     wanted: Iterable[str], there: Iterable[str], way: Callable[[str], str]
 ) -> dict[str, str]:
     free = _index(there, way)
     return {name: free[key] for key, name in _index(wanted, way).items() if key in free}
-
-
-def _ending(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
-    """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
-    names, files = _index(wanted, _stem), _index(there, _stem)
-    pairs = {(name, files[end]) for name in wanted for end in _ends(name) if end in files}
-    pairs |= {(names[end], file) for file in there for end in _ends(file) if end in names}
-    counts = Counter(itertools.chain(*pairs))
-    return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
-
-
-def _ends(name: str) -> list[str]:
-    parts = _stem(name).split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
@@ -109,18 +119,52 @@ def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
 
 
 def _spelled(name: str) -> str:
+    """In Unicode's usual spelling, without an address's signs or case."""
     return unicodedata.normalize("NFC", unquote(name)).casefold().replace("\\", "/")
 
 
+def _bare(name: str) -> str:
+    """Without a photo's suffix."""
+    name = _spelled(name)
+    return os.path.splitext(name)[0] if is_photo(name) else name
+
+
 def _stem(name: str) -> str:
+    """Without any suffix."""
     return os.path.splitext(_spelled(name))[0]
 
 
-def _last(name: str) -> str:
-    return os.path.basename(_stem(name))
+def _last_part(name: str) -> str:
+    return os.path.basename(_bare(name))
 
 
-def _numbered(name: str) -> str:
-    """COCO's number of a photo: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
-    number = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", _last(name))
-    return number[1] if number else ""
+def _ending(
+    wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]
+) -> dict[str, str]:
+    """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
+    names, files = _index(wanted, cut), _index(there, cut)
+    pairs = {(name, files[end]) for name in wanted for end in _ends(cut(name)) if end in files}
+    pairs |= {(names[end], file) for file in there for end in _ends(cut(file)) if end in names}
+    counts = Counter(itertools.chain(*pairs))
+    return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _last(wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]) -> dict[str, str]:
+    return _alike(wanted, there, lambda name: os.path.basename(cut(name)))
+
+
+def _numbered(
+    wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]
+) -> dict[str, str]:
+    """By COCO's number: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
+
+    def number(name: str) -> str:
+        found = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", os.path.basename(cut(name)))
+        return found[1] if found else ""
+
+    return _alike(wanted, there, number)

@@ -47,6 +47,7 @@ from captions_search import (
     find_table,
     held_or_converted,
     karpathy_files,
+    written_splits,
 )
 from check_data import check
 from dataset import (
@@ -75,7 +76,6 @@ from utils import (
     files_in,
     interpreter,
     lock,
-    read_json,
     redact,
     require_room,
     run_script,
@@ -159,10 +159,15 @@ def photo_sizes(folder: Path) -> dict[str, int]:
 # --- Captions -------------------------------------------------------------------------------
 
 
+def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
+    """The file that questions are read from, and that VQAv2's are written to."""
+    given = settings.QUESTIONS_FILE
+    return Path(given).expanduser() if given else paths.data_dir / "questions.json"
+
+
 def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
     """Have the questions by the photos' real names; say where they are."""
-    given = settings.QUESTIONS_FILE
-    source = Path(given).expanduser() if given else paths.data_dir / "questions.json"
+    source = questions_source(settings, paths)
     if not source.is_file():
         raise UserError(
             f'{source} is missing: write {{"photo.jpg": [{{"question": "...", "answer": "..."}}]}} '
@@ -332,20 +337,20 @@ def write_splits(
     if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
         own = split_by_own(names, known)
     if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
-        source, splits = "the data set itself", own
-        left = len(names) - sum(map(len, own.values()))
-        others = f"; {left} photos are of none" if left else ""
-        print(f"split as columns, files or folders say{others}")
+        source, splits, says = "the data set itself", own, "columns, files or folders say"
     elif settings.SPLIT == "karpathy":
         file = ensure_karpathy_file(settings, paths, karpathy_url)
-        source, splits = file.name, split_by_karpathy(names, file)
+        source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
     else:
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
         if own:
             told = ", ".join(f"{split} {len(group)}" for split, group in own.items())
             print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
-    if paths.splits.exists() and "method" not in read_json(paths.splits):
+    if settings.SPLIT == "karpathy":
+        left = len(names) - sum(map(len, splits.values()))
+        print(f"split as {says}{f'; {left} photos are of none' if left else ''}")
+    if paths.splits.exists() and not written_splits(paths):
         raise UserError(
             f"{paths.splits} would be overwritten, and was not written by this script: name it "
             "otherwise, and use it with --split karpathy --karpathy_file PATH"
@@ -388,7 +393,7 @@ def prepare(
             raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
-            convert_vqa(*vqa, paths.questions, paths.images)
+            convert_vqa(*vqa, questions_source(settings, paths), paths.images)
         tasks, note, known = parse_tasks(settings.TASKS), {}, {}
         if "captions" in tasks:
             paths, note, known = ensure_captions(settings, paths)
@@ -433,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in commands.PREPARED
         if vars(settings)[name] != vars(usual)[name]
         for text in (f"--{name.lower()}", str(vars(settings)[name]))
-    ]
+    ] + ["--follow_links"] * settings.follow_links
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
     captions = load_captions(paths.captions) if "captions" in tasks else {}
     if captions:

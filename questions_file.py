@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captions_file import NAME_KEYS, name_within, photo_in, read_file, read_objects
+from captions_file import (
+    NAME_KEYS,
+    Entry,
+    listed,
+    name_within,
+    photo_in,
+    read_file,
+    read_objects,
+)
+from dataset import read_question
 from photo_names import match_names
-from tables import table_of
+from tables import Table, table_of
 from utils import UserError, read_json, write_file
 
 
@@ -28,37 +38,58 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if form == "JSON":
         content = [(str(path), entry) for entry in content]
     elif form == "table":
-        table = table_of(content)
-        content = [
-            (where, {key: cell for key, (cell, _) in zip(table.names, row, strict=False)})
-            for where, row in table.rows[1:]
-        ]
+        content = _rows(table_of(content))
     questions: dict[str, list[dict[str, Any]]] = {}
     for where, row in read_objects(content, usage):
         name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
         name = name and name_within(where, name)
-        question = _question(row.get("question"), row, answered)
         if row.get("prefix") and not row.get("question"):
             continue  # it asks for a caption
-        if not name or not question:
-            raise UserError(f"{where} has no photo, question and answer: {usage}")
+        if not name or not row.get("question"):
+            raise UserError(f"{where} names no photo and question: {usage}")
+        question = _question(where, row["question"], row, answered)
         questions.setdefault(name, []).append(question)
     return questions
 
 
-def _question(asked: Any, entry: dict[str, Any], answered: bool = True) -> dict[str, Any] | None:
-    """A question with its answer, or several people's, in an entry; None if one has no words."""
+def _rows(table: Table) -> list[Entry]:
+    """A table's rows as objects; a delimiter in a text that isn't quoted is refused where it
+    might stand in the question or in the answer."""
+    names, rows = table.names, []
+    texts = [place for place, name in enumerate(names) if name in ("question", "answer", "answers")]
+    for where, row in table.rows[1:]:
+        if texts == [len(names) - 1]:
+            table.trim(row)
+        if len(row) > len(names):
+            if len(texts) != 1:
+                raise UserError(
+                    f"{where} has {len(row)} columns, not {len(names)}: put quotes around a text "
+                    f"that holds a {table.delimiter!r}"
+                )
+            table.join(row, texts[0])
+        rows.append((where, {key: cell for key, (cell, _) in zip(names, row, strict=False)}))
+    return rows
+
+
+def _question(
+    where: str, asked: Any, entry: dict[str, Any], answered: bool = True
+) -> dict[str, Any]:
+    """A question with its answer, or several people's, as questions.json has it; raises as
+    `read_question`."""
     several = entry.get("answers")
-    several = several if isinstance(several, list) else [several]
-    people = [a.get("answer") if isinstance(a, dict) else a for a in several]
-    answers = [str(answer) for answer in people if answer is not None]
-    common = max(answers, key=answers.count, default="")
-    own = (entry.get("multiple_choice_answer"), entry.get("answer"), common)
+    answers = listed(several, _people) if isinstance(several, str) else _people(several)
+    own = (entry.get("multiple_choice_answer"), entry.get("answer"))
     answer = next((str(text) for text in own if text not in (None, "")), "")
-    if not asked or not str(asked).strip() or (answered and not answer.strip()):
-        return None
     kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
-    return {"question": str(asked), "answer": answer, "answers": answers, "type": str(kind)}
+    found = {"question": str(asked or ""), "answer": answer, "answers": answers, "type": str(kind)}
+    return found | {"answer": read_question(where, found, answered).target}
+
+
+def _people(said: Any) -> list[str]:
+    """Several people's answers, or a single one, each a value or an object that has it."""
+    said = said if isinstance(said, list) else [said]
+    answers = [each.get("answer") if isinstance(each, dict) else each for each in said]
+    return [str(answer) for answer in answers if answer is not None]
 
 
 def convert_vqa(
@@ -66,7 +97,8 @@ def convert_vqa(
 ) -> None:
     """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
 
-    Files of that form that other people made may lack all but questions, ids and an answer.
+    Files of that form that other people made may lack all but questions, ids and an answer. A
+    `target` that holds something else is refused.
     """
     if len(questions) != len(annotations):
         raise UserError(
@@ -81,8 +113,22 @@ def convert_vqa(
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
     if images:
         table = match_names(table, images)
-    write_file(target, json.dumps(table))
-    print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
+    if target.suffix.lower() != ".json":
+        raise UserError(f"--questions_file {target} is to be written: its name must end in .json")
+    if not target.exists():
+        write_file(target, json.dumps(table))
+        print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
+    elif not _holds(target, table):
+        raise UserError(
+            f"{target} holds other questions than --vqa_questions: delete it or move it, or name "
+            "another file with --questions_file"
+        )
+
+
+def _holds(path: Path, table: dict[str, Any]) -> bool:
+    with contextlib.suppress(UserError):  # that it is no JSON
+        return read_json(path) == table
+    return False
 
 
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
@@ -91,8 +137,9 @@ def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) 
     texts = {str(entry["question_id"]): entry["question"] for entry in asked["questions"]}
     passed = 0
     for entry in answered["annotations"]:
-        question = _question(texts.get(str(entry["question_id"])), entry)
-        if question is None:
+        try:
+            question = _question("it", texts.get(str(entry["question_id"])), entry)
+        except UserError:
             passed += 1
             continue
         number = str(entry["image_id"])

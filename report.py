@@ -24,7 +24,7 @@ from dataset import DataPaths, prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
-from standalone import repository_files
+from standalone import refusal, repository_files
 from tracking import Tracker, memory
 from utils import Bar, UserError, atomic_write, interpreter, redact, shown, size_text
 
@@ -58,7 +58,11 @@ class Report:
             report=say,
         )
         run.progress.wandb_id = self.tracker.run_id
-        self.pusher = HubPusher(settings.HF_REPO_ID if leads else "", report=say)
+        repository = settings.HF_REPO_ID if leads else ""
+        if repository and (why := refusal(data.tower)):
+            say(f"Hub: nothing is pushed: {why}")
+            repository = ""
+        self.pusher = HubPusher(repository, report=say)
 
     def close(self) -> None:
         self.tracker.close()

@@ -12,11 +12,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, lock, write_error, write_file
+from utils import UserError, check_output, lock, write_error, write_file
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Photo:
 class TextFiles:
     """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
 
-    def __init__(self, folder: Path | None, existing: str, photos: Sequence[Photo]):
+    def __init__(
+        self, folder: Path | None, existing: str, photos: Sequence[Photo], inputs: Iterable[Path]
+    ):
         """Where `photo.txt` would be several photos', have it the first one's, and `photo.png.txt`
-        another's; refuse where that is not enough, or a photo's place."""
+        another's; refuse where that is not enough, or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
-        given, taken = {os.path.abspath(photo.file) for photo in photos}, set()
+        given, taken = {*map(os.path.abspath, inputs)}, set()
         for photo in photos:
             # An absolute name, or one with "..", would lead out of the folder.
             parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
@@ -45,8 +47,8 @@ class TextFiles:
             place = os.path.abspath(target)
             if place in given or place in taken:
                 raise UserError(
-                    f"{place} would be another photo's as well, or is one: give another --output, "
-                    "or name folders one by one"
+                    f"{place} would be another photo's as well, or is what is read: give another "
+                    "--output, or name folders one by one"
                 )
             taken.add(place)
             self.targets[photo] = target
@@ -148,20 +150,24 @@ def open_output(
     folder: Path | None,
     asked: bool,
     photos: Sequence[Photo],
+    read: Sequence[str],
 ) -> TextFiles | Table:
     """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
 
-    A table stands in the `folder` that was given to be captioned, unless told otherwise.
+    A table stands in the `folder` that was given to be captioned, unless told otherwise. Neither
+    photos nor the other files that are `read` are written over.
     """
+    inputs = [*dict.fromkeys(photo.file for photo in photos), *(Path(name) for name in read)]
     place = Path(output).expanduser() if output else None
     if kind == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
-        return TextFiles(place, existing, photos)
+        return TextFiles(place, existing, photos, inputs)
     usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
     path = place or folder or Path.cwd()
     if path.is_dir():
         path = path / usual
     if path.suffix != f".{kind}":
         raise UserError(f"--output {path}: with --write {kind} its name must end in .{kind}")
+    check_output("--output", path, *inputs)
     return Table(path, existing, asked)

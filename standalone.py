@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from checkpoint import Checkpoint
 from tokenizer import ANSWER, ANSWER_ID, END_ID, PAD_ID, START_ID
+from utils import UserError
 
 CODE = "modeling_captioner"
 TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
+NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 AUTO = {"AutoConfig": "Config", "AutoModelForImageTextToText": "", "AutoModel": ""}
+
+
+def refusal(tower: dict[str, Any]) -> str:
+    """Why a captioner with this encoder can't be used by `transformers` alone, if it can't."""
+    takes = inspect.signature(getattr(transformers, tower["class"]).forward).parameters.values()
+    needed = {each.name for each in takes if each.default is each.empty and each.kind in NAMED}
+    if more := sorted(needed - {"self", "pixel_values"}):
+        return (
+            f"the encoder takes more than pixels ({', '.join(more)}), which transformers alone "
+            "would not give it: use the checkpoint itself, with this project"
+        )
+    return ""
 
 
 def repository_files(
@@ -23,7 +41,12 @@ def repository_files(
     Args:
         tower: `FrozenEncoder.for_others()`: the encoder, by its name or by its configuration.
         processor: its preprocessor_config.json.
+
+    Raises:
+        UserError: the `refusal` of such an encoder.
     """
+    if why := refusal(tower):
+        raise UserError(why)
     size, options = checkpoint.model.config, checkpoint.generation
     described = checkpoint.description()
     described["encoder"] = checkpoint.encoder | {"name": tower.get("name")}

@@ -27,6 +27,17 @@ class Table:
     rows: list[Row]
     headed: bool = False
 
+    def trim(self, row: list[tuple[str, str]]) -> None:
+        """Take off the empty cells that spreadsheets write beyond the last column."""
+        while len(row) > len(self.names) and not row[-1][0]:
+            row.pop()
+
+    def join(self, row: list[tuple[str, str]], column: int) -> None:
+        """Have the cells that are too many be one with that of a column, whose text isn't quoted
+        and has delimiters in it."""
+        end = column + len(row) - len(self.names) + 1
+        row[column:end] = [(self.delimiter.join(s for _, s in row[column:end]).strip(), "")]
+
 
 def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     """A table of lines; its first row may call a photo of the `folder` without its suffix."""

@@ -326,7 +326,7 @@ def validate(run: Run, data: Data) -> tuple[dict[str, float], list[Written]]:
     answered = write(run, data, questions, plain)
     scored = {each.name: each.said for each in captioned[: settings.SCORED_IMAGES]}
     if len(scored) > 1:  # CIDEr tells photos apart
-        found = score(scored, references_of(data.texts, scored))
+        found, _ = score(scored, references_of(data.texts, scored))
         scores |= {"val_cider": found["CIDEr-D"], "val_bleu4": found["BLEU-4"]}
     if answered and settings.SCORED_IMAGES:
         right = [vqa_accuracy(said, text.answers or [text.target]) for _, text, said in answered]

@@ -235,6 +235,15 @@ def test_the_brightest_place_of_a_tile_is_where_the_weight_is():
     assert outside[0] < inside[0]  # what the encoder never saw is dark
 
 
+@pytest.mark.parametrize("family", ["vit", "clip", "siglip2"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 5000)])
+def test_photos_of_few_pixels_are_drawn(tmp_path, family, size):
+    encoder = FrozenEncoder.load(str(build_encoder(family, tmp_path)))
+    photo = Image.new("RGB", size, (128, 128, 128))
+    grid = patch_grid(encoder, size, len(features_of(encoder, photo)))
+    draw_attention(photo, grid, [WordMap("dog", torch.ones(grid.rows, grid.columns))])
+
+
 def test_the_command_draws_captions_and_answers(joint, tmp_path):
     photo, checkpoint = joint / "images" / "000.png", joint / "captioner_best_cider.safetensors"
     plain = run("inference.py", "--image_path", photo, "--checkpoint", checkpoint)

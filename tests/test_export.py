@@ -19,7 +19,15 @@ from encoder import FrozenEncoder
 from generation import generate
 from inference import load_captioner
 from options import GenerationOptions
-from tests.conftest import REPO, run, run_without
+from tests.conftest import (
+    REPO,
+    best_file,
+    build_encoder,
+    run,
+    run_without,
+    small_flags,
+    write_photos,
+)
 from tools import export as tools_export
 from utils import UserError
 
@@ -363,6 +371,19 @@ def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):
         said = run("-c", code, out, encoder)
         assert said.returncode == 0
         assert said.stderr.count("is another encoder than") == count, said.stderr
+
+
+def test_an_encoder_that_takes_more_than_pixels_is_refused(tmp_path):
+    data, encoder = write_photos(tmp_path / "data"), build_encoder("siglip2", tmp_path / "encoder")
+    flags = [*small_flags(data, encoder), "--epochs", 2, "--hf_repo_id", "me/captioner"]
+    trained = run("train.py", *flags)
+    assert trained.returncode == 0, trained.stderr
+    says = "the encoder takes more than pixels (pixel_attention_mask, spatial_shapes)"
+    assert trained.stdout.count(f"Hub: nothing is pushed: {says}") == 1, trained.stdout
+    flags = ["--checkpoint", best_file(data), "--format", "transformers"]
+    result = run("-m", "tools.export", *flags, "--out", tmp_path / "out")
+    assert result.returncode == 1 and says in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["VisionEncoderDecoderModel", "ViTModel", "GPT2LMHeadModel"])

@@ -255,6 +255,12 @@ def test_several_answers_and_answers_in_a_table(joint, tmp_path):
     assert many.returncode == 0, many.stderr
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 96 and set(rows[0]) == {"file_name", "question", "answer"}
+    asked = tmp_path / "q.jsonl"
+    asked.write_text('{"image": "000.png", "question": "why?"}\n')
+    flags = ["--questions_file", asked, "--write", "jsonl", "--existing", "overwrite", "--output"]
+    over = run(*command, joint / "images", *flags, asked)
+    assert over.returncode == 1 and "is what is read" in over.stderr
+    assert "why?" in asked.read_text()
 
 
 def test_from_python(trained, folder):

@@ -27,7 +27,7 @@ from dataset import (
     split_by_karpathy,
 )
 from options import SPLITS
-from questions_file import convert_vqa
+from questions_file import convert_vqa, read_questions
 from tests.conftest import run, small_flags, write_photos
 from utils import Parser, UserError, decoded, load_settings
 
@@ -149,6 +149,14 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
     )
     assert prepared(folder) == {"1.jpg": EXPECTED["1.jpg"], "2.jpg": ["Two cats"]}
     assert "3.jpg: no text beside it" in capsys.readouterr().out
+
+
+def test_photos_that_differ_in_their_suffix_have_each_its_own_text(tmp_path):
+    """As inference.py writes them; a text that no other stands beside is both photos'."""
+    folder = lay_out(tmp_path, {"images/1.txt": "A", "images/2.txt": "B"}, ["1.jpg", "1.png"])
+    assert prepared(folder) == {"1.jpg": ["A"], "1.png": ["A"]}
+    (folder / "images/1.png.txt").write_text("B")
+    assert prepared(folder) == {"1.jpg": ["A"], "1.png": ["B"]}
 
 
 @pytest.mark.parametrize(
@@ -389,6 +397,9 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
         ("https://x.org/y/a.jpg", "a.jpg"),
         ("my%20photo.jpg", "my photo.jpg"),
         ("1.0", "1.png"),
+        ("img.v1", "img.v1.jpg"),
+        ("x/img.v1", "img.v1.jpg"),
+        ("y/1.0", "x/1.png"),
         ("a.jpg", "deep/er/a.jpg"),
         ("x\\a.jpg", "x/a.jpg"),
         ("42.jpg", "COCO_val2014_000000000042.jpg"),
@@ -443,6 +454,7 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
     [
         ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["A &amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        ('{"1.jpg": ["A &amp;amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),
@@ -450,7 +462,8 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
 )
 def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
     folder = lay_out(tmp_path, {"captions.json": text})
-    assert sum(map(len, prepared(folder).values())) == kept
+    found = prepared(folder)
+    assert sum(map(len, found.values())) == kept and "&amp;" not in str(found)
     assert says in capsys.readouterr().out
     assert (folder / "captions.json").read_text() == text
 
@@ -824,6 +837,17 @@ def test_a_converted_file_is_no_source(tmp_path):
     assert prepared(folder) == EXPECTED
 
 
+def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch):
+    folder = lay_out(tmp_path / "a", {"captions.json": json.dumps(COCO)})
+    assert prepared(folder) == EXPECTED
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder / "images")
+    for place in ("..", tmp_path / "link", f"{folder}/images/.."):
+        assert load_captions(paths_in(Path(place)).captions) == EXPECTED
+    folder.rename(tmp_path / "b")
+    assert load_captions(paths_in(tmp_path / "b").captions) == EXPECTED
+
+
 @pytest.mark.parametrize(
     "name",
     (
@@ -881,17 +905,24 @@ def test_photos_in_a_folder_of_another_name_are_found(tmp_path):
     assert prepared(folder) == {f"Flickr_Data/{name}": texts for name, texts in EXPECTED.items()}
 
 
-def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path):
+def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys):
     mine = json.dumps({"train": ["1.jpg"], "validation": ["2.jpg"], "test": ["3.jpg"]})
     folder = lay_out(tmp_path, {"captions.json": json.dumps(EXPECTED), "splits.json": mine})
     with pytest.raises(UserError, match="--karpathy_file"):
         check(folder)
     assert (folder / "splits.json").read_text() == mine
+    (folder / "splits.json").write_text('[{"image": "1.jpg", "split": "train"}]')
+    with pytest.raises(UserError, match="--karpathy_file"):
+        check(folder)
+    (folder / "splits.json").write_text(mine)
     (folder / "splits.json").rename(folder / "mine.json")
     flags = ["--split", "karpathy", "--karpathy_file", folder / "mine.json"]
     assert check(folder, *flags) == 0
     splits = load_splits(folder / "splits.json")
     assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+    (folder / "mine.json").write_text('{"train": ["1.jpg"], "val": ["2.jpg"]}')
+    assert check(folder, *flags) == 0
+    assert "mine.json says; 1 photos are of none" in capsys.readouterr().out
 
 
 QUESTIONS = [
@@ -921,6 +952,16 @@ QUESTIONS = [
             ),
         ),
         ("a.json", json.dumps({e["image"]: [e] for e in QUESTIONS})),
+        (
+            "a.csv",
+            "image,question,answers\n"
+            + "".join(f"{n},Which?,\"['red', 'red', 'blue']\"\n" for n in (1, 2, 3)),
+        ),
+        (
+            "a.csv",
+            "image,question,answers\n"
+            + "".join(f"{n},Which?,\"[{{'answer': 'red'}}]\"\n" for n in (1, 2, 3)),
+        ),
     ],
 )
 def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
@@ -931,6 +972,39 @@ def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
     assert {photo: [(t.question, t.target) for t in texts] for photo, texts in found.items()} == {
         photo: [("Which?", "red")] for photo in IDS
     }
+
+
+def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
+    file = tmp_path / "q.csv"
+    file.write_text("image,question,answer\n1.jpg,is it red, or blue?,red\n")
+    with pytest.raises(UserError, match=r"q\.csv, line 2 has 4 columns, not 3: put quotes around"):
+        read_questions(file)
+    file.write_text("image,question\n1.jpg,is it red, or blue?\n2.jpg,which?,\n")
+    found = read_questions(file, answered=False)
+    assert [found[n][0]["question"] for n in found] == ["is it red, or blue?", "which?"]
+
+
+def test_vqa_files_write_over_nothing(tmp_path):
+    folder = lay_out(tmp_path, {})
+    number = {"question_id": 1, "image_id": "1.jpg"}
+    (tmp_path / "q").write_text(json.dumps({"questions": [number | {"question": "Which?"}]}))
+    answers = [number | {"multiple_choice_answer": "red"}]
+    (tmp_path / "a").write_text(json.dumps({"annotations": answers}))
+    files = ["--vqa_questions", tmp_path / "q", "--vqa_annotations", tmp_path / "a"]
+    old = [{"image": f"{n}.JPG", "question": "Old?", "answer": "yes"} for n in (1, 2, 3)]
+    (folder / "questions.json").write_text(json.dumps(old))
+    for _ in range(2):
+        settings = settings_of(folder, "--tasks", "questions", *files)
+        with pytest.raises(UserError, match=r"questions\.json holds other questions.*delete it"):
+            prepare_dataset.prepare(settings)
+        prepare_dataset.prepare(settings_of(folder, "--tasks", "questions"))  # converts `old`
+    assert json.loads((folder / "questions.json").read_text()) == old
+    (folder / "questions.json").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match="leaves no photo"):  # of one photo
+            prepare_dataset.prepare(settings)
+        found = load_questions(paths_in(folder).questions)
+        assert [text.target for text in found["1.jpg"]] == ["red"]
 
 
 def test_answers_without_a_word_are_left_out(tmp_path, capsys):

@@ -49,6 +49,7 @@ def images(count: int) -> list[dict]:
             {"img": [photo(0), photo(1)], "caption_0": ["A", "b"], "caption_1": ["B", "c"]},
             ["A", "B"],
         ),
+        ({"image": images(2), "Caption Text": ["A dog", "b"]}, ["A dog"]),
         ({"image": images(2), "sentences": [[{"raw": "A dog"}], [{"raw": "b"}]]}, ["A dog"]),
     ],
 )
@@ -58,6 +59,15 @@ def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts
     assert found[0][2] == texts
     names = ["000000.jpg", "000001.jpg"] if "img" in columns else ["0.jpg", "1.jpg"]
     assert [name for name, _, _ in found] == names
+
+
+def test_objects_without_bytes_are_no_photos(tmp_path):
+    columns = {"image": [{"data": photo(0), "name": "0.jpg"}], "caption": ["a"]}
+    file = write(tmp_path / "a.parquet", columns)
+    with pytest.raises(UserError, match="the columns image, caption: it needs one with the photos"):
+        list(read_parquet([file]))
+    both = write(tmp_path / "b.parquet", columns | {"img": images(1)})
+    assert [name for name, _, _ in read_parquet([both])] == ["0.jpg"]
 
 
 def test_photos_without_a_name_get_one_that_no_other_has(tmp_path):
@@ -83,7 +93,7 @@ def test_two_photos_of_one_name_stay_two(tmp_path):
 def test_splits_of_files_or_a_column_are_folders(tmp_path, column):
     texts = {"image": images(2), "caption": ["a", "b"]}
     if column:
-        write(tmp_path / "test.parquet", texts | {"split": ["train", "dev"]})
+        write(tmp_path / "test.parquet", texts | {"Split": ["train", "dev"]})
     else:
         for split in ("train", "validation"):
             write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", texts)

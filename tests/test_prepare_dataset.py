@@ -505,6 +505,8 @@ def test_only_photos_and_the_table_are_taken(tmp_path: Path) -> None:
     extra = {
         "__MACOSX/Images/._0.jpg": b"x",
         "Images/.hidden.jpg": b"x",
+        "Images/.thumbnails/0.jpg": b"x",
+        ".trash/captions.txt": "x",
         "readme.txt": b"x",
         "run.py": b"x",
         "Deep/er/CAPTIONS.TXT": TABLE,
@@ -851,7 +853,7 @@ KARPATHY = [{"filename": n, "split": "train", "sentences": [{"raw": "A photo"}]}
 @pytest.mark.parametrize(
     "texts",
     [
-        {"train/0.txt": "A photo", "train/1.txt": "A photo", "__MACOSX/set/train/._0.txt": "x"},
+        {"train/0.txt": "A photo", "train/1.jpg.txt": "A photo", "__MACOSX/set/train/._0.txt": "x"},
         {"labels/0.txt": "A photo", "labels/1.txt": "A photo"},
         {"labels.csv": "image,caption\n0.jpg,A photo\n1.jpg,A photo\n", "readme.txt": "x"},
         {
@@ -914,7 +916,11 @@ def test_command_line(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert_complete(tmp_path / "my data")
     assert "python train.py --dataset flickr8k --data_dir 'my data' --split ratio" in run.stdout
-    assert f"photos    {len(PHOTOS)}" in run.stdout
+    assert f"photos    {len(PHOTOS)}" in run.stdout and "--follow_links" not in run.stdout
+    run = subprocess.run(
+        [*command, *flags, "--follow_links"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stdout.endswith("--train_split_ratio 0.7 --follow_links\n"), run.stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real Flickr8k photos are not here")

@@ -113,6 +113,8 @@ def test_vqa_accuracy_by_hand():
     assert vqa_accuracy("No.", ten) == 1
     assert vqa_accuracy("maybe", ten) == 0
     assert vqa_accuracy("the dog", ["a dog!"]) == 1
+    assert vqa_accuracy("yes", ["Yes."] * 3) == vqa_accuracy("no", ["no", "no"]) == 1
+    assert vqa_accuracy("no", ["no", "yes"]) == 0.5
     # Where all agree to the letter, nothing is normalised.
     assert (
         vqa_accuracy("the dog", ["dog"] * 10) == 0 < vqa_accuracy("the dog", ["dog", *["Dog"] * 9])
