@@ -295,9 +295,9 @@ class Ledger:
         progress = self.run.progress
         self.photos += len(update.names) * self.run.team.size  # the others' shares are about alike
         rate = self.photos / (time.monotonic() - self.bar.started)
-        loss = progress.loss_sum / max(1, progress.loss_count)
-        text = f"loss {loss:.3f}, lr {update.rate:.1e}, {rate:.0f} photos/s"
-        self.bar.step(update.batches, text)
+        figure = progress.loss_sum / max(1, progress.loss_count)
+        text = f"CIDEr of beams {figure:.1f}" if self.run.self_critical else f"loss {figure:.3f}"
+        self.bar.step(update.batches, f"{text}, lr {update.rate:.1e}, {rate:.0f} photos/s")
 
     def settle(self) -> None:
         """Enter what still waits."""
