@@ -29,7 +29,7 @@ from captions_file import (
     read_captions,
     texts_of,
 )
-from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file
+from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import is_photo, match_names, photos_in
 from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
 
@@ -228,7 +228,8 @@ def ensure_captions(
     found.tell(place)
     write_changed(usual, json.dumps(texts, ensure_ascii=False, indent=1))
     made = {
-        "source": "\n".join(map(str, sources)),
+        "source": "\n".join(place_of(source, paths.data_dir) for source in sources),
+        "images": place_of(paths.images, paths.data_dir),
         "state": "\n".join(map(state_of, sources)),
         "made": state_of(usual),
         "splits": splits,
@@ -257,12 +258,17 @@ def written_splits(paths: DataPaths) -> dict[str, Any]:
 
 
 def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
-    """From splits.json: what captions.json was made from, if it was and is as we made it; and the
-    names of these sources, if they are others now."""
-    note, made = written_splits(paths).get("captions"), paths.data_dir / "captions.json"
-    if not note or not made.exists() or note.get("made") != state_of(made):
-        return {}, ""
-    sources = [*map(Path, note["source"].split("\n"))]
+    """From splits.json: what captions.json was made from, if it was and is as we made it, or else
+    only the splits that it told; and the names of these sources, if they are others now."""
+    note = written_splits(paths).get("captions") or {}
+    made, images = paths.data_dir / "captions.json", place_of(paths.images, paths.data_dir)
+    if "made" not in note or not made.exists() or note["made"] != state_of(made):
+        return {key: note[key] for key in ("splits",) if note.get(key)}, ""
+    if note.get("images", images) != images and any(
+        read(paths.images).texts for read in (read_nested, read_texts_beside)
+    ):
+        return note, f"the folder of photos, now {paths.images} with texts of its own,"
+    sources = [paths.data_dir / place for place in note["source"].split("\n")]
     there = all(source.exists() for source in sources)
     changed = there and "\n".join(map(state_of, sources)) != note["state"]
     return note, ", ".join(map(str, sources)) if changed else ""

@@ -90,12 +90,16 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     )
 
 
-def converted_file(data_dir: Path, source: Path) -> Path:
-    """Where texts are kept that were read from `source`, a file in another form: found again by
-    another spelling of either path, and for a source within it where `data_dir` was moved."""
+def place_of(source: Path, data_dir: Path) -> str:
+    """What a file or folder is known by: the same for another spelling of either path, and, for
+    what lies within it, where `data_dir` was moved."""
     place, root = Path(os.path.realpath(source)), os.path.realpath(data_dir)
-    place = place.relative_to(root) if place.is_relative_to(root) else place
-    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:6]
+    return str(place.relative_to(root) if place.is_relative_to(root) else place)
+
+
+def converted_file(data_dir: Path, source: Path) -> Path:
+    """Where texts are kept that were read from `source`, a file in another form."""
+    digest = hashlib.sha256(os.fsencode(place_of(source, data_dir))).hexdigest()[:6]
     return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 

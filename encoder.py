@@ -283,6 +283,32 @@ class FrozenEncoder(nn.Module):
             options = {"max_num_patches": (self.side // self.patch_size) ** 2}
         return dict(self.processor(images=list(images), return_tensors="pt", **options))
 
+    def check(self) -> None:
+        """Refuse a tower that doesn't make (patches, width) of pictures of any shape, together and
+        alone the same: there are some that pool, or leave patches out at random."""
+        shapes = ((96, 64), (64, 160))
+        pictures = [Image.radial_gradient("L").convert("RGB").resize(shape) for shape in shapes]
+        try:
+            alone, other = (self.preprocess([picture]) for picture in pictures)
+            together = {name: torch.cat([alone[name], other[name]]) for name in alone}
+            device = next(self.parameters()).device
+            first, both = (
+                self({name: part.to(device) for name, part in inputs.items()})
+                for inputs in (alone, together)
+            )
+            wrong = f"it gives {tuple(both.shape)} for two pictures"
+            if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
+                apart = (both[:1] - first).norm() if both[:1].shape == first.shape else math.inf
+                wrong = "the same picture gives others" if apart > 0.05 * first.norm() else ""
+        except Exception as error:  # noqa: BLE001 - what a library's model raises is without end
+            wrong = first_line(error)
+        if wrong:
+            raise UserError(
+                f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
+                f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))} "
+                f"({wrong}): choose another, or other layers"
+            )
+
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Preprocessed pictures -> features (images, patches, width), the whole sequence."""
@@ -348,6 +374,8 @@ def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
         return transformers.BlipVisionModel, {"key_mapping": {r"^vision_model\.": ""}}
     if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
+    if type(config) not in transformers.AutoModel._model_mapping:
+        raise UserError(f"the tower of {name!r}, a {config.model_type}, can't be loaded by itself")
     tower_class = transformers.AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters:
         return tower_class, {"add_pooling_layer": False}

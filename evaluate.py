@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -34,9 +34,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from captions_search import say_outdated
+from captions_search import say_outdated, written_splits
 from checkpoint import load_checkpoint
-from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
+from dataset import (
+    DataPaths,
+    Text,
+    data_paths,
+    load_splits,
+    load_texts,
+    prompts_about,
+    references_of,
+)
 from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
 from features import build_features, file_digest
@@ -224,6 +232,7 @@ class Scored:
                 taken.append(output)
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
+        say_other_split(self.checkpoint.settings, settings, self.paths)
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
@@ -257,6 +266,19 @@ class Scored:
             batch_size=self.settings.batch_size,
         )
         return [*tqdm(found, total=len(prompts), desc="writing", unit="text", disable=None)]
+
+
+def say_other_split(
+    trained: Mapping[str, Any], settings: SimpleNamespace, paths: DataPaths
+) -> None:
+    """Say if the same data were split otherwise when the checkpoint was `trained`."""
+    table, before = written_splits(paths), trained.get("SPLIT")
+    now = table.get("source") if table.get("method") == "ratio" else table.get("method")
+    if before == "ratio":
+        before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
+    same = Path(trained.get("DATA_DIR", "")).name == Path(settings.DATA_DIR).resolve().name
+    if same and now and before and now != before:
+        print(f"note: trained on another split of these photos ({before}): some may be scored here")
 
 
 # --- Captions -------------------------------------------------------------------------------

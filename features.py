@@ -331,6 +331,7 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
                 f"features in {other} are of another kind ({', '.join(changed)} differ): "
                 "not used; delete that folder if you no longer need it"
             )
+        encoder.check()
         write_table(folder / "identity.json", identity)
     return folder
 

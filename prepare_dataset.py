@@ -394,7 +394,8 @@ def prepare(
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, questions_source(settings, paths), paths.images)
-        tasks, note, known = parse_tasks(settings.TASKS), {}, {}
+        tasks, note = parse_tasks(settings.TASKS), written_splits(paths).get("captions") or {}
+        known = note.get("splits", {})
         if "captions" in tasks:
             paths, note, known = ensure_captions(settings, paths)
         if "questions" in tasks:

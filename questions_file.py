@@ -22,6 +22,8 @@ from photo_names import match_names
 from tables import Table, table_of
 from utils import UserError, read_json, write_file
 
+ANSWERS = ("multiple_choice_answer", "answer", "answers")
+
 
 def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:
     """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
@@ -56,7 +58,7 @@ def _rows(table: Table) -> list[Entry]:
     """A table's rows as objects; a delimiter in a text that isn't quoted is refused where it
     might stand in the question or in the answer."""
     names, rows = table.names, []
-    texts = [place for place, name in enumerate(names) if name in ("question", "answer", "answers")]
+    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows[1:]:
         if texts == [len(names) - 1]:
             table.trim(row)
@@ -76,20 +78,22 @@ def _question(
 ) -> dict[str, Any]:
     """A question with its answer, or several people's, as questions.json has it; raises as
     `read_question`."""
-    several = entry.get("answers")
+    own = [entry.get(key) for key in ANSWERS[:2]]
+    several = entry.get("answers") or next((one for one in own if isinstance(one, list)), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
-    own = (entry.get("multiple_choice_answer"), entry.get("answer"))
-    answer = next((str(text) for text in own if text not in (None, "")), "")
+    answer = next((text for text in own if text not in (None, "") and text is not several), "")
     kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
-    found = {"question": str(asked or ""), "answer": answer, "answers": answers, "type": str(kind)}
+    found = {"question": asked or "", "answer": answer, "answers": answers, "type": kind}
+    found |= {key: str(found[key]) for key in found if isinstance(found[key], int | float)}
     return found | {"answer": read_question(where, found, answered).target}
 
 
-def _people(said: Any) -> list[str]:
+def _people(said: Any) -> list[Any]:
     """Several people's answers, or a single one, each a value or an object that has it."""
     said = said if isinstance(said, list) else [said]
     answers = [each.get("answer") if isinstance(each, dict) else each for each in said]
-    return [str(answer) for answer in answers if answer is not None]
+    answers = [str(each) if isinstance(each, int | float) else each for each in answers]
+    return [each for each in answers if str(each or "").strip()]
 
 
 def convert_vqa(

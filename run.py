@@ -77,7 +77,7 @@ class Progress:
 
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches done in the epoch under way
-    order: str = ""  # of which order of photos, by `rows.order`
+    order: str = ""  # of which order of photos and stage, by `train.order_of`
     judged: str = ""  # by which photos and texts the history's epochs were judged
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included

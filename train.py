@@ -98,11 +98,10 @@ def take_place(run: Run, data: Data) -> None:
     """Begin at the place in the epoch where a resumed run was, if its order is the same."""
     run.progress = progress = run.team.on_rank0(lambda: keep_apart(run))
     settings = run.settings
-    order = data.train.order(settings.BATCH_SIZE, settings.SEED, run.team)
-    if progress.batch and progress.order not in ("", order):
+    if progress.batch and progress.order not in ("", order_of(run, data)):
         print(
-            "resumed   with another order of photos (their list, captions, the batch size, seed or "
-            f"processes have changed): epoch {progress.epoch + 1} begins anew"
+            "resumed   with another order of photos (their list, captions, the batch size, seed, "
+            f"processes or stage have changed): epoch {progress.epoch + 1} begins anew"
         )
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
     texts = [(name, data.texts[name]) for name in data.val.names]
@@ -110,7 +109,13 @@ def take_place(run: Run, data: Data) -> None:
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
         print("resumed   with other validation photos or texts: earlier epochs are not compared")
         progress.since = dict.fromkeys(MEASURES, progress.epoch)
-    progress.order, progress.judged = order, judged
+    progress.judged = judged
+
+
+def order_of(run: Run, data: Data) -> str:
+    """Names the order of the epoch's photos, and what its sums are of."""
+    order = data.train.order(run.settings.BATCH_SIZE, run.settings.SEED, run.team)
+    return order + "-self-critical" * run.self_critical
 
 
 # --- One epoch ------------------------------------------------------------------------------
@@ -121,6 +126,7 @@ def train_epoch(run: Run, data: Data, ledger: Ledger, stop: StopSignal) -> bool:
 
     It breaks off, after a whole update, when any process of the team is asked to stop.
     """
+    run.progress.order = order_of(run, data)
     # Without dropout in the self-critical stage: the gradient is of the model that searched.
     run.model.train(not run.self_critical)
     for group in batch_groups(run, data):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,8 @@ from encoder import (
     open_image,
     parse_layers,
 )
-from tests.conftest import build_encoder, run
+from features import open_folder
+from tests.conftest import build_encoder, run, vision_sizes
 from tests.forked import Forked
 from utils import UserError
 
@@ -82,6 +84,37 @@ def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="not a vision Transformer"):
         FrozenEncoder.load(str(tmp_path))
+
+
+def odd_encoder(kind: str):
+    """A model and processor that load, and don't make the same sequence of every picture."""
+    size = {"height": 32, "width": 32}
+    processor = transformers.ViTImageProcessorPil(size=size)
+    if kind == "leaves patches out at random":
+        model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**vision_sizes()))
+    elif kind == "layers of several widths":
+        config = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4}
+        model = transformers.SwinModel(
+            transformers.SwinConfig(**config, depths=[1, 1], num_heads=[2, 4])
+        )
+    else:
+        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision_sizes()))
+        edge = {"shortest_edge": 32}
+        processor = transformers.CLIPImageProcessorPil(size=edge, do_center_crop=False)
+    return model, processor
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "kind", ["leaves patches out at random", "layers of several widths", "no crop"]
+)
+def test_an_encoder_of_another_kind_is_refused_before_photos_are_encoded(kind, tmp_path):
+    for part in odd_encoder(kind):
+        part.save_pretrained(tmp_path / "odd")
+    encoder = FrozenEncoder.load(str(tmp_path / "odd"), layers=(-1, -3))
+    with pytest.raises(UserError, match="makes no sequence of .*: choose another"):
+        open_folder(tmp_path / "features", encoder, torch.float32)
+    assert not (tmp_path / "features").exists()
 
 
 def test_layers_outside_the_tower_are_refused(encoder_dir):

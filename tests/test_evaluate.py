@@ -68,6 +68,16 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
 
 
+def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
+    data = shutil.copytree(trained, tmp_path / trained.name)
+    flags = ["evaluate.py", "--checkpoint", data / "captioner_best_cider.safetensors"]
+    flags += ["--data_dir", data, "--report", tmp_path / "report.html"]
+    assert "note:" not in run(*flags).stdout
+    splits = json.loads((data / "splits.json").read_text()) | {"source": "TRAIN_SPLIT_RATIO = 0.3"}
+    (data / "splits.json").write_text(json.dumps(splits))
+    assert "note: trained on another split of these photos (TRAIN_SPLIT_RATIO" in run(*flags).stdout
+
+
 def test_what_is_read_is_not_written_over(tmp_path, trained):
     best = trained / "captioner_best_cider.safetensors"
     made = tmp_path / "features"

@@ -818,6 +818,37 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
+    """From another folder, after DATA_DIR was moved, and after a run without captions."""
+    table = "image,caption,split\n" + "".join(
+        f'{name},"{text}",{"val" if name == "3.jpg" else "train"}\n' for name, text in PAIRS
+    )
+    monkeypatch.chdir(lay_out(tmp_path / "data", {"captions.csv": table}))
+    own = ["--split", "karpathy"]
+    prepared(Path("."), *own)
+    monkeypatch.chdir(tmp_path)
+    questions = {name: [{"question": "Which?", "answer": "red"}] for name in IDS}
+    (tmp_path / "data" / "questions.json").write_text(json.dumps(questions))
+    assert check(tmp_path / "data", "--tasks", "questions") == 0
+    folder = (tmp_path / "data").rename(tmp_path / "moved")
+    text = (folder / "captions.csv").read_text()
+    (folder / "captions.csv").write_text(text.replace(PAIRS[0][1], "A new cat"))
+    assert prepared(folder, *own)[PAIRS[0][0]][0] == "A new cat"
+    splits = load_splits(folder / "splits.json")
+    made = (folder / "captions.json").read_text()
+    (folder / "captions.json").write_text(made.replace("A new cat", "My cat"))
+    assert prepared(folder, *own)[PAIRS[0][0]][0] == "My cat"
+    assert load_splits(folder / "splits.json") == splits
+
+
+def test_texts_beside_other_photos_are_theirs(tmp_path):
+    for name in ("cat", "dog"):
+        lay_out(tmp_path / name, {f"images/{n}.txt": f"A {name}" for n in (1, 2, 3)})
+    for name in ("cat", "dog"):
+        found = prepared(tmp_path, "--image_dir", tmp_path / name / "images")
+        assert found == {photo: [f"A {name}"] for photo in IDS}
+
+
 def test_what_a_training_writes_beside_photos_changes_no_captions(tmp_path, capsys):
     files = {f"images/{n}.txt": "A dog" for n in (1, 2, 3)}
     folder = lay_out(tmp_path, files)
@@ -982,6 +1013,34 @@ def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
     file.write_text("image,question\n1.jpg,is it red, or blue?\n2.jpg,which?,\n")
     found = read_questions(file, answered=False)
     assert [found[n][0]["question"] for n in found] == ["is it red, or blue?", "which?"]
+    file.write_text("image,question,multiple_choice_answer\n1.jpg,which?,red, blue\n")
+    with pytest.raises(UserError, match="line 2 has 4 columns"):
+        read_questions(file)
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "answers"),
+    [
+        ({"answer": ["net", "ball", "net"]}, "net", ["net", "ball", "net"]),
+        ({"answer": "red", "answers": ""}, "red", []),
+        ({"answer": 0}, "0", []),
+        ({"answers": ["", "red", None]}, "red", ["red"]),
+        ({"answer": {"text": "red"}}, None, None),
+        ({"answers": ["red", ["blue"]]}, None, None),
+        ({"question": ["Which?"], "answer": "red"}, None, None),
+    ],
+)
+def test_answers_are_texts_and_several_may_stand_under_either_name(
+    tmp_path, entry, answer, answers
+):
+    file = tmp_path / "q.json"
+    file.write_text(json.dumps([{"image": "1.jpg", "question": "Which?"} | entry]))
+    if answers is None:
+        with pytest.raises(UserError, match="parts are no text"):
+            read_questions(file)
+    else:
+        [question] = read_questions(file)["1.jpg"]
+        assert (question["answer"], question["answers"]) == (answer, answers)
 
 
 def test_vqa_files_write_over_nothing(tmp_path):

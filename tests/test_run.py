@@ -122,6 +122,23 @@ def test_a_place_in_another_order_of_photos_is_given_up(six, tmp_path):
 
 
 @pytest.mark.fault
+def test_sums_of_two_stages_are_not_mixed(six, tmp_path):
+    data, flags = six
+    output = tmp_path / "out"
+    more = ["--output_dir", output, "--scst_epochs", 1]
+    killed = run("tests/killed_run.py", "update", 100, *flags, *more, "--epochs", 1)
+    assert killed.returncode == 0, killed.stderr
+    checkpoint = load_checkpoint(output / "last.pt")
+    checkpoint.training["progress"] |= {"epoch": 1, "batch": 2, "loss_sum": 1e4, "loss_count": 9}
+    save_for_training(output / "last.pt", checkpoint)
+    resume = ["--resume_checkpoint_path", output / "last.pt"]
+    other = run("train.py", *flags, *more, *resume, "--epochs", 2)
+    assert other.returncode == 0 and "epoch 2 begins anew" in other.stdout, other.stderr
+    history = load_checkpoint(output / "last.pt").training["progress"]["history"]
+    assert history[-2]["train_loss"] < 20
+
+
+@pytest.mark.fault
 def test_the_files_of_the_best_losses_may_be_gone(six, tmp_path):
     data, flags = six
     checkpoint = load_checkpoint(data / "last.pt")
