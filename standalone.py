@@ -95,6 +95,7 @@ def repository_files(
     files = checkpoint.tokenizer.to_files()
     of_tokenizer = json.loads(files["tokenizer_config.json"])
     of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}
+    of_tokenizer["model_max_length"] = size.max_length  # half of which a question may take
     texts = {
         "config.json": config,
         "generation_config.json": generation,
@@ -102,6 +103,6 @@ def repository_files(
         "tokenizer_config.json": of_tokenizer,
     }
     files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
-    for name in (CODE, "decoder", "rerank"):  # which import nothing else of ours
+    for name in (CODE, "pictures", "decoder", "rerank"):  # which import nothing else of ours
         files[f"{name}.py"] = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
     return files | {"preprocessor_config.json": processor}

@@ -28,6 +28,7 @@ from tests.conftest import (
     small_flags,
     write_photos,
 )
+from tests.test_inference import odd_pictures
 from tools import export as tools_export
 from utils import UserError
 
@@ -312,10 +313,42 @@ def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path):
     photos = [str(path) for path in sorted((joint / "images").iterdir())[:5]]
     captioner = load_captioner(joint / "captioner_best_cider.safetensors", precision="fp32")
     question = "What color is the square?"
-    ours = [captioner.caption(photos, beam_size=1), captioner.answer(photos, [question] * 5)]
-    assert all(len(set(texts)) > 1 for texts in ours)
-    theirs = elsewhere(folder, tmp_path, ["", question], photos)
+    other, long = "on the left or on the right?", "is the square on the left? " * 9
+    ours = [captioner.caption(photos, beam_size=1)]
+    ours += [captioner.answer(photos, [asked] * 5) for asked in (question, other, long)]
+    assert all(len(set(texts)) > 1 for texts in ours[:2])
+    theirs = elsewhere(folder, tmp_path, ["", question, other, long], photos)
     assert theirs == [[texts, texts[0]] for texts in ours]
+
+
+def test_pictures_are_seen_there_as_here(folder, joint, tmp_path):
+    encoder = load_checkpoint(joint / "captioner_best_cider.safetensors").load_encoder()
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    for path in odd_pictures(tmp_path):
+        ours = encoder.preprocess([encoder.open(path)])["pixel_values"]
+        with Image.open(path) as image:
+            assert torch.equal(processor(images=image)["pixel_values"], ours), path.name
+
+
+def test_an_answer_may_repeat_its_question_and_a_caption_not_itself(folder, joint):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = Image.open(joint / "images" / "000.png")
+    question = "on the left or on the left"
+    inputs = processor(images=[photo] * 2, text=["", question])
+    start = inputs["input_ids"].shape[1]
+    wanted = processor.tokenizer(question, add_special_tokens=False).input_ids + [2]
+
+    def write(ids, scores):  # the question, if nothing forbids it
+        scores[:, wanted[min(ids.shape[1] - start, len(wanted) - 1)]] += 1000
+        return scores
+
+    how = {"logits_processor": [write], "num_beams": 1}
+    for more, free in (({}, [False, True]), ({"no_repeat_ngram_size": 3}, [False, False])):
+        ids = model.generate(**inputs, **how, **more)[:, start:]
+        assert [row[: len(wanted)] == wanted for row in ids.tolist()] == free
+    ids = model.generate(**inputs, **how, no_repeat_ngram_size=0)[:, start:]
+    assert ids.tolist() == [wanted] * 2
 
 
 def test_beams_are_reranked_there_as_here(folder, joint):
@@ -350,7 +383,8 @@ def test_beams_are_reranked_there_as_here(folder, joint):
         with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
             model.generate(**asked, **impossible)
     with pytest.raises(ValueError, match="leaves no room"):
-        model.generate(**processor(images=photos[:1], text=["why is it so? " * 50]))
+        long = torch.full((1, model.config.max_position_embeddings), 9)
+        model.generate(long, processor(images=photos[:1])["pixel_values"])
 
 
 def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):

@@ -447,6 +447,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
         "processor_config.json",
         "generation_config.json",
         "modeling_captioner.py",
+        "pictures.py",
         "decoder.py",
         "rerank.py",
     }
