@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -153,6 +154,21 @@ def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
     photo = Photo(tmp_path / "a.jpg", "a.jpg")
     Table(tmp_path / "x.jsonl", "skip", False).write([(photo, "", "a dog")])
     assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
+
+
+def test_few_photos_are_held_decoded(trained, folder, monkeypatch):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    opened, held, read = [], [], captioner._open
+
+    def counted(path):
+        image = read(path)
+        opened.append(weakref.ref(image))
+        held.append(sum(ref() is not None for ref in opened))
+        return image
+
+    monkeypatch.setattr(captioner, "_open", counted)
+    captioner.caption([folder / name for name in NAMES] * 10)
+    assert len(held) == 40 and max(held) <= 4  # on two threads, each with its last one
 
 
 def test_a_photo_that_is_named_twice_is_captioned_once(folder, caption):
@@ -412,7 +428,8 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
         inference,
         "encode",
         lambda tower, inputs, dtype: (
-            encoded.append(len(inputs[0]["pixel_values"])) or encode(tower, inputs, dtype)
+            encoded.append(sum(len(each["pixel_values"]) for each in inputs))
+            or encode(tower, inputs, dtype)
         ),
     )
     pictures = [photo for photo in photos for _ in questions]
