@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pictures import upright_rgb
-from utils import UserError, first_line
+from utils import UserError, first_line, last_part
 
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
@@ -207,10 +207,10 @@ class FrozenEncoder(nn.Module):
         if weights:
             options.pop("key_mapping", None)
             tower: dict[str, Any] = {"config": self.tower.config.to_dict()}
-        elif os.path.isdir(name):
-            tower = {"name": os.path.basename(os.path.abspath(name)), "revision": None}
+            tower["config"].pop("_name_or_path", None)  # a folder here, perhaps
         else:
-            tower = {"name": name, "revision": self.source["revision"]}
+            told = public(self.source)
+            tower = {"name": told["name"], "revision": told["revision"]}
         return {"class": tower_class.__name__, "options": options} | tower
 
     def train(self, mode: bool = True) -> FrozenEncoder:
@@ -244,6 +244,14 @@ def decisive(identity: dict[str, Any]) -> dict[str, Any]:
     """Of an `identity()` what features depend on: a folder that moved, or a branch that was
     renamed, holds the same weights all the same."""
     return {key: identity[key] for key in identity if key not in ("name", "revision")}
+
+
+def public(identity: dict[str, Any]) -> dict[str, Any]:
+    """An `identity()` as others may see it: of a folder here only the last part is told."""
+    name = identity["name"]
+    local = os.path.isdir(name)
+    told = {"name": last_part(os.path.abspath(name) if local else name)}
+    return identity | told | ({"revision": None} if local else {})
 
 
 def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:

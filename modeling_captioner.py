@@ -176,6 +176,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
             model.config.tower = {"class": tower["class"], "options": options}
             model.config.tower["config"] = model.tower.config.to_dict()
+            model.config.tower["config"].pop("_name_or_path", None)  # a folder here, perhaps
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,8 @@ def repository_files(
     if why := refusal(tower):
         raise UserError(why)
     size, options = checkpoint.model.config, checkpoint.generation
-    described = checkpoint.description()
-    described["encoder"] = checkpoint.encoder | {"name": tower.get("name")}
-    described["settings"] = {
-        name: value
-        for name, value in checkpoint.settings.items()
-        if not (isinstance(value, str) and os.path.isabs(value))  # nobody's business
-    }
+    described = checkpoint.for_others().description()
+    described["encoder"] |= {"name": tower.get("name")}
     del described["tokenizer"]  # it has files of its own
     special = {"pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID}
     config = {

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,11 +149,13 @@ def test_the_metadata_is_enough_and_says_nothing_of_the_machine(exported, checkp
     text = "a red square"
     ids = Tokenizer.from_str(about["tokenizer"]).encode(text, add_special_tokens=False).ids
     assert [ids] == checkpoint.tokenizer.encode([text])
-    assert json.loads(about["encoder"]) == checkpoint.encoder
+    encoder = Path(checkpoint.encoder["name"])
+    assert json.loads(about["encoder"]) == checkpoint.encoder | {"name": encoder.name}
     assert json.loads(about["special_ids"]) == {"pad": 0, "start": 1, "end": 2, "answer": 3}
     assert json.loads(about["max_length"]) == checkpoint.model.config.max_length
-    content = exported.read_bytes()
-    for trace in (b"stack_trace", b"export.py", b"decoder.py", str(REPO).encode()):
+    content = exported.read_bytes() + exported.with_name("captioner.encoder.onnx").read_bytes()
+    folders = str(REPO).encode(), str(encoder.parent).encode()
+    for trace in (b"stack_trace", b"export.py", b"decoder.py", *folders):
         assert trace not in content
 
 
@@ -220,6 +223,11 @@ def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatc
     monkeypatch.setattr(export, "LARGEST", 1000)
     with pytest.raises(UserError, match="at most 2 GB"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "c.onnx")])
+    monkeypatch.setattr(export, "LARGEST", 500_000)  # more than this decoder takes
+    monkeypatch.setattr(FrozenEncoder, "load_as_trained", lambda *_: torch.nn.Linear(400, 400))
+    flags = ["--checkpoint", checkpoint, "--with-encoder", "--out", str(tmp_path / "c.onnx")]
+    with pytest.raises(UserError, match="the encoder takes 641.6 kB"):
+        tools_export.main(flags)
     assert not list(tmp_path.iterdir())
 
 
@@ -306,6 +314,9 @@ def folder(joint, tmp_path_factory):
     assert again.returncode == 1 and "is there already" in again.stderr
     inside = run("-m", "tools.export", *command[:-1], path / "config.json" / "inside")
     assert inside.returncode == 1 and "choose another folder" in inside.stderr, inside.stderr
+    encoder = load_checkpoint(checkpoint).encoder["name"]
+    for file in path.iterdir():
+        assert os.path.dirname(encoder).encode() not in file.read_bytes(), file.name
     return path
 
 
