@@ -250,12 +250,12 @@ result["seconds"] = time.monotonic() - started
     (line,) = result["lines"]
     assert line.endswith(f"to send it: hf upload me/captioner {path} model.safetensors")
     assert not list(tmp_path.glob(".*.tmp"))
-    code = code.replace(
-        'FILES, "last")', 'FILES, "last", lambda path, other: other.write_bytes(b"public"))'
-    )
+    server.faults["me/other"] = [("commit", HANG)] * 9
+    code = code.replace("me/captioner", "me/other").replace('"last")\n', '"last", public)\n', 1)
+    code = "public = lambda path, other: other.write_bytes(b'public')\n" + code
     (line,) = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)["lines"]
     path = tmp_path / "to_send_last.safetensors"  # what was made of it, and not the checkpoint
-    assert f"hf upload me/captioner {path} model.safetensors" in line
+    assert f"hf upload me/other {path} model.safetensors" in line
     assert path.read_bytes() == b"public" and not list(tmp_path.glob(".*.tmp"))
 
 
