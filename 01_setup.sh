@@ -95,7 +95,7 @@ wanted() { # the stamp's line for these requirements files
 files=(requirements.txt)
 last=requirements.txt # includes those before it
 if [[ $dev == yes ]]; then
-    files+=(requirements-app.txt requirements-export.txt requirements-shards.txt requirements-dev.txt)
+    files=(requirements*.txt)
     last=requirements-dev.txt
 fi
 
@@ -104,10 +104,11 @@ whole() { # all packages can be found, and torch works; -I: a folder here is not
 import sys
 from importlib.util import find_spec
 
-names = "transformers tokenizers huggingface_hub safetensors numpy PIL requests tqdm wandb".split()
+names = "transformers tokenizers huggingface_hub safetensors numpy PIL requests tqdm".split()
+names += "matplotlib wandb".split()
 if sys.argv[1] == "yes":
     names += "pytest xdist ruff hypothesis starlette uvicorn selenium".split()
-    names += "onnx onnxruntime onnxscript webdataset".split()
+    names += "onnx onnxruntime onnxscript webdataset pyarrow".split()
 missing = [name for name in names if find_spec(name) is None]
 if missing:
     sys.exit(f"missing: {' '.join(missing)}")

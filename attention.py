@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from model import CaptionModel
 from tokenizer import CaptionTokenizer
 from utils import UserError
 
+RULER = 3_000_000  # pixels of what is shown to the processor: more tell no more, and take room
 TILE = 240  # pixels along the longer side of a tile
 GAP = 14  # around tiles
 PAPER, INK, GLOW = (255, 255, 255), (32, 33, 36), (255, 176, 32)
@@ -55,6 +57,9 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
     The processor itself is asked what it does to a photo (crop, resize, pad): it is given one
     whose red grows from left to right and whose green from top to bottom.
     """
+    if getattr(encoder.processor, "do_resize", False):  # or else it counts pixels, not parts
+        shrink = min(1, (RULER / math.prod(size)) ** 0.5)
+        size = tuple(max(1, round(side * shrink)) for side in size)
     width, height = size
     ruler = np.zeros((height, width, 3), dtype=np.uint8)
     ruler[..., 0] = np.rint(255 * (np.arange(width) + 0.5) / width)

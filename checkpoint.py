@@ -14,7 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from decoder import DecoderConfig
-from encoder import FrozenEncoder
+from encoder import FrozenEncoder, public
 from model import CaptionModel
 from options import GenerationOptions, typed
 from rerank import Reranker
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, check_ranges, first_line, write_error
+from utils import (
+    UserError,
+    atomic_write,
+    check_ranges,
+    first_line,
+    last_part,
+    link_or_copy,
+    write_error,
+)
 
 FORMAT = 3
 RERANKER = "reranker."  # what the names of its tensors begin with
@@ -52,6 +60,11 @@ class Checkpoint:
     def load_encoder(self, moved_to: str | None = None) -> FrozenEncoder:
         """The encoder that it was trained on, from where it is now, if no longer where it was."""
         return FrozenEncoder.load_as_trained(self.encoder, self.model.feature_width, moved_to)
+
+    def for_others(self) -> Checkpoint:
+        """As it may leave this machine, whose folders it tells by their last part."""
+        settings = {n: last_part(v) if isinstance(v, str) else v for n, v in self.settings.items()}
+        return replace(self, encoder=public(self.encoder), settings=settings, training=None)
 
     def require(self, task: str) -> None:
         """Refuse a task that it never learned."""
@@ -136,6 +149,19 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
                 raise write_error(OSError(int(number[1]), str(error)), path) from error
             raise UserError(f"{path} can't be written: {error}") from error
     return metadata["digest"]
+
+
+def link_for_others(path: Path, other: Path) -> None:
+    """Give a checkpoint a second name under which it may leave this machine.
+
+    It is the same file; where that tells of folders here, one that doesn't.
+    """
+    checkpoint = load_checkpoint(path)
+    told = checkpoint.for_others()
+    if told.description() == checkpoint.description():
+        link_or_copy(path, other)
+    else:
+        save_for_use(other, told)
 
 
 def save_for_training(path: Path, checkpoint: Checkpoint) -> str:

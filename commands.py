@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,9 +66,22 @@ def begin(read: Callable[[], Any]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
-        say_without_effect(read(), sys.argv[1:])
+        settings = read() if os.environ.get("LOCAL_RANK", "0") == "0" else _read_silently(read)
+        say_without_effect(settings, sys.argv[1:])
     except UserError as error:
         sys.exit(say_error(error))
+
+
+def _read_silently(read: Callable[[], Any]) -> Any:
+    """What all but torchrun's first process on a machine do: that one says what is wrong."""
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with contextlib.redirect_stderr(nowhere):
+                return read()
+    except (UserError, SystemExit) as end:
+        if not isinstance(end, SystemExit) or end.code:
+            time.sleep(10)  # torchrun ends all once one has ended: the first may not have spoken
+        sys.exit(getattr(end, "code", 1))
 
 
 def say_without_effect(settings: Any, argv: Sequence[str]) -> None:

@@ -7,20 +7,19 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import huggingface_hub
-import numpy as np
 import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from utils import UserError, first_line
+from pictures import upright_rgb
+from utils import UserError, first_line, last_part
 
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
@@ -32,19 +31,7 @@ PHOTO_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 # Pixels that are decoded, in some 12 bytes each of RAM; these formats take more while they do.
 # A JPEG is decoded small, so it may be as large as Pillow allows, if it doesn't come in passes.
 LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "WEBP": 24_000_000}
-DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
-PHOTOMETRIC = 262  # the TIFF tag, which is 0 where 0 is white
-ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(UserError):
@@ -66,7 +53,7 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
 
 
 def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):
-    """A picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white."""
+    """A picture, if it isn't too large, as `upright_rgb` gives it."""
     with _named(name):
         if least and not image.info.get("progressive"):
             image.draft(None, (least, least))
@@ -77,46 +64,7 @@ def as_rgb(image: Image.Image, name: object = "the picture", least: int | None =
                 f"{name} is too large a picture: it has {pixels / 1e6:.0f} megapixels, at most "
                 f"{most / 1e6:.0f} are read; make it smaller, or a JPEG"
             )
-        image.load()
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-        image = _eight_bits(image) if image.mode.startswith(("I", "F")) else image
-        # Pillow's own way to turn it also writes EXIF anew, and fails where another tag is odd.
-        image = image.transpose(turn) if turn is not None else image
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGB", image.size, "white")
-            white.paste(image, mask=image)
-            return white
-        picture = image.convert("RGB")
-        picture.info.clear()  # or what it says of being turned would be heeded twice
-        return picture
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey in more than 8 bits, or in floats, by its bit depth or else its own range: Pillow's
-    conversion would clip it to white, or round it to black."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if not math.isfinite(high - low):
-        raise ValueError("it holds values that are no numbers")
-    whole = values.dtype.kind != "f"
-    usual = high if whole else float(np.percentile(values, 99.9))
-    if high - low > 20 * (usual - low) > 0:  # a hot pixel: all else would be black
-        high, values = usual, values.clip(max=usual)
-    if whole and low >= 0 and high < 2 ** DEPTHS[-1]:
-        bits = next(bits for bits in DEPTHS if high < 2**bits)
-        grey = values >> (bits - 8)
-    elif not whole and low >= 0 and (high <= 1 or 127 < high <= 255):
-        grey = values * (255 if high <= 1 else 1)
-    else:
-        low = min(low, 0)
-        grey = (values - np.float32(low)) * (255 / (high - low))
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # Pillow turns only eight bits over
-        grey = 255 - grey
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey = np.where(values == clear, 255, grey)
-    return Image.fromarray(grey.astype(np.uint8))
+        return upright_rgb(image)
 
 
 @contextlib.contextmanager
@@ -259,10 +207,10 @@ class FrozenEncoder(nn.Module):
         if weights:
             options.pop("key_mapping", None)
             tower: dict[str, Any] = {"config": self.tower.config.to_dict()}
-        elif os.path.isdir(name):
-            tower = {"name": os.path.basename(os.path.abspath(name)), "revision": None}
+            tower["config"].pop("_name_or_path", None)  # a folder here, perhaps
         else:
-            tower = {"name": name, "revision": self.source["revision"]}
+            told = public(self.source)
+            tower = {"name": told["name"], "revision": told["revision"]}
         return {"class": tower_class.__name__, "options": options} | tower
 
     def train(self, mode: bool = True) -> FrozenEncoder:
@@ -322,6 +270,14 @@ def decisive(identity: dict[str, Any]) -> dict[str, Any]:
     """Of an `identity()` what features depend on: a folder that moved, or a branch that was
     renamed, holds the same weights all the same."""
     return {key: identity[key] for key in identity if key not in ("name", "revision")}
+
+
+def public(identity: dict[str, Any]) -> dict[str, Any]:
+    """An `identity()` as others may see it: of a folder here only the last part is told."""
+    name = identity["name"]
+    local = os.path.isdir(name)
+    told = {"name": last_part(os.path.abspath(name) if local else name)}
+    return identity | told | ({"revision": None} if local else {})
 
 
 def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:

@@ -107,7 +107,8 @@ LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose logi
 
 @dataclass(frozen=True)
 class _Upload:
-    weights: Path  # our own link to the checkpoint, or copy of it
+    checkpoint: Path
+    weights: Path  # our own link to it, or what `link` made of it
     files: dict[str, str]  # the others' texts, by name
     message: str
 
@@ -162,10 +163,17 @@ class HubPusher:
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-    def push(self, checkpoint: Path, files: Mapping[str, str], message: str) -> None:
+    def push(
+        self,
+        checkpoint: Path,
+        files: Mapping[str, str],
+        message: str,
+        link: Callable[[Path, Path], None] = link_or_copy,
+    ) -> None:
         """Queue one commit of the weights and of other files' texts by name; returns at once.
 
-        `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned.
+        `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned: `link`
+        gives it a second name, or makes of it what is to be sent.
         """
         if not self.active:
             return
@@ -173,13 +181,13 @@ class HubPusher:
         number = next(self._numbers)
         weights = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
         try:
-            link_or_copy(checkpoint, weights)  # so that it outlives its name
-        except OSError as error:
+            link(checkpoint, weights)  # so that it outlives its name
+        except (OSError, UserError) as error:
             weights.unlink(missing_ok=True)
             self._failed(error)
             return
         safe = {name: redact(text) for name, text in files.items()}
-        upload = _Upload(weights, safe, redact(message))
+        upload = _Upload(self._newest, weights, safe, redact(message))
         with self._lock:
             replaced, self._waiting = self._waiting, upload
         if replaced:
@@ -212,6 +220,7 @@ class HubPusher:
             left = [upload for upload in (self._waiting, self._uploading) if upload]
             self._waiting = None
             was_active, self.active = self.active, False
+        to_send = self._kept(left[0]) if left else self._newest
         for upload in left:
             upload.weights.unlink(missing_ok=True)
         arrived = not left and not self._problem
@@ -219,9 +228,20 @@ class HubPusher:
             self._report(
                 "Hub: the last checkpoint has not arrived "
                 f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
-                f"hf upload {self.repo_id} {shlex.quote(str(self._newest))} {WEIGHTS}"
+                f"hf upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}"
             )
         return arrived
+
+    @staticmethod
+    def _kept(upload: _Upload) -> Path:
+        """The file of an upload that didn't arrive: the checkpoint, unless it is gone, or was not
+        what was to be sent; then ours, which is given a name of its own."""
+        path = upload.checkpoint
+        with contextlib.suppress(OSError):  # it may have arrived this moment
+            if not (path.exists() and path.samefile(upload.weights)):
+                path = path.with_name(f"to_send_{path.name}")
+                os.replace(upload.weights, path)
+        return path
 
     def _wait(self, deadline: float) -> None:
         while (thread := self._thread) and (left := deadline - time.monotonic()) > 0:

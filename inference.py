@@ -153,18 +153,17 @@ class Captioner:
     def _read(
         self, chunk: list[list[tuple[Picture, str]]]
     ) -> tuple[list[tuple[Picture, str, int, str]], list[dict[str, Tensor]]]:
-        """The pictures of a chunk, preprocessed; before them, for each question: the picture, the
-        question, the picture's place among those preprocessed, and what is wrong with it."""
-        opened, rows = [], []
+        """The pictures of a chunk, each preprocessed; before them, for each question: the picture,
+        the question, the picture's place among those preprocessed, and what is wrong with it."""
+        inputs, rows = [], []
         for group in chunk:
             problem = ""
-            try:
-                opened.append(self._open(group[0][0]))
+            try:  # one after the other: decoded, a photo takes a hundred times the room
+                inputs.append(self.encoder.preprocess([self._open(group[0][0])]))
             except ImageError as error:
                 problem = str(error)
-            rows += [(*pair, len(opened) - 1, problem) for pair in group]
-        parts = (opened[start : start + ENCODED] for start in range(0, len(opened), ENCODED))
-        return rows, [*map(self.encoder.preprocess, parts)]
+            rows += [(*pair, len(inputs) - 1, problem) for pair in group]
+        return rows, inputs
 
     def _write(
         self,
@@ -172,7 +171,8 @@ class Captioner:
         inputs: list[dict[str, Tensor]],
         options: GenerationOptions,
     ) -> Iterator[Written]:
-        features = torch.cat([*map(self._encode, inputs)]) if inputs else None
+        parts = (inputs[start : start + ENCODED] for start in range(0, len(inputs), ENCODED))
+        features = torch.cat([*map(self._encode, parts)]) if inputs else None
         asked = [(question, place) for _, question, place, problem in rows if not problem]
         found = self._search(asked, features, options)
         for picture, question, _, problem in rows:
@@ -206,32 +206,36 @@ class Captioner:
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> features (images, patches, width)."""
-        return self._encode(self.encoder.preprocess(images))
+        return self._encode([self.encoder.preprocess(images)])
 
-    def _encode(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _encode(self, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
         # As in the feature cache, half precision included: what the decoder was trained on.
-        return encode(self.encoder, [inputs], self.dtype).float()
+        return encode(self.encoder, inputs, self.dtype).float()
 
     def explain(
-        self, picture: Picture, question: str | None = None, **options: Any
-    ) -> tuple[PatchGrid, list[Explained]]:
+        self, picture: Picture, question: str | None = None, *, maps: bool = True, **options: Any
+    ) -> tuple[PatchGrid | None, list[Explained]]:
         """A picture's captions, or answers to a question about it, with where each word looked.
 
         Args:
             picture: as in `caption`.
+            maps: whether to tell where; without them there is no grid, and there are no words.
             options: as in `caption`, or for a question as in `answer`.
         """
         chosen = self._options(None if question is None else [question], options)
         (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
         image = self._open(picture)
         features = self.features([image])
-        grid = patch_grid(self.encoder, image.size, features.shape[1])
-        model, tokenizer = self.model, self.tokenizer
+        grid = patch_grid(self.encoder, image.size, features.shape[1]) if maps else None
+        model, tokenizer, explained = self.model, self.tokenizer, []
         with autocast(self.device, self.dtype):
             (found,) = generate(model, features, chosen, [prefix], self.reranker)
-            maps = [word_maps(model, tokenizer, features, prefix, h.tokens, grid) for h in found]
-        texts = [tokenizer.decode(h.tokens) for h in found]
-        return grid, [Explained(*each) for each in zip(texts, found, maps, strict=True)]
+            for h in found:
+                looked = (
+                    word_maps(model, tokenizer, features, prefix, h.tokens, grid) if grid else []
+                )
+                explained.append(Explained(tokenizer.decode(h.tokens), h, looked))
+        return grid, explained
 
     def _open(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):

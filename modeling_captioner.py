@@ -5,8 +5,8 @@
     captioner = pipeline("image-text-to-text", "user/repo", trust_remote_code=True)
     captioner("photo.jpg", text="")  # or a question, if it learned to answer: text="is it raining?"
 
-This file stands beside the weights in a repository, with copies of `decoder.py` and `rerank.py`,
-the two of the project that import nothing of it. Nothing in the project imports this one.
+This file stands beside the weights in a repository, with copies of `pictures.py`, `decoder.py` and
+`rerank.py`, which import nothing of the project. Nothing in the project imports this one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import (
+    GenerationMixin,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
 from .decoder import Decoder, DecoderConfig
+from .pictures import upright_rgb
 from .rerank import Reranker, layout
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -46,7 +53,8 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
 
 class VisionCaptionerProcessor(ProcessorMixin):
     """Photos, and questions about each (none or an empty one asks for a caption) -> what the model
-    takes."""
+    takes. A question is cut so that with what stands around it, it takes half of the length.
+    """
 
     def __init__(self, image_processor=None, tokenizer=None, **others: Any):
         super().__init__(image_processor, tokenizer, **others)
@@ -58,12 +66,13 @@ class VisionCaptionerProcessor(ProcessorMixin):
             raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
         start, answer = self.tokenizer.convert_tokens_to_ids(["<start>", "<answer>"])
         encode = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        rows = [[start, *ids, answer] if ids else [start] for ids in encode["input_ids"]]
+        most = max(0, self.tokenizer.model_max_length // 2 - 2)
+        rows = [[start, *ids[:most], answer] if ids else [start] for ids in encode["input_ids"]]
         inputs = self.tokenizer.pad(
             {"input_ids": rows}, padding_side="left", return_tensors=return_tensors
         )
         if photos:
-            images = [x.convert("RGB") if hasattr(x, "convert") else x for x in photos]
+            images = [upright_rgb(x) if hasattr(x, "convert") else x for x in photos]
             inputs |= self.image_processor(images, return_tensors=return_tensors)
         return transformers.BatchFeature(inputs)
 
@@ -106,11 +115,19 @@ class Seen:
         return self.cache.update(keys, values, layer)
 
 
-class NoTokenTwice:
-    """Forbids a token right after itself, which `no_repeat_ngram_size` alone allows."""
+class NoRepeat:
+    """Forbids n-grams, and a token right after itself, in what is written after the prompt: an
+    answer may say what the question did."""
+
+    def __init__(self, size: int, start: int, rows: Tensor):
+        """Args: the prompts' length, and which of them (photos, 1) this holds for."""
+        self.rule, self.start, self.rows = NoRepeatNGramLogitsProcessor(size), start, rows
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.scatter(1, ids[:, -1:], float("-inf"))
+        written = ids[:, self.start :]
+        ruled = self.rule(written, scores).scatter(1, written[:, -1:], float("-inf"))
+        beams = len(ids) // len(self.rows)
+        return torch.where(self.rows.repeat_interleave(beams, dim=0), ruled, scores)
 
 
 class VisionCaptioner(PreTrainedModel, GenerationMixin):
@@ -159,6 +176,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
             model.config.tower = {"class": tower["class"], "options": options}
             model.config.tower["config"] = model.tower.config.to_dict()
+            model.config.tower["config"].pop("_name_or_path", None)  # a folder here, perhaps
         return loaded
 
     def get_input_embeddings(self) -> nn.Module:
@@ -213,7 +231,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         """Captions, or answers after a question; the photo passes the encoder once.
 
         Captions that a beam search finds are ordered by their score and, `config.rerank` times,
-        the CIDEr that the photo promises them.
+        the CIDEr that the photo promises them. `no_repeat_ngram_size` holds for what is written,
+        the configuration's for captions only; nor is a token written twice in a row.
         """
         features = self.features(pixel_values)
         memory = self.memory(features)
@@ -229,9 +248,13 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
             wanted = longest - input_ids.shape[1]
         wanted = (settings.max_new_tokens or room) if wanted is None else wanted
         options["max_new_tokens"] = min(room, wanted)
-        if options.get("no_repeat_ngram_size", settings.no_repeat_ngram_size):
+        plain = self.plain(input_ids)
+        given = options.get("no_repeat_ngram_size")
+        if size := settings.no_repeat_ngram_size if given is None else given:
+            rule = NoRepeat(size, input_ids.shape[1], plain | (given is not None))
             rules = options.get("logits_processor") or LogitsProcessorList()
-            options["logits_processor"] = LogitsProcessorList([*rules, NoTokenTwice()])
+            options["logits_processor"] = LogitsProcessorList([*rules, rule])
+        options["no_repeat_ngram_size"] = 0  # the library's own rule counts the prompt, too
         beams = options.get("num_beams", settings.num_beams) or 1
         sampled = options.get("do_sample", settings.do_sample)
         if self.reranker is None or not self.config.rerank or beams == 1 or sampled:
@@ -242,23 +265,27 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         options |= {"num_return_sequences": max(beams, wanted), "return_dict_in_generate": True}
         options["output_scores"] = True
         found = super().generate(input_ids, memory=memory, **options)
-        order = self.best_first(features, input_ids, found)[:, :wanted].flatten()
+        order = self.best_first(features, input_ids.shape[1], plain, found)
+        order = order[:, :wanted].flatten()
         for name in ("sequences", "sequences_scores", "beam_indices"):
             found[name] = found[name][order]
         return found if whole else found.sequences
 
-    def best_first(self, features: Tensor, input_ids: Tensor, found) -> Tensor:
+    def plain(self, input_ids: Tensor) -> Tensor:
+        """Which prompts (photos, 1) are START alone, and so ask for a caption."""
+        return (input_ids != self.config.pad_token_id).sum(1, keepdim=True) == 1
+
+    def best_first(self, features: Tensor, start: int, plain: Tensor, found) -> Tensor:
         """Each photo's sequences in their new order, as indices (photos, beams);
         `sequences_scores` are raised.
 
-        Answers, whose prompt is more than one token, stay in theirs.
+        Answers, whose prompts aren't `plain`, stay in theirs; `start` is the prompts' length.
         """
         end = self.config.eos_token_id
         scores = found.sequences_scores.view(len(features), -1)
-        written = found.sequences[:, input_ids.shape[1] :].unflatten(0, scores.shape).tolist()
+        written = found.sequences[:, start:].unflatten(0, scores.shape).tolist()
         captions = [[ids[: [*ids, end].index(end) + 1] for ids in group] for group in written]
         promised = scores.new_tensor(self.reranker.restored.expected(features, captions))
-        plain = (input_ids != self.config.pad_token_id).sum(1, keepdim=True) == 1
         scores = scores + torch.where(plain, self.config.rerank * promised, 0.0)
         found["sequences_scores"] = scores.flatten()
         best = scores.sort(dim=1, descending=True, stable=True).indices

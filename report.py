@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import fonts_for
+from checkpoint import link_for_others
 from corpus import Data
 from dataset import DataPaths, prompts_about, references_of
 from encoder import open_image
@@ -163,7 +164,7 @@ class Report:
         )
         checkpoint = run.checkpoint(scores_of(entry))
         files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
-        self.pusher.push(path, files, f"epoch {entry['epoch']}")
+        self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
 
     # --- at the end ---
 

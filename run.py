@@ -36,7 +36,16 @@ from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
 from shards import StreamedRows
-from utils import UserError, atomic_write, check_ranges, constants, first_line, link_or_copy, redact
+from utils import (
+    UserError,
+    atomic_write,
+    check_ranges,
+    constants,
+    first_line,
+    last_part,
+    link_or_copy,
+    redact,
+)
 
 
 @dataclass(frozen=True)
@@ -437,9 +446,10 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
 
 
 def on_record(settings: SimpleNamespace) -> dict[str, Any]:
-    """The settings as checkpoints and trackers keep them: an address may hold a key."""
+    """The settings as checkpoints and trackers keep them, which others may see: an address may hold
+    a key, and folders of this machine are told by their last part."""
     values = constants(settings).items()
-    return {name: redact(v) if isinstance(v, str) else v for name, v in values}
+    return {name: redact(last_part(v)) if isinstance(v, str) else v for name, v in values}
 
 
 def output_dir(settings: SimpleNamespace) -> Path:

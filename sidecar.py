@@ -6,12 +6,14 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +35,16 @@ class TextFiles:
     def __init__(
         self, folder: Path | None, existing: str, photos: Sequence[Photo], inputs: Iterable[Path]
     ):
-        """Where `photo.txt` would be several photos', have it the first one's, and `photo.png.txt`
-        another's; refuse where that is not enough, or one of the `inputs`."""
+        """Where `photo.txt` would be several photos', have `photo.jpg.txt` and `photo.png.txt`: one
+        that came later doesn't take another's text for its own. Refuse where that is not enough,
+        or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
         given, taken = {*map(os.path.abspath, inputs)}, set()
-        for photo in photos:
-            # An absolute name, or one with "..", would lead out of the folder.
-            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
-            target = (folder.joinpath(*parts) if folder else photo.file).with_suffix(".txt")
-            if os.path.abspath(target) in taken:
+        usual = {photo: self._place(photo, folder).with_suffix(".txt") for photo in photos}
+        sharing = Counter(map(os.path.abspath, usual.values()))
+        for photo, target in usual.items():
+            if sharing[os.path.abspath(target)] > 1:
                 target = target.with_name(f"{photo.file.name}.txt")
             place = os.path.abspath(target)
             if place in given or place in taken:
@@ -52,6 +54,13 @@ class TextFiles:
                 )
             taken.add(place)
             self.targets[photo] = target
+
+    @staticmethod
+    def _place(photo: Photo, folder: Path | None) -> Path:
+        """The photo's file, or its place under `folder`."""
+        # An absolute name, or one with "..", would lead out of the folder.
+        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+        return folder.joinpath(*parts) if folder else photo.file
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
@@ -85,8 +94,9 @@ class Table:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open, and so locked, for as long as the run lasts.
             self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")
-            if not lock(self.file):
-                raise UserError(f"another run is writing to {path}: give another --output")
+            with contextlib.suppress(OSError):  # some network disks know no locks
+                if not lock(self.file):
+                    raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
             raise write_error(error, path) from error
         there = path.read_bytes()

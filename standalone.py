@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,8 @@ def repository_files(
     if why := refusal(tower):
         raise UserError(why)
     size, options = checkpoint.model.config, checkpoint.generation
-    described = checkpoint.description()
-    described["encoder"] = checkpoint.encoder | {"name": tower.get("name")}
-    described["settings"] = {
-        name: value
-        for name, value in checkpoint.settings.items()
-        if not (isinstance(value, str) and os.path.isabs(value))  # nobody's business
-    }
+    described = checkpoint.for_others().description()
+    described["encoder"] |= {"name": tower.get("name")}
     del described["tokenizer"]  # it has files of its own
     special = {"pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID}
     config = {
@@ -95,6 +89,7 @@ def repository_files(
     files = checkpoint.tokenizer.to_files()
     of_tokenizer = json.loads(files["tokenizer_config.json"])
     of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}
+    of_tokenizer["model_max_length"] = size.max_length  # half of which a question may take
     texts = {
         "config.json": config,
         "generation_config.json": generation,
@@ -102,6 +97,6 @@ def repository_files(
         "tokenizer_config.json": of_tokenizer,
     }
     files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
-    for name in (CODE, "decoder", "rerank"):  # which import nothing else of ours
+    for name in (CODE, "pictures", "decoder", "rerank"):  # which import nothing else of ours
         files[f"{name}.py"] = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
     return files | {"preprocessor_config.json": processor}

@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoint import link_for_others
 from device import resident_kilobytes
 from encoder import open_image
 from utils import first_line
@@ -128,7 +130,10 @@ class Tracker:
             import wandb
 
             artifact = wandb.Artifact(f"model-{self.run_id}", "model", metadata=dict(scores))
-            artifact.add_file(str(path))
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".artifact-") as folder:
+                told = Path(folder, path.name)
+                link_for_others(path, told)
+                artifact.add_file(str(told))  # of which the library makes a copy of its own
             self._run.log_artifact(artifact, aliases=["best"])
 
     def close(self) -> None:

@@ -228,6 +228,15 @@ def redact(text: str) -> str:
     return re.sub(r"(\w[\w+.-]*://)([^\s\"<>]*)", _address, text)
 
 
+def last_part(path: str) -> str:
+    """Of an absolute path, or of several joined by "::", the last part: where it lies on this
+    machine is nobody's business. Other texts stay as they are."""
+    parts = path.split("::")
+    return "::".join(
+        os.path.basename(os.path.normpath(x)) if x[:1] in "/~" and x else x for x in parts
+    )
+
+
 def hide_keys(text: str) -> str:
     """Hide keys that the environment holds, and what looks like one."""
     for name, value in os.environ.items():

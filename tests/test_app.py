@@ -219,6 +219,8 @@ def test_foreign_names_and_foreign_pages_are_refused(server, photo):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://[{server.host}"):
         assert status("POST", "/caption", Origin=origin) == 403, origin
     assert status("POST", "/caption", Origin=f"http://{server.host}") == 200
+    app = pytest.importorskip("tools.app")
+    assert app.refuse("GET", {"host": "MyMac.local:8000"}, "MyMac.local") is None
     for site, expected in {"cross-site": 403, "same-site": 403, "same-origin": 200}.items():
         assert status("POST", "/caption", **{"Sec-Fetch-Site": site}) == expected
         assert status("GET", "/health", **{"Sec-Fetch-Site": site}) == expected
@@ -553,6 +555,17 @@ def test_a_browser_captions_several_photos_copies_and_downloads(browser, server,
     assert written[3]["text"] == caption and 0 < float(written[3]["confidence"]) <= 1
     assert "Try a JPEG" in written[1]["error"] and not written[1]["text"]
     browser.fits()
+
+
+def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
+    browser.open(server)
+    browser.until(lambda: browser.find("#samples button"))
+    browser.driver.execute_script("health.tasks = ['questions']")
+    files = [joint / "images" / name for name in ("000.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
+    assert browser.texts("#list li") == ["000.png", "002.png"]
+    assert browser.find("#ask").is_displayed() and not browser.find("#csv").is_displayed()
 
 
 def test_a_browser_tries_a_drawing_with_the_mouse(browser, captions_only):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import attention
+import inference
 from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from encoder import FrozenEncoder
 from generation import generate
@@ -177,6 +180,21 @@ def test_the_area_of_a_centre_crop_is_exact(tmp_path):
     assert np.allclose(area, (1 / 6, 0, 5 / 6, 1), atol=0.003)
 
 
+@pytest.mark.parametrize("size", [(2600, 1700), (300, 16000)])
+def test_large_photos_are_measured_on_small_ones(encoder, size, monkeypatch):
+    shown = []
+    preprocess = encoder.preprocess
+    monkeypatch.setattr(
+        encoder, "preprocess", lambda x: shown.extend(each.size for each in x) or preprocess(x)
+    )
+    vectors = 17 + 4 * (encoder.tower.config.model_type == "dinov2_with_registers")
+    small = patch_grid(encoder, size, vectors)
+    assert max(map(math.prod, shown)) < 3.1e6
+    monkeypatch.setattr(attention, "RULER", math.prod(size))
+    whole = patch_grid(encoder, size, vectors)
+    assert size in shown and np.allclose(small.area, whole.area, atol=1e-3)
+
+
 def test_padding_is_no_part_of_the_photo(tmp_path):
     encoder = FrozenEncoder.load(str(build_encoder("clip", tmp_path)))
     encoder.processor.do_resize = False
@@ -244,7 +262,7 @@ def test_photos_of_few_pixels_are_drawn(tmp_path, family, size):
     draw_attention(photo, grid, [WordMap("dog", torch.ones(grid.rows, grid.columns))])
 
 
-def test_the_command_draws_captions_and_answers(joint, tmp_path):
+def test_the_command_draws_captions_and_answers(joint, tmp_path, monkeypatch):
     photo, checkpoint = joint / "images" / "000.png", joint / "captioner_best_cider.safetensors"
     plain = run("inference.py", "--image_path", photo, "--checkpoint", checkpoint)
     for more in ([], ["--question", "what color is the square?"]):
@@ -275,6 +293,9 @@ def test_the_command_draws_captions_and_answers(joint, tmp_path):
     assert [each.hypothesis.tokens for each in found] == [h.tokens for h in same]
     assert " ".join(word.word for word in found[0].words) == found[0].text
     assert (grid.rows, grid.columns, grid.first) == (4, 4, 1)
+    monkeypatch.setattr(inference, "patch_grid", None)  # without maps no grid is made
+    grid, plain = captioner.explain(image, maps=False)
+    assert grid is None and [each.text for each in plain] == [each.text for each in found]
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,17 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     assert last == pytest.approx(figures(runs.said[1])[-1], abs=2e-4)
 
 
-def test_a_mistake_is_said_once(runs, tmp_path):
-    more = ["--decoder_heads", 5, "--output_dir", tmp_path]
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--decoder_heads", 5], "error: DECODER_EMBED_DIM"),
+        (["--batch_size", 0], "error: BATCH_SIZE is 0"),
+        (["--bogus", 1], "error: unrecognized arguments: --bogus"),
+    ],
+)
+def test_a_mistake_is_said_once(runs, tmp_path, more, says):
+    more = [*more, "--output_dir", tmp_path]
     result = torchrun(2, "train.py", *runs.flags, *more, forks=False)
     assert result.returncode != 0
-    assert result.stderr.count("error: DECODER_EMBED_DIM") == 1
+    assert result.stderr.count(says) == 1
     assert 'train.py", line' not in result.stderr  # no traceback of ours

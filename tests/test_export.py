@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from tests.conftest import (
     small_flags,
     write_photos,
 )
+from tests.test_inference import odd_pictures
 from tools import export as tools_export
 from utils import UserError
 
@@ -147,11 +149,13 @@ def test_the_metadata_is_enough_and_says_nothing_of_the_machine(exported, checkp
     text = "a red square"
     ids = Tokenizer.from_str(about["tokenizer"]).encode(text, add_special_tokens=False).ids
     assert [ids] == checkpoint.tokenizer.encode([text])
-    assert json.loads(about["encoder"]) == checkpoint.encoder
+    encoder = Path(checkpoint.encoder["name"])
+    assert json.loads(about["encoder"]) == checkpoint.encoder | {"name": encoder.name}
     assert json.loads(about["special_ids"]) == {"pad": 0, "start": 1, "end": 2, "answer": 3}
     assert json.loads(about["max_length"]) == checkpoint.model.config.max_length
-    content = exported.read_bytes()
-    for trace in (b"stack_trace", b"export.py", b"decoder.py", str(REPO).encode()):
+    content = exported.read_bytes() + exported.with_name("captioner.encoder.onnx").read_bytes()
+    folders = str(REPO).encode(), str(encoder.parent).encode()
+    for trace in (b"stack_trace", b"export.py", b"decoder.py", *folders):
         assert trace not in content
 
 
@@ -219,6 +223,11 @@ def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatc
     monkeypatch.setattr(export, "LARGEST", 1000)
     with pytest.raises(UserError, match="at most 2 GB"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "c.onnx")])
+    monkeypatch.setattr(export, "LARGEST", 500_000)  # more than this decoder takes
+    monkeypatch.setattr(FrozenEncoder, "load_as_trained", lambda *_: torch.nn.Linear(400, 400))
+    flags = ["--checkpoint", checkpoint, "--with-encoder", "--out", str(tmp_path / "c.onnx")]
+    with pytest.raises(UserError, match="the encoder takes 641.6 kB"):
+        tools_export.main(flags)
     assert not list(tmp_path.iterdir())
 
 
@@ -305,6 +314,9 @@ def folder(joint, tmp_path_factory):
     assert again.returncode == 1 and "is there already" in again.stderr
     inside = run("-m", "tools.export", *command[:-1], path / "config.json" / "inside")
     assert inside.returncode == 1 and "choose another folder" in inside.stderr, inside.stderr
+    encoder = load_checkpoint(checkpoint).encoder["name"]
+    for file in path.iterdir():
+        assert os.path.dirname(encoder).encode() not in file.read_bytes(), file.name
     return path
 
 
@@ -312,10 +324,42 @@ def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path):
     photos = [str(path) for path in sorted((joint / "images").iterdir())[:5]]
     captioner = load_captioner(joint / "captioner_best_cider.safetensors", precision="fp32")
     question = "What color is the square?"
-    ours = [captioner.caption(photos, beam_size=1), captioner.answer(photos, [question] * 5)]
-    assert all(len(set(texts)) > 1 for texts in ours)
-    theirs = elsewhere(folder, tmp_path, ["", question], photos)
+    other, long = "on the left or on the right?", "is the square on the left? " * 9
+    ours = [captioner.caption(photos, beam_size=1)]
+    ours += [captioner.answer(photos, [asked] * 5) for asked in (question, other, long)]
+    assert all(len(set(texts)) > 1 for texts in ours[:2])
+    theirs = elsewhere(folder, tmp_path, ["", question, other, long], photos)
     assert theirs == [[texts, texts[0]] for texts in ours]
+
+
+def test_pictures_are_seen_there_as_here(folder, joint, tmp_path):
+    encoder = load_checkpoint(joint / "captioner_best_cider.safetensors").load_encoder()
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    for path in odd_pictures(tmp_path):
+        ours = encoder.preprocess([encoder.open(path)])["pixel_values"]
+        with Image.open(path) as image:
+            assert torch.equal(processor(images=image)["pixel_values"], ours), path.name
+
+
+def test_an_answer_may_repeat_its_question_and_a_caption_not_itself(folder, joint):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = Image.open(joint / "images" / "000.png")
+    question = "on the left or on the left"
+    inputs = processor(images=[photo] * 2, text=["", question])
+    start = inputs["input_ids"].shape[1]
+    wanted = processor.tokenizer(question, add_special_tokens=False).input_ids + [2]
+
+    def write(ids, scores):  # the question, if nothing forbids it
+        scores[:, wanted[min(ids.shape[1] - start, len(wanted) - 1)]] += 1000
+        return scores
+
+    how = {"logits_processor": [write], "num_beams": 1}
+    for more, free in (({}, [False, True]), ({"no_repeat_ngram_size": 3}, [False, False])):
+        ids = model.generate(**inputs, **how, **more)[:, start:]
+        assert [row[: len(wanted)] == wanted for row in ids.tolist()] == free
+    ids = model.generate(**inputs, **how, no_repeat_ngram_size=0)[:, start:]
+    assert ids.tolist() == [wanted] * 2
 
 
 def test_beams_are_reranked_there_as_here(folder, joint):
@@ -350,7 +394,8 @@ def test_beams_are_reranked_there_as_here(folder, joint):
         with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
             model.generate(**asked, **impossible)
     with pytest.raises(ValueError, match="leaves no room"):
-        model.generate(**processor(images=photos[:1], text=["why is it so? " * 50]))
+        long = torch.full((1, model.config.max_position_embeddings), 9)
+        model.generate(long, processor(images=photos[:1])["pixel_values"])
 
 
 def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):

@@ -250,6 +250,13 @@ result["seconds"] = time.monotonic() - started
     (line,) = result["lines"]
     assert line.endswith(f"to send it: hf upload me/captioner {path} model.safetensors")
     assert not list(tmp_path.glob(".*.tmp"))
+    server.faults["me/other"] = [("commit", HANG)] * 9
+    code = code.replace("me/captioner", "me/other").replace('"last")\n', '"last", public)\n', 1)
+    code = "public = lambda path, other: other.write_bytes(b'public')\n" + code
+    (line,) = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)["lines"]
+    path = tmp_path / "to_send_last.safetensors"  # what was made of it, and not the checkpoint
+    assert f"hf upload me/other {path} model.safetensors" in line
+    assert path.read_bytes() == b"public" and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_without_a_login_one_line_and_no_request(server, tmp_path):
@@ -414,25 +421,27 @@ def pushed(tmp_path_factory, encoder_dir):
         yield data, server.repos["me/captioner"].commits[-1], server
 
 
-def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, tmp_path):
+def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, encoder_dir, tmp_path):
     data, commit, server = pushed
     photos = [str(path) for path in sorted((data / "images").iterdir())[:4]]
     best = load_captioner(best_file(data), precision="fp32")
     there = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
     code = "import sys; from inference import load_captioner\n"
-    code += "print(load_captioner('me/captioner', precision='fp32').caption(sys.argv[1:]))"
-    newest = run_script("-c", code, *photos, **there, HF_HOME=str(tmp_path / "one"))
+    code += "captioner = load_captioner('me/captioner', precision='fp32', encoder=sys.argv[1])\n"
+    code += "print(captioner.caption(sys.argv[2:]))"
+    newest = run_script("-c", code, encoder_dir, *photos, **there, HF_HOME=str(tmp_path / "one"))
     assert newest.stdout.strip() == str(best.caption(photos)), newest.stderr
     # Something else is pushed; the commit still gives what it gave.
     server.repos["me/captioner"].commit("later", {"model.safetensors": b"nonsense"})
     flags = ["--checkpoint", "me/captioner", "--revision", commit.oid, "--precision", "fp32"]
+    flags += ["--encoder", encoder_dir]
     command = run_script(
         "inference.py", photos[0], *flags, **there, HF_HOME=str(tmp_path / "other")
     )
     assert command.stdout.strip() == best.caption(photos[:1])[0], command.stderr
 
 
-def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
+def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_path):
     data, commit, _ = pushed
     files = commit.files
     assert files.keys() == {
@@ -447,6 +456,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
         "processor_config.json",
         "generation_config.json",
         "modeling_captioner.py",
+        "pictures.py",
         "decoder.py",
         "rerank.py",
     }
@@ -461,16 +471,20 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, tmp_path):
         assert theirs.decode(ids).strip() == checkpoint.tokenizer.decode(ids)
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    captioner = load_captioner(tmp_path / "model.safetensors", precision="fp32")
+    where = {"encoder": str(encoder_dir), "precision": "fp32"}
+    captioner = load_captioner(tmp_path / "model.safetensors", **where)
     photo = Image.open(data / "images" / "000.png").convert("RGB")
     ours = captioner.encoder.preprocess([photo])["pixel_values"]
     assert torch.equal(processor(images=[photo], return_tensors="pt")["pixel_values"], ours)
     config = json.loads(files["config.json"])
     assert config["hidden_size"] == 32 and config["trained"]["scores"]
-    assert str(data) not in files["config.json"].decode() + files["README.md"].decode()
+    for name, content in files.items():
+        for folder in (data.parent, encoder_dir.parent):
+            assert str(folder).encode() not in content, f"{name} tells of {folder}"
+    assert checkpoint.settings["DATA_DIR"] == data.name
+    assert checkpoint.encoder["name"] == encoder_dir.name
     photos = [str(path) for path in sorted((data / "images").iterdir())[:3]]
-    encoder = checkpoint.encoder["name"]
-    ((written, _),) = elsewhere(tmp_path, tmp_path, [""], photos, encoder)
+    ((written, _),) = elsewhere(tmp_path, tmp_path, [""], photos, str(encoder_dir))
     assert written == captioner.caption(photos, beam_size=1)
 
     read = ModelCard(files["README.md"].decode())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
 import signal
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from PIL import Image
 import inference
 from encoder import ImageError
 from inference import load_captioner
+from sidecar import Photo, Table
 from tests.conftest import paint, run
 from tests.forked import Forked
 from utils import UserError
@@ -114,8 +117,12 @@ def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption,
     kind = "--write", "txt", "--existing"
     best = "--batch_size", 1, "--n_best", 2, "--beam_size", 3
     assert caption(folder, *kind, "append", *best).returncode == 0
-    a, b, c = (folder / name for name in ("a.txt", "b.txt", "sub/c.txt"))
-    assert len(a.read_text().splitlines()) == 2 and len(c.read_text().splitlines()) == 2
+    a, b, c = (folder / name for name in ("a.jpg.txt", "b.txt", "sub/c.txt"))
+    assert (
+        not (folder / "a.txt").exists()
+        and len(a.read_text().splitlines()) == 2
+        and len(c.read_text().splitlines()) == 2
+    )
     assert len((folder / "a.png.txt").read_text().splitlines()) == 2
     (folder / "a.png.txt").unlink()  # as in a run that was killed between the two
     again = caption(folder, *kind, "skip")
@@ -129,6 +136,39 @@ def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption,
     assert len([*out.rglob("b.txt")]) == 1 and len([*out.rglob("*.txt")]) == 3
     result = caption(folder, *kind, "skip", "--output", folder / "a.jpg")
     assert result.returncode == 1 and "choose another folder" in result.stderr
+
+
+def test_a_namesake_that_comes_later_is_captioned_too(folder, caption):
+    assert caption(folder, "--write", "txt").returncode == 0
+    paint("blue", "right", 9).save(folder / "a.png")
+    assert "3 of 5 are written" in caption(folder, "--write", "txt").stderr
+    assert (folder / "a.png.txt").exists() and (folder / "a.jpg.txt").exists()
+
+
+@pytest.mark.fault
+def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    photo = Photo(tmp_path / "a.jpg", "a.jpg")
+    Table(tmp_path / "x.jsonl", "skip", False).write([(photo, "", "a dog")])
+    assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
+
+
+def test_few_photos_are_held_decoded(trained, folder, monkeypatch):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    opened, held, read = [], [], captioner._open
+
+    def counted(path):
+        image = read(path)
+        opened.append(weakref.ref(image))
+        held.append(sum(ref() is not None for ref in opened))
+        return image
+
+    monkeypatch.setattr(captioner, "_open", counted)
+    captioner.caption([folder / name for name in NAMES] * 10)
+    assert len(held) == 40 and max(held) <= 4  # on two threads, each with its last one
 
 
 def test_a_photo_that_is_named_twice_is_captioned_once(folder, caption):
@@ -388,7 +428,8 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
         inference,
         "encode",
         lambda tower, inputs, dtype: (
-            encoded.append(len(inputs[0]["pixel_values"])) or encode(tower, inputs, dtype)
+            encoded.append(sum(len(each["pixel_values"]) for each in inputs))
+            or encode(tower, inputs, dtype)
         ),
     )
     pictures = [photo for photo in photos for _ in questions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,17 @@ def test_second_run_is_quick_and_changed_requirements_are_installed(clone):
         file.write("# changed\n")
     assert installs() == ["requirements.txt"]
     assert installs("--dev") == ["requirements-dev.txt"]
+    for path in clone.glob("requirements-*.txt"):
+        path.write_text(path.read_text() + "# changed\n")
+        assert (path.name, *installs("--dev")) == (path.name, "requirements-dev.txt")
+
+
+def test_every_pinned_package_is_looked_for():
+    pins = "\n".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
+    packages = re.findall(r"^([\w-]+)==", pins, re.M)
+    found = re.findall(r"\w+", (ROOT / "01_setup.sh").read_text())
+    called = {"pillow": "PIL", "pytest-xdist": "xdist"}
+    assert len(packages) > 15 and not {called.get(name, name) for name in packages} - {*found}
 
 
 def test_failed_install_is_not_taken_for_done(clone):

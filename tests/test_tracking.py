@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import tracking
-from checkpoint import load_checkpoint
+from checkpoint import digest, load_checkpoint
 from tests.conftest import REPO, best_entry, best_file, run, small_flags, write_photos
 from tests.wandb_file import history, records, run_of
 
@@ -54,7 +54,7 @@ def sessions(data: Path) -> list[Path]:
     return sorted(data.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_figures_and_settings_of_a_run(tracked):
+def test_figures_and_settings_of_a_run(tracked, encoder_dir):
     data, *_ = tracked
     rows = history(sessions(data)[0])
     by_step = {row["_step"]: row for row in rows}
@@ -72,6 +72,8 @@ def test_figures_and_settings_of_a_run(tracked):
     _, config = run_of(sessions(data)[0])
     assert config["BATCH_SIZE"] == 4 and config["LEARNING_RATE"] == 3e-3
     assert config["WANDB_PROJECT"] == "test"
+    assert config["DATA_DIR"] == data.name  # and nothing of where it lies
+    assert config["ENCODER_MODEL_NAME"] == encoder_dir.name
 
 
 def test_a_resumed_run_keeps_its_id_and_its_steps_go_on(tracked):
@@ -109,7 +111,7 @@ def test_the_table_of_captions_grows_with_each_epoch_and_through_a_resume(tracke
             assert len(photos) == 4 and {photo.size for photo in photos} == {(48, 40)}
 
 
-def test_the_best_checkpoint_is_an_artifact(tracked):
+def test_the_best_checkpoint_is_an_artifact(tracked, tmp_path, encoder_dir):
     data, *_ = tracked
     for file in sessions(data):
         artifacts = [r.artifact for r in records(file) if r.HasField("artifact")]
@@ -117,7 +119,14 @@ def test_the_best_checkpoint_is_an_artifact(tracked):
         assert "best" in model.aliases
         (entry,) = model.manifest.contents
     assert entry.path == best_file(data).name  # of the last session
-    assert entry.size == best_file(data).stat().st_size
+    sent = tmp_path / entry.path
+    sent.write_bytes(Path(entry.local_path).read_bytes())
+    assert digest(load_checkpoint(sent).tensors()) == digest(
+        load_checkpoint(best_file(data)).tensors()
+    )
+    folders = [str(encoder_dir.parent), str(data.parent)]
+    assert not [x for x in folders if x.encode() in sent.read_bytes()]
+    assert not list(data.glob(".artifact-*"))
     history = load_checkpoint(data / "last.pt").training["progress"]["history"]
     assert json.loads(model.metadata)["CIDEr-D"] == best_entry(history)["val_cider"]
 

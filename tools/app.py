@@ -205,7 +205,7 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
         foreign = origin is not None and urlsplit(origin).netloc != asked
     except ValueError:
         return "The address is not valid."
-    if name not in ("localhost", host) and not _is_address(name):
+    if name not in ("localhost", host.lower()) and not _is_address(name):
         return "This page is not served under that name."
     elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
@@ -254,6 +254,7 @@ def write(captioner: Captioner, photo: bytearray, query: Mapping[str, str]) -> d
             "That file can't be read as a picture: it may be damaged, too large, or of another "
             "kind. Try a JPEG or a PNG."
         ) from None
+    options["maps"] = maps = query.get("maps") == "true"
     grid, found = captioner.explain(image, question, **options)
     more = found[1:]
     if wanted and not options["sample"]:
@@ -261,7 +262,6 @@ def write(captioner: Captioner, photo: bytearray, query: Mapping[str, str]) -> d
         diverse = {"beam_size": wanted + 1, "groups": wanted + 1}
         _, more = captioner.explain(image, question, **options | diverse)
     others = {each.text: each for each in more if each.text != found[0].text}
-    maps = query.get("maps") == "true"
     where = {"rows": grid.rows, "columns": grid.columns, "area": grid.area} if maps else {}
     return where | {
         "answers" if question else "captions": [as_plain(each, maps) for each in found],

@@ -111,7 +111,10 @@ def as_onnx(args: argparse.Namespace) -> int:
     check_output("--out", out, args.checkpoint)
     graphs = require_extra("tools.onnx_graph", "requirements-export.txt", "the export")
     checkpoint = checkpoint_of(args)
+    graphs.check_size(checkpoint.model, "decoder")
     encoder = checkpoint.load_encoder(args.encoder) if args.with_encoder else None
+    if encoder:
+        graphs.check_size(encoder, "encoder")
     difference = graphs.export(checkpoint, out)
     print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
     if encoder:

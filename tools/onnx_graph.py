@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from decoder import KeyValueCache
-from encoder import FrozenEncoder
+from encoder import FrozenEncoder, public
 from model import CaptionModel, row_mask
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
 from utils import UserError, atomic_write, size_text
@@ -85,11 +85,15 @@ class Step(nn.Module):
 # --- To ONNX --------------------------------------------------------------------------------
 
 
+def check_size(module: nn.Module, name: str) -> None:
+    """Refuse what an ONNX file can't hold."""
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    if size > LARGEST:
+        raise UserError(f"the {name} takes {size_text(size)}, an ONNX file holds at most 2 GB")
+
+
 def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     """The decoder as an ONNX graph, with what its user needs to know in its metadata."""
-    size = sum(p.numel() * p.element_size() for p in checkpoint.model.parameters())
-    if size > LARGEST:
-        raise UserError(f"the decoder takes {size_text(size)}, an ONNX file holds at most 2 GB")
     shapes = input_shapes(checkpoint.model)
     inputs = [torch.zeros([EXAMPLE.get(x, x) for x in shape]) for shape in shapes.values()]
     inputs[1:3] = (x.long() for x in inputs[1:3])
@@ -151,7 +155,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
         "tokenizer": checkpoint.tokenizer.to_files()["tokenizer.json"],
         "special_ids": json.dumps(special),
         "max_length": json.dumps(checkpoint.model.config.max_length),
-        "encoder": json.dumps(checkpoint.encoder),
+        "encoder": json.dumps(public(checkpoint.encoder)),
         "tasks": json.dumps(checkpoint.tasks),
         "generation": json.dumps(asdict(checkpoint.generation)),
     }
