@@ -246,7 +246,7 @@ class FrozenEncoder(nn.Module):
             )
             wrong = f"it gives {tuple(both.shape)} for two pictures"
             if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
-                apart = (both[:1] - first).norm() if both[:1].shape == first.shape else math.inf
+                apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
                 wrong = "the same picture gives others" if apart > 0.05 * first.norm() else ""
         except Exception as error:  # noqa: BLE001 - what a library's model raises is without end
             wrong = first_line(error)
