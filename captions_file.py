@@ -152,7 +152,8 @@ def name_within(where: object, name: str) -> str:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean, however often they were escaped; without its
-    semicolon `&not` is no such sign."""
+    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well."""
+    text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     while (plain := re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)) != text:
         text = plain
     return text
@@ -284,12 +285,15 @@ def _names_photo(entry: Any) -> bool:
 
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
-    answer in a conversation that has one alone."""
+    answer in a conversation that has one alone, unless a question has it in a word or three."""
     if isinstance(said, list) and said and all(map(_speaker, said)):
         answers = [each for each in said if _speaker(each) in ANSWERING]
         if len(answers) != 1:
             return []
+        asked = "?" in str([each for each in said if each is not answers[0]])
         said = answers[0].get("value", answers[0].get("content"))
+        if asked and len(" ".join(map(str, texts_of(said))).split()) < 4:
+            return []
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):

@@ -30,7 +30,7 @@ from captions_file import (
     texts_of,
 )
 from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
-from photo_names import is_photo, match_names, photos_in
+from photo_names import find_names, is_photo, match_names, photos_in
 from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
@@ -109,8 +109,9 @@ def karpathy_files(folder: Path) -> list[Path]:
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     """What can be read in files of other names, and in folders of texts; and why other files
     can't be."""
-    root, found, refused = paths.data_dir, {}, []
-    photos = {os.path.splitext(name)[0] for name in photos_in(paths.images)}
+    root, found, refused, copies = paths.data_dir, {}, [], set()
+    there = photos_in(paths.images)
+    photos = {os.path.splitext(name)[0] for name in there}
     bare = {os.path.basename(name) for name in photos}
     photos |= {inner for name in photos if (inner := name.partition("/")[2])}
     names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
@@ -135,7 +136,9 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         except UserError as error:
             refused.append(str(error))
             continue
-        if any(is_photo(name) or name in bare for name in captions.texts):
+        known = any(map(is_photo, captions.texts)) or find_names(captions.texts, there)
+        if known and (copy := (file.name, state_of(file))) not in copies:
+            copies.add(copy)
             found[file] = captions
     return found, refused
 

@@ -351,13 +351,23 @@ def split_in(text: object) -> str:
     return OTHER_SPLITS.get(words[-1], words[-1]) if words else ""
 
 
-def split_by_own(names: Iterable[str], known: Mapping[str, str]) -> dict[str, list[str]] | None:
-    """Split photos as their captions say, or else their folders; None if that leaves no photo to
-    train on, or to validate."""
+def split_by_own(
+    names: Iterable[str], known: Mapping[str, str], train_ratio: float
+) -> dict[str, list[str]] | None:
+    """Split photos as their captions say, or else their folders; None if they say nothing.
+
+    Where these know training and testing alone, of the photos for training all but a share
+    `train_ratio` validate.
+    """
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in names:
         if split := known.get(name) or split_in(os.path.dirname(name)):
             splits[split].append(name)
+    if len(splits["train"]) > 1 and splits["test"] and not splits["val"]:
+        inner = split_by_ratio(splits["train"], train_ratio)
+        splits |= {"train": inner["train"], "val": inner["val"] + inner["test"]}
+        count = len(splits["val"])
+        print(f"these photos' own split has none to validate: {count} of those to train on would")
     return splits if splits["train"] and splits["val"] else None
 
 

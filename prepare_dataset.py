@@ -335,7 +335,7 @@ def write_splits(
     about captions.json; `known` are the splits that captions say photos to be of."""
     names, own = [*names], None
     if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
-        own = split_by_own(names, known)
+        own = split_by_own(names, known, settings.TRAIN_SPLIT_RATIO)
     if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
         source, splits, says = "the data set itself", own, "columns, files or folders say"
     elif settings.SPLIT == "karpathy":

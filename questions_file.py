@@ -115,6 +115,8 @@ def convert_vqa(
             _add_vqa(asked, answered, table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
+    if not table:
+        raise UserError("no annotation answers a question: are the pairs in the same order?")
     if images:
         table = match_names(table, images)
     if target.suffix.lower() != ".json":

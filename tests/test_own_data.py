@@ -818,6 +818,61 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+def test_a_split_without_validation_takes_some_of_training(tmp_path, capsys):
+    names = [f"train/{n}.jpg" for n in range(8)] + ["test/8.jpg", "test/9.jpg"]
+    table = "image,caption\n" + "".join(f"{name},A dog\n" for name in names)
+    folder = lay_out(tmp_path, {"captions.csv": table}, names)
+    assert check(folder, "--split", "karpathy", "--train_split_ratio", 0.7) == 0
+    splits = load_splits(folder / "splits.json")
+    assert splits["test"] == ["test/8.jpg", "test/9.jpg"] and splits["train"] and splits["val"]
+    assert sorted(splits["train"] + splits["val"]) == names[:8]
+    assert f"none to validate: {len(splits['val'])} of those to train" in capsys.readouterr().out
+
+
+def test_a_table_that_lies_there_twice_counts_once(tmp_path):
+    table = "image_name| comment_number| comment\n" + "".join(f"{n}| 0| {t}\n" for n, t in PAIRS)
+    (tmp_path / "images" / "inner").mkdir(parents=True)
+    for place in ("images/list.csv", "images/inner/list.csv"):
+        (tmp_path / place).write_text(table)
+    for name in IDS:
+        Image.new("RGB", (70, 70)).save(tmp_path / "images" / "inner" / name)
+    found = prepared(tmp_path)
+    assert found == {f"inner/{name}": texts for name, texts in EXPECTED.items()}
+
+
+def test_a_list_of_numbers_is_found_by_the_photos_it_means(tmp_path):
+    names = {f"COCO_val2014_{n:012}.jpg": n for n in (1, 2, 3)}
+    lines = [json.dumps({"image_id": str(n), "caption": "A dog"}) for n in names.values()]
+    folder = lay_out(tmp_path, {"narratives_val.jsonl": "\n".join(lines)}, [*names])
+    assert prepared(folder) == dict.fromkeys(names, ["A dog"])
+
+
+def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
+    said = {
+        "1.jpg": ("How many dogs?", "Two"),
+        "2.jpg": ("What is this about?", "Two dogs run off"),
+    }
+    said["3.jpg"] = ("Describe it.", "Dogs")
+    entries = [
+        {
+            "image": name,
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{asked}"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for name, (asked, answer) in said.items()
+    ]
+    folder = lay_out(tmp_path, {"llava.json": json.dumps(entries)})
+    assert prepared(folder) == {name: [said[name][1]] for name in ("2.jpg", "3.jpg")}
+
+
+def test_marks_of_phrases_are_no_words(tmp_path):
+    marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
+    folder = lay_out(tmp_path, {f"images/{n}.txt": marked for n in (1, 2, 3)})
+    assert prepared(folder)["1.jpg"] == ["Two young guys with shaggy hair ."]
+
+
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
     """From another folder, after DATA_DIR was moved, and after a run without captions."""
     table = "image,caption,split\n" + "".join(
@@ -1041,6 +1096,16 @@ def test_answers_are_texts_and_several_may_stand_under_either_name(
     else:
         [question] = read_questions(file)["1.jpg"]
         assert (question["answer"], question["answers"]) == (answer, answers)
+
+
+def test_vqa_files_of_two_sets_are_refused(tmp_path):
+    (tmp_path / "q").write_text(
+        json.dumps({"questions": [{"question_id": 1, "question": "Which?"}]})
+    )
+    (tmp_path / "a").write_text(json.dumps({"annotations": [{"question_id": 2, "image_id": 1}]}))
+    with pytest.raises(UserError, match="in the same order"):
+        convert_vqa([str(tmp_path / "q")], [str(tmp_path / "a")], tmp_path / "questions.json")
+    assert not (tmp_path / "questions.json").exists()
 
 
 def test_vqa_files_write_over_nothing(tmp_path):
