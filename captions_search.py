@@ -124,9 +124,7 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     for folder in sorted(folders):
         if (captions := read_texts_beside(paths.images, root / folder)).texts:
             found[root / folder] = captions
-    files = [root / name for name in names if name.count("/") < DEPTH and name not in OURS]
-    files = [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
-    files = [f for f in files if f.stem not in bare and not f.name.endswith(".prepared.json")]
+    files = [file for file in lists_in(root) if file.stem not in bare]
     named = [file for file in files if "caption" in file.name.lower()]
     for file in (*named, *(file for file in files if file not in named)):
         if file not in named and not found.keys().isdisjoint(named):
@@ -141,6 +139,14 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
             copies.add(copy)
             found[file] = captions
     return found, refused
+
+
+def lists_in(root: Path) -> list[Path]:
+    """The files in a folder, and not far below, that may be lists of captions."""
+    names = (name for name in files_in(root) if not name.startswith(WRITTEN) and name not in OURS)
+    files = sorted(root / name for name in names if name.count("/") < DEPTH)
+    files = [file for file in files if not file.name.endswith(".prepared.json")]
+    return [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
 
 
 def are_parts(others: Mapping[Path, Captions]) -> bool:

@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ from captions_search import (
     find_table,
     held_or_converted,
     karpathy_files,
+    lists_in,
     written_splits,
 )
 from check_data import check
@@ -120,6 +122,11 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
     prepared.json says before the first photo is written that the data set is unfinished, and
     after the last one which photos it has.
     """
+    if len(parts) > 1 and all(map(zipfile.is_zipfile, parts)):
+        raise UserError(
+            f"{parts[0]} and {parts[1]} are a zip each, not parts of one: unpack the one with the "
+            f"captions into {paths.data_dir}, and give --archive the one with the photos"
+        )
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
         there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
@@ -128,7 +135,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         texts = [name for name in entries if not is_photo(name)]
         if len(texts) == len(entries):
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        if not (texts or there):
+        if not (texts or there or lists_in(paths.data_dir)):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
                 f"beside each photo): write them to {paths.captions} first"

@@ -453,6 +453,24 @@ def test_given_archive_is_used_and_left_alone(tmp_path: Path) -> None:
         (tmp_path / "data" / "images" / "3.jpg").unlink()
 
 
+def test_photos_and_captions_in_a_zip_each(tmp_path: Path) -> None:
+    """As the makers of Flickr8k gave them out: not parts of one zip."""
+    photos = {f"Flicker8k_Dataset/{name}": photo for name, photo in PHOTOS.items()}
+    tokens = "".join(f"{name}#0\tA dog runs .\n" for name in PHOTOS)
+    paths = [tmp_path / "Flickr8k_Dataset.zip", tmp_path / "Flickr8k_text.zip"]
+    paths[0].write_bytes(make_zip(photos))
+    paths[1].write_bytes(make_zip({"Flickr8k.token.txt": tokens}))
+    with pytest.raises(UserError, match="a zip each, not parts of one: unpack"):
+        prepare(settings_for(tmp_path / "data", "--archive", *paths))
+    with pytest.raises(UserError, match="holds no captions"):
+        prepare(settings_for(tmp_path / "data", "--archive", paths[0]))
+    with zipfile.ZipFile(paths[1]) as archive:
+        archive.extractall(tmp_path / "data" / "Flickr8k_text")
+    prepare(settings_for(tmp_path / "data", "--archive", paths[0]))
+    captions = json.loads((tmp_path / "data" / "captions.json").read_text())
+    assert captions == {name: ["A dog runs ."] for name in PHOTOS}
+
+
 def test_given_parts(tmp_path: Path) -> None:
     paths = [tmp_path / f"part{n}" for n in range(3)]
     for path, third in zip(paths, THIRDS, strict=True):
