@@ -30,7 +30,8 @@ from utils import SURROGATES, UserError, files_in, interpreter, read_json
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
-OTHER_SPLITS = {"valid": "val", "validation": "val", "dev": "val", "restval": "train"}  # in files
+OTHER_SPLITS = dict.fromkeys(("valid", "validate", "validation", "eval", "dev"), "val")  # in files
+OTHER_SPLITS["restval"] = "train"
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join([*SPLITS, *OTHER_SPLITS])})(?:ing)?(?![a-z])")
 TEXT_KEYS = ("caption", "captions", "text")  # of a photo's captions in JSON: a text, or a list
 
@@ -326,7 +327,7 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
         images = [{"filename": name, "split": split} for split in lists for name in lists[split]]
         for image in images or table["images"]:
             name = os.path.join(image.get("filepath") or "", image["filename"])
-            name, split = unicodedata.normalize("NFC", name), image["split"]
+            name, split = unicodedata.normalize("NFC", name), image["split"].lower()
             if name in of:
                 raise UserError(f"{path}: {name!r} stands in it twice")
             of[name] = OTHER_SPLITS.get(split, split)
