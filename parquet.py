@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from archive import check_unpacked
-from captions_file import CAPTION_KEYS, SPLIT_KEYS, caption_columns, choose_columns, texts_of
+from captions_file import (
+    BARE,
+    CAPTION_KEYS,
+    NUMBERS,
+    SAMPLE,
+    SPLIT_KEYS,
+    caption_columns,
+    choose_columns,
+    texts_of,
+)
 from dataset import split_in
-from photo_names import is_photo
+from photo_names import is_photo, plain_name
 from tables import plain_key
 from utils import UserError, first_line, require_extra
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds the photos, which their captions and names, and which their split."""
+
+    photo: str
+    captions: list[str]
+    names: list[str]  # one, or none, as of the next
+    split: list[str]
+
+    def all(self) -> list[str]:
+        return [*dict.fromkeys((self.photo, *self.captions, *self.names, *self.split))]
+
+
 def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]]:
-    """Each photo's name, its file's content, and its captions; what has no photo is left out.
+    """Each row's photo: its name, its file's content, and captions; what has none is left out.
 
     Photos stand in a column of bytes, or of `{"bytes": ..., "path": ...}` as the library
     `datasets` writes it; captions in one that is called as in tables, or in `caption_0` and so on.
-    Their split, as a column or files of several splits say it, is the photo's folder.
+    Their split, as a column or files of several splits say it, is the photo's folder. Rows with
+    the same picture, as where each has one of its captions, are one photo, of its first split.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
     taken: set[tuple[str, str]] = set()
+    names: dict[bytes, str] = {}  # by what tells a picture from others
+    moved: set[str] = set()
+    chosen: dict[tuple, Columns] = {}  # for files that are alike, the same
     called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
         whole = called[file] if len({*called.values()}) > 1 else ""
         try:
             with pq.ParquetFile(file) as table:
-                photo, captions, split = _columns(file, table.schema_arrow)
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
-                packed, unpacked = file.stat().st_size, 0
-                check_unpacked(file, packed, sum(group.total_byte_size for group in groups))
-                for part in table.iter_batches(batch_size=8, columns=[photo, *captions, *split]):
-                    unpacked += part.nbytes  # what repeats itself is in the file once
-                    check_unpacked(file, packed, unpacked)
-                    for row in part.to_pylist():
-                        image = row[photo]
-                        image = image if isinstance(image, dict) else {"bytes": image}
-                        if content := image["bytes"]:
-                            texts = texts_of([row[column] for column in captions])
-                            texts = [text for text in texts if isinstance(text, str)]
-                            own = "".join(split_in(row[column]) for column in split) or whole
-                            name = _name(own, image.get("path"), taken)
-                            yield name, content, texts
+                unpacked = sum(group.total_byte_size for group in groups)
+                check_unpacked(file, file.stat().st_size, unpacked)
+                kinds = {field.name: str(field.type) for field in table.schema_arrow}
+                alike = tuple(kinds.items())
+                if alike not in chosen:
+                    chosen[alike] = _columns(file, table, kinds)
+                columns = chosen[alike]
+                for row in _rows(file, table, columns.all()):
+                    image = row[columns.photo]
+                    image = image if isinstance(image, dict) else {"bytes": image}
+                    if content := image["bytes"]:
+                        texts = texts_of([row[column] for column in columns.captions])
+                        texts = [text for text in texts if isinstance(text, str)]
+                        own = "".join(split_in(row[column]) for column in columns.split) or whole
+                        digest = hashlib.sha256(content).digest()[:16]
+                        if digest not in names:
+                            said = [_called(name, row[name]) for name in columns.names]
+                            names[digest] = _name(own, [image.get("path") or "", *said], taken)
+                        elif os.path.dirname(names[digest]) != own:
+                            moved.add(names[digest])
+                        yield names[digest], content, texts
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
+    if moved:
+        example = f"each counts in the first alone, as {min(moved)!r}"
+        tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
+
+
+def _rows(file: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of an open file, refused where they become far more than the file holds."""
+    packed, unpacked = file.stat().st_size, 0
+    for part in table.iter_batches(batch_size=8, columns=columns):
+        unpacked += part.nbytes  # what repeats itself is in the file once
+        check_unpacked(file, packed, unpacked)
+        yield from part.to_pylist()
 
 
 def _holds_photos(kind: str) -> bool:
@@ -57,26 +107,55 @@ def _holds_photos(kind: str) -> bool:
     return "binary" in kind.split("list<")[0]
 
 
-def _columns(file: Path, schema: Any) -> tuple[str, list[str], list[str]]:
-    """The column of photos, those of their captions, and that of their split, if there is one."""
-    kinds = {field.name: str(field.type) for field in schema}
+def _holds_texts(kind: str) -> bool:
+    """Is a column, by its type, one of texts, or one in which nothing stands (`null`)?"""
+    return "binary" not in kind and bool(re.search("string|(?<!not )null", kind))
+
+
+def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
+    """Which columns count, by their names and, as in tables, by what stands in the first rows.
+
+    Of several with pictures, one with a usual name for photos goes before a `control_image` or an
+    `audio`. What is not used is said.
+    """
     photos = [name for name, kind in kinds.items() if _holds_photos(kind)]
+    texts = [name for name, kind in kinds.items() if _holds_texts(kind)]
+    rows = [*itertools.islice(_rows(file, table, texts), SAMPLE)] if texts else []
     names = {name: plain_key(name) for name in kinds}
-    captions = caption_columns(names, choose_columns(names, [])[1])
+    found, captions, _ = choose_columns(names, rows)
+    likeliest = [name for name in captions if name in texts]
+    captions = caption_columns({name: names[name] for name in texts}, likeliest)
     if not photos or not captions:
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
             f"captions in one of {', '.join(CAPTION_KEYS)}"
         )
+    [photo, *_] = [name for name in (*found, *photos) if name in photos]
+    called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
     splits = [name for key in SPLIT_KEYS for name in names if names[name] == key]
-    return photos[0], captions, splits[:1]
+    columns = Columns(photo, captions, called[:1], splits[:1])
+    if ignored := [name for name in kinds if name not in columns.all()]:
+        used = f"photos are in the column {photo}, captions in {', '.join(captions)}"
+        used += "".join(f", names in {name}" for name in columns.names)
+        tqdm.write(f"{file}: {used}; ignored: {', '.join(ignored)}", file=sys.stdout)
+    return columns
 
 
-def _name(split: str, path: str | None, taken: set[tuple[str, str]]) -> str:
-    """The photo's own name, or a number where it has none or another photo of its split has it."""
-    name = re.sub(r"[^\w.-]", "_", os.path.basename((path or "").replace("\\", "/")))[-60:]
-    number = len(taken)
-    while not is_photo(name) or name.startswith(".") or (split, name.lower()) in taken:
-        name, number = f"{number:06d}.jpg", number + 1
+def _called(column: str, said: Any) -> str:
+    """What a cell calls its photo, or nothing; a column of numbers may leave out the suffix."""
+    name = plain_name(said) if isinstance(said, str) else ""
+    if plain_key(column) in NUMBERS and BARE.fullmatch(name) and not is_photo(name):
+        return f"{name}.jpg"
+    return name if is_photo(name) else ""
+
+
+def _name(split: str, said: Sequence[str], taken: set[tuple[str, str]]) -> str:
+    """The first of a photo's names that no other of its split has, or else a number."""
+    names = [os.path.basename(name.replace("\\", "/")) for name in said]
+    names = [re.sub(r"[^\w.-]", "_", name)[-60:] for name in names]
+    numbers = (f"{number:06d}.jpg" for number in itertools.count(len(taken)))
+    for name in itertools.chain(names, numbers):
+        if is_photo(name) and not name.startswith(".") and (split, name.lower()) not in taken:
+            break
     taken.add((split, name.lower()))
     return os.path.join(split, name)

@@ -286,8 +286,11 @@ def unpack_parquet(paths: DataPaths) -> bool:
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
     for name, photo, texts in tqdm(read_parquet(files), desc="unpacking", disable=None):
-        write_file(paths.images / name, photo)
-        captions[name] = texts or [""]
+        if name not in captions:
+            write_file(paths.images / name, photo)
+        known = captions.setdefault(name, [])
+        known += [text for text in texts if text not in known]
+    captions = {name: texts or [""] for name, texts in captions.items()}
     print(f"{len(captions):,} photos of {len(files)} parquet files are in {paths.images}")
     write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
     write_marker(paths, label, photo_sizes(paths.images))

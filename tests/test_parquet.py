@@ -26,7 +26,7 @@ FLAGS = ["--dataset", "custom", "--split", "ratio", "--data_dir"]
 
 def photo(shade: int) -> bytes:
     content = io.BytesIO()
-    Image.new("RGB", (16, 12), (shade, 0, 0)).save(content, "JPEG")
+    Image.new("RGB", (16, 12), (shade, 0, 0)).save(content, "JPEG", comment=str(shade))
     return content.getvalue()
 
 
@@ -36,8 +36,9 @@ def write(path: Path, columns: dict[str, list]) -> Path:
     return path
 
 
-def images(count: int) -> list[dict]:
-    return [{"bytes": photo(i), "path": f"x/{i}.jpg"} for i in range(count)]
+def images(count: int, first: int = 0) -> list[dict]:
+    """Pictures that differ from each other, and, by `first`, from those of another call."""
+    return [{"bytes": photo(first + i), "path": f"x/{i}.jpg"} for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,14 @@ def images(count: int) -> list[dict]:
         ),
         ({"image": images(2), "Caption Text": ["A dog", "b"]}, ["A dog"]),
         ({"image": images(2), "sentences": [[{"raw": "A dog"}], [{"raw": "b"}]]}, ["A dog"]),
+        ({"image": images(2), "title": ["No", "x"], "description": ["A dog", "b"]}, ["A dog"]),
+        ({"image": images(2), "caption": ["", ""], "text": ["A dog", "b"]}, ["A dog"]),
+        ({"image": images(2), "caption": [3, 4], "text": ["A dog", "b"]}, ["A dog"]),
+        ({"control_image": images(2, 9), "image": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
+        (
+            {"audio": [{"bytes": b"RIFF"}] * 2, "image": images(2), "text": ["A dog", "b"]},
+            ["A dog"],
+        ),
     ],
 )
 def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts):
@@ -70,6 +79,54 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
     assert [name for name, _, _ in read_parquet([both])] == ["0.jpg"]
 
 
+def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
+    files = []
+    for n, shortest in enumerate(("title", "text")):  # in each file another has more words
+        columns = {"text": ["A dog"], "title": ["Two dogs"], shortest: ["One"], "id": [1]}
+        columns = {"masks": [[photo(9)]], "mask": [photo(9)], "image": images(1, n)} | columns
+        files.append(write(tmp_path / f"{n}.parquet", columns))
+    assert [texts for _, _, texts in read_parquet(files)] == [["A dog"], ["One"]]
+    says = "photos are in the column image, captions in text; ignored: masks, mask, title, id"
+    assert capsys.readouterr().out == f"{files[0]}: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("column", "said", "names"),
+    [
+        ("filename", ["COCO_1.jpg", "val/COCO_2.jpg"], ["COCO_1.jpg", "COCO_2.jpg"]),
+        ("image_id", ["139", "140"], ["139.jpg", "140.jpg"]),
+        ("file_name", ["../../a b.png", ".jpg"], ["a_b.png", "000001.jpg"]),
+        ("name", ["cat", "dog"], ["000000.jpg", "000001.jpg"]),
+        ("file_name", ["a.jpg", "A.jpg"], ["a.jpg", "000001.jpg"]),
+        ("filename", [None, "a.jpg"], ["000000.jpg", "a.jpg"]),
+    ],
+)
+def test_a_column_may_name_the_photos(tmp_path, column, said, names):
+    pictures = [each | {"path": None} for each in images(2)]
+    columns = {"image": pictures, column: said, "caption": ["a", "b"]}
+    found = read_parquet([write(tmp_path / "a.parquet", columns)])
+    assert [name for name, _, _ in found] == names
+
+
+def test_rows_of_the_same_picture_are_one_photo(tmp_path, capsys):
+    shown = [each for each in images(2) for _ in range(3)]
+    texts = ["a", "b", "b", "c", "d", None]
+    for split, columns in {
+        "train": {"image": shown, "text": texts},
+        "val": {"image": [*images(1), *images(2, 5)], "text": ["e", "f", "g"]},
+    }.items():
+        write(tmp_path / f"{split}.parquet", columns)
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--split", "karpathy"])
+    captions = load_captions(tmp_path / "captions.json")
+    assert captions["train/0.jpg"] == ["a", "b", "e"] and captions["train/1.jpg"] == ["c", "d"]
+    splits = json.loads((tmp_path / "splits.json").read_text())
+    assert splits["train"] == ["train/0.jpg", "train/1.jpg"]
+    assert splits["val"] == ["val/0.jpg", "val/1.jpg"]
+    says = "1 photos stand in several splits: each counts in the first alone, as 'train/0.jpg'"
+    assert says in capsys.readouterr().out
+    assert len([*(tmp_path / "images").rglob("*.jpg")]) == 4
+
+
 def test_photos_without_a_name_get_one_that_no_other_has(tmp_path):
     pictures = [
         {"bytes": photo(i), "path": path}
@@ -82,7 +139,7 @@ def test_photos_without_a_name_get_one_that_no_other_has(tmp_path):
 
 def test_two_photos_of_one_name_stay_two(tmp_path):
     files = [
-        write(tmp_path / f"{i}.parquet", {"image": images(2), "caption": [f"a{i}", f"b{i}"]})
+        write(tmp_path / f"{i}.parquet", {"image": images(2, i * 9), "caption": [f"a{i}", f"b{i}"]})
         for i in range(2)
     ]
     found = {name: texts for name, _, texts in read_parquet(files)}
@@ -95,8 +152,9 @@ def test_splits_of_files_or_a_column_are_folders(tmp_path, column):
     if column:
         write(tmp_path / "test.parquet", texts | {"Split": ["train", "dev"]})
     else:
-        for split in ("train", "validation"):
-            write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", texts)
+        for n, split in enumerate(("train", "validation")):
+            columns = texts | {"image": images(2, n * 9)}
+            write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", columns)
     prepare_dataset.main([*FLAGS, str(tmp_path), "--split", "karpathy"])
     splits = json.loads((tmp_path / "splits.json").read_text())
     names = [[0], [1]] if column else [[0, 1], [0, 1]]
