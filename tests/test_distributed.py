@@ -117,7 +117,9 @@ def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path)
     command = ["tests/killed_run.py", "update", 5, *flags, "--output_dir", tmp_path / "cut"]
     cut = torchrun(2, "--max-restarts=1", *command, forks=False)
     assert cut.returncode == 0, cut.stderr
-    assert cut.stderr.count("another process of this training has ended") == 1
+    # Once, unless torchrun, which names the dead process, has ended the other one before it spoke.
+    assert cut.stderr.count("another process of this training has ended") <= 1
+    assert "exitcode: -9" in cut.stderr
     assert cut.stdout.count("epoch 1/3") == 1 and "resumed   after 1 epochs" in cut.stdout
     ends = [state(tmp_path / name / "last.pt") for name in ("whole", "cut")]
     assert len(ends[0]["training"]["other_random"]) == 1
