@@ -197,8 +197,7 @@ def extract_photos(
             # zipfile reads no more than the declared size, and raises if there is less or the
             # checksum is another.
             with archive.open(info) as source, open(temporary, "wb") as target:
-                with contextlib.suppress(OSError):  # some network disks know no locks
-                    lock(target)
+                lock(target)
                 shutil.copyfileobj(source, target)
                 target.flush()
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

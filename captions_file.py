@@ -291,9 +291,8 @@ def texts_of(said: Any) -> list[Any]:
         if len(answers) != 1:
             return []
         asked = "?" in str([each for each in said if each is not answers[0]])
-        said = answers[0].get("value", answers[0].get("content"))
-        if asked and len(" ".join(map(str, texts_of(said))).split()) < 4:
-            return []
+        texts = texts_of(answers[0].get("value", answers[0].get("content")))
+        return [] if asked and len(" ".join(map(str, texts)).split()) < 4 else texts
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,7 +114,7 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     photos = {os.path.splitext(name)[0] for name in there}
     bare = {os.path.basename(name) for name in photos}
     photos |= {inner for name in photos if (inner := name.partition("/")[2])}
-    names = sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
+    names = names_in(root)
     folders = set()
     for name in names:
         parts = os.path.splitext(name)[0].split("/")
@@ -124,7 +124,7 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     for folder in sorted(folders):
         if (captions := read_texts_beside(paths.images, root / folder)).texts:
             found[root / folder] = captions
-    files = [file for file in lists_in(root) if file.stem not in bare]
+    files = [file for file in map(root.joinpath, lists_among(names)) if file.stem not in bare]
     named = [file for file in files if "caption" in file.name.lower()]
     for file in (*named, *(file for file in files if file not in named)):
         if file not in named and not found.keys().isdisjoint(named):
@@ -141,12 +141,16 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     return found, refused
 
 
-def lists_in(root: Path) -> list[Path]:
-    """The files in a folder, and not far below, that may be lists of captions."""
-    names = (name for name in files_in(root) if not name.startswith(WRITTEN) and name not in OURS)
-    files = sorted(root / name for name in names if name.count("/") < DEPTH)
-    files = [file for file in files if not file.name.endswith(".prepared.json")]
-    return [file for file in files if file.suffix.lower() in LISTS or file.name in TABLES]
+def names_in(root: Path) -> list[str]:
+    """The files in DATA_DIR that a training hasn't written there, as far as folders tell."""
+    return sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
+
+
+def lists_among(names: Iterable[str]) -> list[str]:
+    """Those of the files, not far down, that may be lists of captions."""
+    near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
+    paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
+    return [str(path) for path in paths if path.suffix.lower() in LISTS or path.name in TABLES]
 
 
 def are_parts(others: Mapping[Path, Captions]) -> bool:
@@ -272,7 +276,7 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
     note = written_splits(paths).get("captions") or {}
     made, images = paths.data_dir / "captions.json", place_of(paths.images, paths.data_dir)
     if "made" not in note or not made.exists() or note["made"] != state_of(made):
-        return {key: note[key] for key in ("splits",) if note.get(key)}, ""
+        return {"splits": note["splits"]} if note.get("splits") else {}, ""
     if note.get("images", images) != images and any(
         read(paths.images).texts for read in (read_nested, read_texts_beside)
     ):

@@ -48,7 +48,8 @@ from captions_search import (
     find_table,
     held_or_converted,
     karpathy_files,
-    lists_in,
+    lists_among,
+    names_in,
     written_splits,
 )
 from check_data import check
@@ -135,7 +136,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         texts = [name for name in entries if not is_photo(name)]
         if len(texts) == len(entries):
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        if not (texts or there or lists_in(paths.data_dir)):
+        if not (texts or there or lists_among(names_in(paths.data_dir))):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
                 f"beside each photo): write them to {paths.captions} first"

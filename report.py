@@ -212,8 +212,9 @@ class Report:
 
     def _question(self, names: Sequence[str]) -> str:
         """A question about the photos for who learned only to answer; else ""."""
-        asked = prompts_about(self.data.texts, names, "questions")
-        return asked[0][1].question if "captions" not in self.data.tasks else ""
+        if "captions" in self.data.tasks:
+            return ""
+        return prompts_about(self.data.texts, names, "questions")[0][1].question
 
     def _draw(self) -> None:
         """Draw what was learned; a picture that fails is named, and spoils nothing."""

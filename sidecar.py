@@ -6,7 +6,6 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
@@ -94,9 +93,8 @@ class Table:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open, and so locked, for as long as the run lasts.
             self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")
-            with contextlib.suppress(OSError):  # some network disks know no locks
-                if not lock(self.file):
-                    raise UserError(f"another run is writing to {path}: give another --output")
+            if lock(self.file) is False:
+                raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
             raise write_error(error, path) from error
         there = path.read_bytes()

@@ -231,9 +231,9 @@ def redact(text: str) -> str:
 def last_part(path: str) -> str:
     """Of an absolute path, or of several joined by "::", the last part: where it lies on this
     machine is nobody's business. Other texts stay as they are."""
-    parts = path.split("::")
     return "::".join(
-        os.path.basename(os.path.normpath(x)) if x[:1] in "/~" and x else x for x in parts
+        os.path.basename(os.path.normpath(part)) if part.startswith(("/", "~")) else part
+        for part in path.split("::")
     )
 
 
@@ -431,8 +431,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
         )
         temporary = Path(name)
-        with contextlib.suppress(OSError):  # some network disks know no locks
-            lock(handle)  # until it is closed: a sign that the writer lives
+        lock(handle)  # until it is closed: a sign that the writer lives
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -480,19 +479,18 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise write_error(error, folder) from error
     with file:
-        with contextlib.suppress(OSError):  # some network disks know no locks
-            if not lock(file, f"waiting for another process to leave {folder}" if wait else None):
-                raise UserError(
-                    f"another run is writing to {folder}: wait for it to end, or choose another "
-                    "folder with --output_dir"
-                )
+        if lock(file, f"waiting for another process to leave {folder}" if wait else None) is False:
+            raise UserError(
+                f"another run is writing to {folder}: wait for it to end, or choose another "
+                "folder with --output_dir"
+            )
         remove_leftovers(folder, ".*.tmp")
         yield
 
 
-def lock(file: IO | int, waiting: str | None = None) -> bool:
+def lock(file: IO | int, waiting: str | None = None) -> bool | None:
     """Lock an open file until it is closed; of another process's lock `waiting` is said, and its
-    end awaited, or without that False returned."""
+    end awaited, or else False returned. None: the disk knows no locks, as some of networks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -500,6 +498,8 @@ def lock(file: IO | int, waiting: str | None = None) -> bool:
             return False
         print(waiting, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return None
     return True
 
 
