@@ -362,7 +362,7 @@ class Bar(contextlib.AbstractContextManager):
     def __init__(self, total: int, label: str, unit: str, done: int = 0, quiet: bool = False):
         """Begin with `done` of `total` units behind; `quiet` shows nothing."""
         self.total, self.label, self.done, self.before = total, label, done, done
-        self.quiet = quiet
+        self.quiet, self.lines = quiet, None  # where lines go: standard output, unless it is set
         self.started = self.spoken = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
@@ -375,7 +375,7 @@ class Bar(contextlib.AbstractContextManager):
         if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
-            print(f"{said}{self.minutes_left:.1f} min left", flush=True)
+            print(f"{said}{self.minutes_left:.1f} min left", file=self.lines, flush=True)
 
     @property
     def minutes_left(self) -> float:
