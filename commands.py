@@ -8,13 +8,19 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from utils import Parser, UserError, guard_output, load_settings, say_error
+from utils import BOUNDS, Parser, UserError, first_line, guard_output, load_settings, say_error
+
+# Threads that wait for each other sleep instead of spinning: beside another program training is
+# half as fast again, captioning several times as fast, and alone both are as fast as before
+# (docs/performance.md). It is read while PyTorch is loaded, so that Python's users get it too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -24,6 +30,16 @@ SCORED = (
     "DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE FEATURES_DIR FEATURE_BATCH_SIZE "
     "MAX_BAD_IMAGES DEVICE PRECISION"
 ).split()
+TEXTS = (
+    "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
+    "PRECISION"
+).split()
+TEXTS_OR_NONE = (
+    "IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE VOCAB_FILE MERGES_FILE KARPATHY_FILE TRAIN_SHARDS "
+    "VAL_SHARDS ENCODER_REVISION FEATURES_DIR OUTPUT_DIR START_CHECKPOINT RESUME_CHECKPOINT_PATH "
+    "WANDB_PROJECT WANDB_ENTITY WANDB_RUN_NAME HF_REPO_ID"
+).split()
+NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("losses", "train", "generate", "features")
 EXISTING = ("skip", "overwrite", "append", "error")
@@ -59,9 +75,6 @@ def begin(read: Callable[[], Any]) -> None:
 
     Ctrl-C while they last ends the program without a word of theirs.
     """
-    # Threads that wait for each other sleep instead of spinning: beside another program training is
-    # half as fast again, and alone as fast as before (docs/performance.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -102,9 +115,32 @@ def parser_of(script: str) -> Parser:
     return Parser(source.split('"""')[1])
 
 
-def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    import config  # here, as inference needs none
+def read_config() -> ModuleType:
+    """`config.py`, as people have edited it, with every setting and each text a text; numbers are
+    checked with the flags. Captioning needs none of it."""
+    try:
+        import config
+    except Exception as error:  # noqa: BLE001 - people may write anything there
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == "config.py"]
+        line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"config.py, line {line}, can't be run ({said})") from None
+    names = {*TEXTS, *TEXTS_OR_NONE, *NUMBERS}
+    if missing := sorted({*names, "presets"} - vars(config).keys()):
+        raise UserError(f"config.py lacks {', '.join(missing)}: put back what was taken out")
+    for name in (*TEXTS, *TEXTS_OR_NONE):
+        value = getattr(config, name)
+        if not isinstance(value, str | os.PathLike) and (value or name in TEXTS):
+            raise UserError(f'config.py: {name} is {value!r}: it must be a text, in quotes ("...")')
+    for preset, values in config.presets.items():
+        if unknown := sorted(values.keys() - names):
+            raise UserError(f"config.py: preset {preset!r} sets what is no setting: {unknown[0]}")
+    return config
 
+
+def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    config = read_config()
     parser = parser_of("train.py")
     parser.add_argument("--demo", action="store_true", help="train on the built-in demo")
     text = "several settings at once, as config.py lists them"
@@ -147,8 +183,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    import config
-
+    config = read_config()
     parser = parser_of("prepare_dataset.py")
     add_sources(parser)
     text = "look at every photo and caption; code 1 if training would refuse them"
@@ -157,8 +192,7 @@ def prepare_dataset(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    import config
-
+    config = read_config()
     parser = parser_of("evaluate.py")
     add = parser.add_argument
     add("--checkpoint", required=True, help=".safetensors or .pt")

@@ -388,6 +388,7 @@ def write_all(
     )
     pairs = zip(left, found, strict=True)
     with Bar(len(left), "photos", "photo", quiet=alone) as bar:
+        bar.lines = sys.stderr  # standard output holds what is written about photos, and no more
         while part := list(itertools.islice(pairs, args.batch_size)):
             rows = []
             for (photo, question), each in part:

@@ -185,7 +185,7 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
     def features(self, pixel_values: Tensor) -> Tensor:
         """(photos, 3, height, width) -> what the encoder says (photos, patches, feature_width)."""
         if pixel_values is None:
-            raise ValueError("give pixel_values: without a photo there is nothing to write about")
+            raise ValueError('no photo: give pixel_values, or to a pipeline (photo, text="")')
         deep = list(self.config.layers) != [-1]
         output = self.tower(pixel_values=pixel_values, output_hidden_states=deep)
         last, hidden = output.last_hidden_state, output.hidden_states

@@ -30,30 +30,33 @@ ANY = 2**31 - 1  # stands for: no upper bound
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
 
-# What settings, flags of all scripts, and a resumed training's state may be, both ends allowed.
+# What settings (capitals), flags and a run's state may be, both ends allowed: whole if the first is
 BOUNDS = {
-    (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES QUESTION_WEIGHT NUM_EPOCHS "
-    "SCST_EPOCHS WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM TOP_K EPOCH BATCH SECONDS BAD_STEPS",
+    (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES NUM_EPOCHS SCST_EPOCHS "
+    "WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM top_k epoch batch bad_steps",
     (1, ANY): "SHUFFLE_BUFFER FEATURE_BATCH_SIZE BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
-    "DECODER_EMBED_DIM DECODER_FF_DIM MAX_BAD_STEPS MIN_LENGTH MAX_LENGTH REPEATS",
-    (1, 1000): "FEATURE_VIEWS DECODER_LAYERS DECODER_HEADS BEAM_SIZE GROUPS N_BEST",
+    "DECODER_EMBED_DIM DECODER_FF_DIM MAX_BAD_STEPS min_length max_length repeats",
+    (1, 1000): "FEATURE_VIEWS DECODER_LAYERS DECODER_HEADS BEAM_SIZE groups n_best",
     (1, 10_000_000): "VOCAB_SIZE",
     (3, 100_000): "MAX_CAPTION_LENGTH",
     (2, 100): "SCST_BEAM_SIZE",
-    (0, 0.95): "DROPOUT PATCH_DROPOUT LABEL_SMOOTHING",
-    (0, 0.999999): "EMA_DECAY",
-    (0, 100): "MIN_LEARNING_RATE SCST_LEARNING_RATE WEIGHT_DECAY",
+    (False, True): "KEEP_SHARD_FEATURES COMPILE",
+    (0.0, 0.95): "DROPOUT PATCH_DROPOUT LABEL_SMOOTHING",
+    (0.0, 0.999999): "EMA_DECAY",
+    (0.0, 100): "MIN_LEARNING_RATE SCST_LEARNING_RATE WEIGHT_DECAY",
     (1e-12, 100): "LEARNING_RATE",
     (1e-12, ANY): "GRADIENT_CLIP",
-    (0, 2**63 - 1): "SEED STEP LOSS_SUM LOSS_COUNT",
-    (-100, 100): "LENGTH_PENALTY",
-    (0, 1000): "DIVERSITY RERANK",
-    (1e-3, 1000): "TEMPERATURE",
-    (1e-6, 1): "TOP_P",
-    (0.01, 1000): "MAX_MEGABYTES",
-    (0, 65535): "PORT",
+    (0, 2**63 - 1): "SEED step loss_count",
+    (0.0, 1e18): "QUESTION_WEIGHT seconds loss_sum",
+    (-100.0, 100): "LENGTH_PENALTY",
+    (0.0, 1000): "RERANK diversity",
+    (1e-3, 1000): "temperature",
+    (1e-6, 1): "TRAIN_SPLIT_RATIO top_p",
+    (0.01, 1000): "max_megabytes",
+    (0, 65535): "port",
 }
-RANGES = {name: bounds for bounds, names in BOUNDS.items() for name in names.split()}
+RANGES = {n.upper(): bounds for bounds, names in BOUNDS.items() for n in names.split()}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 class UserError(Exception):
@@ -93,10 +96,11 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes", "on")
 
 
-def _flag_type(default: object) -> Callable[[str], Any]:
+def _flag_type(name: str, default: object) -> Callable[[str], Any]:
     if default is None:
         return lambda text: None if text.lower() in ("", "none") else text
-    return _boolean if isinstance(default, bool) else type(default)
+    kind = type(RANGES.get(name, (default,))[0])  # a rate of 0 may become 0.5
+    return _boolean if kind is bool else kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,9 +135,8 @@ def load_settings(
 
     `parser` knows the script's own flags, which arrive in lower case (`settings.demo`). `only`
     names the constants that are flags too (all by default). `preset` maps the parsed flags to
-    values that replace the configuration's, but not those given.
-
-    The module is never changed. An unknown or ill-typed flag ends the program with code 2.
+    values that replace the configuration's, but not those given. The module is never changed. An
+    unknown or ill-typed flag ends the program with code 2.
     """
     defaults = constants(config)
     comments = constant_comments(config)
@@ -144,36 +147,35 @@ def load_settings(
             f"--{name.lower()}",
             *(flag for flag, meant in OTHER_FLAGS.items() if meant == name),
             dest=name,
-            type=_flag_type(default),
+            type=_flag_type(name, default),
             default=argparse.SUPPRESS,
             metavar="TEXT" if default is None else type(default).__name__.upper(),
-            help=f"{comments[name]} [{default}]".replace("%", "%%"),
+            help=f"{comments.get(name, '')} [{default}]".replace("%", "%%"),
         )
     flags = parser.parse_args(argv)
     root = Path(config.__file__).resolve().parent
     values = {name: _anchor(root, name, value) for name, value in defaults.items()}
-    if preset:
-        values |= (chosen := preset(flags))
-        if unknown := chosen.keys() - defaults.keys():
-            raise UserError(f"the preset sets {', '.join(unknown)}, which config.py doesn't know")
-    settings = SimpleNamespace(**values | vars(flags))
+    settings = SimpleNamespace(**values | (preset(flags) if preset else {}) | vars(flags))
     check_ranges(settings)  # also of what stands in the module
     return settings
 
 
 def _anchor(root: Path, name: str, value: object) -> object:
     """A path in the configuration is meant from the configuration's folder; an address is none."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and value and name.endswith(PATH_SUFFIXES) and ":" not in value:
         return os.path.normpath(root / Path(value).expanduser())
     return value
 
 
 def check_ranges(settings: SimpleNamespace | argparse.Namespace) -> None:
-    """Refuse settings, or a script's own flags, outside of `RANGES`."""
+    """Refuse settings, or a script's own flags, of another kind or outside of `RANGES`."""
     for name, value in vars(settings).items():
         least, most = RANGES.get(name.upper(), (None, None))
-        if least is None or not isinstance(value, (int, float)):
+        if least is None or (value is None and name.islower()):  # a flag that isn't given
             continue
+        if not isinstance(value, int | type(least)):
+            raise UserError(f"{name} is {value!r}: it must be {KINDS[type(least)]}")
         if not least <= value <= most:  # so put, NaN is refused too
             bound = f"at least {least}" if most == ANY >= value else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: it must be {bound}")
@@ -360,7 +362,7 @@ class Bar(contextlib.AbstractContextManager):
     def __init__(self, total: int, label: str, unit: str, done: int = 0, quiet: bool = False):
         """Begin with `done` of `total` units behind; `quiet` shows nothing."""
         self.total, self.label, self.done, self.before = total, label, done, done
-        self.quiet = quiet
+        self.quiet, self.lines = quiet, None  # where lines go: standard output, unless it is set
         self.started = self.spoken = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
@@ -373,7 +375,7 @@ class Bar(contextlib.AbstractContextManager):
         if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
-            print(f"{said}{self.minutes_left:.1f} min left", flush=True)
+            print(f"{said}{self.minutes_left:.1f} min left", file=self.lines, flush=True)
 
     @property
     def minutes_left(self) -> float:
@@ -395,10 +397,8 @@ def files_in(
     folder: Path, recursive: bool = True, passed: Counter[str] | None = None
 ) -> Iterator[str]:
     """The files in a folder, which need not exist, and in those below, by their names relative to
-    it, in order; hidden ones are passed over.
-
-    With `passed`, folders that can't be read are said, and links to folders counted in it.
-    """
+    it, in order; hidden ones are passed over. With `passed`, folders that can't be read are said,
+    and links to folders counted in it."""
 
     def unread(error: OSError) -> None:
         if passed is not None:

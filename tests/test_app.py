@@ -107,6 +107,8 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     loads = re.findall(r"""(?:src|href|action)=["']?(?!data:)([^"'> ]+)|url\(|@import""", page)
     assert not loads
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+    asked = re.findall(r"""fetch\(["'`]([^"'`]+)""", page)
+    assert len(asked) == 3 and not [path for path in asked if path[0] == "/"]  # behind a prefix
 
 
 def test_captions_are_those_of_the_captioner_with_a_map_for_each_word(server, joint, photo):
@@ -190,9 +192,9 @@ def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
         assert status == 400 and "Try a JPEG or a PNG" in answer["error"]
         assert not re.search(r"BytesIO|0x|/|Traceback", answer["error"])
     form = b'--X\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + photo + b"\r\n--X--\r\n"
-    kind = {"Content-Type": "multipart/form-data; boundary=X"}
-    status, _, content = server.ask("POST", "/caption", form, **kind)
-    assert status == 400 and "not in a form" in json.loads(content)["error"]
+    for kind in ("multipart/form-data; boundary=X", "application/json"):
+        status, _, content = server.ask("POST", "/caption", form, **{"Content-Type": kind})
+        assert status == 400 and "not in a form" in json.loads(content)["error"]
     assert server.caption(photo)[0] == 200
 
 

@@ -278,7 +278,7 @@ try:
     model.generate(input_ids=ids)
     raise AssertionError
 except ValueError as error:
-    assert "give pixel_values" in str(error)
+    assert "no photo: give pixel_values" in str(error)
 assert not {"model", "decoder", "checkpoint", "encoder"} & sys.modules.keys()
 print(json.dumps(found))
 """

@@ -23,7 +23,7 @@ from inference import load_captioner
 from sidecar import Photo, Table
 from tests.conftest import paint, run
 from tests.forked import Forked
-from utils import UserError
+from utils import Bar, UserError
 
 NAMES = ["a.jpg", "b.PNG", "sub/c.jfif", "sub/deep/d.webp"]
 
@@ -58,6 +58,15 @@ def test_a_folder_is_told_line_by_line_with_its_sub_folders(folder, caption):
     assert "passed over, as no photos: 1 .txt" in result.stderr
     flat = caption(folder, "--no-recursive", "--json")
     assert list(json.loads(flat.stdout.splitlines()[-1])) == NAMES[:2]
+
+
+def test_progress_is_not_told_among_the_captions(folder, trained, monkeypatch, capsys):
+    monkeypatch.setattr(Bar, "PAUSE", -1.0)
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    inference.main([str(folder), "--checkpoint", str(checkpoint), "--batch_size", "2"])
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == NAMES
+    assert err.count("photos ") == 2 and "min left" in err
 
 
 def test_one_photo_has_its_caption_alone_and_several_have_names(folder, caption):

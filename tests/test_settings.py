@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import commands
 from device import choose_device, choose_dtype
 from tests.conftest import REPO, run
 from utils import Bar, Parser, UserError, atomic_write, load_settings, shown, sole_user
@@ -63,6 +65,58 @@ def test_wrong_flags_are_refused(config, flags, capsys):
         load_settings(config, flags, Parser("d"))
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Runs the command line of train.py with a line of config.py replaced, or one put before it."""
+
+    def run_it(line: str, *flags: str, instead: bool = True):
+        name, source = line.split()[0], (REPO / "config.py").read_text()
+        found = re.search(rf"^{name} = .*\n", source, re.M) if instead else None
+        source = source.replace(found[0], f"{line}\n") if found else f"{line}\n{source}"
+        (tmp_path / "config.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "config", raising=False)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        return commands.train(flags)
+
+    return run_it
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    {
+        'BATCH_SIZE = "64"': "BATCH_SIZE is '64': it must be a whole number",
+        "BATCH_SIZE = 64.0": "BATCH_SIZE is 64.0: it must be a whole number",
+        "BATCH_SIZE = None": "BATCH_SIZE is None: it must be a whole number",
+        "BATCH_SIZE = 64,": "it must be a whole number",
+        'LEARNING_RATE = "1e-3"': "LEARNING_RATE is '1e-3': it must be a number",
+        'COMPILE = "False"': "COMPILE is 'False': it must be True or False",
+        "COMPILE = false": "config.py, line 6[0-9], can't be run .NameError: name 'false'",
+        "BATCH_SIZE = = 4": "config.py, line 5[0-9], can't be run .SyntaxError",
+        "ENCODER_LAYERS = (-1, -4)": r"ENCODER_LAYERS is \(-1, -4\): it must be a text",
+        'TRAIN_SHARDS = ["a.tar"]': "TRAIN_SHARDS is .*: it must be a text",
+        "DEVICE = None": "DEVICE is None: it must be a text",
+    }.items(),
+)
+def test_what_people_write_into_the_configuration_is_checked(edited, line, says):
+    with pytest.raises(UserError, match=says):
+        edited(line)
+
+
+def test_a_setting_that_was_renamed_or_removed_is_said_at_once(edited):
+    with pytest.raises(UserError, match="config.py lacks BATCH_SIZE"):
+        edited("BATCH_SIZE = 32; BACH_SIZE = BATCH_SIZE; del BATCH_SIZE")
+
+
+def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):
+    assert edited("BATCH_SIZE = 64").BATCH_SIZE == 64  # without a comment
+    assert edited("MINE = 64", instead=False).MINE == 64
+    assert edited("DROPOUT = 0", "--dropout", "0.5").DROPOUT == 0.5
+    assert edited("HF_REPO_ID = None").HF_REPO_ID is None
+    path = 'OUTPUT_DIR = __import__("pathlib").Path("out")'
+    assert edited(path).OUTPUT_DIR == str(tmp_path / "out")
 
 
 def test_devices_and_precisions_are_checked():

@@ -114,8 +114,9 @@ class Service:
 
     async def caption(self, request: Request) -> Response:
         async with self.received(request) as photo:
-            if request.headers.get("content-type", "").startswith("multipart/"):
-                raise HTTPException(400, "Send the photo alone as the body, not in a form.")
+            kind = request.headers.get("content-type", "")
+            if kind.startswith(("multipart/", "application/json")):
+                raise HTTPException(400, "Send the photo alone as the body, not in a form or JSON.")
             task = write, self.captioner, photo, request.query_params
             async with self.turn:
                 if await request.is_disconnected():
@@ -206,7 +207,7 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     except ValueError:
         return "The address is not valid."
     if name not in ("localhost", host.lower()) and not _is_address(name):
-        return "This page is not served under that name."
+        return "This page is not served under that name: open it by its address or by --host's."
     elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     if (method != "GET" and foreign) or (elsewhere and not link):
