@@ -55,6 +55,8 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answers": answers}]}))
     (question,) = load_questions(path)["a.jpg"]
     assert question == Text("dark red", "what color?", tuple(answers))
+    path.write_text(json.dumps({"a.jpg": [{"question": "how many?", "answer": 3}]}))
+    assert load_questions(path)["a.jpg"] == [Text("3", "how many?")]
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
     assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
 
