@@ -278,7 +278,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
 
 
 def unpack_parquet(paths: DataPaths) -> bool:
-    """Make photos and captions.json of the parquet files in DATA_DIR; is there something?
+    """Make photos, captions.json and questions.json of the parquet files in DATA_DIR; is there
+    something?
 
     What was there before is the user's own, and is used as it is.
     """
@@ -293,14 +294,21 @@ def unpack_parquet(paths: DataPaths) -> bool:
         return paths.images.is_dir()
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
-    for name, photo, texts in tqdm(read_parquet(files), desc="unpacking", disable=None):
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
         if name not in captions:
             write_file(paths.images / name, photo)
         known = captions.setdefault(name, [])
         known += [text for text in texts if text not in known]
-    captions = {name: texts or [""] for name, texts in captions.items()}
+        if asked:
+            questions.setdefault(name, []).extend(asked)
     print(f"{len(captions):,} photos of {len(files)} parquet files are in {paths.images}")
-    write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+    if any(captions.values()) or not questions:
+        captions = {name: texts or [""] for name, texts in captions.items()}
+        write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+    place = paths.data_dir / "questions.json"
+    if questions and (begun or not place.exists()):
+        write_file(place, json.dumps(questions, ensure_ascii=False, indent=1))
     write_marker(paths, label, photo_sizes(paths.images))
     return True
 
