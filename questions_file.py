@@ -33,7 +33,7 @@ ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
-PLACE = re.compile(r"</?ima?ge?>")  # of the photo, in a conversation
+PLACE = re.compile(r"(Picture \d+:\s*)?<img>.+?</img>|</?image>")  # a photo's, in a conversation
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 
@@ -150,9 +150,9 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
 
 def _chosen(answer: Any, choices: Any) -> Any:
     """An answer; where it is the number (from 0) or the letter of one of the choices, that one."""
-    choices = listed(choices) if isinstance(choices, str) else choices
+    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
     said = str(answer).strip(" .()")
-    if not isinstance(choices, list) or said in map(str, choices):
+    if len(choices) < 2 or said in map(str, choices):
         return answer
     place = int(said) if said.isdecimal() else ord(said) - ord("A") if len(said) == 1 else -1
     return choices[place] if 0 <= place < len(choices) else answer

@@ -1079,12 +1079,28 @@ CHAT = turns("user", "assistant", "content", "role")
             "a.jsonl",
             "\n".join(json.dumps({"images": [n], "messages": CHAT}) for n in IDS),
         ),
+        (  # Qwen-VL
+            "a.json",
+            json.dumps(
+                [
+                    {
+                        "id": f"x{n}",
+                        "conversations": [
+                            {"from": "user", "value": f"Picture 1: <img>{n}</img>\nWhich?"},
+                            {"from": "assistant", "value": "red"},
+                        ],
+                    }
+                    for n in IDS
+                ]
+            ),
+        ),
         *(
             ("a.json", json.dumps([{"image": n, "question": "Which?"} | said for n in IDS]))
             for said in (
                 {"direct_answers": ["red", "red", "blue"]},  # A-OKVQA
                 {"choices": ["blue", "red"], "answer": 1},  # ScienceQA
                 {"options": "['blue', 'red']", "answer": "(B)"},
+                {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
@@ -1147,6 +1163,8 @@ def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
         ({"answer": ["net", "ball", "net"]}, "net", ["net", "ball", "net"]),
         ({"answer": "red", "answers": ""}, "red", []),
         ({"answer": 0}, "0", []),
+        ({"answer": "A", "choices": "A) a dog, B) a cat"}, "A", []),
+        ({"answer": 2, "choices": [1, 2, 3]}, "2", []),
         ({"answers": ["", "red", None]}, "red", ["red"]),
         ({"answer": {"text": "red"}}, None, None),
         ({"answers": ["red", ["blue"]]}, None, None),
