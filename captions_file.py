@@ -39,7 +39,7 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file images img img_name img_path photo imageid image_url name id"
+    "image_file image_filename images img img_name img_path photo imageid image_url name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
@@ -286,8 +286,8 @@ def _names_photo(entry: Any) -> bool:
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answer in a conversation that has one alone, unless a question has it in a word or three."""
-    if isinstance(said, list) and said and all(map(_speaker, said)):
-        answers = [each for each in said if _speaker(each) in ANSWERING]
+    if isinstance(said, list) and said and all(map(speaker, said)):
+        answers = [each for each in said if speaker(each) in ANSWERING]
         if len(answers) != 1:
             return []
         asked = "?" in str([each for each in said if each is not answers[0]])
@@ -300,7 +300,7 @@ def texts_of(said: Any) -> list[Any]:
     return [] if said is None or said != said else [said]  # nor NaN
 
 
-def _speaker(said: Any) -> str:
+def speaker(said: Any) -> str:
     """Who speaks in a turn of a conversation, as LLaVA and chat models' data sets have them."""
     return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
 

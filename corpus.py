@@ -158,19 +158,23 @@ def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]
 def say_cut(
     tokenizer: CaptionTokenizer, texts: dict[str, list[Text]], rows: CaptionRows, length: int
 ) -> None:
-    """Say how many texts are longer than what is learned of them."""
-    count = sum(len(texts[name]) for name in rows.names)
-    cut = [
-        (text.question, text.target)
-        for name in rows.names
-        for text, ids in zip(texts[name], rows.groups[name], strict=True)
-        if ids[-1] != END_ID
+    """Say how many texts are longer than what is learned of them, a question or what is said."""
+    pairs = [(t.question, t.target) for name in rows.names for t in texts[name]]
+    learned = [ids for name in rows.names for ids in rows.groups[name]]
+    likely = [
+        (pair, len(ids))
+        for pair, ids in zip(pairs, learned, strict=True)
+        if ids[-1] != END_ID or (pair[0] and ids.index(ANSWER_ID) + 1 >= length // 2)
     ]
+    whole = tokenizer.encode_texts([pair for pair, _ in likely], sys.maxsize)
+    cut = [ids for ids, (_, kept) in zip(whole, likely, strict=True) if len(ids) > kept]
     if cut:
-        longest = max(map(len, tokenizer.encode_texts(cut, sys.maxsize)))
+        asked = (2 * ids.index(ANSWER_ID) + 2 for ids in cut if ANSWER_ID in ids)
+        longest = max(*map(len, cut), *asked, 0)
         print(
-            f"cut       {len(cut):,} of {count:,} texts, to MAX_CAPTION_LENGTH = {length} "
-            f"tokens; --max_caption_length {longest} would keep all"
+            f"cut       {len(cut):,} of {len(pairs):,} texts, to MAX_CAPTION_LENGTH = {length} "
+            "tokens, of which a question takes half at most; "
+            f"--max_caption_length {longest} would keep all"
         )
 
 

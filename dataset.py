@@ -171,11 +171,12 @@ def read_question(where: str, entry: Mapping[str, Any], answered: bool = True) -
     """An entry of questions.json, and of other files brought to its form; refused where it lacks
     a question, or where it is to be `answered`, an answer."""
     answers = entry.get("answers", [])
-    texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", "")]
-    if not isinstance(answers, list) or not all(isinstance(t, str) for t in [*texts, *answers]):
+    several = answers if isinstance(answers, list) else [None]
+    texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", ""), *several]
+    texts[1:] = [str(each) if isinstance(each, int | float) else each for each in texts[1:]]
+    if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} has a question whose parts are no text: {entry!r}")
-    question, answer, kind = (SURROGATES.sub("\ufffd", text) for text in texts)
-    answers = [SURROGATES.sub("\ufffd", text) for text in answers]
+    question, answer, kind, *answers = (SURROGATES.sub("\ufffd", text) for text in texts)
     if not question.strip():
         raise UserError(f"{where} has an empty question")
     if not answer.strip() and answers:

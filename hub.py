@@ -389,8 +389,8 @@ def model_card(
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type="image-to-text",
-                task_name="Image captioning",
+                task_type="visual-question-answering" if "answer" in metric else "image-to-text",
+                task_name="Question answering" if "answer" in metric else "Image captioning",
                 dataset_type=re.sub(r"\W+", "-", dataset.lower()),
                 dataset_name=dataset,
                 dataset_split=split,
@@ -413,6 +413,8 @@ def model_card(
         encoder=f"`{encoder_name}`{at_revision}",
         needs=" (here a folder of its trainer's: give yours as `encoder=...`)" if local else "",
         dataset=dataset,
+        does="answers questions about" if question else "captions",
+        texts="questions" if question else "captions",
         command=command,
         scores=measured if scores else "Not measured yet.",
         samples="\n".join(f"- `{photo}`: {caption}" for photo, caption in samples.items())
@@ -427,8 +429,8 @@ def model_card(
 CARD = """\
 # {name}
 
-A Transformer decoder that captions photos from the features of the frozen image encoder
-{encoder}. It was trained from scratch on the captions of {dataset}. `model.safetensors` holds
+A Transformer decoder that {does} photos from the features of the frozen image encoder
+{encoder}. It was trained from scratch on the {texts} of {dataset}. `model.safetensors` holds
 the decoder and its tokenizer; the encoder is not in it and comes from where it is published{needs}.
 
 ## Use
@@ -461,7 +463,7 @@ encoder's) with `transformers.AutoImageProcessor`.
 
 {scores}
 
-## Captions it gave
+## What it wrote
 
 {samples}
 
@@ -473,7 +475,7 @@ encoder's) with `transformers.AutoImageProcessor`.
 
 ## Licence
 
-The decoder's weights were learned from the photos and captions of {dataset}, on features of
-{encoder}. No licence of their own is granted beyond what those of the photos, the captions and
+The decoder's weights were learned from the photos and {texts} of {dataset}, on features of
+{encoder}. No licence of their own is granted beyond what those of the photos, the {texts} and
 the encoder allow: check them before you use these weights.
 """

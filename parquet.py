@@ -1,4 +1,4 @@
-"""Photos with captions out of parquet files, the form in which data sets lie on the Hub."""
+"""Photos with captions or questions out of parquet files, as data sets lie on the Hub."""
 
 from __future__ import annotations
 
@@ -27,25 +27,32 @@ from captions_file import (
 )
 from dataset import split_in
 from photo_names import is_photo, plain_name
+from questions_file import ASKED, questions_in, read_entry
 from tables import plain_key
 from utils import UserError, first_line, require_extra
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds the photos, which their captions and names, and which their split."""
+    """Which column holds the photos, which their captions, questions and names, and which their
+    split."""
 
     photo: str
     captions: list[str]
+    asked: list[str]  # questions, answers and what goes with them
     names: list[str]  # one, or none, as of the next
     split: list[str]
 
     def all(self) -> list[str]:
-        return [*dict.fromkeys((self.photo, *self.captions, *self.names, *self.split))]
+        others = (*self.captions, *self.asked, *self.names, *self.split)
+        return [*dict.fromkeys((self.photo, *others))]
 
 
-def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]]:
-    """Each row's photo: its name, its file's content, and captions; what has none is left out.
+def read_parquet(
+    files: Sequence[Path],
+) -> Iterator[tuple[str, bytes, list[str], list[dict[str, Any]]]]:
+    """Each row's photo: its name, its file's content, captions, and questions as questions.json has
+    them; a row without a photo is left out.
 
     Photos stand in a column of bytes, or of `{"bytes": ..., "path": ...}` as the library
     `datasets` writes it; captions in one that is called as in tables, or in `caption_0` and so on.
@@ -83,7 +90,10 @@ def read_parquet(files: Sequence[Path]) -> Iterator[tuple[str, bytes, list[str]]
                             names[digest] = _name(own, [image.get("path") or "", *said], taken)
                         elif os.path.dirname(names[digest]) != own:
                             moved.add(names[digest])
-                        yield names[digest], content, texts
+                        talk = questions_in({plain_key(key): row[key] for key in columns.asked})
+                        asked = [read_entry(str(file), q) for q in talk if q.get("question")]
+                        asked = [each for each in asked if each["answer"].strip()]
+                        yield names[digest], content, texts, asked
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
     if moved:
@@ -125,18 +135,20 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     found, captions, _ = choose_columns(names, rows)
     likeliest = [name for name in captions if name in texts]
     captions = caption_columns({name: names[name] for name in texts}, likeliest)
-    if not photos or not captions:
+    asked = [name for name in kinds if names[name] in ASKED]
+    if not photos or not (captions or "question" in names.values()):
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
-            f"captions in one of {', '.join(CAPTION_KEYS)}"
+            f"captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer"
         )
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
     splits = [name for key in SPLIT_KEYS for name in names if names[name] == key]
-    columns = Columns(photo, captions, called[:1], splits[:1])
+    columns = Columns(photo, captions, asked, called[:1], splits[:1])
     if ignored := [name for name in kinds if name not in columns.all()]:
-        used = f"photos are in the column {photo}, captions in {', '.join(captions)}"
-        used += "".join(f", names in {name}" for name in columns.names)
+        parts = {"captions": captions, "questions": asked, "names": columns.names}
+        used = f"photos are in the column {photo}"
+        used += "".join(f", {what} in {', '.join(there)}" for what, there in parts.items() if there)
         tqdm.write(f"{file}: {used}; ignored: {', '.join(ignored)}", file=sys.stdout)
     return columns
 

@@ -64,6 +64,7 @@ from dataset import (
     split_by_karpathy,
     split_by_own,
     split_by_ratio,
+    split_in,
 )
 from download import download
 from encoder import PHOTO_SUFFIXES
@@ -173,8 +174,11 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
     return Path(given).expanduser() if given else paths.data_dir / "questions.json"
 
 
-def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
-    """Have the questions by the photos' real names; say where they are."""
+def ensure_questions(
+    settings: SimpleNamespace, paths: DataPaths
+) -> tuple[DataPaths, dict[str, str]]:
+    """Have the questions by the photos' real names; say where they are, and of which split they say
+    each photo to be."""
     source = questions_source(settings, paths)
     if not source.is_file():
         raise UserError(
@@ -182,7 +186,10 @@ def ensure_questions(settings: SimpleNamespace, paths: DataPaths) -> DataPaths:
             "there, name a file with --questions_file, or convert VQAv2's with --vqa_questions"
         )
     texts = match_names(read_questions(source), paths.images)
-    return replace(paths, questions=held_or_converted(paths.data_dir, source, texts))
+    load_questions(source, table=texts)  # which refuses what is wrong by the user's own file
+    told = [(name, each.get("split")) for name, group in texts.items() for each in group]
+    splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
+    return replace(paths, questions=held_or_converted(paths.data_dir, source, texts)), splits
 
 
 # --- Photos ---------------------------------------------------------------------------------
@@ -271,9 +278,10 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
 
 
 def unpack_parquet(paths: DataPaths) -> bool:
-    """Make photos and captions.json of the parquet files in DATA_DIR; is there something?
+    """Make photos, captions.json and questions.json of the parquet files in DATA_DIR; is there
+    something?
 
-    Photos or captions that were there before are the user's own, and are used as they are.
+    What was there before is the user's own, and is used as it is.
     """
     marker = read_marker(paths)
     begun = marker and marker["dataset"].startswith("parquet ")
@@ -286,14 +294,21 @@ def unpack_parquet(paths: DataPaths) -> bool:
         return paths.images.is_dir()
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
-    for name, photo, texts in tqdm(read_parquet(files), desc="unpacking", disable=None):
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
         if name not in captions:
             write_file(paths.images / name, photo)
         known = captions.setdefault(name, [])
         known += [text for text in texts if text not in known]
-    captions = {name: texts or [""] for name, texts in captions.items()}
+        if asked:
+            questions.setdefault(name, []).extend(asked)
     print(f"{len(captions):,} photos of {len(files)} parquet files are in {paths.images}")
-    write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+    if any(captions.values()) or not questions:
+        captions = {name: texts or [""] for name, texts in captions.items()}
+        write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+    place = paths.data_dir / "questions.json"
+    if questions and (begun or not place.exists()):
+        write_file(place, json.dumps(questions, ensure_ascii=False, indent=1))
     write_marker(paths, label, photo_sizes(paths.images))
     return True
 
@@ -410,7 +425,8 @@ def prepare(
         if "captions" in tasks:
             paths, note, known = ensure_captions(settings, paths)
         if "questions" in tasks:
-            paths = ensure_questions(settings, paths)
+            paths, told = ensure_questions(settings, paths)
+            known = told | known
         names = list(load_texts(paths, tasks))
         found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
         write_splits(settings, paths, found, karpathy_url, note, known)

@@ -4,62 +4,122 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from captions_file import (
-    NAME_KEYS,
+    ANSWERING,
+    TALKS,
+    TO_CAPTION,
     Entry,
+    choose_columns,
     listed,
     name_within,
     photo_in,
     read_file,
     read_objects,
+    speaker,
+    texts_of,
 )
-from dataset import read_question
-from photo_names import match_names
+from dataset import OTHER_SPLITS, read_question, split_in
+from options import SPLITS
+from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
 from utils import UserError, read_json, write_file
 
-ANSWERS = ("multiple_choice_answer", "answer", "answers")
+ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
+CHOICES = ("choices", "options")
+KINDS = ("type", "question_type", "answer_type")
+ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
+PLACE = re.compile(r"(Picture \d+:\s*)?<img>.+?</img>|</?image>")  # a photo's, in a conversation
+USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 
 def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:
     """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
-    question, and an answer or several people's, which may be missing unless `answered`."""
+    question, and an answer or several people's, which may be missing unless `answered`.
+
+    An object may hold several questions, or a conversation. What lacks a part is passed over, which
+    is said; "split" is added where the file tells it.
+    """
     form, content = read_file(path)
     if form == "JSON" and isinstance(content, dict):
-        values = content.get("data", [*content.values()])  # as TextVQA has it, or GQA, by ids
-        if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
+        content = _objects(content)
+        if isinstance(content, dict):
             return content  # our own form: `load_questions` says what is wrong with it
-        content = values
-    usage = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
     if not isinstance(content, list):
-        raise UserError(f"{path} holds no questions: {usage}")
+        raise UserError(f"{path} holds no questions: {USAGE}")
     if form == "JSON":
-        content = [(str(path), entry) for entry in content]
+        content = [(f"{path}, entry {n}", entry) for n, entry in enumerate(content, 1)]
     elif form == "table":
         content = _rows(table_of(content))
+    rows = [(at, each) for at, row in read_objects(content, USAGE) for each in questions_in(row)]
+    keys = {key: key for _, row in rows for key in row}
+    photos, _, split = choose_columns(keys, [row for _, row in rows])
+    photos = [key for n, key in enumerate(photos) if key != "id" or not n]
     questions: dict[str, list[dict[str, Any]]] = {}
-    for where, row in read_objects(content, usage):
-        name = str(photo_in(next((row[key] for key in NAME_KEYS if row.get(key)), "")))
-        name = name and name_within(where, name)
-        if row.get("prefix") and not row.get("question"):
-            continue  # it asks for a caption
-        if not name or not row.get("question"):
-            raise UserError(f"{where} names no photo and question: {usage}")
-        question = _question(where, row["question"], row, answered)
-        questions.setdefault(name, []).append(question)
+    passed = []
+    for where, row in rows:
+        name = photo_in(next((row[key] for key in photos if row.get(key)), ""))
+        question = row.get("question") and read_entry(where, row)
+        if not name or isinstance(name, list) or not question:
+            passed.append(f"{where} names no photo and question")
+        elif answered and not question["answer"].strip():
+            passed.append(f"{where} has no answer")
+        else:
+            question |= {"split": split_in(row.get(split))} if split else {}
+            questions.setdefault(name_within(where, str(name)), []).append(question)
+    if not questions:
+        raise UserError(f"{passed[0] if passed else f'{path} holds no questions'}: {USAGE}")
+    if passed:
+        print(f"  passed over: {len(passed):,} questions, the first as {passed[0]}")
     return questions
 
 
+def _objects(table: dict[str, Any]) -> Any:
+    """The objects within a JSON object: by their ids or photos, by split, or in the only list of
+    them; our own form stays as it is."""
+    lists = {key: v for key, v in table.items() if isinstance(v, list) and _are_objects(v)}
+    if len(lists) == len(table) and {*table} <= {*SPLITS, *OTHER_SPLITS}:
+        return [{"split": split} | each for split, part in lists.items() for each in part]
+    if len(lists) == 1 and not any(map(is_photo, lists)):
+        return [*lists.values()][0]  # as VQA has it, TextVQA, CLEVR and Visual7W
+    if not _are_objects(table.values()):
+        return table
+    return [each | ({"image": k} if is_photo(k) else {}) for k, each in table.items()]
+
+
+def _are_objects(values: Collection[Any]) -> bool:
+    return bool(values) and all(isinstance(each, dict) for each in values)
+
+
+def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """An object for each question in one: itself, or one of a list that it has, or of a turn in a
+    conversation; what asks for a caption is left out."""
+    if row.get("question") or "prefix" in row:
+        return [row] if row.get("question") else []
+    lists = [value for value in row.values() if isinstance(value, list) and _are_objects(value)]
+    for asked in lists:
+        if all(each.get("question") for each in asked):
+            return [row | each for each in asked]
+    turns = next((row[talk] for talk in TALKS if row.get(talk) in lists), [])
+    said = [" ".join(map(str, texts_of(each.get("value", each.get("content"))))) for each in turns]
+    pairs = zip(turns[1:], (PLACE.sub("", text).strip() for text in said), said[1:], strict=False)
+    told = [(asked, answer) for turn, asked, answer in pairs if speaker(turn) in ANSWERING]
+    talked = [row | {"question": q, "answer": a} for q, a in told if not TO_CAPTION.search(q)]
+    return talked if turns else [row]
+
+
 def _rows(table: Table) -> list[Entry]:
-    """A table's rows as objects; a delimiter in a text that isn't quoted is refused where it
-    might stand in the question or in the answer."""
-    names, rows = table.names, []
+    """A table's rows as objects, without a header of photo, question and answer; a delimiter in a
+    text that isn't quoted is refused where it might stand in the question or in the answer."""
+    headed = not is_photo(plain_name(table.names[0]))
+    names = table.names = table.names if headed else ["image", "question", "answer"]
+    rows = []
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    for where, row in table.rows[1:]:
+    for where, row in table.rows[headed:]:
         if texts == [len(names) - 1]:
             table.trim(row)
         if len(row) > len(names):
@@ -73,19 +133,29 @@ def _rows(table: Table) -> list[Entry]:
     return rows
 
 
-def _question(
-    where: str, asked: Any, entry: dict[str, Any], answered: bool = True
-) -> dict[str, Any]:
+def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dict[str, Any]:
     """A question with its answer, or several people's, as questions.json has it; raises as
     `read_question`."""
     own = [entry.get(key) for key in ANSWERS[:2]]
-    several = entry.get("answers") or next((one for one in own if isinstance(one, list)), None)
+    lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
+    several = next(filter(None, lists), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
     answer = next((text for text in own if text not in (None, "") and text is not several), "")
-    kind = entry.get("type") or entry.get("question_type") or entry.get("answer_type") or ""
-    found = {"question": asked or "", "answer": answer, "answers": answers, "type": kind}
-    found |= {key: str(found[key]) for key in found if isinstance(found[key], int | float)}
+    kind = next(filter(None, map(entry.get, KINDS)), "")
+    choices = next(filter(None, map(entry.get, CHOICES)), None)
+    found = {"question": entry.get("question") or "", "answer": _chosen(answer, choices)}
+    found |= {"answers": answers, "type": kind}
     return found | {"answer": read_question(where, found, answered).target}
+
+
+def _chosen(answer: Any, choices: Any) -> Any:
+    """An answer; where it is the number (from 0) or the letter of one of the choices, that one."""
+    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
+    said = str(answer).strip(" .()")
+    if len(choices) < 2 or said in map(str, choices):
+        return answer
+    place = int(said) if said.isdecimal() else ord(said) - ord("A") if len(said) == 1 else -1
+    return choices[place] if 0 <= place < len(choices) else answer
 
 
 def _people(said: Any) -> list[Any]:
@@ -144,7 +214,8 @@ def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) 
     passed = 0
     for entry in answered["annotations"]:
         try:
-            question = _question("it", texts.get(str(entry["question_id"])), entry)
+            asked_of = {"question": texts.get(str(entry["question_id"]))}
+            question = read_entry("it", entry | asked_of, answered=True)
         except UserError:
             passed += 1
             continue

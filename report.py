@@ -201,6 +201,9 @@ class Report:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
         if path != loss and "val_cider" in entry:
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
+        for answers in run.bests("val_accuracy")[-1:]:
+            right = f"{answers['val_accuracy']:.1f} % right"
+            print(f"best answers ({right}): {run.file_of('val_accuracy', answers)}")
         splits = self.data.splits
         name = (splits["test"] or splits["val"])[0]
         photo, question = self.data.paths.images / name, self._question([name])

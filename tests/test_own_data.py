@@ -1017,6 +1017,18 @@ QUESTIONS = [
 ]
 
 
+ASKED = {"question": "Which?", "answer": "red"}
+
+
+def turns(asking: str, answering: str, said: str, who: str) -> list[dict[str, str]]:
+    """A conversation with a question, an answer, and then something else than a question."""
+    texts = ((asking, "<image>\nWhich?"), (answering, "red"), (asking, "Describe it."))
+    return [{who: speaker, said: text} for speaker, text in (*texts, (answering, "A red dog"))]
+
+
+CHAT = turns("user", "assistant", "content", "role")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -1048,6 +1060,50 @@ QUESTIONS = [
             "image,question,answers\n"
             + "".join(f"{n},Which?,\"[{{'answer': 'red'}}]\"\n" for n in (1, 2, 3)),
         ),
+        ("a.csv", "1.jpg,Which?,red\n2.jpg,Which?,red\n3.jpg,Which?,red\n"),  # without a header
+        ("a.json", json.dumps({"info": {"split": "val"}, "questions": QUESTIONS})),  # CLEVR
+        ("a.json", json.dumps({e["image"]: e | {"image": ""} for e in QUESTIONS})),
+        ("a.json", json.dumps([{"id": n, "qas": [ASKED]} for n in (1, 2, 3)])),  # Visual Genome
+        ("a.json", json.dumps({"images": [{"filename": n, "qa_pairs": [ASKED]} for n in IDS]})),
+        (  # LLaVA: conversations, some about no photo
+            "a.json",
+            json.dumps(
+                [
+                    {"id": n, "image": n, "conversations": turns("human", "gpt", "value", "from")}
+                    for n in IDS
+                ]
+                + [{"id": 9, "conversations": turns("human", "gpt", "value", "from")}]
+            ),
+        ),
+        (
+            "a.jsonl",
+            "\n".join(json.dumps({"images": [n], "messages": CHAT}) for n in IDS),
+        ),
+        (  # Qwen-VL
+            "a.json",
+            json.dumps(
+                [
+                    {
+                        "id": f"x{n}",
+                        "conversations": [
+                            {"from": "user", "value": f"Picture 1: <img>{n}</img>\nWhich?"},
+                            {"from": "assistant", "value": "red"},
+                        ],
+                    }
+                    for n in IDS
+                ]
+            ),
+        ),
+        *(
+            ("a.json", json.dumps([{"image": n, "question": "Which?"} | said for n in IDS]))
+            for said in (
+                {"direct_answers": ["red", "red", "blue"]},  # A-OKVQA
+                {"choices": ["blue", "red"], "answer": 1},  # ScienceQA
+                {"options": "['blue', 'red']", "answer": "(B)"},
+                {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
+                {"options": ["1", "red"], "answer": "red"},
+            )
+        ),
     ],
 )
 def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
@@ -1058,6 +1114,34 @@ def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
     assert {photo: [(t.question, t.target) for t in texts] for photo, texts in found.items()} == {
         photo: [("Which?", "red")] for photo in IDS
     }
+
+
+@pytest.mark.parametrize("name", ["questions.json", "q.csv", "by.json"])
+def test_a_split_that_questions_tell_is_kept(tmp_path, name):
+    splits = dict(zip(IDS, ("train", "validation", "test"), strict=True))
+    entries = {n: ASKED | {"split": split} for n, split in splits.items()}
+    text = json.dumps({n: [entry] for n, entry in entries.items()})
+    if name == "q.csv":
+        text = "Image,Split,Question,Answer\n" + "".join(f"{n},{splits[n]},?,3\n" for n in IDS)
+    if name == "by.json":
+        text = json.dumps({splits[n]: [{"image": n} | ASKED] for n in IDS})
+    folder = lay_out(tmp_path, {name: text})
+    flags = ["--tasks", "questions", "--questions_file", folder / name, "--split", "karpathy"]
+    assert check(folder, *flags) == 0
+    splits = load_splits(folder / "splits.json")
+    assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+
+
+def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
+    file = tmp_path / "q.csv"
+    file.write_text("image,question,answer\n1.jpg,Which?,\n2.jpg,Which?,red\n,Which?,red\n")
+    assert [*read_questions(file)] == ["2.jpg"]
+    assert "passed over: 2 questions, the first as" in (said := capsys.readouterr().out)
+    assert "line 2 has no answer" in said
+    assert [*read_questions(file, answered=False)] == ["1.jpg", "2.jpg"]
+    file.write_text("image,question,answer\n1.jpg,Which?,\n")
+    with pytest.raises(UserError, match="line 2 has no answer"):
+        read_questions(file)
 
 
 def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
@@ -1079,6 +1163,8 @@ def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
         ({"answer": ["net", "ball", "net"]}, "net", ["net", "ball", "net"]),
         ({"answer": "red", "answers": ""}, "red", []),
         ({"answer": 0}, "0", []),
+        ({"answer": "A", "choices": "A) a dog, B) a cat"}, "A", []),
+        ({"answer": 2, "choices": [1, 2, 3]}, "2", []),
         ({"answers": ["", "red", None]}, "red", ["red"]),
         ({"answer": {"text": "red"}}, None, None),
         ({"answers": ["red", ["blue"]]}, None, None),

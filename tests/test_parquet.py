@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import prepare_dataset
-from dataset import load_captions
+from dataset import load_captions, load_questions
 from parquet import read_parquet
 from tests.conftest import run
 from utils import UserError
@@ -64,10 +64,10 @@ def images(count: int, first: int = 0) -> list[dict]:
 )
 def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts):
     found = list(read_parquet([write(tmp_path / "a.parquet", columns)]))
-    assert [content for _, content, _ in found] == [photo(0), photo(1)]
+    assert [content for _, content, *_ in found] == [photo(0), photo(1)]
     assert found[0][2] == texts
     names = ["000000.jpg", "000001.jpg"] if "img" in columns else ["0.jpg", "1.jpg"]
-    assert [name for name, _, _ in found] == names
+    assert [name for name, *_ in found] == names
 
 
 def test_objects_without_bytes_are_no_photos(tmp_path):
@@ -76,7 +76,29 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
     with pytest.raises(UserError, match="the columns image, caption: it needs one with the photos"):
         list(read_parquet([file]))
     both = write(tmp_path / "b.parquet", columns | {"img": images(1)})
-    assert [name for name, _, _ in read_parquet([both])] == ["0.jpg"]
+    assert [name for name, *_ in read_parquet([both])] == ["0.jpg"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"question": ["Which?", "", "How?"], "answer": ["red", "x", ""]},
+        {
+            "Question": ["Which?"] * 3,
+            "answers": [[{"answer": "red", "answer_id": 1}], [], [{"answer": " ", "answer_id": 2}]],
+        },
+    ],
+)
+def test_questions_beside_photos_are_unpacked(tmp_path, said):
+    write(tmp_path / "a.parquet", {"image": images(3)} | said)
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "b.parquet", {"image": images(3, 5)} | said)
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--tasks", "questions"])
+    found = load_questions(tmp_path / "questions.json")
+    assert [(t.question, t.target) for group in found.values() for t in group] == [
+        ("Which?", "red")
+    ] * 2
+    assert not (tmp_path / "captions.json").exists()
 
 
 def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
@@ -85,7 +107,7 @@ def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, caps
         columns = {"text": ["A dog"], "title": ["Two dogs"], shortest: ["One"], "id": [1]}
         columns = {"masks": [[photo(9)]], "mask": [photo(9)], "image": images(1, n)} | columns
         files.append(write(tmp_path / f"{n}.parquet", columns))
-    assert [texts for _, _, texts in read_parquet(files)] == [["A dog"], ["One"]]
+    assert [texts for _, _, texts, _ in read_parquet(files)] == [["A dog"], ["One"]]
     says = "photos are in the column image, captions in text; ignored: masks, mask, title, id"
     assert capsys.readouterr().out == f"{files[0]}: {says}\n"
 
@@ -105,7 +127,7 @@ def test_a_column_may_name_the_photos(tmp_path, column, said, names):
     pictures = [each | {"path": None} for each in images(2)]
     columns = {"image": pictures, column: said, "caption": ["a", "b"]}
     found = read_parquet([write(tmp_path / "a.parquet", columns)])
-    assert [name for name, _, _ in found] == names
+    assert [name for name, *_ in found] == names
 
 
 def test_rows_of_the_same_picture_are_one_photo(tmp_path, capsys):
@@ -133,7 +155,7 @@ def test_photos_without_a_name_get_one_that_no_other_has(tmp_path):
         for i, path in enumerate(("000001.jpg", None, "a\0b:.png", "é" * 300 + ".jpg"))
     ]
     file = write(tmp_path / "a.parquet", {"image": pictures, "caption": list("abcd")})
-    names = [name for name, _, _ in read_parquet([file])]
+    names = [name for name, *_ in read_parquet([file])]
     assert names == ["000001.jpg", "000002.jpg", "a_b_.png", "é" * 56 + ".jpg"]
 
 
@@ -142,7 +164,7 @@ def test_two_photos_of_one_name_stay_two(tmp_path):
         write(tmp_path / f"{i}.parquet", {"image": images(2, i * 9), "caption": [f"a{i}", f"b{i}"]})
         for i in range(2)
     ]
-    found = {name: texts for name, _, texts in read_parquet(files)}
+    found = {name: texts for name, _, texts, _ in read_parquet(files)}
     assert found == {"0.jpg": ["a0"], "1.jpg": ["b0"], "000002.jpg": ["a1"], "000003.jpg": ["b1"]}
 
 

@@ -55,6 +55,8 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answers": answers}]}))
     (question,) = load_questions(path)["a.jpg"]
     assert question == Text("dark red", "what color?", tuple(answers))
+    path.write_text(json.dumps({"a.jpg": [{"question": "how many?", "answer": 3}]}))
+    assert load_questions(path)["a.jpg"] == [Text("3", "how many?")]
     path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
     assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
 
@@ -329,6 +331,7 @@ def test_questions_alone(tmp_path, encoder_dir):
     flags = [*small_flags(data, encoder_dir), "--tasks", "questions", "--scst_epochs", 3]
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
+    assert f"% right): {data / 'captioner_best_accuracy.safetensors'}" in result.stdout
     assert "epoch 2/2" in result.stdout  # no self-critical stage: it is about captions
     assert load_checkpoint(data / "captioner_best_accuracy.safetensors").tasks == ("questions",)
     refused = run(
@@ -344,15 +347,20 @@ def test_questions_alone(tmp_path, encoder_dir):
     assert answered.returncode == 0 and answered.stdout, answered.stderr
 
 
-def test_the_length_that_is_named_keeps_whole_answers(capsys):
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("what runs there?", "a small brown dog"), ("what is it that runs over there?", "dog")],
+)
+def test_the_length_that_is_named_keeps_whole_questions_and_answers(capsys, question, answer):
     tokenizer = CaptionTokenizer.train(["a dog runs"] * 3, 300)
-    texts = {"a.jpg": [Text("a small brown dog", "what runs there?")]}
-    length = 12
+    texts = {"a.jpg": [Text(answer, question), Text("a dog")]}
+    length, whole = 24, tokenizer.encode_texts([(question, answer)], 1000)
     for cut in (True, False):
         rows = CaptionRows(encode_rows(tokenizer, texts, ["a.jpg"], length), None)
+        assert cut != (rows.groups["a.jpg"][0].tolist() == whole[0])
         say_cut(tokenizer, texts, rows, length)
         said = capsys.readouterr().out
-        assert bool(said) == cut
+        assert ("1 of 2 texts" in said) == cut
         length = int(said.split("--max_caption_length ")[1].split()[0]) if said else 0
 
 
