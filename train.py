@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(settings, team, device, data, begun)
         take_place(run, data)
         report = Report(run, data, show_demo if settings.demo else None)
-        with contextlib.closing(report), StopSignal(team) as stop:
+        with report, StopSignal(team) as stop:
             while run.progress.epoch < run.epochs:
                 started = time.monotonic()
                 ended = train_epoch(run, data, report.ledger(), stop)
