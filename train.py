@@ -107,7 +107,10 @@ def take_place(run: Run, data: Data) -> None:
     texts = [(name, data.texts[name]) for name in data.val.names]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
-        print("resumed   with other validation photos or texts: earlier epochs are not compared")
+        print(
+            "resumed   with other validation photos or texts: earlier epochs are not compared (was "
+            "the split changed, photos now to validate may have been trained on)"
+        )
         progress.since = dict.fromkeys(MEASURES, progress.epoch)
     progress.judged = judged
 
