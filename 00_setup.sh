@@ -2,6 +2,7 @@
 # Installs Miniconda into ~/miniconda3 if this machine has neither conda nor a usable Python.
 # Needs no administrator; safe to run again.
 set -euo pipefail
+HOME=${HOME:-~} # services may have none
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 target=$HOME/miniconda3
 

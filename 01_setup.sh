@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the pinned requirements: see usage below. Safe to run again, quick if nothing changed.
 set -euo pipefail
+HOME=${HOME:-~} # services may have none
 
 usage() {
     cat <<'TEXT'

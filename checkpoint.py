@@ -201,7 +201,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        folder = f"{path} is a folder: name the .safetensors or .pt in it"
+        raise UserError(folder if path.is_dir() else f"there is no checkpoint {path}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     try:
         description = json.loads(content["captioner"])

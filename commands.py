@@ -43,6 +43,12 @@ NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.i
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("losses", "train", "generate", "features")
 EXISTING = ("skip", "overwrite", "append", "error")
+
+
+def resumes(settings: Any) -> bool:
+    return os.path.isfile(os.path.expanduser(settings.RESUME_CHECKPOINT_PATH or ""))
+
+
 # Flags of any script that change nothing, unless the rest of what is set is so.
 WITHOUT_EFFECT = (
     ("temperature top_k top_p seed", "without --sample", lambda s: s.sample),
@@ -62,10 +68,11 @@ WITHOUT_EFFECT = (
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),
     ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),
     ("wandb_entity wandb_run_name", "without --wandb_project", lambda s: s.WANDB_PROJECT),
+    ("start_checkpoint", "on resuming", lambda s: not resumes(s)),
     (
-        "start_checkpoint",
-        "on resuming",
-        lambda s: not os.path.isfile(s.RESUME_CHECKPOINT_PATH or ""),
+        "vocab_size vocab_file merges_file",
+        "where a checkpoint brings its tokenizer",
+        lambda s: not (s.START_CHECKPOINT or resumes(s)),
     ),
 )
 

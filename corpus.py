@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -222,7 +223,8 @@ def given_tokenizer(settings: SimpleNamespace, paths: DataPaths) -> CaptionToken
 def learn_tokenizer(
     settings: SimpleNamespace, paths: DataPaths, learned: Iterator[str]
 ) -> CaptionTokenizer:
-    """A new one, kept beside the data."""
+    """A new one, kept beside the data where that can be written; checkpoints hold it too."""
     tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
-    tokenizer.save(paths.vocab, paths.merges)
+    if os.access(paths.data_dir, os.W_OK):
+        tokenizer.save(paths.vocab, paths.merges)
     return tokenizer

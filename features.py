@@ -51,7 +51,7 @@ from utils import (
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
-OPEN_FILES = 256  # packs open at a time; systems allow a process about 1,000 files
+OPEN_FILES = 128  # packs open at a time; macOS allows a process 256 files
 
 In, Out = TypeVar("In"), TypeVar("Out")
 Item = tuple[str, int]  # a photo's name, and which view of it

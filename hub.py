@@ -36,7 +36,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # of the client's own HTTP library, whose name depends on the client's version
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -80,9 +79,10 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     name = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
         validate_repo_id(repo_id)
-        offline = not _hub_answers(repo_id, revision)
+        offline = constants.HF_HUB_OFFLINE or not _hub_answers(repo_id, revision)
         return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, local_files_only=offline))
-    except (HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
+    except (HTTPError, LocalEntryNotFoundError, ImportError, ValueError) as error:
+        # The last two: a name that is none, or a proxy in the environment that the client lacks.
         known = (text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
         raise UserError(f"checkpoint {name}: {next(known, _reason(error))}") from error
     except OSError as error:
@@ -95,7 +95,7 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
         get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS, revision=revision))
     except HfHubHTTPError as error:
         return error.response.status_code < 500
-    except (HTTPError, OfflineModeIsEnabled):
+    except HTTPError:
         return False
     return True
 

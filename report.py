@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import sys
@@ -36,7 +38,7 @@ BLUE = "#2b6cb0"
 COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
 
 
-class Report:
+class Report(contextlib.AbstractContextManager):
     """Tells of a run from its first line to its last; of a team the first process does.
 
     Nothing of what fails here stops the training.
@@ -64,6 +66,11 @@ class Report:
             say(f"Hub: nothing is pushed: {why}")
             repository = ""
         self.pusher = HubPusher(repository, report=say)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close()
+        if kind and "last.pt" in self.run.progress.written:
+            print(f"to go on from what is saved: {self._resuming()}")
 
     def close(self) -> None:
         self.tracker.close()
@@ -172,15 +179,19 @@ class Report:
         """Say how to go on; returns the exit code."""
         self.close()
         self._draw()
+        print(f"stopped; go on with: {self._resuming()}")
+        return 130
+
+    def _resuming(self) -> str:
+        """The command that goes on from `last.pt`."""
         arguments = list(self.run.settings.arguments)
         for i, argument in enumerate(arguments):
             if argument.split("=")[0] == "--resume_checkpoint_path":
                 del arguments[i : i + (1 if "=" in argument else 2)]
                 break
-        last = str(self.run.output / "last.pt")
-        command = [*self.run.team.command(), "train.py", *arguments, "--resume_checkpoint_path"]
-        print(f"stopped; go on with: {redact(shlex.join([*command, last]))}")
-        return 130
+        arguments += ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
+        command = [*self.run.team.command(), beside("train.py"), *arguments]
+        return redact(shlex.join(command))
 
     def finished(self) -> int:
         """Say where the result is and how to use it; returns the exit code."""
@@ -207,7 +218,8 @@ class Report:
         splits = self.data.splits
         name = (splits["test"] or splits["val"])[0]
         photo, question = self.data.paths.images / name, self._question([name])
-        command = [interpreter(), "inference.py", "--image_path", photo, "--checkpoint", path]
+        command = [interpreter(), beside("inference.py"), "--image_path", photo]
+        command += ["--checkpoint", path]
         command += ["--question", question] if question else []
         act = "ask about" if question else "caption"
         print(f"{act} a picture:\n  {shlex.join(map(str, command))}")
@@ -254,6 +266,13 @@ def dataset_name(settings: SimpleNamespace) -> str:
 def without_folders(command: str) -> str:
     """A command without secrets, and without the folders of this machine's absolute paths."""
     return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
+
+
+def beside(script: str) -> str:
+    """A script of this project as a command from where we are names it."""
+    path = str(Path(__file__).with_name(script).resolve())
+    near = os.path.relpath(path)
+    return path if near.startswith("..") else near
 
 
 def say(text: str) -> None:

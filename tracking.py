@@ -153,7 +153,10 @@ class Tracker:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - its errors share no base, and none may stop us
-            text = f"tracking: stopped ({first_line(error)}); training goes on"
+            # Of a setting in the environment the second line has the name, the third what is wrong.
+            lines = (str(error).strip() or repr(error)).splitlines()[:3]
+            reason = first_line(RuntimeError(" ".join(map(str.strip, lines))))
+            text = f"tracking: stopped ({reason}); training goes on"
             if self._run is not None:
                 text += f"; what was tracked can be sent later: {self.sync_command}"
             self._run = None

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(settings, team, device, data, begun)
         take_place(run, data)
         report = Report(run, data, show_demo if settings.demo else None)
-        with contextlib.closing(report), StopSignal(team) as stop:
+        with report, StopSignal(team) as stop:
             while run.progress.epoch < run.epochs:
                 started = time.monotonic()
                 ended = train_epoch(run, data, report.ledger(), stop)
@@ -107,7 +107,10 @@ def take_place(run: Run, data: Data) -> None:
     texts = [(name, data.texts[name]) for name in data.val.names]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
-        print("resumed   with other validation photos or texts: earlier epochs are not compared")
+        print(
+            "resumed   with other validation photos or texts: earlier epochs are not compared (was "
+            "the split changed, photos now to validate may have been trained on)"
+        )
         progress.since = dict.fromkeys(MEASURES, progress.epoch)
     progress.judged = judged
 

@@ -107,6 +107,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
         load_checkpoint(path)
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="is a folder: name the .safetensors or .pt in it"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.fault(count=3)

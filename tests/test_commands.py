@@ -73,6 +73,9 @@ NOTES = [
         "--start_checkpoint",
         "on resuming",
     ),
+    ("train --start_checkpoint x --vocab_size 99", "--vocab_size", "a checkpoint brings its"),
+    ("train --resume_checkpoint_path README.md --vocab_file v", "--vocab_file", "a checkpoint"),
+    ("train --vocab_size 99 --resume_checkpoint_path missing.pt", "", ""),
     ("prepare_dataset --train_split_ratio 0.5", "--train_split_ratio", "--split ratio"),
 ]
 

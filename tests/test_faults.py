@@ -81,6 +81,7 @@ def test_no_room_for_a_checkpoint(tmp_path, trained, encoder_dir):
     before = contents(output)
     full = run("train.py", *flags, limits={resource.RLIMIT_FSIZE: 50_000})
     assert_message(full, "no room left to write", str(output))
+    assert full.stdout.splitlines()[-1].endswith(f"--resume_checkpoint_path {output / 'last.pt'}")
     assert contents(output) == before
     room = run("train.py", *flags)
     assert room.returncode == 0 and "epoch 3/3" in room.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from types import SimpleNamespace
@@ -141,6 +142,22 @@ def test_a_damaged_pack_is_never_read_as_features(setting):
 
 
 @pytest.mark.fault(count=8)
+def test_more_packs_than_a_process_may_have_files_open(tmp_path):
+    entries = {}
+    for number in range(300):
+        parts = [([(f"{number}.png", 0)], torch.full((1, 1, 2), float(number)))]
+        pack = tmp_path / f"shard_{number:05d}.bin"
+        table = features.write_pack(pack, ((names, x.half()) for names, x in parts), {})
+        entries |= features._entries(pack, table)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # as macOS has it
+    try:
+        found = features.FeatureCache(tmp_path, entries).read(list(entries))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found[:, 0, 0].tolist() == list(range(300))
+
+
 def test_damaged_tables_are_made_anew(setting):
     image_dir, encoder, items, build, said = setting
     cache, _ = build()

@@ -392,6 +392,24 @@ for key, (revision, says) in {cases!r}.items():
         assert seconds < 5
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks4://127.0.0.1:9"])
+def test_a_proxy_that_the_client_does_not_know(server, tmp_path, proxy):
+    server.repos["me/captioner"] = Repo()
+    server.repos["me/captioner"].commit("one", {"model.safetensors": b"weights"})
+    fetch = 'result["cached"] = download_checkpoint("me/captioner").read_text()'
+    run(tmp_path, server.url, fetch)
+    offline = {"ALL_PROXY": proxy, "HF_HUB_OFFLINE": "1"}
+    assert run(tmp_path, server.url, fetch, **offline)["cached"] == "weights"
+    code = """
+try:
+    download_checkpoint("me/captioner")
+except UserError as error:
+    result["error"] = str(error)
+"""
+    said = run(tmp_path, server.url, code, ALL_PROXY=proxy)["error"]
+    assert said.startswith("checkpoint me/captioner: ") and "proxy" in said and "\n" not in said
+
+
 # --- There and back -------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from attention import fonts_for
-from report import dataset_name, draw_curves, draw_samples
-from tests.conftest import paint, run, small_flags, write_photos
+from report import beside, dataset_name, draw_curves, draw_samples
+from tests.conftest import REPO, paint, run, small_flags, write_photos
 
 
 def entries(count: int, **more: float) -> list[dict]:
@@ -121,3 +121,10 @@ def test_a_picture_that_can_not_be_written_spoils_nothing(tmp_path, encoder_dir,
     result = run("train.py", *small_flags(data, encoder_dir), "--epochs", 1, pictures=True)
     assert result.returncode == 0 and "pictures can't be drawn" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_a_command_names_a_script_that_is_found_from_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    assert beside("train.py") == "train.py"
+    monkeypatch.chdir(tmp_path)
+    assert Path(beside("train.py")) == REPO / "train.py"

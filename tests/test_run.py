@@ -160,6 +160,7 @@ def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):
     more = ["--output_dir", tmp_path / "out", *resume]
     other = run("train.py", *flags, *more, "--max_images", 12)
     assert other.returncode == 0 and "earlier epochs are not compared" in other.stdout, other.stderr
+    assert "photos now to validate may have been trained on" in other.stdout
     training = load_checkpoint(tmp_path / "out" / "last.pt").training
     assert set(training["progress"]["since"].values()) == {6}
     fewer = run("train.py", *flags, *more, "--scored_images", 3)

@@ -233,6 +233,13 @@ def test_a_mode_that_the_user_has_chosen(tmp_path, mode):
     assert history(sessions(tmp_path)[0])[0]["loss"] == 1.0
 
 
+def test_a_mode_that_there_is_not_is_said_with_those_that_there_are(tmp_path):
+    result = run("-c", ONE_VALUE, tmp_path, **nobody(tmp_path) | {"WANDB_MODE": "ofline"})
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stdout.splitlines() if line.startswith("tracking:")]
+    assert len(said) == 1 and "'offline'" in said[0] and "ofline" in said[0]
+
+
 def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     said: list[str] = []
