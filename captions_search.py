@@ -156,8 +156,12 @@ def lists_among(names: Iterable[str]) -> list[str]:
 def are_parts(others: Mapping[Path, Captions]) -> bool:
     """Are files called alike, but for a split, and speak of different photos?"""
     photos = [name for found in others.values() for name in found.texts]
-    alike = len({SPLIT_WORD.sub("", place.name) for place in others}) == 1
-    return alike and len(photos) == len({*photos})
+    return are_alike(others) and len(photos) == len({*photos})
+
+
+def are_alike(files: Iterable[Path]) -> bool:
+    """Are files, at least one, called alike but for a split?"""
+    return len({SPLIT_WORD.sub("", file.name) for file in files}) == 1
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------

@@ -110,7 +110,10 @@ def converted_file(data_dir: Path, source: Path) -> Path:
 def _table_of(path: Path, table: Any, form: str) -> dict[str, Any]:
     """A table of `form`, an object of at least one photo; what it says of one is unchecked."""
     if not isinstance(table, dict):
-        raise UserError(f"{path} holds a {type(table).__name__}, not an object: write {form}")
+        raise UserError(
+            f"{path} holds a {type(table).__name__}, not an object: write {form}, or "
+            f"have it converted by {interpreter()} prepare_dataset.py"
+        )
     if not table:
         raise UserError(f"{path} is empty: it needs at least one photo: {form}")
     for name in table:

@@ -72,7 +72,7 @@ from features import check_bad
 from options import SPLITS, parse_tasks
 from parquet import read_parquet
 from photo_names import is_photo, match_names
-from questions_file import convert_vqa, read_questions
+from questions_file import convert_vqa, find_questions
 from shards import say_samples
 from tars import expand_shards, read_shard
 from utils import (
@@ -180,16 +180,16 @@ def ensure_questions(
     """Have the questions by the photos' real names; say where they are, and of which split they say
     each photo to be."""
     source = questions_source(settings, paths)
-    if not source.is_file():
-        raise UserError(
-            f'{source} is missing: write {{"photo.jpg": [{{"question": "...", "answer": "..."}}]}} '
-            "there, name a file with --questions_file, or convert VQAv2's with --vqa_questions"
-        )
-    texts = match_names(read_questions(source), paths.images)
+    if not (settings.QUESTIONS_FILE or source.is_file()):
+        source = paths.data_dir
+    if not source.exists():
+        raise UserError(f"{source} is missing: --questions_file names a file or a folder")
+    texts = match_names(find_questions(source), paths.images)
     load_questions(source, table=texts)  # which refuses what is wrong by the user's own file
     told = [(name, each.get("split")) for name, group in texts.items() for each in group]
     splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
-    return replace(paths, questions=held_or_converted(paths.data_dir, source, texts)), splits
+    place = questions_source(settings, paths)
+    return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
 # --- Photos ---------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from captions_file import (
     speaker,
     texts_of,
 )
-from dataset import OTHER_SPLITS, read_question, split_in
+from captions_search import are_alike, lists_among, names_in
+from dataset import OTHER_SPLITS, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
@@ -35,6 +36,40 @@ KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>.+?</img>|</?image>")  # a photo's, in a conversation
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
+
+
+def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
+    """Questions of a file, or of the files in a folder: of the one that holds some, or of several
+    called alike but for a split, which is then that of their questions."""
+    if source.is_file():
+        return read_questions(source)
+    found, refused = {}, {}
+    for name in lists_among(names_in(source)):
+        try:
+            table = read_questions(source / name)
+            load_questions(source / name, table=table)
+            found[Path(name)] = table
+        except UserError as error:
+            refused[Path(name)] = error
+    if not found:
+        raise UserError(
+            f"{source} holds no questions: write questions.json there "
+            '({"photo.jpg": [{"question": "...", "answer": "..."}]}), name a file with '
+            "--questions_file, or convert VQAv2's with --vqa_questions"
+        )
+    names = ", ".join(map(str, found))
+    if not are_alike(found):
+        raise UserError(f"{source} has questions in {names}: --questions_file chooses")
+    print(f"questions of {names} in {source}")
+    for name, error in refused.items():
+        if are_alike([name, *found]):
+            print(f"  passed over: {error}")
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for name, table in found.items():
+        told = {"split": split_in(name)} if len(found) > 1 else {}
+        for photo, group in table.items():
+            questions.setdefault(photo, []).extend(told | each for each in group)
+    return questions
 
 
 def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:

@@ -27,7 +27,7 @@ from dataset import (
     split_by_karpathy,
 )
 from options import SPLITS
-from questions_file import convert_vqa, read_questions
+from questions_file import convert_vqa, find_questions, read_questions
 from tests.conftest import run, small_flags, write_photos
 from utils import Parser, UserError, decoded, load_settings
 
@@ -1130,6 +1130,23 @@ def test_a_split_that_questions_tell_is_kept(tmp_path, name):
     assert check(folder, *flags) == 0
     splits = load_splits(folder / "splits.json")
     assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+
+
+def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, capsys):
+    files = {f"{s}.json": [{"image": n} | ASKED] for s, n in zip(SPLITS, IDS, strict=True)}
+    texts = {name: json.dumps(content) for name, content in files.items()}
+    folder = lay_out(tmp_path, texts | {"captions.txt": "1.jpg,A dog\n"})
+    flags = ["--tasks", "questions", "--split", "karpathy"]
+    assert check(folder, *flags) == 0
+    assert "questions of test.json, train.json, val.json" in capsys.readouterr().out
+    assert load_splits(folder / "splits.json") == dict(zip(SPLITS, ([n] for n in IDS), strict=True))
+    assert {*load_questions(paths_in(folder).questions)} == {*IDS}
+    (folder / "more.json").write_text(texts["val.json"])
+    with pytest.raises(UserError, match=r"questions in more.json, test.json, .*_file chooses"):
+        find_questions(folder)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no questions: write questions.json"):
+        find_questions(tmp_path / "none")
 
 
 def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
