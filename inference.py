@@ -103,16 +103,20 @@ class Captioner:
 
     def answer(
         self,
-        pictures: Picture | Sequence[Picture],
-        questions: str | Sequence[str],
+        pictures: Picture | Iterable[Picture],
+        questions: str | Iterable[str],
         **options: Any,
     ) -> str | list[str]:
         """The answer to a question about a picture; a list, where there are several of either.
 
         Greedy unless `options` say otherwise; raises as `caption`.
         """
-        if _is_one(pictures) and not isinstance(questions, str):
-            pictures = [pictures] * len(questions)
+        if not isinstance(questions, str):
+            questions = [*questions]
+            pictures = [pictures] * len(questions) if _is_one(pictures) else [*pictures]
+            if len(pictures) != len(questions):
+                counts = f"{len(pictures)} pictures and {len(questions)} questions"
+                raise ValueError(f"{counts}: give one question for all, or one about each")
         return self._best(pictures, questions, options)
 
     def stream(

@@ -447,8 +447,11 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     assert answers == [captioner.answer(p, q) for p in photos for q in questions]
     assert answers == [a for photo in photos for a in captioner.answer(photo, questions)]
     assert answers[::2] == captioner.answer(iter(photos), questions[0])
-    with pytest.raises(ValueError, match="shorter"):
+    assert answers[:2] == captioner.answer(photos[0], (q for q in questions))
+    encoded.clear()
+    with pytest.raises(ValueError, match="3 pictures and 2 questions"):
         captioner.answer(photos, questions)
+    assert not encoded
 
 
 def odd_pictures(folder: Path) -> list[Path]:
