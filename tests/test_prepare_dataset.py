@@ -13,13 +13,12 @@ import re
 import resource
 import signal
 import stat
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -34,7 +33,9 @@ from captions_file import NOTHING, read_captions
 from captions_search import find_table
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
+from tests.conftest import run
 from tests.download_server import DownloadServer, Remote, serving
+from tests.forked import Forked
 from utils import Parser, UserError, atomic_write, load_settings, size_text, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
@@ -736,23 +737,16 @@ run_script(lambda: prepare(types.SimpleNamespace(**values), sources) and 0)
 """
 
 
-def start(server: DownloadServer, folder: Path, **options: object) -> subprocess.Popen[str]:
-    sources = {"flickr8k": [server.url("flickr8k.zip")]}
-    argument = json.dumps([vars(settings_for(folder)), sources])
-    command = [sys.executable, "-c", PROGRAM, argument]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def start(settings: SimpleNamespace, *urls: str, **options: Any) -> Forked:
+    """The preparation in a process of its own, with `urls` as where Flickr8k is to be had."""
+    return Forked("-c", PROGRAM, json.dumps([vars(settings), {"flickr8k": urls}]), **options)
 
 
-def kill_when(process: subprocess.Popen[str], reached: Iterator[bool]) -> None:
-    try:
+def kill_when(process: Forked, reached: Iterator[bool]) -> None:
+    with process:
         while not next(reached):
-            assert process.poll() is None, process.communicate()
+            assert process.returncode is None, process.communicate()
             time.sleep(0.0005)
-    finally:
-        process.kill()
-        process.communicate()
     assert process.returncode == -signal.SIGKILL
 
 
@@ -773,11 +767,12 @@ def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
         while True:
             yield images.exists() and len(os.listdir(images)) > count
 
-    kill_when(start(server, tmp_path), downloaded(len(content) // 2))
+    program = settings_for(tmp_path), server.url("flickr8k.zip")
+    kill_when(start(*program), downloaded(len(content) // 2))
     assert partial.exists()
     remote.pause = 0
     for count in (1, 1000):
-        kill_when(start(server, tmp_path), unpacked(count))
+        kill_when(start(*program), unpacked(count))
         assert not (tmp_path / "captions.json").exists()
         assert json.loads((tmp_path / "prepared.json").read_text())["photos"] == {}
         there = {path.name: path for path in images.glob("*.jpg")}
@@ -801,15 +796,14 @@ def test_two_at_once_make_one_data_set(tmp_path: Path, pause: float) -> None:
     photos = {f"{n}.jpg": RNG.randbytes(3000 + n) for n in range(600)}
     table = "".join(f"{name},A photo\n" for name in photos)
     archive = write_archive(tmp_path, make_zip({"captions.txt": table, **photos}))
-    values = vars(settings_for(tmp_path / "data", "--archive", archive))
     processes = []
     for _ in range(3):
-        argument = json.dumps([values, {"flickr8k": []}])
-        command = [sys.executable, "-c", PROGRAM, argument]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        processes.append(start(settings_for(tmp_path / "data", "--archive", archive)))
         time.sleep(pause)
     for process in processes:
-        assert process.wait(120) == 0, process.stderr.read()
+        with process:
+            said = process.communicate(120)
+            assert process.returncode == 0, said
     there = {path.name: path.read_bytes() for path in (tmp_path / "data" / "images").iterdir()}
     assert there == photos
     assert not list(tmp_path.rglob("*.tmp"))
@@ -817,18 +811,16 @@ def test_two_at_once_make_one_data_set(tmp_path: Path, pause: float) -> None:
 
 def test_who_comes_second_waits_and_finds_all_done(tmp_path: Path) -> None:
     archive = write_archive(tmp_path, ZIP)
-    values = vars(settings_for(tmp_path / "data", "--archive", archive))
-    command = [sys.executable, "-c", PROGRAM, json.dumps([values, {"flickr8k": []}])]
     with sole_user(tmp_path / "data"), prepare_dataset.sole_preparer(tmp_path / "data"):
-        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        second = start(settings_for(tmp_path / "data", "--archive", archive))
         assert "waiting for another process to prepare" in second.stdout.readline()
         assert not (tmp_path / "data" / "images").exists()
         time.sleep(0.5)
-        assert second.poll() is None and not (tmp_path / "data" / "images").exists()
+        assert second.returncode is None and not (tmp_path / "data" / "images").exists()
     # The lock of OUTPUT_DIR, which training holds, is another: preparation goes on beside it.
-    with sole_user(tmp_path / "data"):
-        second.communicate(timeout=60)
-    assert second.returncode == 0
+    with sole_user(tmp_path / "data"), second:
+        second.communicate(60)
+        assert second.returncode == 0
     assert_complete(tmp_path / "data")
 
 
@@ -912,13 +904,10 @@ def test_no_room_to_write(server: DownloadServer, tmp_path: Path, limit: int) ->
     if limit < 100_000:
         (tmp_path / "temp_download").mkdir()
         (tmp_path / "temp_download" / "flickr8k.zip").write_bytes(ZIP)
-    process = start(
-        server,
-        tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "no room left to write" in error
+    limits = {resource.RLIMIT_FSIZE: limit}
+    with start(settings_for(tmp_path), server.url("flickr8k.zip"), limits=limits) as process:
+        _, error = process.communicate(60)
+        assert process.returncode == 1 and "no room left to write" in error
     assert str(tmp_path) in error and "Traceback" not in error
     prepare_from(server, tmp_path)
     assert_complete(tmp_path)
@@ -926,19 +915,15 @@ def test_no_room_to_write(server: DownloadServer, tmp_path: Path, limit: int) ->
 
 def test_command_line(tmp_path: Path) -> None:
     archive = write_archive(tmp_path, ZIP)
-    command = [sys.executable, ROOT / "prepare_dataset.py", "--dataset", "flickr8k"]
-    flags = ["--data_dir", "my data", "--split", "ratio", "--train_split_ratio", "0.7"]
-    run = subprocess.run(
-        [*command, *flags, "--archive", archive.name], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    command = [ROOT / "prepare_dataset.py", "--dataset", "flickr8k", "--data_dir", "my data"]
+    command += ["--split", "ratio", "--train_split_ratio", "0.7"]
+    told = run(*command, "--archive", archive.name, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
     assert_complete(tmp_path / "my data")
-    assert "python train.py --dataset flickr8k --data_dir 'my data' --split ratio" in run.stdout
-    assert f"photos    {len(PHOTOS)}" in run.stdout and "--follow_links" not in run.stdout
-    run = subprocess.run(
-        [*command, *flags, "--follow_links"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.stdout.endswith("--train_split_ratio 0.7 --follow_links\n"), run.stderr
+    assert "python train.py --dataset flickr8k --data_dir 'my data' --split ratio" in told.stdout
+    assert f"photos    {len(PHOTOS)}" in told.stdout and "--follow_links" not in told.stdout
+    told = run(*command, "--follow_links", cwd=tmp_path)
+    assert told.stdout.endswith("--train_split_ratio 0.7 --follow_links\n"), told.stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real Flickr8k photos are not here")
