@@ -515,6 +515,11 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption,caption\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ('id,image,caption\n1,1.jpg,"A\nB"\n2,2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
         ('image,caption\n1.jpg,"A\nB"\n2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
+        ('image,caption\n1.jpg,"A, B\nC, D\n"\n2.jpg,C', {"1.jpg": ["A, B\nC, D"], "2.jpg": ["C"]}),
+        (
+            'caption,image\n"A, B\nC, D",1.jpg\n"C, ""D""",2.jpg',
+            {"1.jpg": ["A, B\nC, D"], "2.jpg": ['C, "D"']},
+        ),
         ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
         ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
