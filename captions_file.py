@@ -475,7 +475,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
     if table.headed:
         table.rows.pop(0)
-    elif begun or (folder and is_there(names[0], folder)):
+    elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         photos, captions, split = [0], [len(table.names) - 1], None

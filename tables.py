@@ -44,7 +44,8 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    if words and (is_photo(plain_name(words[1])) or (folder and is_there(words[1], folder))):
+    name = plain_name(words[1]) if words else ""
+    if is_photo(name) or (name and folder and is_there(name, folder)):
         delimiter = " "  # where tabs were lost
     rows = [*whole_rows(lines, delimiter)]
     return Table(delimiter, [plain_key(value) for value, _ in rows[0][1]], rows)

@@ -254,9 +254,10 @@ def test_short_western_texts_are_known_and_flawed_unicode_is_not_one(text):
 
 
 @pytest.mark.parametrize("mark", ["\t", ",", " "])
-def test_a_table_without_header_may_lack_suffixes(tmp_path, mark):
-    there = [f"ROCO_{n}.jpg" for n in (1, 2, 3)]
-    table = "".join(f"ROCO_{n}{mark}X-ray {n}\n" for n in (1, 2, 3))
+@pytest.mark.parametrize("number", ["", "#0", "#zhc#0"])
+def test_a_table_without_header_may_lack_suffixes(tmp_path, mark, number):
+    there = [f"ROCO-{n}.jpg" for n in (1, 2, 3)]
+    table = "".join(f"ROCO-{n}{number}{mark}X-ray {n}\n" for n in (1, 2, 3))
     folder = lay_out(tmp_path, {"captions.csv": table}, there)
     assert prepared(folder) == {name: [f"X-ray {n}"] for n, name in enumerate(there, 1)}
 
