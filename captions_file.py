@@ -66,6 +66,13 @@ OTHER_KINDS = {
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
+PROMPTED = (  # a text to continue, and how, as PaliGemma's and others' data to tune models have it
+    ("prefix", "suffix"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("query", "response"),
+)
 TO_CAPTION = re.compile(r"caption|describe|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
@@ -380,9 +387,11 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
             row = {plain_key(key): value for key, value in row.items()}
-            if isinstance(asked := row.get("prefix"), str) and "suffix" in row:  # PaliGemma's
-                asks = {} if TO_CAPTION.search(asked) else {"question": asked}
-                row |= asks | {"answer" if asks else "caption": row.pop("suffix")}
+            for prompt, answer in PROMPTED:
+                if isinstance(asked := row.get(prompt), str) and answer in row:
+                    asks = {} if TO_CAPTION.search(asked) else {"question": asked}
+                    row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
+                    row["prefix"] = row.pop(prompt)
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
         except (ValueError, AttributeError, RecursionError):
@@ -444,6 +453,8 @@ def choose_columns(
         return {*map(split_in, {str(row.get(key)) for row in rows})} >= {"train", "val"}
 
     usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
+    if {("prompt", name) for name in names.values()} & {*PROMPTED}:  # which asks for the caption
+        captions = [key for key in captions if names[key] != "prompt"]
     others = [key for key in names if usual and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))

@@ -481,6 +481,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.jsonl", "{" + '"a":{' * 50_000),
         ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
         ("captions.csv", "image,split\n1.jpg,train\n"),
+        ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
         ("captions.csv", '1.jpg,"A dog",train\n'),
         ("captions.csv", "PK\3\4 a workbook"),
@@ -605,6 +606,14 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
                 {"image": "2.jpg", "prefix": "what is red?", "suffix": "C"},
             ],
             AB,
+        ),
+        (
+            [
+                {"image": "1.jpg", "prompt": "Describe it in a sentence.", "response": "A"},
+                {"image": "2.jpg", "instruction": "Write a caption", "input": "", "output": "B"},
+                {"image": "2.jpg", "prompt": "What is red here, please?", "completion": "C"},
+            ],
+            AB,  # a prompt is the caption only where nothing answers it
         ),
         ([{"Image Path": " 1.jpg", "Caption": "A"}, {"image-path": "2.jpg", "caption": "B"}], AB),
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
