@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name, split_in
+from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
 from options import SPLITS
 from photo_names import is_photo, is_there, is_unread, plain_name
 from tables import Table, plain_key, table_of
@@ -63,8 +63,11 @@ OTHER_KINDS = {
     b"PAR1": "a parquet file",
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
+# A number, an address or packed bytes, or a split: of another column than captions'.
+NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
-NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
+NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
+TAGS = re.compile(r"(\s*</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>)+\s*", re.IGNORECASE)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 PROMPTED = (  # a text to continue, and how, as PaliGemma's and others' data to tune models have it
     ("prefix", "suffix"),
@@ -159,11 +162,12 @@ def name_within(where: object, name: str) -> str:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean, however often they were escaped; without its
-    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well."""
+    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a
+    page's tags, such as `<br>`."""
     text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     while (plain := re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)) != text:
         text = plain
-    return text
+    return TAGS.sub(" ", text)
 
 
 def has_word(text: str) -> bool:
@@ -257,23 +261,26 @@ def _read_json(path: Path, table: Any) -> Captions:
     for name, said in table.items():
         texts = texts_of(said)
         if texts and (is_photo(name) or isinstance(said, str | list | dict)):
-            found.add(name, texts, path)
+            found.add(name, texts, path, said.get("split") if isinstance(said, dict) else "")
         else:  # or it is the file's version
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
     return found
 
 
-def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The objects of photos that stand below a key, by their index, alone, or as columns."""
+def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | None:
+    """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
+    values = [*table.values()]
+    tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
+    if len(tables) == 1 and not any(map(is_photo, table)):
+        return tables[0]
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if entries is not None and not isinstance(entries, list):
         raise TypeError(f"a {type(entries).__name__}")
     if entries is not None and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    values = [*table.values()]
     lists = [v for v in values if isinstance(v, list) and v and all(map(_names_photo, v))]
-    if len(lists) == 1 and not any(map(is_photo, table)):
-        return lists[0]
+    if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
+        return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
@@ -314,7 +321,7 @@ def _speaker(said: Any) -> str:
 
 def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
     """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not re.match(r"\s*[\[(]\s*['\"{]", text):
+    if not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
     filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
@@ -322,8 +329,11 @@ def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[s
     for read, cell in ((json.loads, text), (python, commas), (python, filled)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
-            texts = texts_in([*values]) if isinstance(values, list | tuple) else [None]
-            if all(isinstance(each, str) for each in texts):
+            values = (
+                [values] if isinstance(values, dict) else values
+            )  # Label Studio's {"text": ...}
+            texts = texts_in([*values]) if isinstance(values, list | tuple) else []
+            if texts and all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
 
@@ -407,11 +417,12 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
-    others = [key for key in keys if key and key not in (*photos[:1], *captions[:1], split)]
+    columns = caption_columns(keys, captions)
+    others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
-        told = [row[key] for key in captions if key in row]
+        told = [row[key] for key in (*columns, *captions) if key in row]
         if row.get("question") and not told:
             found.passed.append(f"{where} asks a question: --tasks questions learns from it")
         elif photo is None and any(row.get(talk) for talk in TALKS):
@@ -419,7 +430,9 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         elif photo is None or not told:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         elif name := found.name_of(where, photo_in(row[photo]), OBJECT, bare=photo in NUMBERS):
-            found.add(name, texts_of(next(filter(None, told), None)), where, row.get(split))
+            texts = texts_of([row[key] for key in columns if row.get(key)])
+            texts = texts or texts_of(next(filter(None, told), None))
+            found.add(name, texts, where, row.get(split))
     return found
 
 
@@ -539,10 +552,10 @@ def _read_rows(
         if name := found.name_of(where, cells[photo], ROW, bare, strict):
             texts = [cells[i] for i in captions if cells[i]]
             if more and not table.headed:
-                quoted = [spelled.lstrip().startswith('"') for _, spelled in whole]
-                if table.delimiter == "\t" or all(quoted):
-                    texts = [value for value, _ in whole]
-                elif whole[0][0] != whole[0][1].strip():  # quoted, and another column follows
+                apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
+                texts = [value for value, _ in whole] if apart else texts
+                quoted = whole[0][0] != whole[0][1].strip()  # and another column follows
+                if any(map(NO_CAPTION.fullmatch, texts)) if apart else quoted:
                     raise UserError(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

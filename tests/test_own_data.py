@@ -282,6 +282,9 @@ SPLIT_FORMS = {
     "a column": {
         "captions.csv": "image,caption,Split\n" + "".join(f"{n},A,{OF[n]}\n" for n in SIX)
     },
+    "a key of objects": {
+        "captions.json": json.dumps({n: {"raw": "A", "split": OF[n]} for n in SIX})
+    },
     "a key": {
         "x.jsonl": "".join(lines_of(s, split=LONG.get(s, s)) for s in ("train", "val", "test"))
     },
@@ -456,6 +459,11 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
         ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["A &amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["A &amp;amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        (
+            '{"1.jpg": ["<p class=x>A 2<3</p> &lt;br/&gt;B", "fine"], "2.jpg": ["x"]}',
+            3,
+            "mended: 1",
+        ),
         ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),
@@ -465,6 +473,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
     folder = lay_out(tmp_path, {"captions.json": text})
     found = prepared(folder)
     assert sum(map(len, found.values())) == kept and "&amp;" not in str(found)
+    assert "<p" not in str(found) and ("2<3" not in text or found["1.jpg"][0] == "A 2<3 B")
     assert says in capsys.readouterr().out
     assert (folder / "captions.json").read_text() == text
 
@@ -484,6 +493,9 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
         ("captions.csv", '1.jpg,"A dog",train\n'),
+        ("captions.csv", "1.jpg\tA dog\ttrain\n"),
+        ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
+        ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
         ("captions.csv", 'image,caption,split\n1.jpg,"' + "x" * 200_000 + '",train\n'),
@@ -513,6 +525,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("filename,comment,description\n1.jpg,todo,A dog runs\n", {"1.jpg": ["A dog runs"]}),
         ("image,text,caption\n1.jpg,Stop and go now,A sign\n", {"1.jpg": ["A sign"]}),
         ("image,sentence,raw\n1.jpg,0,A dog\n", {"1.jpg": ["A dog"]}),
+        ("image,Description 1,Description 2\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ("image,caption,caption_2\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ("image,caption,caption\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ('id,image,caption\n1,1.jpg,"A\nB"\n2,2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
@@ -527,6 +540,8 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
         ("image,caption\n1.jpg,\"['A dog', None]\"", {"1.jpg": ["A dog"]}),
         ("image,caption\n1.jpg,\"['My nan', nan]\"", {"1.jpg": ["My nan"]}),
+        ('image,caption\n1.jpg,"{""text"": [""A"", ""B""], ""number"": 2}"', {"1.jpg": ["A", "B"]}),
+        ('image,caption\n1.jpg,"{""x"": 2}"', {"1.jpg": ['{"x": 2}']}),
         ("image,caption\n1.jpg,\"('A', 'B')\"", {"1.jpg": ["A", "B"]}),
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
@@ -643,6 +658,11 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ),
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
+        ({"version": 1, "captions": AB}, AB),
+        ({"annotations": AB}, AB),
+        ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
+        ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
+        ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
