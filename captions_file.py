@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
@@ -47,7 +47,8 @@ CAPTION_KEYS = (
     *"caption_text caption_en alt_text prompt conversations messages".split(),
 )
 TALKS = ("conversations", "messages")
-SHOWN = re.compile("<img>(.+?)</img>")  # a photo within a conversation, as Qwen-VL's have it
+# A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
+SHOWN = re.compile(r"(?<=<img>).+?(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
@@ -84,6 +85,12 @@ NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
 # Tables made from it with pandas have an empty caption there instead.
 EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
+
+
+def may_list(path: PurePath) -> bool:
+    """May it be a list of captions, by its name?"""
+    text = path.suffix.lower() == ".txt" and re.search("caption|description", path.name.lower())
+    return bool(text) or path.suffix.lower() in LISTS or path.name in TABLES
 
 
 @dataclass
@@ -128,6 +135,8 @@ class Captions:
             return str(name)
         why = "can't be read: make it a JPEG" if unread else "is not the name of a photo"
         # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
+        if name == "":
+            why += " (below a cell that was merged, write the name in each row)"
         if strict and not unread and "#" not in str(said):
             raise UserError(f"{where}: {name!r} {why}: {usage}")
         self.passed.append(f"{where}: {name!r} {why}")

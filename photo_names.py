@@ -23,7 +23,9 @@ def is_photo(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
+    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query, or
+    Airtable's address after it, `photo.jpg (https://...)`."""
+    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip())
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     return re.sub(r"(#\w+)+$", "", name)
 
@@ -60,6 +62,7 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
         _ending,  # C:/photos/x/1.jpg is x/1.jpg
         _last,  # y/1.jpg is x/1.jpg
         _numbered,  # 42 is COCO_val2014_000000000042.jpg
+        _uploaded,  # upload/1/0a1b2c3d-1.jpg is 1.jpg
     )
     wanted, there = [*wanted], {*there}
     found = {name: name for name in wanted if name in there}
@@ -168,3 +171,10 @@ def _numbered(
         return found[1] if found else ""
 
     return _alike(wanted, there, number)
+
+
+def _uploaded(
+    wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]
+) -> dict[str, str]:
+    """Without the sign that Label Studio puts before the names of photos that it was given."""
+    return _alike(wanted, there, lambda name: re.sub("^[0-9a-f]{8}-", "", _last_part(cut(name))))

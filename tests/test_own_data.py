@@ -407,6 +407,7 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
         ("a.jpg", "deep/er/a.jpg"),
         ("x\\a.jpg", "x/a.jpg"),
         ("42.jpg", "COCO_val2014_000000000042.jpg"),
+        ("/data/upload/1/0a1b2c3d-a.jpg", "a.jpg"),
         ("a:b.jpg", "a:b.jpg"),
         ("n" * 240 + ".jpg", "n" * 240 + ".jpg"),
     ],
@@ -548,6 +549,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
         ("image,caption\n1.jpg,NaN\n2.jpg,NaN\n3.jpg,A\n", {"3.jpg": ["A"]}),
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
+        ("photo,caption\n1.jpg (https://x.org/a/9),A\n", {"1.jpg": ["A"]}),  # as Airtable has it
         ("image_url,caption\nhttps://x.org/1.jpg?w=2,A\n", {"https://x.org/1.jpg": ["A"]}),
         ("image,caption_1,caption_2\n1.jpg,A, B,C\n2.jpg,D,E", {"2.jpg": ["D", "E"]}),
         ("image,caption\n1.jpg,A,,\n2.jpg,B, C,\n", {"1.jpg": ["A"], "2.jpg": ["B, C"]}),
@@ -655,6 +657,22 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
                 for n in (1, 2)
             ],
             AB,  # as Qwen-VL has it: the number is not the photo's
+        ),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image", **shown}, {"text": "Hi"}]},
+                        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                    ]
+                }
+                for shown, answer in (
+                    ({"image": "1.jpg"}, "A"),
+                    ({"image_url": {"url": "2.jpg"}}, "B"),
+                    ({"image_url": {"url": "data:image/jpeg;base64,9j"}}, "C"),
+                )
+            ],
+            AB,
         ),
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
@@ -973,7 +991,7 @@ def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch
     "name",
     (
         "train.csv Captions.CSV my_captions.json annotations/captions_val2017.json a/b.ndjson "
-        "Flickr8k_text/Flickr8k.token.txt"
+        "Flickr8k_text/Flickr8k.token.txt human_captions.txt"
     ).split(),
 )
 def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
@@ -1007,6 +1025,12 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
     ("files", "says"),
     [
         ({"train.csv": "a,b\n1,2"}, "(.*train.csv, line 1: of the columns a, b none is known"),
+        (
+            {"x.csv": "image,caption\n1.jpg,A\n,B\n"},
+            "(.*x.csv, line 3: '' is not the name of .*merged",
+        ),
+        ({"x.json": '{"0.1": ["A"]}'}, "(.*x.json: no photo is called '0.1'"),
+        ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
