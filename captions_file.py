@@ -70,14 +70,14 @@ NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"(\s*</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>)+\s*", re.IGNORECASE)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
-PROMPTED = (  # a text to continue, and how, as PaliGemma's and others' data to tune models have it
-    ("prefix", "suffix"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("query", "response"),
-)
-TO_CAPTION = re.compile(r"caption|describe|^\W*$", re.IGNORECASE)  # a prompt that asks for one
+# What is to be written, and after which prompt: PaliGemma's names, and others'.
+PROMPTS = {
+    "suffix": "prefix",
+    "response": "prompt",
+    "completion": "prompt",
+    "output": "instruction",
+}
+TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -115,7 +115,7 @@ class Captions:
         texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
-        for text in itertools.chain.from_iterable(map(listed, texts)):
+        for text in (text for cell in texts for text in listed(cell) or [""]):
             whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
@@ -134,9 +134,8 @@ class Captions:
         if is_photo(str(name)) or (bare and not unread):
             return str(name)
         why = "can't be read: make it a JPEG" if unread else "is not the name of a photo"
+        why += " (below a merged cell, write the name in each row)" * (name == "")
         # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
-        if name == "":
-            why += " (below a cell that was merged, write the name in each row)"
         if strict and not unread and "#" not in str(said):
             raise UserError(f"{where}: {name!r} {why}: {usage}")
         self.passed.append(f"{where}: {name!r} {why}")
@@ -338,11 +337,9 @@ def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[s
     for read, cell in ((json.loads, text), (python, commas), (python, filled)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
-            values = (
-                [values] if isinstance(values, dict) else values
-            )  # Label Studio's {"text": ...}
-            texts = texts_in([*values]) if isinstance(values, list | tuple) else []
-            if texts and all(isinstance(each, str) for each in texts):
+            values = [values] if isinstance(values, dict) else values  # as Label Studio has them
+            texts = texts_in([*values]) if isinstance(values, list | tuple) else [None]
+            if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
 
@@ -406,7 +403,7 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
             row = {plain_key(key): value for key, value in row.items()}
-            for prompt, answer in PROMPTED:
+            for answer, prompt in PROMPTS.items():
                 if isinstance(asked := row.get(prompt), str) and answer in row:
                     asks = {} if TO_CAPTION.search(asked) else {"question": asked}
                     row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
@@ -475,7 +472,7 @@ def choose_columns(
         return {*map(split_in, {str(row.get(key)) for row in rows})} >= {"train", "val"}
 
     usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
-    if {("prompt", name) for name in names.values()} & {*PROMPTED}:  # which asks for the caption
+    if "prompt" in map(PROMPTS.get, names.values()):  # then it asks for the caption
         captions = [key for key in captions if names[key] != "prompt"]
     others = [key for key in names if usual and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]

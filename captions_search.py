@@ -135,8 +135,8 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
             refused.append(str(error))
             continue
         if not any(map(is_photo, captions.texts)) and not find_names(captions.texts, there):
-            wanted = [f"{file}: no photo is called {name!r}" for name in captions.texts]
-            foreign += [*wanted[:1], *captions.passed[:1]][:1]
+            wanted = [f"{file}: no photo is called {name!r}" for name in [*captions.texts][:1]]
+            foreign += wanted or captions.passed[:1]
         elif (copy := (file.name, state_of(file))) not in copies:
             copies.add(copy)
             found[file] = captions

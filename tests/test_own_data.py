@@ -542,7 +542,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\n1.jpg,\"['A dog', None]\"", {"1.jpg": ["A dog"]}),
         ("image,caption\n1.jpg,\"['My nan', nan]\"", {"1.jpg": ["My nan"]}),
         ('image,caption\n1.jpg,"{""text"": [""A"", ""B""], ""number"": 2}"', {"1.jpg": ["A", "B"]}),
-        ('image,caption\n1.jpg,"{""x"": 2}"', {"1.jpg": ['{"x": 2}']}),
+        ('image,caption\n1.jpg,"{""x"": 2}"\n1.jpg,B', {"1.jpg": ["B"]}),
         ("image,caption\n1.jpg,\"('A', 'B')\"", {"1.jpg": ["A", "B"]}),
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
