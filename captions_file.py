@@ -71,12 +71,7 @@ NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d
 TAGS = re.compile(r"(\s*</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>)+\s*", re.IGNORECASE)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
-PROMPTS = {
-    "suffix": "prefix",
-    "response": "prompt",
-    "completion": "prompt",
-    "output": "instruction",
-}
+PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
 TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
@@ -146,7 +141,7 @@ class Captions:
         count = sum(map(len, self.texts.values()))
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
         if self.mended:
-            print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
+            print(f"  mended: {self.mended:,} captions that held half a character, or HTML")
         if self.older:
             said = (text for texts in self.texts.values() for text in texts if not text.isascii())
             sample = next(said, "")

@@ -68,9 +68,9 @@ def find_captions(
         return [usual], read_captions(usual)
     if table:
         return [table], read_captions(table, paths.images)
-    karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
-    for file in (karpathy, *karpathy_files(paths.data_dir)):
-        if file and file.is_file() and (found := read_captions(file)).texts:
+    given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
+    for file in (*filter(in_karpathys_form, given), *karpathy_files(paths.data_dir)):
+        if (found := read_captions(file)).texts:
             return [file], found
     for read in (read_nested, read_texts_beside):
         if (found := read(paths.images)).texts:
@@ -102,8 +102,13 @@ def find_table(*folders: Path) -> Path | None:
 
 def karpathy_files(folder: Path) -> list[Path]:
     """The files in Karpathy's form in a folder; data sets' own descriptions have such names too."""
-    files = sorted(folder.glob("dataset_*.json"))
-    return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
+    return [*filter(in_karpathys_form, sorted(folder.glob("dataset_*.json")))]
+
+
+def in_karpathys_form(file: Path) -> bool:
+    """Has it objects of images, or names alone, as `{"train": ["1.jpg", ...]}`?"""
+    text = file.read_bytes() if file.is_file() else b""
+    return bool(re.search(rb'"images"\s*:\s*\[\s*\{', text))
 
 
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:

@@ -1068,6 +1068,10 @@ def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys
     (folder / "mine.json").write_text('{"train": ["1.jpg"], "val": ["2.jpg"]}')
     assert check(folder, *flags) == 0
     assert "mine.json says; 1 photos are of none" in capsys.readouterr().out
+    (folder / "captions.json").unlink()
+    for name in EXPECTED:
+        (folder / "images" / name).with_suffix(".txt").write_text("A dog")
+    assert check(folder, *flags) == 0  # a split of names holds no captions
 
 
 QUESTIONS = [
