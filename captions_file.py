@@ -68,7 +68,7 @@ OTHER_KINDS = {
 NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
-TAGS = re.compile(r"(\s*</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>)+\s*", re.IGNORECASE)
+TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
