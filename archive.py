@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captions_file import LISTS, TABLES, TEXT_SUFFIXES, read_captions
+from captions_file import TABLES, TEXT_SUFFIXES, may_list, read_captions
 from photo_names import is_photo
 from utils import UserError, lock, remove_leftovers, size_text, write_error
 
@@ -147,7 +147,7 @@ def _wanted(
         if info.is_dir() or _is_hidden(path):
             continue
         kind = path.suffix.lower()
-        text = whole and (kind in LISTS or (kind in TEXT_SUFFIXES and path.stem in stems))
+        text = whole and (may_list(path) or (kind in TEXT_SUFFIXES and path.stem in stems))
         if text and info.file_size > MAX_ENTRY_BYTES:
             continue
         if text or path.name.lower() in TABLE_NAMES or is_photo(path.name):

@@ -16,10 +16,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from dataset import OTHER_SPLITS, PLAIN, TEXT_KEYS, check_name, split_in
+from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
 from options import SPLITS
 from photo_names import is_photo, is_there, is_unread, plain_name
 from tables import Table, plain_key, table_of
@@ -47,7 +47,8 @@ CAPTION_KEYS = (
     *"caption_text caption_en alt_text prompt conversations messages".split(),
 )
 TALKS = ("conversations", "messages")
-SHOWN = re.compile("<img>(.+?)</img>")  # a photo within a conversation, as Qwen-VL's have it
+# A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
+SHOWN = re.compile(r"(?<=<img>).+?(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
@@ -63,10 +64,15 @@ OTHER_KINDS = {
     b"PAR1": "a parquet file",
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
+# A number, an address or packed bytes, or a split: of another column than captions'.
+NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
-NUMBERED = re.compile(r"(?:caption|sentence|comment|text)[_ ]?\d+")  # columns: caption_1, ...
+NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
+TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
-TO_CAPTION = re.compile(r"caption|describe|^\W*$", re.IGNORECASE)  # a prompt that asks for one
+# What is to be written, and after which prompt: PaliGemma's names, and others'.
+PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
+TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -74,6 +80,12 @@ NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
 # Tables made from it with pandas have an empty caption there instead.
 EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
+
+
+def may_list(path: PurePath) -> bool:
+    """May it be a list of captions, by its name?"""
+    text = path.suffix.lower() == ".txt" and re.search("caption|description", path.name.lower())
+    return bool(text) or path.suffix.lower() in LISTS or path.name in TABLES
 
 
 @dataclass
@@ -98,7 +110,7 @@ class Captions:
         texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
-        for text in itertools.chain.from_iterable(map(listed, texts)):
+        for text in (text for cell in texts for text in listed(cell) or [""]):
             whole = unescaped(SURROGATES.sub("\ufffd", text))
             self.mended += whole != text
             if has_word(whole):
@@ -117,6 +129,7 @@ class Captions:
         if is_photo(str(name)) or (bare and not unread):
             return str(name)
         why = "can't be read: make it a JPEG" if unread else "is not the name of a photo"
+        why += " (below a merged cell, write the name in each row)" * (name == "")
         # Flickr8k.token.txt has five rows of a "photo.jpg.1" that is in no archive.
         if strict and not unread and "#" not in str(said):
             raise UserError(f"{where}: {name!r} {why}: {usage}")
@@ -128,7 +141,7 @@ class Captions:
         count = sum(map(len, self.texts.values()))
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
         if self.mended:
-            print(f"  mended: {self.mended:,} captions that held half a character or an HTML one")
+            print(f"  mended: {self.mended:,} captions that held half a character, or HTML")
         if self.older:
             said = (text for texts in self.texts.values() for text in texts if not text.isascii())
             sample = next(said, "")
@@ -152,11 +165,12 @@ def name_within(where: object, name: str) -> str:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean, however often they were escaped; without its
-    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well."""
+    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a
+    page's tags, such as `<br>`."""
     text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
     while (plain := re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)) != text:
         text = plain
-    return text
+    return TAGS.sub(" ", text)
 
 
 def has_word(text: str) -> bool:
@@ -250,23 +264,26 @@ def _read_json(path: Path, table: Any) -> Captions:
     for name, said in table.items():
         texts = texts_of(said)
         if texts and (is_photo(name) or isinstance(said, str | list | dict)):
-            found.add(name, texts, path)
+            found.add(name, texts, path, said.get("split") if isinstance(said, dict) else "")
         else:  # or it is the file's version
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
     return found
 
 
-def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The objects of photos that stand below a key, by their index, alone, or as columns."""
+def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | None:
+    """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
+    values = [*table.values()]
+    tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
+    if len(tables) == 1 and not any(map(is_photo, table)):
+        return tables[0]
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if entries is not None and not isinstance(entries, list):
         raise TypeError(f"a {type(entries).__name__}")
     if entries is not None and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    values = [*table.values()]
     lists = [v for v in values if isinstance(v, list) and v and all(map(_names_photo, v))]
-    if len(lists) == 1 and not any(map(is_photo, table)):
-        return lists[0]
+    if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
+        return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
@@ -307,7 +324,7 @@ def speaker(said: Any) -> str:
 
 def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
     """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not re.match(r"\s*[\[(]\s*['\"{]", text):
+    if not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
     filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
@@ -315,6 +332,7 @@ def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[s
     for read, cell in ((json.loads, text), (python, commas), (python, filled)):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             values = read(cell)
+            values = [values] if isinstance(values, dict) else values  # as Label Studio has them
             texts = texts_in([*values]) if isinstance(values, list | tuple) else [None]
             if all(isinstance(each, str) for each in texts):
                 return texts
@@ -380,9 +398,11 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
             row = {plain_key(key): value for key, value in row.items()}
-            if isinstance(asked := row.get("prefix"), str) and "suffix" in row:  # PaliGemma's
-                asks = {} if TO_CAPTION.search(asked) else {"question": asked}
-                row |= asks | {"answer" if asks else "caption": row.pop("suffix")}
+            for answer, prompt in PROMPTS.items():
+                if isinstance(asked := row.get(prompt), str) and answer in row:
+                    asks = {} if TO_CAPTION.search(asked) else {"question": asked}
+                    row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
+                    row["prefix"] = row.pop(prompt)
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
         except (ValueError, AttributeError, RecursionError):
@@ -398,11 +418,12 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
-    others = [key for key in keys if key and key not in (*photos[:1], *captions[:1], split)]
+    columns = caption_columns(keys, captions)
+    others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
-        told = [row[key] for key in captions if key in row]
+        told = [row[key] for key in (*columns, *captions) if key in row]
         if row.get("question") and not told:
             found.passed.append(f"{where} asks a question: --tasks questions learns from it")
         elif photo is None and any(row.get(talk) for talk in TALKS):
@@ -410,7 +431,9 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         elif photo is None or not told:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         elif name := found.name_of(where, photo_in(row[photo]), OBJECT, bare=photo in NUMBERS):
-            found.add(name, texts_of(next(filter(None, told), None)), where, row.get(split))
+            texts = texts_of([row[key] for key in columns if row.get(key)])
+            texts = texts or texts_of(next(filter(None, told), None))
+            found.add(name, texts, where, row.get(split))
     return found
 
 
@@ -444,6 +467,8 @@ def choose_columns(
         return {*map(split_in, {str(row.get(key)) for row in rows})} >= {"train", "val"}
 
     usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
+    if "prompt" in map(PROMPTS.get, names.values()):  # then it asks for the caption
+        captions = [key for key in captions if names[key] != "prompt"]
     others = [key for key in names if usual and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
@@ -475,7 +500,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
     if table.headed:
         table.rows.pop(0)
-    elif begun or (folder and is_there(names[0], folder)):
+    elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         photos, captions, split = [0], [len(table.names) - 1], None
@@ -528,10 +553,10 @@ def _read_rows(
         if name := found.name_of(where, cells[photo], ROW, bare, strict):
             texts = [cells[i] for i in captions if cells[i]]
             if more and not table.headed:
-                quoted = [spelled.lstrip().startswith('"') for _, spelled in whole]
-                if table.delimiter == "\t" or all(quoted):
-                    texts = [value for value, _ in whole]
-                elif whole[0][0] != whole[0][1].strip():  # quoted, and another column follows
+                apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
+                texts = [value for value, _ in whole] if apart else texts
+                quoted = whole[0][0] != whole[0][1].strip()  # and another column follows
+                if any(map(NO_CAPTION.fullmatch, texts)) if apart else quoted:
                     raise UserError(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

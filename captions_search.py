@@ -20,11 +20,11 @@ from typing import Any
 
 from captions_file import (
     LINE_END,
-    LISTS,
     TABLES,
     TEXT_SUFFIXES,
     Captions,
     is_older,
+    may_list,
     merged,
     read_captions,
     texts_of,
@@ -68,9 +68,9 @@ def find_captions(
         return [usual], read_captions(usual)
     if table:
         return [table], read_captions(table, paths.images)
-    karpathy = settings.KARPATHY_FILE and Path(settings.KARPATHY_FILE).expanduser()
-    for file in (karpathy, *karpathy_files(paths.data_dir)):
-        if file and file.is_file() and (found := read_captions(file)).texts:
+    given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
+    for file in (*filter(in_karpathys_form, given), *karpathy_files(paths.data_dir)):
+        if (found := read_captions(file)).texts:
             return [file], found
     for read in (read_nested, read_texts_beside):
         if (found := read(paths.images)).texts:
@@ -102,14 +102,19 @@ def find_table(*folders: Path) -> Path | None:
 
 def karpathy_files(folder: Path) -> list[Path]:
     """The files in Karpathy's form in a folder; data sets' own descriptions have such names too."""
-    files = sorted(folder.glob("dataset_*.json"))
-    return [file for file in files if re.search(rb'"images"\s*:\s*\[\s*\{', file.read_bytes())]
+    return [*filter(in_karpathys_form, sorted(folder.glob("dataset_*.json")))]
+
+
+def in_karpathys_form(file: Path) -> bool:
+    """Has it objects of images, or names alone, as `{"train": ["1.jpg", ...]}`?"""
+    text = file.read_bytes() if file.is_file() else b""
+    return bool(re.search(rb'"images"\s*:\s*\[\s*\{', text))
 
 
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     """What can be read in files of other names, and in folders of texts; and why other files
     can't be."""
-    root, found, refused, copies = paths.data_dir, {}, [], set()
+    root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
     there = photos_in(paths.images)
     photos = {os.path.splitext(name)[0] for name in there}
     bare = {os.path.basename(name) for name in photos}
@@ -134,11 +139,13 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         except UserError as error:
             refused.append(str(error))
             continue
-        known = any(map(is_photo, captions.texts)) or find_names(captions.texts, there)
-        if known and (copy := (file.name, state_of(file))) not in copies:
+        if not any(map(is_photo, captions.texts)) and not find_names(captions.texts, there):
+            wanted = [f"{file}: no photo is called {name!r}" for name in [*captions.texts][:1]]
+            foreign += wanted or captions.passed[:1]
+        elif (copy := (file.name, state_of(file))) not in copies:
             copies.add(copy)
             found[file] = captions
-    return found, refused
+    return found, [*refused, *foreign]
 
 
 def names_in(root: Path) -> list[str]:
@@ -150,7 +157,7 @@ def lists_among(names: Iterable[str]) -> list[str]:
     """Those of the files, not far down, that may be lists of captions."""
     near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
     paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
-    return [str(path) for path in paths if path.suffix.lower() in LISTS or path.name in TABLES]
+    return [str(path) for path in paths if may_list(path)]
 
 
 def are_parts(others: Mapping[Path, Captions]) -> bool:

@@ -23,7 +23,9 @@ def is_photo(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query."""
+    """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query, or
+    Airtable's address after it, `photo.jpg (https://...)`."""
+    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip())
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     return re.sub(r"(#\w+)+$", "", name)
 
@@ -58,8 +60,9 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
     # Photos of one name may stand in several folders: where any is there, theirs may be missing.
     if_none_is_there = (
         _ending,  # C:/photos/x/1.jpg is x/1.jpg
-        _last,  # y/1.jpg is x/1.jpg
-        _numbered,  # 42 is COCO_val2014_000000000042.jpg
+        _by(os.path.basename),  # y/1.jpg is x/1.jpg
+        _by(_number),  # 42 is COCO_val2014_000000000042.jpg
+        _by(_uploaded),  # upload/1/0a1b2c3d-1.jpg is 1.jpg
     )
     wanted, there = [*wanted], {*there}
     found = {name: name for name in wanted if name in there}
@@ -154,17 +157,17 @@ def _ends(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _last(wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]) -> dict[str, str]:
-    return _alike(wanted, there, lambda name: os.path.basename(cut(name)))
+def _by(key: Callable[[str], str]) -> Callable[..., dict[str, str]]:
+    """The way of taking names for each other of which, once cut, one and one have the same key."""
+    return lambda wanted, there, cut: _alike(wanted, there, lambda name: key(cut(name)))
 
 
-def _numbered(
-    wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]
-) -> dict[str, str]:
-    """By COCO's number: 42 for `COCO_val2014_000000000042.jpg` and for `000000000042`."""
+def _number(name: str) -> str:
+    """COCO's: 42 for `COCO_val2014_000000000042` and for `000000000042`."""
+    found = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", os.path.basename(name))
+    return found[1] if found else ""
 
-    def number(name: str) -> str:
-        found = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", os.path.basename(cut(name)))
-        return found[1] if found else ""
 
-    return _alike(wanted, there, number)
+def _uploaded(name: str) -> str:
+    """Without the sign that Label Studio puts before the names of photos that it was given."""
+    return re.sub("^[0-9a-f]{8}-", "", os.path.basename(name))

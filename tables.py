@@ -44,7 +44,8 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    if words and (is_photo(plain_name(words[1])) or (folder and is_there(words[1], folder))):
+    name = plain_name(words[1]) if words else ""
+    if is_photo(name) or (name and folder and is_there(name, folder)):
         delimiter = " "  # where tabs were lost
     rows = [*whole_rows(lines, delimiter)]
     return Table(delimiter, [plain_key(value) for value, _ in rows[0][1]], rows)
@@ -73,8 +74,13 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
         return found
 
     def is_open(row: list[tuple[str, str]]) -> bool:
-        spelled = row[-1][1].lstrip()
-        return spelled.startswith('"') and spelled.count('"') % 2 == 1
+        """Does a field begin with a quote that nothing closes, in it or in those after it?"""
+        spelled = [s.lstrip() for _, s in row]
+        begun = (n for n, s in enumerate(spelled) if s.startswith('"') and s.count('"') % 2)
+        return delimiter.join(spelled[next(begun, len(row)) :]).count('"') % 2 == 1
+
+    def names_photo(row: list[tuple[str, str]]) -> bool:
+        return any(is_photo(plain_name(value)) for value, _ in row)
 
     place = 0
     while place < len(lines):
@@ -83,7 +89,7 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
         last = min(len(lines), place + MOST_LINES)
         while is_open(row) and place < last:
             more = lines[place][1]
-            if any(is_photo(plain_name(value)) for value, _ in fields(more)):
+            if names_photo(row) and names_photo(fields(more)):
                 break
             text, place = f"{text}\n{more}", place + 1
             row = fields(text)

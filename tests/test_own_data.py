@@ -254,9 +254,10 @@ def test_short_western_texts_are_known_and_flawed_unicode_is_not_one(text):
 
 
 @pytest.mark.parametrize("mark", ["\t", ",", " "])
-def test_a_table_without_header_may_lack_suffixes(tmp_path, mark):
-    there = [f"ROCO_{n}.jpg" for n in (1, 2, 3)]
-    table = "".join(f"ROCO_{n}{mark}X-ray {n}\n" for n in (1, 2, 3))
+@pytest.mark.parametrize("number", ["", "#0", "#zhc#0"])
+def test_a_table_without_header_may_lack_suffixes(tmp_path, mark, number):
+    there = [f"ROCO-{n}.jpg" for n in (1, 2, 3)]
+    table = "".join(f"ROCO-{n}{number}{mark}X-ray {n}\n" for n in (1, 2, 3))
     folder = lay_out(tmp_path, {"captions.csv": table}, there)
     assert prepared(folder) == {name: [f"X-ray {n}"] for n, name in enumerate(there, 1)}
 
@@ -280,6 +281,9 @@ def lines_of(part: str, **more: str) -> str:
 SPLIT_FORMS = {
     "a column": {
         "captions.csv": "image,caption,Split\n" + "".join(f"{n},A,{OF[n]}\n" for n in SIX)
+    },
+    "a key of objects": {
+        "captions.json": json.dumps({n: {"raw": "A", "split": OF[n]} for n in SIX})
     },
     "a key": {
         "x.jsonl": "".join(lines_of(s, split=LONG.get(s, s)) for s in ("train", "val", "test"))
@@ -403,6 +407,7 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
         ("a.jpg", "deep/er/a.jpg"),
         ("x\\a.jpg", "x/a.jpg"),
         ("42.jpg", "COCO_val2014_000000000042.jpg"),
+        ("/data/upload/1/0a1b2c3d-a.jpg", "a.jpg"),
         ("a:b.jpg", "a:b.jpg"),
         ("n" * 240 + ".jpg", "n" * 240 + ".jpg"),
     ],
@@ -455,6 +460,11 @@ def test_no_name_that_fits_is_said_with_one_of_each(tmp_path):
         ('{"1.jpg": ["half \\ud83d", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["A &amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
         ('{"1.jpg": ["A &amp;amp; B", "fine"], "2.jpg": ["x"]}', 3, "mended: 1 captions"),
+        (
+            '{"1.jpg": ["<p class=x>A 2<3</p> &lt;br/&gt;B", "fine"], "2.jpg": ["x"]}',
+            3,
+            "mended: 1",
+        ),
         ('{"1.jpg": ["...", "fine"], "2.jpg": ["x"]}', 2, "'...' of '1.jpg' has no word"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "\\udcff.jpg": ["y"]}', 2, "can't be the name"),
         ('{"1.jpg": ["fine"], "2.jpg": ["x"], "a\\u0000.jpg": ["y"]}', 2, "can't be the name"),
@@ -464,6 +474,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
     folder = lay_out(tmp_path, {"captions.json": text})
     found = prepared(folder)
     assert sum(map(len, found.values())) == kept and "&amp;" not in str(found)
+    assert "<p" not in str(found) and ("2<3" not in text or found["1.jpg"][0] == "A 2<3 B")
     assert says in capsys.readouterr().out
     assert (folder / "captions.json").read_text() == text
 
@@ -480,8 +491,12 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.jsonl", "{" + '"a":{' * 50_000),
         ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
         ("captions.csv", "image,split\n1.jpg,train\n"),
+        ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
         ("captions.csv", '1.jpg,"A dog",train\n'),
+        ("captions.csv", "1.jpg\tA dog\ttrain\n"),
+        ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
+        ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
         ("captions.csv", 'image,caption,split\n1.jpg,"' + "x" * 200_000 + '",train\n'),
@@ -511,21 +526,30 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("filename,comment,description\n1.jpg,todo,A dog runs\n", {"1.jpg": ["A dog runs"]}),
         ("image,text,caption\n1.jpg,Stop and go now,A sign\n", {"1.jpg": ["A sign"]}),
         ("image,sentence,raw\n1.jpg,0,A dog\n", {"1.jpg": ["A dog"]}),
+        ("image,Description 1,Description 2\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ("image,caption,caption_2\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ("image,caption,caption\n1.jpg,A,B\n", {"1.jpg": ["A", "B"]}),
         ('id,image,caption\n1,1.jpg,"A\nB"\n2,2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
         ('image,caption\n1.jpg,"A\nB"\n2.jpg,C', {"1.jpg": ["A\nB"], "2.jpg": ["C"]}),
+        ('image,caption\n1.jpg,"A, B\nC, D\n"\n2.jpg,C', {"1.jpg": ["A, B\nC, D"], "2.jpg": ["C"]}),
+        (
+            'caption,image\n"A, B\nC, D",1.jpg\n"C, ""D""",2.jpg',
+            {"1.jpg": ["A, B\nC, D"], "2.jpg": ['C, "D"']},
+        ),
         ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
         ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
         ("image,caption\n1.jpg,\"['A dog', None]\"", {"1.jpg": ["A dog"]}),
         ("image,caption\n1.jpg,\"['My nan', nan]\"", {"1.jpg": ["My nan"]}),
+        ('image,caption\n1.jpg,"{""text"": [""A"", ""B""], ""number"": 2}"', {"1.jpg": ["A", "B"]}),
+        ('image,caption\n1.jpg,"{""x"": 2}"\n1.jpg,B', {"1.jpg": ["B"]}),
         ("image,caption\n1.jpg,\"('A', 'B')\"", {"1.jpg": ["A", "B"]}),
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
         ("image,caption\n1.jpg,NaN\n2.jpg,NaN\n3.jpg,A\n", {"3.jpg": ["A"]}),
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
+        ("photo,caption\n1.jpg (https://x.org/a/9),A\n", {"1.jpg": ["A"]}),  # as Airtable has it
         ("image_url,caption\nhttps://x.org/1.jpg?w=2,A\n", {"https://x.org/1.jpg": ["A"]}),
         ("image,caption_1,caption_2\n1.jpg,A, B,C\n2.jpg,D,E", {"2.jpg": ["D", "E"]}),
         ("image,caption\n1.jpg,A,,\n2.jpg,B, C,\n", {"1.jpg": ["A"], "2.jpg": ["B, C"]}),
@@ -600,6 +624,14 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
             ],
             AB,
         ),
+        (
+            [
+                {"image": "1.jpg", "prompt": "Describe it in a sentence.", "response": "A"},
+                {"image": "2.jpg", "instruction": "Write a caption", "input": "", "output": "B"},
+                {"image": "2.jpg", "prompt": "What is red here, please?", "completion": "C"},
+            ],
+            AB,  # a prompt is the caption only where nothing answers it
+        ),
         ([{"Image Path": " 1.jpg", "Caption": "A"}, {"image-path": "2.jpg", "caption": "B"}], AB),
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
@@ -626,8 +658,29 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
             ],
             AB,  # as Qwen-VL has it: the number is not the photo's
         ),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image", **shown}, {"text": "Hi"}]},
+                        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                    ]
+                }
+                for shown, answer in (
+                    ({"image": "1.jpg"}, "A"),
+                    ({"image_url": {"url": "2.jpg"}}, "B"),
+                    ({"image_url": {"url": "data:image/jpeg;base64,9j"}}, "C"),
+                )
+            ],
+            AB,
+        ),
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
+        ({"version": 1, "captions": AB}, AB),
+        ({"annotations": AB}, AB),
+        ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
+        ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
+        ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
@@ -938,7 +991,7 @@ def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch
     "name",
     (
         "train.csv Captions.CSV my_captions.json annotations/captions_val2017.json a/b.ndjson "
-        "Flickr8k_text/Flickr8k.token.txt"
+        "Flickr8k_text/Flickr8k.token.txt human_captions.txt"
     ).split(),
 )
 def test_the_only_file_with_captions_is_taken(tmp_path, name, capsys):
@@ -972,6 +1025,12 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
     ("files", "says"),
     [
         ({"train.csv": "a,b\n1,2"}, "(.*train.csv, line 1: of the columns a, b none is known"),
+        (
+            {"x.csv": "image,caption\n1.jpg,A\n,B\n"},
+            "(.*x.csv, line 3: '' is not the name of .*merged",
+        ),
+        ({"x.json": '{"0.1": ["A"]}'}, "(.*x.json: no photo is called '0.1'"),
+        ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
@@ -1009,6 +1068,10 @@ def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys
     (folder / "mine.json").write_text('{"train": ["1.jpg"], "val": ["2.jpg"]}')
     assert check(folder, *flags) == 0
     assert "mine.json says; 1 photos are of none" in capsys.readouterr().out
+    (folder / "captions.json").unlink()
+    for name in EXPECTED:
+        (folder / "images" / name).with_suffix(".txt").write_text("A dog")
+    assert check(folder, *flags) == 0  # a split of names holds no captions
 
 
 QUESTIONS = [
