@@ -103,11 +103,10 @@ class Report(contextlib.AbstractContextManager):
         )
         if settings.TRAIN_SHARDS and settings.SCST_EPOCHS:
             print("stages    cross-entropy only: self-critical training wants all captions at hand")
-        scored = len(references_of(data.texts, data.splits["val"]))
+        there = len(references_of(data.texts, data.splits["val"]))
+        scored = min(there, settings.SCORED_IMAGES)
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
-            print(
-                "scores    none: CIDEr compares photos, and fewer than 2 validate; the loss chooses"
-            )
+            print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         if 0 < updates < FEW_UPDATES:
             print(
