@@ -108,10 +108,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, document: str):
         description, _, epilog = document.partition("\n\n")
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, epilog=epilog, formatter_class=form, allow_abbrev=False
-        )
+        parts = {"description": description, "epilog": epilog, "allow_abbrev": False}
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **parts)
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,e+-]*$")  # -1,-4 is no flag
 
     def parse_args(self, *given: Any) -> argparse.Namespace:
         flags = super().parse_args(*given)
