@@ -549,7 +549,8 @@ def read_text(path: Path, older: bool = False) -> str:
     try:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
+        told = "name your data as in training (--data_dir, --questions_file, ...), or run"
+        raise UserError(f"{path} is missing: {told} {interpreter()} prepare_dataset.py") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
