@@ -325,12 +325,15 @@ def score_captions(scored: Scored) -> dict[str, object]:
 
 
 def report_path(settings: SimpleNamespace) -> Path:
-    """Where the report goes, unless told: beside the checkpoint, by the split and the options."""
+    """Where the report goes, unless told: beside the checkpoint, by the split and the options, and
+    by the data if they lie elsewhere."""
     if settings.report:
         return Path(settings.report).expanduser()
     checkpoint = Path(settings.checkpoint).expanduser()
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
-    return checkpoint.with_name(f"{checkpoint.stem}_{settings.split}{how}.html")
+    data = Path(settings.DATA_DIR).expanduser().resolve()
+    other = "" if data == checkpoint.resolve().parent else f"_{data.name}"
+    return checkpoint.with_name(f"{checkpoint.stem}{other}_{settings.split}{how}.html")
 
 
 def score_table(

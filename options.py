@@ -44,7 +44,8 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.beam_size < 1 or self.groups < 1 or self.beam_size % self.groups:
-            raise ValueError("beam_size must be a multiple of groups, both at least 1")
+            sizes = f"beam_size is {self.beam_size}, and groups {self.groups}"
+            raise ValueError(f"{sizes}: it must be a multiple of groups, both at least 1")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError("temperature must be above 0, top_p in (0, 1], top_k 0 or more")
         if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:

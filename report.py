@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -102,11 +103,10 @@ class Report(contextlib.AbstractContextManager):
         )
         if settings.TRAIN_SHARDS and settings.SCST_EPOCHS:
             print("stages    cross-entropy only: self-critical training wants all captions at hand")
-        scored = len(references_of(data.texts, data.splits["val"]))
+        there = len(references_of(data.texts, data.splits["val"]))
+        scored = min(there, settings.SCORED_IMAGES)
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
-            print(
-                "scores    none: CIDEr compares photos, and fewer than 2 validate; the loss chooses"
-            )
+            print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         if 0 < updates < FEW_UPDATES:
             print(
@@ -403,7 +403,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             span = (critical[0] - 0.5, critical[-1] + 0.5)
             axes.axvspan(*span, color=GREY, alpha=0.12, lw=0, label="self-critical")
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -441,12 +441,13 @@ def draw_samples(
         texts = [(f"epoch {e['epoch']}", e["samples"].get(name, ""), "black") for e in told]
         texts += [("a human", caption, GREY) for caption in humans.get(name, ())[:1]]
         for row, (label, words, colour) in enumerate(texts):
-            height = 0.92 - row * 0.9 / len(texts)
-            kind = {"va": "top", "color": colour, "transform": text.transAxes, "fontsize": 11}
-            kind |= {"family": families}
+            height = 1 - row / len(texts)
+            kind = {"va": "top", "color": colour, "transform": text.transAxes, "fontsize": 10}
+            kind |= {"family": families, "in_layout": False}  # photos keep their size
             text.text(0, height, label, weight="bold", **kind)
-            # As it is: a dollar in a caption is no formula.
-            words = textwrap.fill(shown(words), 64, max_lines=3)
+            # Chinese letters are twice as wide as Latin ones. A dollar in a caption is no formula.
+            wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in words)
+            words = textwrap.fill(shown(words), 32 if wide else 64, max_lines=3)
             text.text(0.16, height, words, parse_math=False, **kind)
         picture.axis("off")
         text.axis("off")

@@ -108,10 +108,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, document: str):
         description, _, epilog = document.partition("\n\n")
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=description, epilog=epilog, formatter_class=form, allow_abbrev=False
-        )
+        parts = {"description": description, "epilog": epilog, "allow_abbrev": False}
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **parts)
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,e+-]*$")  # -1,-4 is no flag
 
     def parse_args(self, *given: Any) -> argparse.Namespace:
         flags = super().parse_args(*given)
@@ -550,7 +549,8 @@ def read_text(path: Path, older: bool = False) -> str:
     try:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run {interpreter()} prepare_dataset.py") from None
+        told = "name your data as in training (--data_dir, --questions_file, ...), or run"
+        raise UserError(f"{path} is missing: {told} {interpreter()} prepare_dataset.py") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

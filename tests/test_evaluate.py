@@ -7,12 +7,15 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+import commands
 import evaluate
+from dataset import data_paths, load_texts
 from encoder import open_image
 from tests.conftest import build_encoder, run, write_photos
 from utils import UserError
@@ -63,9 +66,27 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert len(captions) == scores["images"] and all(map(str.strip, captions.values()))
     assert scores["length"] <= 2 and scores["options"]["max_length"] == 2
     wrong = run(*flags, "--groups", 3)  # of 10 beams
-    assert wrong.returncode == 1 and "multiple of groups" in wrong.stderr
+    assert wrong.returncode == 1 and "beam_size is 10, and groups 3" in wrong.stderr
     too_long = run(*flags, "--max_length", 99)
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
+
+
+def test_reports_about_other_data_do_not_replace_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "mine" / "best.safetensors"
+    found = {
+        data: evaluate.report_path(
+            commands.evaluate(["--checkpoint", str(checkpoint), "--data_dir", data])
+        )
+        for data in ("mine", "other/")
+    }
+    names = {"mine": "best_val.html", "other/": "best_other_val.html"}
+    assert found == {data: tmp_path / "mine" / name for data, name in names.items()}
+
+
+def test_questions_that_lie_elsewhere_are_to_be_named(tmp_path):
+    with pytest.raises(UserError, match=r"questions\.json is missing: .*--questions_file"):
+        load_texts(data_paths(SimpleNamespace(DATA_DIR=tmp_path)), ["questions"])
 
 
 def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import report
 from attention import fonts_for
 from report import beside, dataset_name, draw_curves, draw_samples
 from tests.conftest import REPO, paint, run, small_flags, write_photos
@@ -82,6 +84,32 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
         "costs $5 or \\x08",
     ]
     assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("letters", ["a word ", "W" * 80, "\u4e00"])
+def test_long_captions_leave_photos_and_other_rows_room(tmp_path, monkeypatch, letters):
+    paint("red", "left", 0).save(tmp_path / "a.png")
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
+    history = [{"epoch": n, "samples": {"a.png": letters * 60}} for n in (1, 2, 3)]
+    draw_samples(history, tmp_path, tmp_path / "s.png", {"a.png": [letters * 60]})
+    drawn[0].draw_without_rendering()
+    picture, text = drawn[0].axes
+    assert picture.get_position().width > 0.2
+    boxes = [each.get_window_extent() for each in text.texts]
+    rows = list(zip(boxes[::2], boxes[1::2], strict=True))  # a label and its words
+    assert all(label.x1 < words.x0 for label, words in rows)
+    assert all(above.y0 > below.y1 for (_, above), (_, below) in itertools.pairwise(rows))
+    lines = text.texts[1].get_text().splitlines()
+    assert all(len(line) <= 32 for line in lines) or letters != "\u4e00"
+
+
+def test_epochs_are_whole_numbers_even_of_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
+    draw_curves(entries(1), tmp_path / "one.png")
+    assert all(set(axes.get_xticks()) <= {0, 1, 2} for axes in drawn[0].axes)
 
 
 def test_letters_are_drawn_by_a_font_that_has_them_or_it_is_said(tmp_path, capsys, recwarn):

@@ -232,14 +232,17 @@ def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):
     assert distributed._job() == "mine"
 
 
-def test_one_photo_to_validate_has_no_scores_and_the_loss_chooses(tmp_path, encoder_dir):
+@pytest.mark.parametrize(("validate", "scored"), [(1, 4), (2, 1)])
+def test_one_photo_has_no_scores_and_the_loss_chooses(tmp_path, encoder_dir, validate, scored):
     data = write_photos(tmp_path / "data", 8)
     names = sorted(path.name for path in (data / "images").iterdir())
     split = {
-        "images": [{"filename": n, "split": "val" if n == names[0] else "train"} for n in names]
+        "images": [
+            {"filename": n, "split": "val" if n in names[:validate] else "train"} for n in names
+        ]
     }
     (data / "split.json").write_text(json.dumps(split))
-    flags = [*small_flags(data, encoder_dir), "--split", "karpathy"]
+    flags = [*small_flags(data, encoder_dir), "--split", "karpathy", "--scored_images", scored]
     result = run("train.py", *flags, "--karpathy_file", data / "split.json")
     assert result.returncode == 0, result.stderr
     assert "CIDEr compares photos" in result.stdout

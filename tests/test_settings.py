@@ -318,3 +318,10 @@ def test_a_bar_turns_into_lines_where_output_is_no_terminal(capsys, monkeypatch)
     captured = capsys.readouterr()
     assert captured.out == "  features  70%  2.0 min left\n  features 100%  fast, 0.0 min left\n"
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("value", ["-1,-4", "-2.5", "-1e-3", "-.5"])
+def test_negative_numbers_and_lists_of_them_are_values(value):
+    parser = Parser("d")
+    parser.add_argument_group("more").add_argument("--layers")
+    assert parser.parse_args(["--layers", value]).layers == value
