@@ -269,6 +269,7 @@ class Update:
     step: int
     batches: int
     names: list[str]  # of this process's photos
+    photos: Tensor  # how many all processes had
     count: Tensor  # tokens, or captions in the self-critical stage
     stop: Tensor  # how many processes are asked to stop
     summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
@@ -295,7 +296,6 @@ class Ledger:
         self.waiting.append(update)
         self._enter(self.late)
         progress = self.run.progress
-        self.photos += len(update.names) * self.run.team.size  # the others' shares are about alike
         rate = self.photos / (time.monotonic() - self.bar.started)
         figure = progress.loss_sum / max(1, progress.loss_count)
         text = f"CIDEr of beams {figure:.1f}" if self.run.self_critical else f"loss {figure:.3f}"
@@ -312,6 +312,7 @@ class Ledger:
         while len(self.waiting) > late:
             update = self.waiting.popleft()
             self.stopping = self.stopping or bool(update.stop.item())
+            self.photos += int(update.photos.item())
             if update.bad.item():
                 self._enter_bad(update)
                 continue

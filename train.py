@@ -149,7 +149,8 @@ def update(
     rate = learning_rate(run, data)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = rate
-    totals = torch.zeros(3, device=run.device)
+    names = [name for batch, _ in group for name in batch.names]
+    totals = torch.zeros(4, device=run.device)
     for number, (batch, features) in enumerate(group, start=1):
         last = number == len(group)  # with which the gradients of a team are averaged
         with contextlib.nullcontext() if last else run.shared.no_sync():
@@ -157,8 +158,8 @@ def update(
             loss.backward()
         totals[0] += figure
         totals[1] += count
-    totals[2] = stop
-    figure, count, stopping = run.team.all_reduce(totals)
+    totals[2], totals[3] = stop, len(names)
+    figure, count, stopping, photos = run.team.all_reduce(totals)
     scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
@@ -170,9 +171,8 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    names = [name for batch, _ in group for name in batch.names]
     step, batches = run.progress.step, len(group)
-    return Update(step, batches, names, count, stopping, figure, norm, bad, rate)
+    return Update(step, batches, names, photos, count, stopping, figure, norm, bad, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:
