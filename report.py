@@ -149,13 +149,14 @@ class Report:
         if not self.pusher.active:
             return
         run, data, settings = self.run, self.data, self.run.settings
-        scored = min(settings.SCORED_IMAGES, len(data.splits["val"]))
+        scored, tars = min(settings.SCORED_IMAGES, len(data.splits["val"])), settings.VAL_SHARDS
         card = model_card(
             repo_id=settings.HF_REPO_ID,
             encoder=run.encoder["name"],
             encoder_revision=run.encoder["revision"],
             dataset=dataset_name(settings),
-            split=f"{settings.SPLIT} val",
+            scored=dataset_name(settings, "VAL_SHARDS"),
+            split=redact(tars).split("/")[-1] if tars else f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
             scores=scores_of(entry),
             command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
@@ -236,10 +237,11 @@ def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
     return {measure.label: entry[name] for name, measure in MEASURES.items() if name in entry}
 
 
-def dataset_name(settings: SimpleNamespace) -> str:
+def dataset_name(settings: SimpleNamespace, shards: str = "TRAIN_SHARDS") -> str:
     """What the data set is called: one's own tars or photos by their folder, or by DATA_DIR."""
-    if settings.TRAIN_SHARDS:  # .../cc3m/{0..9}.tar, or the Hub's .../cc3m/resolve/main/0.tar
-        folders = redact(settings.TRAIN_SHARDS).split("/")[:-1]
+    # .../cc3m/{0..9}.tar, or the Hub's .../cc3m/resolve/main/0.tar
+    if tars := getattr(settings, shards):
+        folders = redact(tars).split("/")[:-1]
         named = [part for part in folders if part not in ("", ".", "..", "resolve", "main")]
         if named:
             return named[-1]
