@@ -118,9 +118,11 @@ def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             # What the library and tarfile raise for what is cut off, swapped or not there.
             failures = failures + 1 if heard == before else 1
+            ended = r"\(\(\[?'([\w./-]+).* exit (\d+) .*"  # of the library's `Pipe`
+            reason = re.sub(ended, r"\1 ended with code \2", first_line(error))
             if not elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
-                    f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
+                    f"the shard {shard_name(url)} can't be read to its end ({reason}): "
                     "mend or replace it and run again, what is done is kept"
                 ) from None
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
@@ -213,8 +215,11 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
         table = json.loads(decoded(files["json"][1]), parse_int=float)
         texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
     captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
-    if "photo" not in files or not captions:
-        return "without a caption" if "photo" in files else "without a photo"
+    if "photo" not in files:
+        dotted = any(f".{kind.rpartition('.')[2]}" in PHOTO_SUFFIXES for kind in files)
+        return "with a dot in the photo's name" if dotted else "without a photo"
+    if not captions:
+        return "without a caption"
     return Sample(key, *files["photo"], captions)
 
 
