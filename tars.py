@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -47,7 +48,21 @@ class Sample(NamedTuple):
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """`"cc3m/{00000..00331}.tar"` -> the shards' paths or addresses, in order."""
+    """What `shards_named` gives; refuses a shard that is missing or named twice."""
+    urls = shards_named(pattern)
+    missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
+            "correct the name, or the numbers in braces (cc3m/{00000..00331}.tar, or cc3m/*.tar)"
+        )
+    if len(set(map(identity, urls))) < len(urls):
+        raise UserError(f"the shards {redact(pattern)} name one twice")
+    return urls
+
+
+def shards_named(pattern: str) -> list[str]:
+    """`"cc3m/{00000..00331}.tar"` or `"cc3m/*.tar"` -> the shards' paths or addresses, in order."""
     shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
     try:
         ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
@@ -57,16 +72,9 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    urls = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
-    missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
-            "correct the numbers in braces"
-        )
-    if len(set(map(identity, urls))) < len(urls):
-        raise UserError(f"the shards {redact(pattern)} name one twice")
-    return urls
+    paths = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
+    there = ([] if elsewhere(path) else sorted(glob.glob(path)) for path in paths)
+    return [url for path, found in zip(paths, there, strict=True) for url in found or [path]]
 
 
 def shard_name(url: str) -> str:

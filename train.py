@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import prepare_dataset
-from corpus import Data, load_data
+from corpus import Data, load_data, shards_to_train
 from dataset import (
     Batch,
     CaptionRows,
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begun = find_checkpoint(settings, team)
         device = team.device(settings.DEVICE)
         decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
+        shards_to_train(settings)  # and before any are downloaded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun)
         run = Run(settings, team, device, data, begun)
