@@ -31,7 +31,7 @@ from options import parse_tasks
 from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
-from tars import expand_shards
+from tars import expand_shards, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError, interpreter
 
@@ -107,7 +107,10 @@ def load_data(
         "max_bad": settings.MAX_BAD_IMAGES,
         "team": team,
     }
-    stock = load_shards(settings, paths, encoder, how) if settings.TRAIN_SHARDS else None
+    stock = None
+    if urls := shards_to_train(settings):
+        keep = settings.KEEP_SHARD_FEATURES
+        stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how)
     views = range(settings.FEATURE_VIEWS)
     cache, bad = build_features(
         encoder,
@@ -188,17 +191,24 @@ def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: 
             )
 
 
-def load_shards(
-    settings: SimpleNamespace, paths: DataPaths, encoder: FrozenEncoder, how: dict[str, Any]
-) -> Stock:
-    """What TRAIN_SHARDS hold: their features on disk, or the photos as they come."""
-    if settings.FEATURE_VIEWS != 1 or settings.TASKS.strip() != "captions":
+def shards_to_train(settings: SimpleNamespace) -> list[str]:
+    """What TRAIN_SHARDS name, if anything; refuses settings that they don't go with."""
+    if not settings.TRAIN_SHARDS:
+        if settings.VAL_SHARDS:
+            raise UserError("VAL_SHARDS validate: name those to train on with --train_shards")
+        return []
+    if (settings.FEATURE_VIEWS, settings.TASKS.strip(), settings.MAX_IMAGES) != (1, "captions", 0):
         raise UserError(
-            "TRAIN_SHARDS are learned from in one view and for captions only: use "
-            "--feature_views 1 --tasks captions"
+            "TRAIN_SHARDS are learned from whole, in one view and for captions only: use "
+            "--feature_views 1 --tasks captions --max_images 0 (for a first try, name few shards)"
         )
-    urls, keep = expand_shards(settings.TRAIN_SHARDS), settings.KEEP_SHARD_FEATURES
-    return take_stock(encoder, urls, paths.features, keep_features=keep, **how)
+    urls = expand_shards(settings.TRAIN_SHARDS)
+    if both := set(urls) & set(shards_named(settings.VAL_SHARDS or "")):
+        raise UserError(
+            f"TRAIN_SHARDS and VAL_SHARDS both name {shard_name(min(both))}: what validates must "
+            "not be learned from, so take it out of TRAIN_SHARDS"
+        )
+    return urls
 
 
 def texts_to_learn(

@@ -145,8 +145,9 @@ def joined(device: str) -> Iterator[Team]:
                 if not isinstance(error, dist.DistError) and "gloo" not in message:
                     raise
                 message = LOST
+            kind = "lost" if message == LOST else "mistake"  # of which each tells its own part
             with contextlib.suppress(dist.DistError):  # the store goes with the process it is in
-                if store.add(f"said/{message}", 1) > 1:
+                if store.add(f"said/{kind}", 1) > 1:
                     raise SystemExit(1) from None
             raise UserError(message) from error
 

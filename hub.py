@@ -366,16 +366,19 @@ def model_card(
     scores: Mapping[str, float],
     command: str,
     samples: Mapping[str, str],
+    scored: str = "",
     question: str = "",
 ) -> str:
     """The README of a Hub repository: front matter for machines, then text for people.
 
-    `scores` holds measured values only ({"CIDEr": 35.3}), on `split` of `dataset` by `scorer`;
-    `samples` maps photos' names to the captions that the model gave them; `question` is one that
-    it can answer, where it can do nothing else.
+    `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
+    `scored`, or else of `dataset`, which it learned from; `samples` maps photos' names to the
+    captions that the model gave them; `question` is one that it can answer, where it can do
+    nothing else.
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")
+    scored = scored or dataset
     # Someone's folder is no address, and its path is nobody's business.
     local = os.path.isabs(encoder) or Path(encoder).exists()
     encoder_name = Path(encoder).name if local else encoder
@@ -391,8 +394,8 @@ def model_card(
             EvalResult(
                 task_type="visual-question-answering" if "answer" in metric else "image-to-text",
                 task_name="Question answering" if "answer" in metric else "Image captioning",
-                dataset_type=re.sub(r"\W+", "-", dataset.lower()),
-                dataset_name=dataset,
+                dataset_type=re.sub(r"\W+", "-", scored.lower()),
+                dataset_name=scored,
                 dataset_split=split,
                 metric_type=metric.lower(),
                 metric_name=metric,
@@ -403,7 +406,7 @@ def model_card(
         ],
     )
     rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
-    measured = f"On the {split} split of {dataset}, measured with {scorer}:\n\n"
+    measured = f"On the {split} split of {scored}, measured with {scorer}:\n\n"
     measured += f"| metric | value |\n|---|---|\n{rows}"
     at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
     asked = json.dumps(question)

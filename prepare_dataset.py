@@ -74,7 +74,7 @@ from parquet import read_parquet
 from photo_names import is_photo, match_names
 from questions_file import convert_vqa, find_questions
 from shards import say_samples
-from tars import expand_shards, read_shard
+from tars import expand_shards, read_shard, shards_named
 from utils import (
     UserError,
     files_in,
@@ -254,7 +254,10 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
             "--data_dir"
         )
     if marker and marker["photos"] and marker["photos"] == photo_sizes(paths.images):
-        return
+        unpacked = os.path.getmtime(paths.data_dir / "prepared.json")
+        there = [url for url in shards_named(pattern) if os.path.exists(url)]
+        if all(os.path.getmtime(url) <= unpacked for url in there):
+            return
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
     passed, bad = Counter(), []

@@ -156,13 +156,14 @@ class Report(contextlib.AbstractContextManager):
         if not self.pusher.active:
             return
         run, data, settings = self.run, self.data, self.run.settings
-        scored = min(settings.SCORED_IMAGES, len(data.splits["val"]))
+        scored, tars = min(settings.SCORED_IMAGES, len(data.splits["val"])), settings.VAL_SHARDS
         card = model_card(
             repo_id=settings.HF_REPO_ID,
             encoder=run.encoder["name"],
             encoder_revision=run.encoder["revision"],
             dataset=dataset_name(settings),
-            split=f"{settings.SPLIT} val",
+            scored=dataset_name(settings, "VAL_SHARDS"),
+            split=redact(tars).split("/")[-1] if tars else f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
             scores=scores_of(entry),
             command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
@@ -251,10 +252,11 @@ def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
     return {measure.label: entry[name] for name, measure in MEASURES.items() if name in entry}
 
 
-def dataset_name(settings: SimpleNamespace) -> str:
+def dataset_name(settings: SimpleNamespace, shards: str = "TRAIN_SHARDS") -> str:
     """What the data set is called: one's own tars or photos by their folder, or by DATA_DIR."""
-    if settings.TRAIN_SHARDS:  # .../cc3m/{0..9}.tar, or the Hub's .../cc3m/resolve/main/0.tar
-        folders = redact(settings.TRAIN_SHARDS).split("/")[:-1]
+    # .../cc3m/{0..9}.tar, or the Hub's .../cc3m/resolve/main/0.tar
+    if tars := getattr(settings, shards):
+        folders = redact(tars).split("/")[:-1]
         named = [part for part in folders if part not in ("", ".", "..", "resolve", "main")]
         if named:
             return named[-1]
@@ -291,6 +293,7 @@ class Update:
     step: int
     batches: int
     names: list[str]  # of this process's photos
+    photos: Tensor  # how many all processes had
     count: Tensor  # tokens, or captions in the self-critical stage
     stop: Tensor  # how many processes are asked to stop
     summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
@@ -317,7 +320,6 @@ class Ledger:
         self.waiting.append(update)
         self._enter(self.late)
         progress = self.run.progress
-        self.photos += len(update.names) * self.run.team.size  # the others' shares are about alike
         rate = self.photos / (time.monotonic() - self.bar.started)
         figure = progress.loss_sum / max(1, progress.loss_count)
         text = f"CIDEr of beams {figure:.1f}" if self.run.self_critical else f"loss {figure:.3f}"
@@ -334,6 +336,7 @@ class Ledger:
         while len(self.waiting) > late:
             update = self.waiting.popleft()
             self.stopping = self.stopping or bool(update.stop.item())
+            self.photos += int(update.photos.item())
             if update.bad.item():
                 self._enter_bad(update)
                 continue

@@ -63,6 +63,11 @@ def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
         f"shards: {photos + passed.total():,} samples, {photos:,} of use, {passed.total():,} "
         f"passed over{listing and f' ({listing})'}"
     )
+    if passed["without a photo"] and passed["without a caption"]:
+        print(
+            "shards: a photo and its caption share their folder and name, and follow each other: "
+            "tar --sort=name packs them so"
+        )
 
 
 def _version(url: str) -> list[int] | None:

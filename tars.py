@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -47,7 +48,21 @@ class Sample(NamedTuple):
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """`"cc3m/{00000..00331}.tar"` -> the shards' paths or addresses, in order."""
+    """What `shards_named` gives; refuses a shard that is missing or named twice."""
+    urls = shards_named(pattern)
+    missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
+            "correct the name, or the numbers in braces (cc3m/{00000..00331}.tar, or cc3m/*.tar)"
+        )
+    if len(set(map(identity, urls))) < len(urls):
+        raise UserError(f"the shards {redact(pattern)} name one twice")
+    return urls
+
+
+def shards_named(pattern: str) -> list[str]:
+    """`"cc3m/{00000..00331}.tar"` or `"cc3m/*.tar"` -> the shards' paths or addresses, in order."""
     shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
     try:
         ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
@@ -57,16 +72,9 @@ def expand_shards(pattern: str) -> list[str]:
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
         raise UserError(f"TRAIN_SHARDS or VAL_SHARDS {name}: {first_line(error)}") from None
-    urls = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
-    missing = [url for url in urls if not elsewhere(url) and not os.path.isfile(url)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(urls)} shards {pattern} are missing, first {missing[0]}: "
-            "correct the numbers in braces"
-        )
-    if len(set(map(identity, urls))) < len(urls):
-        raise UserError(f"the shards {redact(pattern)} name one twice")
-    return urls
+    paths = [u if elsewhere(u) else os.path.abspath(os.path.expanduser(u)) for u in expanded]
+    there = ([] if elsewhere(path) else sorted(glob.glob(path)) for path in paths)
+    return [url for path, found in zip(paths, there, strict=True) for url in found or [path]]
 
 
 def shard_name(url: str) -> str:
@@ -118,9 +126,11 @@ def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             # What the library and tarfile raise for what is cut off, swapped or not there.
             failures = failures + 1 if heard == before else 1
+            ended = r"\(\(\[?'([\w./-]+).* exit (\d+) .*"  # of the library's `Pipe`
+            reason = re.sub(ended, r"\1 ended with code \2", first_line(error))
             if not elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
-                    f"the shard {shard_name(url)} can't be read to its end ({first_line(error)}): "
+                    f"the shard {shard_name(url)} can't be read to its end ({reason}): "
                     "mend or replace it and run again, what is done is kept"
                 ) from None
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
@@ -213,8 +223,11 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
         table = json.loads(decoded(files["json"][1]), parse_int=float)
         texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
     captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
-    if "photo" not in files or not captions:
-        return "without a caption" if "photo" in files else "without a photo"
+    if "photo" not in files:
+        dotted = any(f".{kind.rpartition('.')[2]}" in PHOTO_SUFFIXES for kind in files)
+        return "with a dot in the photo's name" if dotted else "without a photo"
+    if not captions:
+        return "without a caption"
     return Sample(key, *files["photo"], captions)
 
 

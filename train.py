@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import prepare_dataset
-from corpus import Data, load_data
+from corpus import Data, load_data, shards_to_train
 from dataset import (
     Batch,
     CaptionRows,
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begun = find_checkpoint(settings, team)
         device = team.device(settings.DEVICE)
         decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
+        shards_to_train(settings)  # and before any are downloaded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun)
         run = Run(settings, team, device, data, begun)
@@ -152,7 +153,8 @@ def update(
     rate = learning_rate(run, data)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = rate
-    totals = torch.zeros(3, device=run.device)
+    names = [name for batch, _ in group for name in batch.names]
+    totals = torch.zeros(4, device=run.device)
     for number, (batch, features) in enumerate(group, start=1):
         last = number == len(group)  # with which the gradients of a team are averaged
         with contextlib.nullcontext() if last else run.shared.no_sync():
@@ -160,8 +162,8 @@ def update(
             loss.backward()
         totals[0] += figure
         totals[1] += count
-    totals[2] = stop
-    figure, count, stopping = run.team.all_reduce(totals)
+    totals[2], totals[3] = stop, len(names)
+    figure, count, stopping, photos = run.team.all_reduce(totals)
     scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
@@ -173,9 +175,8 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    names = [name for batch, _ in group for name in batch.names]
     step, batches = run.progress.step, len(group)
-    return Update(step, batches, names, count, stopping, figure, norm, bad, rate)
+    return Update(step, batches, names, photos, count, stopping, figure, norm, bad, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:

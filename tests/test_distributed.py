@@ -128,6 +128,15 @@ def test_a_process_that_dies_is_replaced_and_the_end_is_the_same(runs, tmp_path)
     assert dropped != pytest.approx(figures(runs.said[2])[0], abs=2e-4)  # chance plays a part
 
 
+def test_what_each_process_finds_in_its_own_share_is_said_by_one(tmp_path, encoder_dir):
+    data = write_photos(tmp_path / "data")
+    for path in (data / "images").iterdir():
+        path.write_bytes(b"no photo")
+    result = torchrun(2, "train.py", *small_flags(data, encoder_dir), "--max_bad_images", 2)
+    assert result.returncode != 0
+    assert result.stderr.count("more than MAX_BAD_IMAGES = 2") == 1, result.stderr
+
+
 def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     command = ["--nproc_per_node=2", "train.py", *runs.flags, "--output_dir", tmp_path]
     with Forked(*TORCHRUN, *command) as process:

@@ -571,6 +571,12 @@ def test_card_is_read_back_by_the_hubs_own_reader():
         assert text in read.text
 
 
+def test_card_tells_the_data_that_were_scored_from_those_it_learned_from():
+    read = ModelCard(card(dataset="cc3m", scored="Flickr8k"))
+    assert {result.dataset_name for result in read.data.eval_results} == {"Flickr8k"}
+    assert "On the val split of Flickr8k" in read.text and "captions of cc3m" in read.text
+
+
 def test_card_invents_nothing(tmp_path):
     read = ModelCard(card(scores={}, samples={}))
     assert not read.data.eval_results

@@ -142,6 +142,15 @@ def test_what_tars_are_called(shards, name):
     assert dataset_name(SimpleNamespace(TRAIN_SHARDS=shards, DATA_DIR="x/mine")) == name
 
 
+def test_a_card_says_which_tars_were_scored():
+    """And not that the scores were measured on the photos that it was trained on."""
+    settings = SimpleNamespace(DATASET="flickr8k", TRAIN_SHARDS="cc3m/{0..9}.tar", VAL_SHARDS=None)
+    assert dataset_name(settings) == "cc3m"
+    assert dataset_name(settings, "VAL_SHARDS") == "flickr8k"
+    settings.VAL_SHARDS = "/data/own/7.tar"
+    assert dataset_name(settings, "VAL_SHARDS") == "own"
+
+
 @pytest.mark.parametrize("name", ["training_curves.png", "samples.png"])
 def test_a_picture_that_can_not_be_written_spoils_nothing(tmp_path, encoder_dir, name):
     data = write_photos(tmp_path / "data", 24)

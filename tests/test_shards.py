@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 
 import commands
 import shards
-from dataset import Batch
+from corpus import shards_to_train
+from dataset import Batch, data_paths, load_captions
 from distributed import Team
 from encoder import FrozenEncoder
+from prepare_dataset import unpack_shards
 from run import on_record
 from shards import Stock, StreamedRows, take_stock
 from tars import ATTEMPTS, Sample, expand_shards, shard_name
@@ -680,12 +683,63 @@ def test_shards_over_http_and_an_ordinary_data_set_to_validate_on(server, photos
         (["--train_shards", "/nowhere/{0..3}.tar"], "4 of the 4 shards"),
         (["--train_shards", "cc3m/{00..99999999999}.tar"], "more than 1,000,000 shards"),
         (["--val_shards", "/nowhere/0.tar"], "holds a data set already"),
+        (["--max_images", "10"], "--max_images 0"),
     ],
 )
 def test_mistakes_are_named(photos, encoder_dir, tars, more, said):
     result = run("train.py", *small_flags(photos, encoder_dir), "--train_shards", tars[0], *more)
     assert result.returncode == 1 and said in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_validates_is_not_learned_from(tmp_path):
+    write_shards(tmp_path, [1, 1, 1])
+
+    def named(train: str | None, val: str | None) -> list[str]:
+        flags = {"train_shards": train, "val_shards": val}
+        words = [f"--{k}={tmp_path}/{pattern}" for k, pattern in flags.items() if pattern]
+        return [Path(url).name for url in shards_to_train(commands.train(words))]
+
+    assert named("0000[01].tar", "00002.tar") == ["00000.tar", "00001.tar"]
+    for train in ("*.tar", "{00000..00002}.tar", "00002.tar"):
+        with pytest.raises(UserError, match=r"both name .*/00002.tar"):
+            named(train, "00002.tar")
+    with pytest.raises(UserError, match="name those to train on"):
+        named(None, "00002.tar")
+
+
+def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):
+    paths = data_paths(commands.train(["--data_dir", str(tmp_path / "data")]))
+    pattern, path = write_shards(tmp_path, [3]), tmp_path / "00000.tar"
+    unpack_shards(pattern, paths, 0)
+    before = paths.captions.stat().st_mtime_ns
+    unpack_shards(pattern, paths, 0)
+    assert paths.captions.stat().st_mtime_ns == before  # once
+    path.write_bytes(shard_of(range(3, 8)))
+    os.utime(path, (time.time() + 60,) * 2)
+    unpack_shards(pattern, paths, 0)
+    assert [*load_captions(paths.captions).values()] == [[caption(n)] for n in range(3, 8)]
+    path.unlink()
+    unpack_shards(pattern, paths, 0)  # what is unpacked needs it no more
+
+
+def test_how_a_tar_is_packed_amiss_is_said(tmp_path, capsys):
+    dotted = [("a.b.jpg", b""), ("a.b.txt", b"words")]
+    apart = [("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"words"), ("b.txt", b"words")]
+    said = []
+    for files in (dotted, apart):
+        (tmp_path / "0.tar").write_bytes(pack(files))
+        found, passed, bad = read(tmp_path / "0.tar")
+        shards.say_samples(len(found), passed, len(bad))
+        said.append(capsys.readouterr().out)
+    assert "1 with a dot in the photo's name" in said[0] and "--sort=name" not in said[0]
+    assert "2 without a caption, 2 without a photo" in said[1] and "--sort=name" in said[1]
+
+
+def test_a_command_that_fails_is_named_with_its_code(monkeypatch):
+    monkeypatch.setattr("tars.RETRY_PAUSE", 0)
+    with pytest.raises(UserError, match=r"to its end \(exit ended with code 7\)"):
+        list(read_shard("pipe:exit 7"))
 
 
 def test_without_the_library_the_message_says_what_to_install(tmp_path, encoder_dir, tars):

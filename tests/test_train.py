@@ -22,7 +22,7 @@ import train
 from checkpoint import load_checkpoint
 from corpus import Data, learn_tokenizer, load_data
 from dataset import data_paths, make_batch
-from distributed import ALONE
+from distributed import ALONE, Team
 from generation import Hypothesis, generate
 from inference import load_captioner
 from options import GenerationOptions
@@ -145,6 +145,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, encode
     ledger.note(train.update(state, data, [(batch, features)]))
     with pytest.raises(UserError, match="2 steps in a row"):
         ledger.note(train.update(state, data, [(batch, features)]))
+
+
+class OneOfTwo(Team):
+    """A process of a team whose other one has five photos in each update."""
+
+    def all_reduce(self, figures: torch.Tensor) -> torch.Tensor:
+        return figures + torch.tensor([0.0, 0.0, 0.0, 5.0])
+
+
+def test_photos_of_all_processes_are_counted(tmp_path, encoder_dir):
+    """Shares of a batch may be unlike: the leader's own says nothing of the others'."""
+    state, data = start_state(tmp_path, encoder_dir)
+    [(batch, features)] = first_batches(state, data, 1)
+    state.team, ledger = OneOfTwo(), ledger_of(state)
+    ledger.note(train.update(state, data, [(batch, features)]))
+    assert ledger.photos == len(batch.names) + 5
 
 
 def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
