@@ -495,7 +495,7 @@ def test_a_browser_uses_the_page_with_the_keyboard_alone(browser, server, joint)
         assert f"“{word['word']}”" in browser.find("#status").text
         # The more the decoder looked at a place, the thinner the veil over it.
         expected = [255 * 0.74 - 0.5 * weight for weight in word["map"]]
-        assert browser.veil() == pytest.approx(expected, abs=20)  # of 61 to 189; it is smoothed
+        assert browser.veil() == pytest.approx(expected, abs=30)  # of 61 to 189; it is smoothed
     browser.press(Keys.ESCAPE)
     assert browser.veil() == [0] * 16
     browser.press(Keys.ENTER)
