@@ -552,7 +552,9 @@ def test_a_browser_captions_several_photos_copies_and_downloads(browser, server,
     browser.find("#csv").send_keys(Keys.ENTER)
     table = tmp_path / "captions.csv"
     browser.until(table.exists)
-    written = list(csv.DictReader(table.open(newline="")))
+    with table.open(encoding="utf-8-sig", newline="") as lines:
+        written = list(csv.DictReader(lines))
+    assert table.read_bytes().startswith(b"\xef\xbb\xbf")  # or Excel takes it for Western
     assert [row["file_name"] for row in written] == [file.name for file in files]
     assert written[3]["text"] == caption and 0 < float(written[3]["confidence"]) <= 1
     assert "Try a JPEG" in written[1]["error"] and not written[1]["text"]
