@@ -26,7 +26,7 @@ from features import FeatureCache, ResidentFeatures
 from options import SPLITS
 from photo_names import by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import SURROGATES, UserError, files_in, interpreter, read_json
+from utils import SURROGATES, UserError, files_in, interpreter, read_json, read_text
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
@@ -318,12 +318,13 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
 
 
 def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
-    """Split photos as a `dataset_*.json` in Karpathy's format says; `restval` is for training.
+    """Split photos as a `dataset_*.json` in Karpathy's format says (`restval` is for training), or
+    a folder with a list of names for each split.
 
     Its names are matched as those of captions are; one that is left over, as a flat file's of
     photos in folders, by its last part. Photos that the file doesn't know belong to no split.
     """
-    table, names = read_json(path), [*names]
+    table, names = (_lists_in if path.is_dir() else read_json)(path), [*names]
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     of: dict[str, str] = {}  # the split of each name in the file
     try:
@@ -350,9 +351,22 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     return _checked(splits, str(path))
 
 
+def _lists_in(folder: Path) -> dict[str, list[str]]:
+    """The names, one a line, in texts called after splits, as `Flickr_8k.trainImages.txt`."""
+    lists: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*.txt")):
+        lines = read_text(file).split("\n") if split_in(file.name) else []
+        names = [line.strip() for line in lines if len(line.split()) == 1]
+        lists.setdefault(split_in(file.name), []).extend(names)
+    if not any(lists.values()):
+        raise UserError(f"{folder} has no texts called after splits (train.txt, ...) with names")
+    return lists
+
+
 def split_in(text: object) -> str:
-    """The split that a word in a text names, the last one, as in `train2017/` or `x_val.csv`."""
-    words = SPLIT_WORD.findall(str(text).lower())
+    """The split that a word in a text names, the last one, as in `train2017/`, `x_val.csv` or
+    `valImages`."""
+    words = SPLIT_WORD.findall(re.sub("(?<=[a-z])(?=[A-Z])", " ", str(text)).lower())
     return OTHER_SPLITS.get(words[-1], words[-1]) if words else ""
 
 

@@ -321,10 +321,10 @@ def unpack_parquet(paths: DataPaths) -> bool:
 
 def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) -> Path:
     """The file with Karpathy's split: the one given, or the data set's own, downloaded once."""
-    remedy = "use --split ratio, or name the file with --karpathy_file PATH"
+    remedy = "use --split ratio, or name the file, or folder of lists, with --karpathy_file PATH"
     if settings.KARPATHY_FILE:
         path = Path(settings.KARPATHY_FILE).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"KARPATHY_FILE {path} is not there: {remedy}")
         return path
     if settings.DATASET == "custom":

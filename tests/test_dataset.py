@@ -143,6 +143,18 @@ def test_karpathy_split(tmp_path):
         split_by_karpathy(["0.jpg"], path)
 
 
+def test_a_folder_may_hold_a_list_of_names_for_each_split(tmp_path):
+    for split, names in {"train": "0.jpg\n1\n", "dev": "2.jpg", "test": "3.jpg\n"}.items():
+        (tmp_path / f"Flickr_8k.{split}Images.txt").write_text(names)
+    (tmp_path / "Flickr8k.token.txt").write_text("0.jpg#0\tA dog\n")
+    (tmp_path / "train_captions.txt").write_text("2.jpg,A dog\n")
+    found = split_by_karpathy(["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"], tmp_path)
+    assert found == {"train": ["0.jpg", "1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no texts called after splits"):
+        split_by_karpathy(["0.jpg"], tmp_path / "none")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> CaptionTokenizer:
     texts = ["A brown dog runs through the grass .", "Two children play in the snow ."] * 4
