@@ -17,11 +17,6 @@ from typing import Any
 from options import SPLITS, TASKS, add_option_flags
 from utils import BOUNDS, Parser, UserError, first_line, guard_output, load_settings, say_error
 
-# Threads that wait for each other sleep instead of spinning: beside another program training is
-# half as fast again, captioning several times as fast, and alone both are as fast as before
-# (docs/performance.md). It is read while PyTorch is loaded, so that Python's users get it too.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
     "TRAIN_SPLIT_RATIO MAX_BAD_IMAGES VOCAB_SIZE MAX_CAPTION_LENGTH VAL_SHARDS"
@@ -82,6 +77,10 @@ def begin(read: Callable[[], Any]) -> None:
 
     Ctrl-C while they last ends the program without a word of theirs.
     """
+    # Threads that wait for each other sleep instead of spinning: beside another program training is
+    # half as fast again, captioning several times as fast, and alone both are as fast as before
+    # (docs/performance.md). It is read while PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

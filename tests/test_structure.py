@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -77,8 +78,9 @@ def test_importing_does_nothing():
         "new = {k for k in after[2] if after[2][k] != before[2].get(k)}\n"
         "assert not new, new\n"
     )
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}  # as new
     result = subprocess.run(
-        [sys.executable, "-B", "-c", code], cwd=REPO, text=True, capture_output=True
+        [sys.executable, "-B", "-c", code], cwd=REPO, env=env, text=True, capture_output=True
     )
     assert result.returncode == 0 and result.stdout == "", result.stdout + result.stderr
 
