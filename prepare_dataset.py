@@ -37,8 +37,6 @@ from archive import (
     MAX_ENTRY_BYTES,
     DamagedArchive,
     extract_photos,
-    has_one_table,
-    named_in,
     open_zip,
     select_entries,
 )
@@ -133,17 +131,16 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
         there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
-        whole = not has_one_table(archive)
-        entries = select_entries(archive, packed, named_in(archive, packed), whole)
-        texts = [name for name in entries if not is_photo(name)]
-        if len(texts) == len(entries):
+        entries, tables = select_entries(archive, packed)
+        photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
+        if not photos:
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
+        texts = tables or len(photos) < len(entries)
         if not (texts or there or lists_among(names_in(paths.data_dir))):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
                 f"beside each photo): write them to {paths.captions} first"
             )
-        tables = {} if whole else {n.lower(): entries.pop(n) for n in texts}
         present = photo_sizes(paths.images)
         missing = {
             name: info
@@ -156,7 +153,6 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         if tables and not there:
             name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
-    photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
     write_marker(paths, dataset, photos)
 
 
