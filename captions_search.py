@@ -264,15 +264,19 @@ def ensure_captions(
 def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
     """The file that holds these texts: their source, or else one that is written beside."""
     target = converted_file(data_dir, source)
-    if source.suffix.lower() == ".json":
-        with contextlib.suppress(UserError):  # in an older encoding
-            if read_json(source) == texts:
-                target.unlink(missing_ok=True)
-                return source
+    if source.suffix.lower() == ".json" and holds(source, texts):
+        target.unlink(missing_ok=True)
+        return source
     write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
     with contextlib.suppress(OSError):  # where nobody may write
         os.utime(target)  # as new as what it was made from
     return target
+
+
+def holds(path: Path, table: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(UserError):  # that it is no JSON, or in an older encoding
+        return read_json(path) == table
+    return False
 
 
 def written_splits(paths: DataPaths) -> dict[str, Any]:
