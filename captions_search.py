@@ -216,10 +216,8 @@ def read_own(table: Path, folder: Path) -> Captions:
     if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
         return found
     place = table.parent.relative_to(folder)
-    texts, splits = (
-        {str(place / name): said for name, said in each.items()}
-        for each in (found.texts, found.splits)
-    )
+    texts = {str(place / name): said for name, said in found.texts.items()}
+    splits = {str(place / name): split for name, split in found.splits.items()}
     return replace(found, texts=texts, splits=splits)
 
 
