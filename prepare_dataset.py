@@ -446,12 +446,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    flags = [
-        text
-        for name in commands.PREPARED
-        if vars(settings)[name] != vars(usual)[name]
-        for text in (f"--{name.lower()}", str(vars(settings)[name]))
-    ] + ["--follow_links"] * settings.follow_links
+    flags = []
+    for name in commands.PREPARED:
+        if (value := vars(settings)[name]) != vars(usual)[name]:
+            flags += [f"--{name.lower()}", str(value)]
+    flags += ["--follow_links"] * settings.follow_links
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
     captions = load_captions(paths.captions) if "captions" in tasks else {}
     if captions:
