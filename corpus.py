@@ -26,7 +26,7 @@ from dataset import (
 from device import choose_dtype
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, decisive, parse_layers
-from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
+from features import FeatureCache, build_features, resident_or_cached
 from options import parse_tasks
 from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
@@ -52,7 +52,6 @@ class Data:
     processor: str  # the encoder's preprocessor_config.json
     tower: dict[str, Any]  # FrozenEncoder.for_others()
     cache: FeatureCache
-    features: FeatureCache | ResidentFeatures
     tokenizer: CaptionTokenizer
     train: CaptionRows | StreamedRows
     val: CaptionRows
@@ -68,7 +67,7 @@ class Data:
             for name, group in self.train.groups.items()
         }
         captions = {name: group for name, group in captions.items() if group}
-        return fit_reranker(self.features, captions) if len(captions) > 1 else None
+        return fit_reranker(self.train.features, captions) if len(captions) > 1 else None
 
 
 def load_data(
@@ -125,10 +124,10 @@ def load_data(
         learned = texts_to_learn(texts, splits["train"], stock)
         tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
-    train, val = (
-        CaptionRows(encode_rows(tokenizer, texts, splits[split], length), features, count)
-        for split, count in (("train", len(views)), ("val", 1))
+    train = CaptionRows(
+        encode_rows(tokenizer, texts, splits["train"], length), features, len(views)
     )
+    val = CaptionRows(encode_rows(tokenizer, texts, splits["val"], length), features)
     say_cut(tokenizer, texts, train, length)
     critic = None
     if stock:
@@ -145,7 +144,6 @@ def load_data(
         encoder.processor.to_json_string(),
         encoder.for_others(weights=False),
         cache,
-        features,
         tokenizer,
         train,
         val,
