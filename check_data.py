@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from dataset import DataPaths, Text
+from dataset import DataPaths, Texts
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
@@ -20,7 +20,7 @@ def check(
     paths: DataPaths,
     splits: Mapping[str, Sequence[str]],
     captions: Mapping[str, Sequence[str]],
-    questions: Mapping[str, Sequence[Text]],
+    questions: Texts,
 ) -> list[str]:
     """Describe a prepared data set; returns what is wrong with it that training would refuse.
 

@@ -16,7 +16,7 @@ from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
     DataPaths,
-    Text,
+    Texts,
     encode_rows,
     load_splits,
     load_texts,
@@ -46,7 +46,7 @@ class Data:
 
     paths: DataPaths
     tasks: tuple[str, ...]
-    texts: dict[str, list[Text]]
+    texts: Texts
     splits: dict[str, list[str]]
     encoder: dict[str, Any]  # FrozenEncoder.identity()
     processor: str  # the encoder's preprocessor_config.json
@@ -157,9 +157,7 @@ def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]
     return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
 
 
-def say_cut(
-    tokenizer: CaptionTokenizer, texts: dict[str, list[Text]], rows: CaptionRows, length: int
-) -> None:
+def say_cut(tokenizer: CaptionTokenizer, texts: Texts, rows: CaptionRows, length: int) -> None:
     """Say how many texts are longer than what is learned of them, a question or what is said."""
     pairs = [(t.question, t.target) for name in rows.names for t in texts[name]]
     learned = [ids for name in rows.names for ids in rows.groups[name]]
@@ -209,9 +207,7 @@ def shards_to_train(settings: SimpleNamespace) -> list[str]:
     return urls
 
 
-def texts_to_learn(
-    texts: dict[str, list[Text]], names: Sequence[str], stock: Stock | None
-) -> Iterator[str]:
+def texts_to_learn(texts: Texts, names: Sequence[str], stock: Stock | None) -> Iterator[str]:
     """What a tokenizer is learned from: the captions to train on, then questions and answers."""
     for captions in references_of(texts, names).values():
         yield from captions

@@ -152,6 +152,9 @@ class Text:
         return "questions" if self.question else "captions"
 
 
+Texts = Mapping[str, Sequence[Text]]  # about each photo
+
+
 def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict[str, list[Text]]:
     """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
 
@@ -211,9 +214,7 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     return {name: group for name, group in texts.items() if group}
 
 
-def prompts_about(
-    texts: Mapping[str, Sequence[Text]], names: Iterable[str], task: str
-) -> list[tuple[str, Text]]:
+def prompts_about(texts: Texts, names: Iterable[str], task: str) -> list[tuple[str, Text]]:
     """What to have written about photos: one caption each, or the answer to each question."""
     prompts: list[tuple[str, Text]] = []
     for name in names:
@@ -222,19 +223,14 @@ def prompts_about(
     return prompts
 
 
-def references_of(
-    texts: Mapping[str, Sequence[Text]], names: Iterable[str]
-) -> dict[str, list[str]]:
+def references_of(texts: Texts, names: Iterable[str]) -> dict[str, list[str]]:
     """People's captions of those of the photos that have any."""
     found = {name: [t.target for t in texts.get(name, ()) if not t.question] for name in names}
     return {name: captions for name, captions in found.items() if captions}
 
 
 def encode_rows(
-    tokenizer: CaptionTokenizer,
-    texts: Mapping[str, Sequence[Text]],
-    names: Sequence[str],
-    length: int,
+    tokenizer: CaptionTokenizer, texts: Texts, names: Sequence[str], length: int
 ) -> dict[str, list[list[int]]]:
     """Each photo's texts as ids, at most `length` of them."""
     pairs = [(text.question, text.target) for name in names for text in texts[name]]
