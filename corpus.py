@@ -92,11 +92,9 @@ def load_data(
         splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
     tokenizer = begun.tokenizer if begun else given_tokenizer(settings, paths)
-    encoder = FrozenEncoder.load(
-        settings.ENCODER_MODEL_NAME,
-        settings.ENCODER_REVISION or None,
-        parse_layers(settings.ENCODER_LAYERS),
-    ).to(device)
+    name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
+    layers = parse_layers(settings.ENCODER_LAYERS)
+    encoder = FrozenEncoder.load(name, revision, layers).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")
@@ -110,23 +108,17 @@ def load_data(
     if urls := shards_to_train(settings):
         keep = settings.KEEP_SHARD_FEATURES
         stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how)
-    views = range(settings.FEATURE_VIEWS)
-    cache, bad = build_features(
-        encoder,
-        paths.images,
-        [(n, v) for v in views for n in splits["train"]] + [(n, 0) for n in splits["val"]],
-        paths.features,
-        **how,
-    )
+    views = settings.FEATURE_VIEWS
+    items = [(name, view) for view in range(views) for name in splits["train"]]
+    items += [(name, 0) for name in splits["val"]]
+    cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     check_splits(settings, splits, "can be read")
     if tokenizer is None:
         learned = texts_to_learn(texts, splits["train"], stock)
         tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
-    train = CaptionRows(
-        encode_rows(tokenizer, texts, splits["train"], length), features, len(views)
-    )
+    train = CaptionRows(encode_rows(tokenizer, texts, splits["train"], length), features, views)
     val = CaptionRows(encode_rows(tokenizer, texts, splits["val"], length), features)
     say_cut(tokenizer, texts, train, length)
     critic = None

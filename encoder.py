@@ -142,11 +142,8 @@ class FrozenEncoder(nn.Module):
                 f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
                 "to -1"
             )
-        source = {
-            "name": name,
-            "revision": getattr(config, "_commit_hash", None) or revision,
-            "weights": _fingerprint(tower),
-        }
+        revision = getattr(config, "_commit_hash", None) or revision
+        source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
         return cls(tower, processor, layers, source)
 
     @classmethod
