@@ -90,15 +90,10 @@ class CaptionTokenizer:
         normalisation as well, and tokenizer_config.json, `transformers.AutoTokenizer` loads it.
         """
         alone = _byte_level(models.BPE(vocab=self.vocab, merges=self.merges))
-        alone.normalizer = normalizers.Sequence(  # as `normalize` does
-            [
-                normalizers.NFC(),
-                normalizers.Lowercase(),
-                normalizers.Replace(Regex(r"\s+"), " "),
-                normalizers.Strip(),
-                normalizers.Replace(Regex("[ .]+$"), ""),
-            ]
-        )
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        ending = normalizers.Replace(Regex("[ .]+$"), "")
+        steps = [normalizers.NFC(), normalizers.Lowercase(), spaces, normalizers.Strip(), ending]
+        alone.normalizer = normalizers.Sequence(steps)  # as `normalize` does
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"pad_token": PAD, "bos_token": START, "eos_token": END}
         return {
