@@ -59,10 +59,8 @@ def find_captions(
         print(f"{changed} has changed: captions.json is made anew")
     elif usual.exists():
         if table and table.stat().st_mtime > usual.stat().st_mtime:
-            print(
-                f"{table} is newer than {usual}, which is used: delete the latter to have it "
-                "made anew"
-            )
+            remedy = "delete the latter to have it made anew"
+            print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
         return [usual], read_captions(usual)
@@ -290,9 +288,8 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
     made, images = paths.data_dir / "captions.json", place_of(paths.images, paths.data_dir)
     if "made" not in note or not made.exists() or note["made"] != state_of(made):
         return {"splits": note["splits"]} if note.get("splits") else {}, ""
-    if note.get("images", images) != images and any(
-        read(paths.images).texts for read in (read_nested, read_texts_beside)
-    ):
+    moved = note.get("images", images) != images
+    if moved and any(read(paths.images).texts for read in (read_nested, read_texts_beside)):
         return note, f"the folder of photos, now {paths.images} with texts of its own,"
     sources = [paths.data_dir / place for place in note["source"].split("\n")]
     there = all(source.exists() for source in sources)
