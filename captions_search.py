@@ -110,8 +110,7 @@ def in_karpathys_form(file: Path) -> bool:
 
 
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
-    """What can be read in files of other names, and in folders of texts; and why other files
-    can't be."""
+    """What can be read in files of other names, and in folders of texts; and why others can't."""
     root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
     there = photos_in(paths.images)
     photos = {os.path.splitext(name)[0] for name in there}

@@ -79,9 +79,7 @@ WITHOUT_EFFECT = (
 
 def begin(read: Callable[[], Any]) -> None:
     """Before a script's imports: read its command line, and answer --help or a mistake at once.
-
-    Ctrl-C while they last ends the program without a word of theirs.
-    """
+    Ctrl-C while they last ends the program without a word of theirs."""
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

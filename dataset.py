@@ -501,10 +501,8 @@ class CaptionRows:
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
     ) -> Iterator[Batch]:
-        """The epoch's batches in its own order, without the first `skip` of them.
-
-        Of each a process of a team gets its share, which may be empty.
-        """
+        """The epoch's batches in its own order, without the first `skip` of them; of each a process
+        of a team gets its share, which may be empty."""
         for members in epoch_order(self.lengths, batch_size, (seed, epoch))[skip:]:
             own = team.share(members)
             yield make_batch([self.names[i] for i in own], [self.captions[i] for i in own])

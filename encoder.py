@@ -174,10 +174,8 @@ class FrozenEncoder(nn.Module):
         return self.tower.config.patch_size
 
     def open(self, path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-        """Open a picture at twice the size that `preprocess` brings it to, or larger.
-
-        Twice, so that a crop of 60 % has enough pixels, and the resizing more than it keeps.
-        """
+        """Open a picture at twice the size that `preprocess` brings it to, or larger: so a crop of
+        60 % has enough pixels, and the resizing more than it keeps."""
         return open_image(path, 2 * self.side)
 
     @functools.cached_property
@@ -197,8 +195,7 @@ class FrozenEncoder(nn.Module):
 
     def for_others(self, weights: bool) -> dict[str, Any]:
         """What `modeling_captioner.py` needs to make the tower: its configuration if its weights
-        are there, else its name. Of a folder here only the last part is told.
-        """
+        are there, else its name. Of a folder here only the last part is told."""
         name = self.source["name"]
         tower_class, options = _tower_class(name, self.tower.config)
         if weights:

@@ -174,8 +174,7 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
 def ensure_questions(
     settings: SimpleNamespace, paths: DataPaths
 ) -> tuple[DataPaths, dict[str, str]]:
-    """Have the questions by the photos' real names; say where they are, and of which split they say
-    each photo to be."""
+    """Have the questions by the photos' real names; say where, and the split they tell of each."""
     place = questions_source(settings, paths)
     source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
     if not source.exists():
@@ -274,8 +273,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
 
 
 def unpack_parquet(paths: DataPaths) -> bool:
-    """Make photos, captions.json and questions.json of the parquet files in DATA_DIR; is there
-    something?
+    """Make photos, captions.json and questions.json of DATA_DIR's parquet files; are there photos?
 
     What was there before is the user's own, and is used as it is.
     """
@@ -384,10 +382,8 @@ def write_splits(
 
 
 def prepare(settings: SimpleNamespace) -> DataPaths:
-    """Make sure that photos, captions.json and splits.json are there, and say where.
-
-    What is done before something turns out missing or unsound is kept for the next run.
-    """
+    """Make sure that photos, captions.json and splits.json are there, and say where; what is done
+    before something turns out missing or unsound is kept for the next run."""
     names = (*SOURCES, "custom")
     if settings.DATASET not in names:
         raise UserError(f"DATASET is {settings.DATASET!r}: use one of {', '.join(names)}")

@@ -168,8 +168,7 @@ def _rows(table: Table) -> list[Entry]:
 
 
 def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dict[str, Any]:
-    """A question with its answer, or several people's, as questions.json has it; raises as
-    `read_question`."""
+    """A question and its answers, as questions.json has them; raises as `read_question`."""
     own = [entry.get(key) for key in ANSWERS[:2]]
     lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
     several = next(filter(None, lists), None)

@@ -353,10 +353,8 @@ class StreamedRows:
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
     ) -> Iterator[Batch]:
-        """The epoch's batches, without the first `skip`.
-
-        Of those the photos, where they are only streamed, are not read again.
-        """
+        """The epoch's batches, without the first `skip`; where photos are only streamed, those of
+        these are not read again."""
         sizes = [len(range(rank, batch_size, team.size)) for rank in range(team.size)]
         before, own = sum(sizes[: team.rank]), sizes[team.rank]
         part = [len(self) * edge // batch_size for edge in (before, before + own)]
