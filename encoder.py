@@ -232,12 +232,9 @@ class FrozenEncoder(nn.Module):
         pictures = [Image.radial_gradient("L").convert("RGB").resize(shape) for shape in shapes]
         try:
             alone, other = (self.preprocess([picture]) for picture in pictures)
-            together = {name: torch.cat([alone[name], other[name]]) for name in alone}
             device = next(self.parameters()).device
-            first, both = (
-                self({name: part.to(device) for name, part in inputs.items()})
-                for inputs in (alone, together)
-            )
+            first = self({name: alone[name].to(device) for name in alone})
+            both = self({name: torch.cat([alone[name], other[name]]).to(device) for name in alone})
             wrong = f"it gives {tuple(both.shape)} for two pictures"
             if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
                 apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
