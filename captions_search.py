@@ -299,7 +299,7 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
 def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     """Say which captions were made from a file that has changed since, for who doesn't prepare."""
     source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
-    _, changed = ({}, "") if settings.CAPTIONS_FILE else captions_note(paths)
+    changed = "" if settings.CAPTIONS_FILE else captions_note(paths)[1]
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = str(source)
     if changed:
