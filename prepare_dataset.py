@@ -191,9 +191,7 @@ def ensure_questions(
 
 def ensure_photos(paths: DataPaths, dataset: str, archive: Sequence[str]) -> None:
     """Unpack what IMAGE_DIR lacks, from the archive or else a download; a marker says when whole.
-
-    Photos that were there before the first run are the user's own and are left alone.
-    """
+    Photos that were there before the first run are the user's own and are left alone."""
     marker = read_marker(paths)
     present = photo_sizes(paths.images)
     if marker is None and present:

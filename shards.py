@@ -119,9 +119,7 @@ def take_stock(
     team: Team = ALONE,
 ) -> Stock:
     """Read the shards that the store under `root` knows nothing of yet, a share in each process.
-
-    With `keep_features` photos are encoded now; the rest is as in `build_features`.
-    """
+    With `keep_features` photos are encoded now; the rest is as in `build_features`."""
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype)) / "shards"
 
     def look() -> tuple[dict[str, Shard], list[str]]:
