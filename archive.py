@@ -14,7 +14,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +28,8 @@ MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is 
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
 CAPTION_FILES = ("captions.json", *TABLES)  # the first that a zip holds counts
 TABLE_NAMES = tuple(name.lower() for name in CAPTION_FILES)
+Member = tuple[PurePosixPath, zipfile.ZipInfo]  # a file's path in a zip, and what it says of it
+Entries = dict[str, zipfile.ZipInfo]  # by the name that each gets
 
 
 class DamagedArchive(UserError):
@@ -93,17 +95,19 @@ def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0)
         )
 
 
-def select_entries(
-    archive: zipfile.ZipFile, packed: int, known: Container[str] = (), whole: bool = False
-) -> dict[str, zipfile.ZipInfo]:
-    """The photos and captions tables of a zip of `packed` bytes, by name.
+def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entries]:
+    """What is for the photo folder in a zip of `packed` bytes, and its captions tables, by name.
 
-    A photo's name is the longest end of its path that is among the `known` ones, which captions
-    are of, and otherwise its last part. A zip's `whole` tree is taken with all that may hold
-    captions, less the folders that all is in. What is unsafe is refused before anything is written.
+    With a captions table of a usual name, none of which is there twice, a photo's name is the
+    longest end of its path that the table names, and otherwise its last part. Without, the whole
+    tree is taken with all that may hold captions, less the folders that all is in. What is unsafe
+    is refused before anything is written.
     """
-    entries: dict[str, zipfile.ZipInfo] = {}
-    names: dict[str, zipfile.ZipInfo] = {}
+    tables = _tables(archive)
+    whole = not tables or len(tables) > len({path.name.lower() for path, _ in tables})
+    known = set() if whole else _named_in(archive, tables, packed)
+    entries: Entries = {}
+    names: Entries = {}
     wanted = [*_wanted(archive, whole)]
     top = os.path.commonpath([path.parent for path, _ in wanted]) if wanted else ""
     for path, info in wanted:
@@ -124,15 +128,13 @@ def select_entries(
         if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
             raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
         entries[key] = names[name] = info
-    unpacked = sum(info.file_size for info in entries.values())
-    largest = max((info.file_size for info in entries.values()), default=0)
-    check_unpacked("the archive", packed, unpacked, largest)
-    return names
+    sizes = [info.file_size for info in names.values()]
+    check_unpacked("the archive", packed, sum(sizes), max(sizes, default=0))
+    texts = [] if whole else [name for name in names if not is_photo(name)]
+    return names, {name.lower(): names.pop(name) for name in texts}
 
 
-def _wanted(
-    archive: zipfile.ZipFile, whole: bool
-) -> Iterator[tuple[PurePosixPath, zipfile.ZipInfo]]:
+def _wanted(archive: zipfile.ZipFile, whole: bool) -> Iterator[Member]:
     """The photos and tables of a zip, and of a `whole` tree other lists and the photos' texts;
     a path that leads elsewhere is refused."""
     photos = [PurePosixPath(name) for name in archive.namelist() if is_photo(name)]
@@ -154,15 +156,9 @@ def _wanted(
             yield path, info
 
 
-def has_one_table(archive: zipfile.ZipFile) -> bool:
-    """Has a zip a captions table of a usual name, and none of that name in another folder?"""
-    names = [path.name.lower() for path, _ in _tables(archive)]
-    return 0 < len(names) == len({*names})
-
-
-def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
+def _named_in(archive: zipfile.ZipFile, tables: Sequence[Member], packed: int) -> set[str]:
     """The names of photos, with their folders, in the captions table of a zip."""
-    for path, info in _tables(archive):
+    for path, info in tables:
         if info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed):
             with tempfile.TemporaryDirectory() as folder:
                 table = Path(folder) / path.name
@@ -173,7 +169,7 @@ def named_in(archive: zipfile.ZipFile, packed: int) -> set[str]:
     return set()
 
 
-def _tables(archive: zipfile.ZipFile) -> list[tuple[PurePosixPath, zipfile.ZipInfo]]:
+def _tables(archive: zipfile.ZipFile) -> list[Member]:
     """The captions tables of a usual name in a zip."""
     entries = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
     named = [(path, info) for path, info in entries if path.name.lower() in TABLE_NAMES]
@@ -184,9 +180,7 @@ def _is_hidden(path: PurePosixPath) -> bool:
     return "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
 
 
-def extract_photos(
-    archive: zipfile.ZipFile, photos: Mapping[str, zipfile.ZipInfo], folder: Path
-) -> None:
+def extract_photos(archive: zipfile.ZipFile, photos: Entries, folder: Path) -> None:
     # One temporary name for all of this process, for several may unpack into one folder, each
     # for a DATA_DIR of its own. A run that was killed leaves one file, which the next removes.
     temporary = folder / f".unpacking.{os.getpid()}.tmp"

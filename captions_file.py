@@ -119,10 +119,8 @@ class Captions:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
 
     def name_of(self, where: str, said: Any, usage: str, bare: bool, strict: bool = True) -> str:
-        """The photo's name in a cell or value; nothing where it is passed over.
-
-        A `bare` one may lack its suffix; what is no name is refused if `strict`.
-        """
+        """The photo's name in a cell or value; nothing where it is passed over. A `bare` one may
+        lack its suffix; what is no name is refused if `strict`."""
         name = plain_name(said) if isinstance(said, str) else said
         unread = is_unread(name)
         bare = bare and isinstance(name, str | int) and bool(BARE.fullmatch(str(name)))
@@ -179,10 +177,8 @@ def has_word(text: str) -> bool:
 
 
 def read_captions(path: Path, folder: Path | None = None) -> Captions:
-    """Read captions in any form that is known; the message of what is refused says the line.
-
-    A table without a header may call the photos of a `folder` without their suffix.
-    """
+    """Read captions in any form that is known; what is refused is said with its line. A table
+    without a header may call the photos of a `folder` without their suffix."""
     try:
         kind, content = read_file(path)
         if kind == "table":

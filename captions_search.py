@@ -59,10 +59,8 @@ def find_captions(
         print(f"{changed} has changed: captions.json is made anew")
     elif usual.exists():
         if table and table.stat().st_mtime > usual.stat().st_mtime:
-            print(
-                f"{table} is newer than {usual}, which is used: delete the latter to have it "
-                "made anew"
-            )
+            remedy = "delete the latter to have it made anew"
+            print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
         return [usual], read_captions(usual)
@@ -112,8 +110,7 @@ def in_karpathys_form(file: Path) -> bool:
 
 
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
-    """What can be read in files of other names, and in folders of texts; and why other files
-    can't be."""
+    """What can be read in files of other names, and in folders of texts; and why others can't."""
     root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
     there = photos_in(paths.images)
     photos = {os.path.splitext(name)[0] for name in there}
@@ -216,10 +213,8 @@ def read_own(table: Path, folder: Path) -> Captions:
     if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
         return found
     place = table.parent.relative_to(folder)
-    texts, splits = (
-        {str(place / name): said for name, said in each.items()}
-        for each in (found.texts, found.splits)
-    )
+    texts = {str(place / name): said for name, said in found.texts.items()}
+    splits = {str(place / name): split for name, split in found.splits.items()}
     return replace(found, texts=texts, splits=splits)
 
 
@@ -264,15 +259,19 @@ def ensure_captions(
 def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
     """The file that holds these texts: their source, or else one that is written beside."""
     target = converted_file(data_dir, source)
-    if source.suffix.lower() == ".json":
-        with contextlib.suppress(UserError):  # in an older encoding
-            if read_json(source) == texts:
-                target.unlink(missing_ok=True)
-                return source
+    if source.suffix.lower() == ".json" and holds(source, texts):
+        target.unlink(missing_ok=True)
+        return source
     write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
     with contextlib.suppress(OSError):  # where nobody may write
         os.utime(target)  # as new as what it was made from
     return target
+
+
+def holds(path: Path, table: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(UserError):  # that it is no JSON, or in an older encoding
+        return read_json(path) == table
+    return False
 
 
 def written_splits(paths: DataPaths) -> dict[str, Any]:
@@ -288,9 +287,8 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
     made, images = paths.data_dir / "captions.json", place_of(paths.images, paths.data_dir)
     if "made" not in note or not made.exists() or note["made"] != state_of(made):
         return {"splits": note["splits"]} if note.get("splits") else {}, ""
-    if note.get("images", images) != images and any(
-        read(paths.images).texts for read in (read_nested, read_texts_beside)
-    ):
+    moved = note.get("images", images) != images
+    if moved and any(read(paths.images).texts for read in (read_nested, read_texts_beside)):
         return note, f"the folder of photos, now {paths.images} with texts of its own,"
     sources = [paths.data_dir / place for place in note["source"].split("\n")]
     there = all(source.exists() for source in sources)
@@ -301,7 +299,7 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
 def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     """Say which captions were made from a file that has changed since, for who doesn't prepare."""
     source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
-    _, changed = ({}, "") if settings.CAPTIONS_FILE else captions_note(paths)
+    changed = "" if settings.CAPTIONS_FILE else captions_note(paths)[1]
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = str(source)
     if changed:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from dataset import DataPaths, Text
+from dataset import DataPaths, Texts
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
@@ -20,12 +20,9 @@ def check(
     paths: DataPaths,
     splits: Mapping[str, Sequence[str]],
     captions: Mapping[str, Sequence[str]],
-    questions: Mapping[str, Sequence[Text]],
+    questions: Texts,
 ) -> list[str]:
-    """Describe a prepared data set; returns what is wrong with it that training would refuse.
-
-    Every photo is decoded, so that those that can't be read are named before training meets them.
-    """
+    """Describe a prepared data set; returns what is wrong with it that training would refuse."""
     if captions:
         describe_captions(captions, splits, settings)
     wanted = list(dict.fromkeys((*captions, *questions)))
@@ -84,10 +81,8 @@ def describe_captions(
     lengths = sorted(len(text.split()) for text in texts)
     words = {word for text in texts for word in text.split()}
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
-    print(
-        f"a caption {lengths[0]} to {lengths[-1]} words, {sum(lengths) / len(texts):.1f} mean, "
-        f"{len(words):,} different ones"
-    )
+    mean, known = sum(lengths) / len(texts), f"{len(words):,} different ones"
+    print(f"a caption {lengths[0]} to {lengths[-1]} words, {mean:.1f} mean, {known}")
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH

@@ -98,9 +98,9 @@ def _read_silently(read: Callable[[], Any]) -> Any:
             with contextlib.redirect_stderr(nowhere):
                 return read()
     except (UserError, SystemExit) as end:
-        if not isinstance(end, SystemExit) or end.code:
+        if code := getattr(end, "code", 1):  # a UserError has none
             time.sleep(10)  # torchrun ends all once one has ended: the first may not have spoken
-        sys.exit(getattr(end, "code", 1))
+        sys.exit(code)
 
 
 def say_without_effect(settings: Any, argv: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
     DataPaths,
-    Text,
+    Texts,
     encode_rows,
     load_splits,
     load_texts,
@@ -26,7 +26,7 @@ from dataset import (
 from device import choose_dtype
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, decisive, parse_layers
-from features import FeatureCache, ResidentFeatures, build_features, resident_or_cached
+from features import FeatureCache, build_features, resident_or_cached
 from options import parse_tasks
 from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
@@ -46,13 +46,12 @@ class Data:
 
     paths: DataPaths
     tasks: tuple[str, ...]
-    texts: dict[str, list[Text]]
+    texts: Texts
     splits: dict[str, list[str]]
     encoder: dict[str, Any]  # FrozenEncoder.identity()
     processor: str  # the encoder's preprocessor_config.json
     tower: dict[str, Any]  # FrozenEncoder.for_others()
     cache: FeatureCache
-    features: FeatureCache | ResidentFeatures
     tokenizer: CaptionTokenizer
     train: CaptionRows | StreamedRows
     val: CaptionRows
@@ -68,7 +67,7 @@ class Data:
             for name, group in self.train.groups.items()
         }
         captions = {name: group for name, group in captions.items() if group}
-        return fit_reranker(self.features, captions) if len(captions) > 1 else None
+        return fit_reranker(self.train.features, captions) if len(captions) > 1 else None
 
 
 def load_data(
@@ -93,11 +92,9 @@ def load_data(
         splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
     tokenizer = begun.tokenizer if begun else given_tokenizer(settings, paths)
-    encoder = FrozenEncoder.load(
-        settings.ENCODER_MODEL_NAME,
-        settings.ENCODER_REVISION or None,
-        parse_layers(settings.ENCODER_LAYERS),
-    ).to(device)
+    name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
+    layers = parse_layers(settings.ENCODER_LAYERS)
+    encoder = FrozenEncoder.load(name, revision, layers).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")
@@ -111,24 +108,18 @@ def load_data(
     if urls := shards_to_train(settings):
         keep = settings.KEEP_SHARD_FEATURES
         stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how)
-    views = range(settings.FEATURE_VIEWS)
-    cache, bad = build_features(
-        encoder,
-        paths.images,
-        [(n, v) for v in views for n in splits["train"]] + [(n, 0) for n in splits["val"]],
-        paths.features,
-        **how,
-    )
+    views = settings.FEATURE_VIEWS
+    items = [(name, view) for view in range(views) for name in splits["train"]]
+    items += [(name, 0) for name in splits["val"]]
+    cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     check_splits(settings, splits, "can be read")
     if tokenizer is None:
         learned = texts_to_learn(texts, splits["train"], stock)
         tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
-    train, val = (
-        CaptionRows(encode_rows(tokenizer, texts, splits[split], length), features, count)
-        for split, count in (("train", len(views)), ("val", 1))
-    )
+    train = CaptionRows(encode_rows(tokenizer, texts, splits["train"], length), features, views)
+    val = CaptionRows(encode_rows(tokenizer, texts, splits["val"], length), features)
     say_cut(tokenizer, texts, train, length)
     critic = None
     if stock:
@@ -145,7 +136,6 @@ def load_data(
         encoder.processor.to_json_string(),
         encoder.for_others(weights=False),
         cache,
-        features,
         tokenizer,
         train,
         val,
@@ -159,9 +149,7 @@ def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]
     return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
 
 
-def say_cut(
-    tokenizer: CaptionTokenizer, texts: dict[str, list[Text]], rows: CaptionRows, length: int
-) -> None:
+def say_cut(tokenizer: CaptionTokenizer, texts: Texts, rows: CaptionRows, length: int) -> None:
     """Say how many texts are longer than what is learned of them, a question or what is said."""
     pairs = [(t.question, t.target) for name in rows.names for t in texts[name]]
     learned = [ids for name in rows.names for ids in rows.groups[name]]
@@ -211,9 +199,7 @@ def shards_to_train(settings: SimpleNamespace) -> list[str]:
     return urls
 
 
-def texts_to_learn(
-    texts: dict[str, list[Text]], names: Sequence[str], stock: Stock | None
-) -> Iterator[str]:
+def texts_to_learn(texts: Texts, names: Sequence[str], stock: Stock | None) -> Iterator[str]:
     """What a tokenizer is learned from: the captions to train on, then questions and answers."""
     for captions in references_of(texts, names).values():
         yield from captions

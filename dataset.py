@@ -68,10 +68,8 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     images, captions = place("IMAGE_DIR", "images"), place("CAPTIONS_FILE", "captions.json")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
-    if not known and any(
-        is_photo(name) and not name.startswith(WRITTEN)
-        for name in itertools.islice(files_in(root), 10_000)  # it may be all that somebody has
-    ):
+    names = itertools.islice(files_in(root), 10_000)  # it may be all that somebody has
+    if not known and any(is_photo(n) and not n.startswith(WRITTEN) for n in names):
         images = root
     questions = place("QUESTIONS_FILE", "questions.json")
     # What is in another form than captions.json's has been converted by prepare_dataset.py.
@@ -152,6 +150,9 @@ class Text:
         return "questions" if self.question else "captions"
 
 
+Texts = Mapping[str, Sequence[Text]]  # about each photo
+
+
 def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict[str, list[Text]]:
     """Read questions.json: `{"photo.jpg": [{"question": ..., "answer": ...}, ...]}`.
 
@@ -211,9 +212,7 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     return {name: group for name, group in texts.items() if group}
 
 
-def prompts_about(
-    texts: Mapping[str, Sequence[Text]], names: Iterable[str], task: str
-) -> list[tuple[str, Text]]:
+def prompts_about(texts: Texts, names: Iterable[str], task: str) -> list[tuple[str, Text]]:
     """What to have written about photos: one caption each, or the answer to each question."""
     prompts: list[tuple[str, Text]] = []
     for name in names:
@@ -222,19 +221,14 @@ def prompts_about(
     return prompts
 
 
-def references_of(
-    texts: Mapping[str, Sequence[Text]], names: Iterable[str]
-) -> dict[str, list[str]]:
+def references_of(texts: Texts, names: Iterable[str]) -> dict[str, list[str]]:
     """People's captions of those of the photos that have any."""
     found = {name: [t.target for t in texts.get(name, ()) if not t.question] for name in names}
     return {name: captions for name, captions in found.items() if captions}
 
 
 def encode_rows(
-    tokenizer: CaptionTokenizer,
-    texts: Mapping[str, Sequence[Text]],
-    names: Sequence[str],
-    length: int,
+    tokenizer: CaptionTokenizer, texts: Texts, names: Sequence[str], length: int
 ) -> dict[str, list[list[int]]]:
     """Each photo's texts as ids, at most `length` of them."""
     pairs = [(text.question, text.target) for name in names for text in texts[name]]
@@ -521,10 +515,8 @@ class CaptionRows:
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
     ) -> Iterator[Batch]:
-        """The epoch's batches in its own order, without the first `skip` of them.
-
-        Of each a process of a team gets its share, which may be empty.
-        """
+        """The epoch's batches in its own order, without the first `skip` of them; of each a process
+        of a team gets its share, which may be empty."""
         for members in epoch_order(self.lengths, batch_size, (seed, epoch))[skip:]:
             own = team.share(members)
             yield make_batch([self.names[i] for i in own], [self.captions[i] for i in own])

@@ -24,6 +24,7 @@ from utils import UserError, require_room, size_text, write_error, write_file
 ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of a body
+UNPACKED = {"Accept-Encoding": "identity"}  # headers: the file as it is, whose bytes count
 CHUNK = 64 * 2**10  # bytes; at most this much is lost when a connection breaks
 
 
@@ -59,9 +60,7 @@ def _size_here(target: Path) -> int:
 
 def _size_there(url: str) -> int | None:
     try:
-        head = requests.head(
-            url, headers={"Accept-Encoding": "identity"}, allow_redirects=True, timeout=TIMEOUT
-        )
+        head = requests.head(url, headers=UNPACKED, allow_redirects=True, timeout=TIMEOUT)
     except requests.RequestException:
         return None  # the request for the file itself will say what is wrong
     return _length(head) if head.ok else None
@@ -108,11 +107,10 @@ def _fetch(url: str, partial: Path) -> str:
     have = partial.stat().st_size if state and partial.exists() else 0
     if have and have == state["total"]:
         return ""
-    headers = {"Accept-Encoding": "identity"}
+    headers = UNPACKED
     if have and (state["validator"] or state["total"]):
-        headers["Range"] = f"bytes={have}-"
-        if state["validator"]:
-            headers["If-Range"] = state["validator"]
+        # A header that is None is not sent.
+        headers = UNPACKED | {"Range": f"bytes={have}-", "If-Range": state["validator"] or None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (206, 416):
             total = _continues(response, have, state)
@@ -144,13 +142,8 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
         partial.write_bytes(b"")
         write_file(_state_path(partial), json.dumps(state))
     total = state["total"]
-    bar = tqdm(
-        desc=partial.stem,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants few lines
-    )
+    pause = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
+    bar = tqdm(desc=partial.stem, total=total, unit="B", unit_scale=True, mininterval=pause)
     with open(partial, "ab") as file, bar:
         bar.update(file.tell())
         for chunk in itertools.chain([first], chunks):

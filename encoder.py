@@ -142,11 +142,8 @@ class FrozenEncoder(nn.Module):
                 f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
                 "to -1"
             )
-        source = {
-            "name": name,
-            "revision": getattr(config, "_commit_hash", None) or revision,
-            "weights": _fingerprint(tower),
-        }
+        revision = getattr(config, "_commit_hash", None) or revision
+        source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
         return cls(tower, processor, layers, source)
 
     @classmethod
@@ -177,10 +174,8 @@ class FrozenEncoder(nn.Module):
         return self.tower.config.patch_size
 
     def open(self, path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-        """Open a picture at twice the size that `preprocess` brings it to, or larger.
-
-        Twice, so that a crop of 60 % has enough pixels, and the resizing more than it keeps.
-        """
+        """Open a picture at twice the size that `preprocess` brings it to, or larger: so a crop of
+        60 % has enough pixels, and the resizing more than it keeps."""
         return open_image(path, 2 * self.side)
 
     @functools.cached_property
@@ -200,8 +195,7 @@ class FrozenEncoder(nn.Module):
 
     def for_others(self, weights: bool) -> dict[str, Any]:
         """What `modeling_captioner.py` needs to make the tower: its configuration if its weights
-        are there, else its name. Of a folder here only the last part is told.
-        """
+        are there, else its name. Of a folder here only the last part is told."""
         name = self.source["name"]
         tower_class, options = _tower_class(name, self.tower.config)
         if weights:
@@ -238,12 +232,9 @@ class FrozenEncoder(nn.Module):
         pictures = [Image.radial_gradient("L").convert("RGB").resize(shape) for shape in shapes]
         try:
             alone, other = (self.preprocess([picture]) for picture in pictures)
-            together = {name: torch.cat([alone[name], other[name]]) for name in alone}
             device = next(self.parameters()).device
-            first, both = (
-                self({name: part.to(device) for name, part in inputs.items()})
-                for inputs in (alone, together)
-            )
+            first = self({name: alone[name].to(device) for name in alone})
+            both = self({name: torch.cat([alone[name], other[name]]).to(device) for name in alone})
             wrong = f"it gives {tuple(both.shape)} for two pictures"
             if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
                 apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf

@@ -82,10 +82,7 @@ def change_options(own: GenerationOptions, asked: bool, **given: Any) -> Generat
 
 
 def typed(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass of plain values, each of which is of the type that its field has.
-
-    Raises TypeError where one isn't.
-    """
+    """A dataclass of plain values; TypeError where one isn't of the type that its field has."""
     hints = get_type_hints(kind)
     for name, value in values.items():
         hint = hints.get(name, object)

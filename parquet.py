@@ -34,8 +34,7 @@ from utils import UserError, first_line, require_extra
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds the photos, which their captions, questions and names, and which their
-    split."""
+    """Which columns hold the photos, their captions, questions, names and split."""
 
     photo: str
     captions: list[str]

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from encoder import PHOTO_SUFFIXES
 from utils import SURROGATES, UserError, files_in
 
+Way = Callable[[str], str]  # of cutting a name to what counts of it
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -107,14 +108,12 @@ def by_last_part(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
 # --- How names may be alike -------------------------------------------------------------------
 
 
-def _alike(
-    wanted: Iterable[str], there: Iterable[str], way: Callable[[str], str]
-) -> dict[str, str]:
+def _alike(wanted: Iterable[str], there: Iterable[str], way: Way) -> dict[str, str]:
     free = _index(there, way)
     return {name: free[key] for key, name in _index(wanted, way).items() if key in free}
 
 
-def _index(names: Iterable[str], way: Callable[[str], str]) -> dict[str, str]:
+def _index(names: Iterable[str], way: Way) -> dict[str, str]:
     groups = defaultdict(list)
     for name in names:
         groups[way(name)].append(name)
@@ -141,9 +140,7 @@ def _last_part(name: str) -> str:
     return os.path.basename(_bare(name))
 
 
-def _ending(
-    wanted: Iterable[str], there: Iterable[str], cut: Callable[[str], str]
-) -> dict[str, str]:
+def _ending(wanted: Iterable[str], there: Iterable[str], cut: Way) -> dict[str, str]:
     """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
     names, files = _index(wanted, cut), _index(there, cut)
     pairs = {(name, files[end]) for name in wanted for end in _ends(cut(name)) if end in files}
@@ -157,7 +154,7 @@ def _ends(name: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _by(key: Callable[[str], str]) -> Callable[..., dict[str, str]]:
+def _by(key: Way) -> Callable[..., dict[str, str]]:
     """The way of taking names for each other of which, once cut, one and one have the same key."""
     return lambda wanted, there, cut: _alike(wanted, there, lambda name: key(cut(name)))
 

@@ -25,10 +25,7 @@ TURNS = {
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture as 8-bit RGB, turned as its EXIF tag says, transparency laid on white.
-
-    Raises what Pillow does where it can't be read.
-    """
+    """A picture as 8-bit RGB, upright, on white; raises what Pillow does where it can't be read."""
     image.load()
     turn = TURNS.get(image.getexif().get(ORIENTATION))
     image = _eight_bits(image) if image.mode.startswith(("I", "F")) else image

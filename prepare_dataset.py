@@ -37,8 +37,6 @@ from archive import (
     MAX_ENTRY_BYTES,
     DamagedArchive,
     extract_photos,
-    has_one_table,
-    named_in,
     open_zip,
     select_entries,
 )
@@ -94,6 +92,7 @@ SOURCES = {
     "flickr30k": tuple(f"{RELEASE}flickr30k_part{part:02d}" for part in range(3)),
     "flickr8k": (f"{RELEASE}flickr8k.zip",),
 }
+# The zip with the files of Karpathy's splits.
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 
 
@@ -132,17 +131,16 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
         there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
-        whole = not has_one_table(archive)
-        entries = select_entries(archive, packed, named_in(archive, packed), whole)
-        texts = [name for name in entries if not is_photo(name)]
-        if len(texts) == len(entries):
+        entries, tables = select_entries(archive, packed)
+        photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
+        if not photos:
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
+        texts = tables or len(photos) < len(entries)
         if not (texts or there or lists_among(names_in(paths.data_dir))):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
                 f"beside each photo): write them to {paths.captions} first"
             )
-        tables = {} if whole else {n.lower(): entries.pop(n) for n in texts}
         present = photo_sizes(paths.images)
         missing = {
             name: info
@@ -155,7 +153,6 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         if tables and not there:
             name = next(n for n in CAPTION_FILES if n.lower() in tables)
             write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
-    photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
     write_marker(paths, dataset, photos)
 
 
@@ -177,31 +174,24 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
 def ensure_questions(
     settings: SimpleNamespace, paths: DataPaths
 ) -> tuple[DataPaths, dict[str, str]]:
-    """Have the questions by the photos' real names; say where they are, and of which split they say
-    each photo to be."""
-    source = questions_source(settings, paths)
-    if not (settings.QUESTIONS_FILE or source.is_file()):
-        source = paths.data_dir
+    """Have the questions by the photos' real names; say where, and the split they tell of each."""
+    place = questions_source(settings, paths)
+    source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
     if not source.exists():
         raise UserError(f"{source} is missing: --questions_file names a file or a folder")
     texts = match_names(find_questions(source), paths.images)
     load_questions(source, table=texts)  # which refuses what is wrong by the user's own file
     told = [(name, each.get("split")) for name, group in texts.items() for each in group]
     splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
-    place = questions_source(settings, paths)
     return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
 # --- Photos ---------------------------------------------------------------------------------
 
 
-def ensure_photos(
-    paths: DataPaths, dataset: str, urls: Sequence[str], archive: Sequence[str]
-) -> None:
+def ensure_photos(paths: DataPaths, dataset: str, archive: Sequence[str]) -> None:
     """Unpack what IMAGE_DIR lacks, from the archive or else a download; a marker says when whole.
-
-    Photos that were there before the first run are the user's own and are left alone.
-    """
+    Photos that were there before the first run are the user's own and are left alone."""
     marker = read_marker(paths)
     present = photo_sizes(paths.images)
     if marker is None and present:
@@ -226,7 +216,7 @@ def ensure_photos(
     if not parts:
         folder = paths.data_dir / "temp_download"
         try:
-            parts = download(urls, folder, paths.images, sum(present.values()))
+            parts = download(SOURCES[dataset], folder, paths.images, sum(present.values()))
         except UserError as error:
             raise UserError(f"{error}; or get it another way and use --archive PATH") from None
     try:
@@ -281,8 +271,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
 
 
 def unpack_parquet(paths: DataPaths) -> bool:
-    """Make photos, captions.json and questions.json of the parquet files in DATA_DIR; is there
-    something?
+    """Make photos, captions.json and questions.json of DATA_DIR's parquet files; are there photos?
 
     What was there before is the user's own, and is used as it is.
     """
@@ -319,7 +308,7 @@ def unpack_parquet(paths: DataPaths) -> bool:
 # --- Splits ---------------------------------------------------------------------------------
 
 
-def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) -> Path:
+def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths) -> Path:
     """The file with Karpathy's split: the one given, or the data set's own, downloaded once."""
     remedy = "use --split ratio, or name the file, or folder of lists, with --karpathy_file PATH"
     if settings.KARPATHY_FILE:
@@ -339,7 +328,7 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths, url: str) 
     if path.exists():
         return path
     try:
-        [archive] = download([url], paths.data_dir / "temp_download", paths.data_dir)
+        [archive] = download([KARPATHY_URL], paths.data_dir / "temp_download", paths.data_dir)
         with open_zip([archive]) as zipped:
             info = next((i for i in zipped.infolist() if i.filename.split("/")[-1] == name), None)
             if info is None or info.file_size > MAX_ENTRY_BYTES:
@@ -356,7 +345,6 @@ def write_splits(
     settings: SimpleNamespace,
     paths: DataPaths,
     names: Iterable[str],
-    karpathy_url: str,
     note: Mapping[str, str],
     known: Mapping[str, str],
 ) -> None:
@@ -368,7 +356,7 @@ def write_splits(
     if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
         source, splits, says = "the data set itself", own, "columns, files or folders say"
     elif settings.SPLIT == "karpathy":
-        file = ensure_karpathy_file(settings, paths, karpathy_url)
+        file = ensure_karpathy_file(settings, paths)
         source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
     else:
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
@@ -391,21 +379,10 @@ def write_splits(
 # --- Everything -----------------------------------------------------------------------------
 
 
-def prepare(
-    settings: SimpleNamespace,
-    sources: Mapping[str, Sequence[str]] = SOURCES,
-    karpathy_url: str = KARPATHY_URL,
-) -> DataPaths:
-    """Make sure that photos, captions.json and splits.json are there, and say where.
-
-    What is done before something turns out missing or unsound is kept for the next run.
-
-    Args:
-        settings: those of `commands.prepare_dataset`.
-        sources: for each data set the addresses of the parts of its zip.
-        karpathy_url: the zip with the files of Karpathy's splits.
-    """
-    names = (*sources, "custom")
+def prepare(settings: SimpleNamespace) -> DataPaths:
+    """Make sure that photos, captions.json and splits.json are there, and say where; what is done
+    before something turns out missing or unsound is kept for the next run."""
+    names = (*SOURCES, "custom")
     if settings.DATASET not in names:
         raise UserError(f"DATASET is {settings.DATASET!r}: use one of {', '.join(names)}")
     if settings.SPLIT not in ("karpathy", "ratio"):
@@ -416,8 +393,7 @@ def prepare(
             unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
             return paths
         if settings.DATASET != "custom" or settings.archive:
-            urls = sources.get(settings.DATASET, ())
-            ensure_photos(paths, settings.DATASET, urls, settings.archive)
+            ensure_photos(paths, settings.DATASET, settings.archive)
         elif not unpack_parquet(paths):
             raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
         vqa = settings.vqa_questions, settings.vqa_annotations
@@ -432,7 +408,7 @@ def prepare(
             known = told | known
         names = list(load_texts(paths, tasks))
         found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
-        write_splits(settings, paths, found, karpathy_url, note, known)
+        write_splits(settings, paths, found, note, known)
         temporary = paths.data_dir / "temp_download"
         kept = any(temporary.resolve() in Path(part).resolve().parents for part in settings.archive)
         if settings.DATASET != "custom" and temporary.is_dir() and not kept:
@@ -464,12 +440,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    flags = [
-        text
-        for name in commands.PREPARED
-        if vars(settings)[name] != vars(usual)[name]
-        for text in (f"--{name.lower()}", str(vars(settings)[name]))
-    ] + ["--follow_links"] * settings.follow_links
+    flags = []
+    for name in commands.PREPARED:
+        if (value := vars(settings)[name]) != vars(usual)[name]:
+            flags += [f"--{name.lower()}", str(value)]
+    flags += ["--follow_links"] * settings.follow_links
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
     captions = load_captions(paths.captions) if "captions" in tasks else {}
     if captions:

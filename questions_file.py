@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -23,7 +22,7 @@ from captions_file import (
     speaker,
     texts_of,
 )
-from captions_search import are_alike, lists_among, names_in
+from captions_search import are_alike, holds, lists_among, names_in
 from dataset import OTHER_SPLITS, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
@@ -169,8 +168,7 @@ def _rows(table: Table) -> list[Entry]:
 
 
 def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dict[str, Any]:
-    """A question with its answer, or several people's, as questions.json has it; raises as
-    `read_question`."""
+    """A question and its answers, as questions.json has them; raises as `read_question`."""
     own = [entry.get(key) for key in ANSWERS[:2]]
     lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
     several = next(filter(None, lists), None)
@@ -229,17 +227,11 @@ def convert_vqa(
     if not target.exists():
         write_file(target, json.dumps(table))
         print(f"wrote {sum(map(len, table.values())):,} questions to {target}")
-    elif not _holds(target, table):
+    elif not holds(target, table):
         raise UserError(
             f"{target} holds other questions than --vqa_questions: delete it or move it, or name "
             "another file with --questions_file"
         )
-
-
-def _holds(path: Path, table: dict[str, Any]) -> bool:
-    with contextlib.suppress(UserError):  # that it is no JSON
-        return read_json(path) == table
-    return False
 
 
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:

@@ -119,9 +119,7 @@ def take_stock(
     team: Team = ALONE,
 ) -> Stock:
     """Read the shards that the store under `root` knows nothing of yet, a share in each process.
-
-    With `keep_features` photos are encoded now; the rest is as in `build_features`.
-    """
+    With `keep_features` photos are encoded now; the rest is as in `build_features`."""
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype)) / "shards"
 
     def look() -> tuple[dict[str, Shard], list[str]]:
@@ -353,10 +351,8 @@ class StreamedRows:
     def batches(
         self, batch_size: int, seed: int, epoch: int, skip: int = 0, team: Team = ALONE
     ) -> Iterator[Batch]:
-        """The epoch's batches, without the first `skip`.
-
-        Of those the photos, where they are only streamed, are not read again.
-        """
+        """The epoch's batches, without the first `skip`; where photos are only streamed, those of
+        these are not read again."""
         sizes = [len(range(rank, batch_size, team.size)) for rank in range(team.size)]
         before, own = sum(sizes[: team.rank]), sizes[team.rank]
         part = [len(self) * edge // batch_size for edge in (before, before + own)]

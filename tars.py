@@ -155,10 +155,8 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
 
 
 def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
-    """The files of a tar: name up to the first dot after folders, kind, suffix, and content.
-
-    The content is None where it is larger than MOST_BYTES of its kind.
-    """
+    """The files of a tar: name up to the first dot after folders, kind, suffix, and content, which
+    is None where it is larger than MOST_BYTES of its kind."""
     unpacked = 0
     tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
     for info in tar:
@@ -210,10 +208,8 @@ class _Tail:
 
 
 def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
-    """A photo with its captions, or what it lacks.
-
-    A `.txt` is one caption; where there is none, a `.json` has it under a name of TEXT_KEYS.
-    """
+    """A photo with its captions, or what it lacks. A `.txt` is one caption; where there is none, a
+    `.json` has it under a name of TEXT_KEYS."""
     for kind, (suffix, content) in files.items():
         if content is None and kind in MOST_BYTES:
             raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")

@@ -90,15 +90,10 @@ class CaptionTokenizer:
         normalisation as well, and tokenizer_config.json, `transformers.AutoTokenizer` loads it.
         """
         alone = _byte_level(models.BPE(vocab=self.vocab, merges=self.merges))
-        alone.normalizer = normalizers.Sequence(  # as `normalize` does
-            [
-                normalizers.NFC(),
-                normalizers.Lowercase(),
-                normalizers.Replace(Regex(r"\s+"), " "),
-                normalizers.Strip(),
-                normalizers.Replace(Regex("[ .]+$"), ""),
-            ]
-        )
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        ending = normalizers.Replace(Regex("[ .]+$"), "")
+        steps = [normalizers.NFC(), normalizers.Lowercase(), spaces, normalizers.Strip(), ending]
+        alone.normalizer = normalizers.Sequence(steps)  # as `normalize` does
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"pad_token": PAD, "bos_token": START, "eos_token": END}
         return {
@@ -125,10 +120,8 @@ class CaptionTokenizer:
         return [[i for word in row for i in ids[word]] for row in rows]
 
     def prefixes(self, questions: Sequence[str], max_length: int) -> list[list[int]]:
-        """What a text follows: `[START]`, where there is a question `[START, question, ANSWER]`.
-
-        A question is cut so that its prefix is at most half of `max_length` ids long.
-        """
+        """What a text follows: `[START]`, or `[START, question, ANSWER]` where there is a question,
+        which is cut so that all is at most half of `max_length` ids long."""
         most = max(0, max_length // 2 - 2)
         return [
             [START_ID, *ids[:most], ANSWER_ID] if question else [START_ID]
@@ -152,10 +145,8 @@ class CaptionTokenizer:
         return self._tokenizer.decode([i for i in written if i >= len(SPECIAL_TOKENS)]).strip()
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """The words of a text's ids, without special tokens, and at which places each stands.
-
-        The words, joined by spaces, are the text that `decode` gives.
-        """
+        """The words of a text's ids, without special tokens, and at which places each stands;
+        joined by spaces, they are the text that `decode` gives."""
         groups: list[list[int]] = []
         for place, i in enumerate(ids):
             # Every word begins with a space, which byte-level BPE writes as this letter.

@@ -363,7 +363,7 @@ def write(
     """What the averaged weights say about photos, a share in each process of the team."""
     own = run.team.share(prompts)
     model, tokenizer = run.average, run.tokenizer
-    found = generate_cached(model, tokenizer, data.features, own, options, dtype=run.dtype)
+    found = generate_cached(model, tokenizer, data.val.features, own, options, dtype=run.dtype)
     said = run.team.gather([run.tokenizer.decode(each.tokens) for each in found])
     return [Written(*prompt, text) for prompt, text in zip(prompts, said, strict=True)]
 

@@ -134,8 +134,7 @@ def load_settings(
 
     `parser` knows the script's own flags, which arrive in lower case (`settings.demo`). `only`
     names the constants that are flags too (all by default). `preset` maps the parsed flags to
-    values that replace the configuration's, but not those given. The module is never changed. An
-    unknown or ill-typed flag ends the program with code 2.
+    values that replace the configuration's, but not those given. The module is never changed.
     """
     defaults = constants(config)
     comments = constant_comments(config)
@@ -219,10 +218,8 @@ def first_line(error: BaseException) -> str:
 
 def redact(text: str) -> str:
     """Hide what may be secret: of a `pipe:` all but the program, of an address all but scheme,
-    host and path. Servers quote what they were sent, and libraries pass it on in their errors.
-
-    A text that was redacted stays as it is.
-    """
+    host and path. Servers quote what they were sent, and libraries pass it on in their errors. A
+    text that was redacted stays as it is."""
     text = hide_keys(text)
     text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\n])*'|"pipe:(?:\\.|[^"\n])*\"""", _program, text)
     text = re.sub(r"\bpipe:(?!\s?\S* \*\*\*)[^\n'\"][^\n]*", _program, text)
@@ -426,9 +423,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file: a file would take its place; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
-        )
+        prefix = f".{path.name[:40]}."
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
         temporary = Path(name)
         lock(handle)  # until it is closed: a sign that the writer lives
         yield temporary

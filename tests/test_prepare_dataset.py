@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -83,11 +84,10 @@ def settings_for(folder: Path, *flags: object) -> SimpleNamespace:
 
 def prepare_from(server: DownloadServer, folder: Path, *flags: object) -> None:
     names = [name for name in server.files if name != "caption_datasets.zip"]
-    prepare(
-        settings_for(folder, *flags),
-        {"flickr8k": [server.url(name) for name in names]},
-        server.url("caption_datasets.zip"),
-    )
+    sources = {"flickr8k": [server.url(name) for name in names]}
+    karpathy = server.url("caption_datasets.zip")
+    with mock.patch.multiple(prepare_dataset, SOURCES=sources, KARPATHY_URL=karpathy):
+        prepare(settings_for(folder, *flags))
 
 
 def assert_complete(folder: Path) -> None:
@@ -410,9 +410,9 @@ def test_refusals_say_why_and_lose_nothing(
 @pytest.mark.fault
 def test_nobody_answers(tmp_path: Path) -> None:
     with serving() as server:
-        url = server.url("flickr8k.zip")
+        server.files = {"flickr8k.zip": Remote(ZIP)}
     with pytest.raises(UserError, match=r"ConnectionError\): run the same command again"):
-        prepare(settings_for(tmp_path), {"flickr8k": [url]})
+        prepare_from(server, tmp_path)
 
 
 @pytest.mark.fault
@@ -730,10 +730,10 @@ def test_karpathy_file_given(server: DownloadServer, tmp_path: Path) -> None:
 
 PROGRAM = """
 import json, sys, types
-from prepare_dataset import prepare
+import prepare_dataset
 from utils import run_script
-values, sources = json.loads(sys.argv[1])
-run_script(lambda: prepare(types.SimpleNamespace(**values), sources) and 0)
+values, prepare_dataset.SOURCES = json.loads(sys.argv[1])
+run_script(lambda: prepare_dataset.prepare(types.SimpleNamespace(**values)) and 0)
 """
 
 
