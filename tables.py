@@ -86,6 +86,7 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     while place < len(lines):
         where, text = lines[place]
         row, place = fields(text), place + 1
+        alone = row, place
         last = min(len(lines), place + MOST_LINES)
         while is_open(row) and place < last:
             more = lines[place][1]
@@ -93,6 +94,8 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
                 break
             text, place = f"{text}\n{more}", place + 1
             row = fields(text)
-        if is_open(row):
+        if is_open(row) or any("\n" in s and s.lstrip()[:1] != '"' for _, s in row):
+            row, place = alone  # a stray quote: what follows are rows of their own
+        if is_open(row[-1:]):
             raise UserError(f"{where}: a quoted caption isn't closed before the next")
         yield where, row

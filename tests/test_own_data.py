@@ -536,6 +536,11 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
             'caption,image\n"A, B\nC, D",1.jpg\n"C, ""D""",2.jpg',
             {"1.jpg": ["A, B\nC, D"], "2.jpg": ['C, "D"']},
         ),
+        ('caption,image\n"A, B,1.jpg\nC,2.jpg', {"1.jpg": ['"A, B'], "2.jpg": ["C"]}),
+        (
+            'image_id,title,caption\n1,"A",B\n2,"A big,C\n3,D,E\n4,"A small,F',
+            {"1": ["B"], "2": ["C"], "3": ["E"], "4": ["F"]},
+        ),
         ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
         ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
