@@ -682,6 +682,7 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
         ({"version": 1, "captions": AB}, AB),
+        ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
