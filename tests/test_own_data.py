@@ -1078,6 +1078,10 @@ def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys
     for name in EXPECTED:
         (folder / "images" / name).with_suffix(".txt").write_text("A dog")
     assert check(folder, *flags) == 0  # a split of names holds no captions
+    splits = zip(EXPECTED, ("train", "val", "test"), strict=True)
+    images = [{"filename": name, "split": split} for name, split in splits]
+    (folder / "mine.json").write_text(json.dumps({"images": images}))
+    assert check(folder, *flags) == 0  # nor does one in Karpathy's form without them
 
 
 QUESTIONS = [
