@@ -184,9 +184,11 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
 
 
 def _chosen(answer: Any, choices: Any) -> Any:
-    """An answer; where it is the number (from 0) or the letter of one of the choices, that one."""
-    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
+    """An answer; where it is the number (from 0), letter or key of one of the choices, that one."""
     said = str(answer).strip(" .()")
+    if isinstance(choices, dict) and said in choices:  # {"A": "a dog", "B": "a cat"}
+        return choices[said]
+    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
     if len(choices) < 2 or said in map(str, choices):
         return answer
     place = int(said) if said.isdecimal() else ord(said) - ord("A") if len(said) == 1 else -1

@@ -1174,6 +1174,7 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"choices": ["blue", "red"], "answer": 1},  # ScienceQA
                 {"options": "['blue', 'red']", "answer": "(B)"},
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
+                {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
