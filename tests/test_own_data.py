@@ -493,6 +493,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", "image,split\n1.jpg,train\n"),
         ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
+        ("captions.csv", 'image_id,title,caption\n1,"A big,B\n2,C,D\n3,"A small,E\n'),
         ("captions.csv", '1.jpg,"A dog",train\n'),
         ("captions.csv", "1.jpg\tA dog\ttrain\n"),
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
@@ -537,10 +538,6 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
             {"1.jpg": ["A, B\nC, D"], "2.jpg": ['C, "D"']},
         ),
         ('caption,image\n"A, B,1.jpg\nC,2.jpg', {"1.jpg": ['"A, B'], "2.jpg": ["C"]}),
-        (
-            'image_id,title,caption\n1,"A",B\n2,"A big,C\n3,D,E\n4,"A small,F',
-            {"1": ["B"], "2": ["C"], "3": ["E"], "4": ["F"]},
-        ),
         ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
         ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
