@@ -39,18 +39,21 @@ USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 
 def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
-    """Questions of a file, or of the files in a folder: of the one that holds some, or of several
-    called alike but for a split, which is then that of their questions."""
+    """Questions of a file, or of those in a folder, where what is called so comes first: of the one
+    that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
     found, refused = {}, {}
-    for name in lists_among(names_in(source)):
-        try:
-            table = read_questions(source / name)
-            load_questions(source / name, table=table)
-            found[Path(name)] = table
-        except UserError as error:
-            refused[Path(name)] = error
+    names = lists_among(names_in(source))
+    named = [name for name in names if re.search("question|vqa", name.lower())]
+    for part in (named, [name for name in names if name not in named]):
+        for name in () if found else part:  # captions of COCO's size take a minute to look at
+            try:
+                table = read_questions(source / name)
+                load_questions(source / name, table=table)
+                found[Path(name)] = table
+            except UserError as error:
+                refused[Path(name)] = error
     if not found:
         raise UserError(
             f"{source} holds no questions: write questions.json there "

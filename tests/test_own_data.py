@@ -1215,6 +1215,8 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
     (folder / "more.json").write_text(texts["val.json"])
     with pytest.raises(UserError, match=r"questions in more.json, test.json, .*_file chooses"):
         find_questions(folder)
+    (folder / "more.json").rename(folder / "my questions.json")
+    assert {*find_questions(folder)} == {dict(zip(SPLITS, IDS, strict=True))["val"]}
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no questions: write questions.json"):
         find_questions(tmp_path / "none")
