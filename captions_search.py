@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
+    CAPTION_KEYS,
     LINE_END,
     TABLES,
     TEXT_SUFFIXES,
@@ -35,6 +36,7 @@ from utils import UserError, files_in, interpreter, read_json, read_text, write_
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
+CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'.encode()  # in a file that is JSON
 BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
 
 
@@ -67,7 +69,7 @@ def find_captions(
     if table:
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
-    for file in (*filter(in_karpathys_form, given), *karpathy_files(paths.data_dir)):
+    for file in filter(tells_captions, (*given, *karpathy_files(paths.data_dir))):
         if (found := read_captions(file)).texts:
             return [file], found
     for read in (read_nested, read_texts_beside):
@@ -107,6 +109,11 @@ def in_karpathys_form(file: Path) -> bool:
     """Has it objects of images, or names alone, as `{"train": ["1.jpg", ...]}`?"""
     text = file.read_bytes() if file.is_file() else b""
     return bool(re.search(rb'"images"\s*:\s*\[\s*\{', text))
+
+
+def tells_captions(file: Path) -> bool:
+    """Is it in Karpathy's form, with more than the photos' splits?"""
+    return in_karpathys_form(file) and re.search(CAPTION_KEY, file.read_bytes()) is not None
 
 
 def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:

@@ -31,7 +31,7 @@ from options import parse_tasks
 from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
-from tars import expand_shards, shard_name, shards_named
+from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError, interpreter
 
@@ -191,9 +191,10 @@ def shards_to_train(settings: SimpleNamespace) -> list[str]:
             "--feature_views 1 --tasks captions --max_images 0 (for a first try, name few shards)"
         )
     urls = expand_shards(settings.TRAIN_SHARDS)
-    if both := set(urls) & set(shards_named(settings.VAL_SHARDS or "")):
+    held = {*map(identity, shards_named(settings.VAL_SHARDS or ""))}
+    if both := [url for url in urls if identity(url) in held]:
         raise UserError(
-            f"TRAIN_SHARDS and VAL_SHARDS both name {shard_name(min(both))}: what validates must "
+            f"TRAIN_SHARDS and VAL_SHARDS both name {shard_name(both[0])}: what validates must "
             "not be learned from, so take it out of TRAIN_SHARDS"
         )
     return urls

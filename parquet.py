@@ -62,6 +62,7 @@ def read_parquet(
     taken: set[tuple[str, str]] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
+    passed: list[str] = []  # what questions lack
     chosen: dict[tuple, Columns] = {}  # for files that are alike, the same
     called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
@@ -89,15 +90,26 @@ def read_parquet(
                             names[digest] = _name(own, [image.get("path") or "", *said], taken)
                         elif os.path.dirname(names[digest]) != own:
                             moved.add(names[digest])
-                        talk = questions_in({plain_key(key): row[key] for key in columns.asked})
-                        asked = [read_entry(str(file), q) for q in talk if q.get("question")]
-                        asked = [each for each in asked if each["answer"].strip()]
+                        talk = {plain_key(key): row[key] for key in columns.asked}
+                        asked = [*_questions(str(file), talk, passed)]
                         yield names[digest], content, texts, asked
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
+    if passed:
+        tqdm.write(f"passed over: {len(passed):,} questions, first: {passed[0]}", file=sys.stdout)
+
+
+def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[dict[str, Any]]:
+    """A row's questions as questions.json has them; `passed` gets why others are left out."""
+    for entry in questions_in(row):
+        if entry.get("question"):
+            try:
+                yield read_entry(where, entry, answered=True)
+            except UserError as error:
+                passed.append(str(error))
 
 
 def _rows(file: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:

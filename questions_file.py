@@ -38,18 +38,21 @@ USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 
 def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
-    """Questions of a file, or of the files in a folder: of the one that holds some, or of several
-    called alike but for a split, which is then that of their questions."""
+    """Questions of a file, or of those in a folder, where what is called so comes first: of the one
+    that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
     found, refused = {}, {}
-    for name in lists_among(names_in(source)):
-        try:
-            table = read_questions(source / name)
-            load_questions(source / name, table=table)
-            found[Path(name)] = table
-        except UserError as error:
-            refused[Path(name)] = error
+    names = lists_among(names_in(source))
+    named = [name for name in names if re.search("question|vqa", name.lower())]
+    for part in (named, [name for name in names if name not in named]):
+        for name in () if found else part:  # captions of COCO's size take a minute to look at
+            try:
+                table = read_questions(source / name)
+                load_questions(source / name, table=table)
+                found[Path(name)] = table
+            except UserError as error:
+                refused[Path(name)] = error
     if not found:
         raise UserError(
             f"{source} holds no questions: write questions.json there "
@@ -182,9 +185,11 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
 
 
 def _chosen(answer: Any, choices: Any) -> Any:
-    """An answer; where it is the number (from 0) or the letter of one of the choices, that one."""
-    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
+    """An answer; where it is the number (from 0), letter or key of one of the choices, that one."""
     said = str(answer).strip(" .()")
+    if isinstance(choices, dict) and said in choices:  # {"A": "a dog", "B": "a cat"}
+        return choices[said]
+    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
     if len(choices) < 2 or said in map(str, choices):
         return answer
     place = int(said) if said.isdecimal() else ord(said) - ord("A") if len(said) == 1 else -1

@@ -73,11 +73,12 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             found.append((value.strip(), match[0].removesuffix(delimiter)))
         return found
 
-    def is_open(row: list[tuple[str, str]]) -> bool:
-        """Does a field begin with a quote that nothing closes, in it or in those after it?"""
+    def opened(row: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The fields from one on that begins with a quote which nothing closes, if one does."""
         spelled = [s.lstrip() for _, s in row]
         begun = (n for n, s in enumerate(spelled) if s.startswith('"') and s.count('"') % 2)
-        return delimiter.join(spelled[next(begun, len(row)) :]).count('"') % 2 == 1
+        first = next(begun, len(row))
+        return row[first:] if delimiter.join(spelled[first:]).count('"') % 2 else []
 
     def names_photo(row: list[tuple[str, str]]) -> bool:
         return any(is_photo(plain_name(value)) for value, _ in row)
@@ -86,13 +87,16 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     while place < len(lines):
         where, text = lines[place]
         row, place = fields(text), place + 1
+        alone = row, place
         last = min(len(lines), place + MOST_LINES)
-        while is_open(row) and place < last:
+        while opened(row) and place < last:
             more = lines[place][1]
             if names_photo(row) and names_photo(fields(more)):
                 break
             text, place = f"{text}\n{more}", place + 1
             row = fields(text)
-        if is_open(row):
-            raise UserError(f"{where}: a quoted caption isn't closed before the next")
+        if opened(row) or any("\n" in s and s.lstrip()[:1] != '"' for _, s in row):
+            row, place = alone
+            if not names_photo(opened(row)[1:]):  # as a caption before its photo may have one
+                raise UserError(f"{where}: a quoted caption isn't closed before the next")
         yield where, row

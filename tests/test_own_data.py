@@ -493,6 +493,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", "image,split\n1.jpg,train\n"),
         ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
+        ("captions.csv", 'image_id,title,caption\n1,"A big,B\n2,C,D\n3,"A small,E\n'),
         ("captions.csv", '1.jpg,"A dog",train\n'),
         ("captions.csv", "1.jpg\tA dog\ttrain\n"),
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
@@ -536,6 +537,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
             'caption,image\n"A, B\nC, D",1.jpg\n"C, ""D""",2.jpg',
             {"1.jpg": ["A, B\nC, D"], "2.jpg": ['C, "D"']},
         ),
+        ('caption,image\n"A, B,1.jpg\nC,2.jpg', {"1.jpg": ['"A, B'], "2.jpg": ["C"]}),
         ('1.jpg,"A dog","Two dogs"\n2.jpg,"B"', {"1.jpg": ["A dog", "Two dogs"], "2.jpg": ["B"]}),
         ("1.jpg\tA dog\tTwo dogs", {"1.jpg": ["A dog", "Two dogs"]}),
         ('image,caption\n1.jpg,"A \\"big\\" dog"', {"1.jpg": ['A "big" dog']}),
@@ -677,6 +679,7 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
         ({"version": 1, "captions": AB}, AB),
+        ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
@@ -1072,6 +1075,10 @@ def test_a_split_of_ones_own_is_not_overwritten_and_can_be_used(tmp_path, capsys
     for name in EXPECTED:
         (folder / "images" / name).with_suffix(".txt").write_text("A dog")
     assert check(folder, *flags) == 0  # a split of names holds no captions
+    splits = zip(EXPECTED, ("train", "val", "test"), strict=True)
+    images = [{"filename": name, "split": split} for name, split in splits]
+    (folder / "mine.json").write_text(json.dumps({"images": images}))
+    assert check(folder, *flags) == 0  # nor does one in Karpathy's form without them
 
 
 QUESTIONS = [
@@ -1164,6 +1171,7 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"choices": ["blue", "red"], "answer": 1},  # ScienceQA
                 {"options": "['blue', 'red']", "answer": "(B)"},
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
+                {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
@@ -1207,6 +1215,8 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
     (folder / "more.json").write_text(texts["val.json"])
     with pytest.raises(UserError, match=r"questions in more.json, test.json, .*_file chooses"):
         find_questions(folder)
+    (folder / "more.json").rename(folder / "my questions.json")
+    assert {*find_questions(folder)} == {dict(zip(SPLITS, IDS, strict=True))["val"]}
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no questions: write questions.json"):
         find_questions(tmp_path / "none")

@@ -101,6 +101,13 @@ def test_questions_beside_photos_are_unpacked(tmp_path, said):
     assert not (tmp_path / "captions.json").exists()
 
 
+def test_questions_that_lack_a_part_are_passed_over(tmp_path, capsys):
+    columns = {"image": images(2), "caption": ["A", "B"], "question": ["Which?", "What?"]}
+    file = write(tmp_path / "a.parquet", columns | {"answer": [{"value": "x"}, {"value": "y"}]})
+    assert [row[2:] for row in read_parquet([file])] == [(["A"], []), (["B"], [])]
+    assert "passed over: 2 questions" in capsys.readouterr().out
+
+
 def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
     files = []
     for n, shortest in enumerate(("title", "text")):  # in each file another has more words

@@ -704,6 +704,9 @@ def test_what_validates_is_not_learned_from(tmp_path):
     for train in ("*.tar", "{00000..00002}.tar", "00002.tar"):
         with pytest.raises(UserError, match=r"both name .*/00002.tar"):
             named(train, "00002.tar")
+    words = [f"--{kind}_shards=https://host/0.tar?sig={kind}" for kind in ("train", "val")]
+    with pytest.raises(UserError, match="both name"):
+        shards_to_train(commands.train(words))
     with pytest.raises(UserError, match="name those to train on"):
         named(None, "00002.tar")
 
