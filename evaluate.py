@@ -49,15 +49,7 @@ from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
-from metrics import (
-    SCORER,
-    TOKENIZER,
-    bootstrap_interval,
-    diversity,
-    score,
-    tokenize,
-    vqa_accuracy,
-)
+from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
 

@@ -47,15 +47,7 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from run import (
-    MEASURES,
-    Run,
-    Written,
-    decoder_config,
-    find_checkpoint,
-    keep_apart,
-    output_dir,
-)
+from run import MEASURES, Run, Written, decoder_config, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
