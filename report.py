@@ -24,7 +24,7 @@ from tqdm import tqdm
 from attention import fonts_for
 from checkpoint import link_for_others
 from corpus import Data
-from dataset import DataPaths, prompts_about, references_of
+from dataset import prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
@@ -46,7 +46,7 @@ class Report(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self, run: Run, data: Data, at_the_end: Callable[[Path, DataPaths], None] | None = None
+        self, run: Run, data: Data, at_the_end: Callable[[Path, Data], None] | None = None
     ):
         """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
         self.run, self.data, self.at_the_end = run, data, at_the_end
@@ -207,7 +207,7 @@ class Report(contextlib.AbstractContextManager):
         self.close()
         self._draw()
         if self.at_the_end and run.team.leads:
-            self.at_the_end(path, self.data.paths)
+            self.at_the_end(path, self.data)
         loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
         if loss:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")

@@ -29,16 +29,7 @@ from torch import Tensor
 
 import prepare_dataset
 from corpus import Data, load_data, shards_to_train
-from dataset import (
-    Batch,
-    CaptionRows,
-    DataPaths,
-    Text,
-    make_batch,
-    order_name,
-    prompts_about,
-    references_of,
-)
+from dataset import Batch, CaptionRows, Text, make_batch, order_name, prompts_about, references_of
 from device import autocast, release_memory
 from distributed import StopSignal, joined
 from features import prefetch
@@ -363,11 +354,11 @@ def write(
 # --- Beginning and stopping -----------------------------------------------------------------
 
 
-def show_demo(checkpoint: Path, paths: DataPaths) -> None:
+def show_demo(checkpoint: Path, data: Data) -> None:
     """What the demo's captioner got right."""
     from demo.report import report
 
-    report(checkpoint, paths)
+    report(checkpoint, data.paths)
 
 
 def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None:
