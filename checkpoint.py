@@ -183,6 +183,14 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
     return content["digest"]
 
 
+def name_again(path: Path, file: Path) -> str | None:
+    """Give a checkpoint a second name, in place of what is there; its digest."""
+    with atomic_write(path) as temporary:
+        temporary.unlink()
+        link_or_copy(file, temporary)
+    return stored_digest(path)
+
+
 def stored_digest(path: Path) -> str | None:
     """The digest that a checkpoint bears, its content unread; None where it is no checkpoint."""
     try:
