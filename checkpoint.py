@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from decoder import DecoderConfig
@@ -37,6 +36,7 @@ from utils import (
     last_part,
     link_or_copy,
     write_error,
+    write_file,
 )
 
 FORMAT = 3
@@ -140,14 +140,7 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
     weights = checkpoint.tensors()
     text = json.dumps(checkpoint.description())
     metadata = {"captioner": text, "digest": digest([text, weights]), "format": "pt"}  # as HF asks
-    with atomic_write(path) as temporary:
-        try:
-            save_file(weights, temporary, metadata=metadata)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))  # the library keeps it in its text
-            if number:
-                raise write_error(OSError(int(number[1]), str(error)), path) from error
-            raise UserError(f"{path} can't be written: {error}") from error
+    write_file(path, save(weights, metadata))
     return metadata["digest"]
 
 
