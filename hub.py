@@ -103,6 +103,7 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
 # --- Upload ---------------------------------------------------------------------------------
 
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
+STALL_TIMEOUT = 60.0  # seconds that the Hub may stay silent in one request
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,13 @@ class HubPusher:
     A newer push replaces one that is still waiting. One that failed waits for the next `push`,
     `retry` or `close`, with a single warning until something arrives again. Without a login, with
     one that can't write to the repository, or with an empty `repo_id`, nothing is pushed. `report`
-    receives lines for the user, from either thread; `stall_timeout` is how many seconds the Hub may
-    stay silent in one request.
+    receives lines for the user, from either thread.
     """
 
-    def __init__(
-        self,
-        repo_id: str | None,
-        *,
-        report: Callable[[str], None] = print,
-        stall_timeout: float = 60.0,
-    ):
+    def __init__(self, repo_id: str | None, *, report: Callable[[str], None] = print):
         self.repo_id = repo_id
         self.active = False
         self._report = report
-        self._stall_timeout = stall_timeout
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._uploading: _Upload | None = None
@@ -267,7 +260,7 @@ class HubPusher:
     def _commit(self, upload: _Upload) -> str:
         """Make one commit; returns its address."""
         # The client has no limit of its own for uploads: a silent Hub would hold us for ever.
-        get_session().timeout = self._stall_timeout
+        get_session().timeout = STALL_TIMEOUT
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
         if not self._ready:
             if refusal := _refusal(self.repo_id, api.whoami()):
