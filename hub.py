@@ -104,6 +104,12 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
 
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
 STALL_TIMEOUT = 60.0  # seconds that the Hub may stay silent in one request
+REFUSALS = {
+    401: f"the Hub doesn't accept the login (401): {LOGIN}",
+    403: f"the login may not do this (403): {LOGIN} with a token that may, "
+    "or choose a repository of yours (HF_REPO_ID)",
+    404: "no such repository (404)",
+}
 
 
 @dataclass(frozen=True)
@@ -329,17 +335,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)  # the client wraps what happened to the large file
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return f"the Hub doesn't accept the login (401): {LOGIN}"
-    if status == 403:
-        return (
-            f"the login may not do this (403): {LOGIN} with a token that may, "
-            "or choose a repository of yours (HF_REPO_ID)"
-        )
-    if status == 404:
-        return "no such repository (404)"
     if status:
-        return f"the Hub answered {status}"
+        return REFUSALS.get(status, f"the Hub answered {status}")
     if isinstance(error, HTTPError):
         return f"the Hub can't be reached ({type(error).__name__})"
     return redact(f"{type(error).__name__}: {first_line(error)}")
