@@ -222,14 +222,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         generation = typed(GenerationOptions, description["generation"])
         check_ranges(generation)
         tasks = tuple(description.get("tasks", ["captions"]))
-        texts = [*tasks, description["encoder"]["name"]]
         tables = [description[name] for name in ("encoder", "settings", "scores")]
-        kinds = {type(text) for text in texts}, {type(table) for table in tables}
+        encoder, settings, scores = tables
+        kinds = {type(text) for text in (*tasks, encoder["name"])}, {type(x) for x in tables}
         if kinds != ({str}, {dict}):
             raise TypeError("its tasks, encoder, settings or scores are of another kind")
         training = content.get("training")
         return Checkpoint(
-            model, tokenizer, tables[0], generation, tasks, *tables[1:], training, reranker
+            model, tokenizer, encoder, generation, tasks, settings, scores, training, reranker
         )
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
         if isinstance(error, ImportError) or (
