@@ -45,11 +45,9 @@ class Report(contextlib.AbstractContextManager):
     Nothing of what fails here stops the training.
     """
 
-    def __init__(
-        self, run: Run, data: Data, at_the_end: Callable[[Path, Data], None] | None = None
-    ):
-        """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
-        self.run, self.data, self.at_the_end = run, data, at_the_end
+    def __init__(self, run: Run, data: Data, at_end: Callable[[Path, Data], None] | None):
+        """Args: `at_end`, what else to tell of the best checkpoint and the data."""
+        self.run, self.data, self.at_end = run, data, at_end
         settings, leads = run.settings, run.team.leads
         self._describe()
         self.tracker = Tracker(
@@ -206,8 +204,8 @@ class Report(contextlib.AbstractContextManager):
             self._push(path, entry)  # the newest on the Hub shall be the best
         self.close()
         self._draw()
-        if self.at_the_end and run.team.leads:
-            self.at_the_end(path, self.data)
+        if self.at_end and run.team.leads:
+            self.at_end(path, self.data)
         loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
         if loss:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
