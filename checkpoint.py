@@ -35,7 +35,6 @@ from utils import (
     first_line,
     last_part,
     link_or_copy,
-    write_error,
     write_file,
 )
 
@@ -171,7 +170,7 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
         except RuntimeError as error:
             # What torch makes of a full disk; the file system's own error is its cause or context.
             if isinstance(error.__context__, OSError):
-                raise write_error(error.__context__, path) from error
+                raise error.__context__ from error
             raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
     return content["digest"]
 

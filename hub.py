@@ -24,11 +24,9 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     constants,
-    get_hf_file_metadata,
     get_session,
     get_token,
     hf_hub_download,
-    hf_hub_url,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -92,7 +90,7 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 def _hub_answers(repo_id: str, revision: str | None) -> bool:
     """Ask once; the client alone would try for half a minute before saying that nothing answers."""
     try:
-        get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS, revision=revision))
+        HfApi().file_exists(repo_id, WEIGHTS, revision=revision)
     except HfHubHTTPError as error:
         return error.response.status_code < 500
     except HTTPError:
