@@ -121,7 +121,6 @@ class Report(contextlib.AbstractContextManager):
     # --- while it trains ---
 
     def ledger(self) -> Ledger:
-        """The account of an epoch's updates."""
         return Ledger(self.run, self.data.train.count(self.run.settings.BATCH_SIZE), self.tracker)
 
     def epoch(self, best: Path | None, written: Sequence[Written]) -> None:
@@ -324,7 +323,6 @@ class Ledger:
         self.bar.step(update.batches, f"{text}, lr {update.rate:.1e}, {rate:.0f} photos/s")
 
     def settle(self) -> None:
-        """Enter what still waits."""
         self._enter(0)
         self.bar.close()
 

@@ -384,7 +384,6 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
-    """The decoder's size as configured."""
     if settings.DECODER_EMBED_DIM % settings.DECODER_HEADS:
         raise UserError(
             f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "

@@ -355,7 +355,6 @@ def write(
 
 
 def show_demo(checkpoint: Path, data: Data) -> None:
-    """What the demo's captioner got right."""
     from demo.report import report
 
     report(checkpoint, data.paths)
