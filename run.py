@@ -96,6 +96,9 @@ class Progress:
         """As it was saved, or an error; what older versions kept and can be derived is left out."""
         known = {part.name for part in fields(cls)}
         saved = {name: value for name, value in saved.items() if name in known}
+        if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
+            names = [f"{stem}{s}" for stem in saved["written"] for s in (".pt", ".safetensors")]
+            saved["written"] = dict.fromkeys(names, "")
         progress = typed(cls, saved)
         check_ranges(progress)
         for entry in progress.history:
@@ -326,7 +329,7 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
             held = moments[number]
             pairs += [(held["exp_avg"], weight), (held["exp_avg_sq"], weight)]
             pairs.append((held["step"], torch.tensor(0.0)))
-        chance = [saved["random"], *saved["other_random"]]
+        chance = [saved["random"], *saved.get("other_random", [])]
         pairs += [(state["cpu"], torch.get_rng_state()) for state in chance]
         for there, wanted in pairs:
             fit = (there.shape, there.dtype) == (wanted.shape, wanted.dtype)
@@ -356,9 +359,11 @@ def keep_apart(run: Run) -> Progress:
     lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
     standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
     there = {name: stored_digest(run.output / name) for name in (*standing, *progress.written)}
-    # A file is this run's if its digest is one that it noted, or of what it goes on from.
+    # A file is this run's if its digest is one that it noted, or of what it goes on from. An older
+    # version noted none: then all that stands beside its checkpoint is its own.
     mine = {stored_digest(source), *progress.written.values()}
-    progress.written = {n: d for n, d in there.items() if d and d in mine}
+    trusted = "" in mine and source.resolve().parent == run.output.resolve()
+    progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
     set_aside([run.output / name for name in standing if name not in progress.written])
     for measure in KEPT:
         bests = run.bests(measure)
@@ -412,7 +417,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
     """Give each process of a team its own course of chance, the saved one if there is one."""
-    states = [saved["random"], *saved["other_random"]] if saved else []
+    states = [saved["random"], *saved.get("other_random", [])] if saved else []
     team, device = run.team, run.device
     if states and len(states) != team.size:
         print(
