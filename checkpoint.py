@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from decoder import DecoderConfig
@@ -36,7 +35,7 @@ from utils import (
     first_line,
     last_part,
     link_or_copy,
-    write_error,
+    write_file,
 )
 
 FORMAT = 3
@@ -140,14 +139,7 @@ def save_for_use(path: Path, checkpoint: Checkpoint) -> str:
     weights = checkpoint.tensors()
     text = json.dumps(checkpoint.description())
     metadata = {"captioner": text, "digest": digest([text, weights]), "format": "pt"}  # as HF asks
-    with atomic_write(path) as temporary:
-        try:
-            save_file(weights, temporary, metadata=metadata)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))  # the library keeps it in its text
-            if number:
-                raise write_error(OSError(int(number[1]), str(error)), path) from error
-            raise UserError(f"{path} can't be written: {error}") from error
+    write_file(path, save(weights, metadata))
     return metadata["digest"]
 
 
@@ -178,9 +170,17 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
         except RuntimeError as error:
             # What torch makes of a full disk; the file system's own error is its cause or context.
             if isinstance(error.__context__, OSError):
-                raise write_error(error.__context__, path) from error
+                raise error.__context__ from error
             raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
     return content["digest"]
+
+
+def name_again(path: Path, file: Path) -> str | None:
+    """Give a checkpoint a second name, in place of what is there; its digest."""
+    with atomic_write(path) as temporary:
+        temporary.unlink()
+        link_or_copy(file, temporary)
+    return stored_digest(path)
 
 
 def stored_digest(path: Path) -> str | None:
@@ -221,14 +221,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         generation = typed(GenerationOptions, description["generation"])
         check_ranges(generation)
         tasks = tuple(description.get("tasks", ["captions"]))
-        texts = [*tasks, description["encoder"]["name"]]
         tables = [description[name] for name in ("encoder", "settings", "scores")]
-        kinds = {type(text) for text in texts}, {type(table) for table in tables}
+        encoder, settings, scores = tables
+        kinds = {type(text) for text in (*tasks, encoder["name"])}, {type(x) for x in tables}
         if kinds != ({str}, {dict}):
             raise TypeError("its tasks, encoder, settings or scores are of another kind")
         training = content.get("training")
         return Checkpoint(
-            model, tokenizer, tables[0], generation, tasks, *tables[1:], training, reranker
+            model, tokenizer, encoder, generation, tasks, settings, scores, training, reranker
         )
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
         if isinstance(error, ImportError) or (

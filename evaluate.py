@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -36,28 +36,12 @@ from tqdm import tqdm
 
 from captions_search import say_outdated, written_splits
 from checkpoint import load_checkpoint
-from dataset import (
-    DataPaths,
-    Text,
-    data_paths,
-    load_splits,
-    load_texts,
-    prompts_about,
-    references_of,
-)
+from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
-from metrics import (
-    SCORER,
-    TOKENIZER,
-    bootstrap_interval,
-    diversity,
-    score,
-    tokenize,
-    vqa_accuracy,
-)
+from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
 
@@ -222,8 +206,7 @@ class Scored:
         self.checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
         self.checkpoint.require(settings.task)
         asked = settings.task == "questions"
-        given = given_options(settings)
-        self.options = change_options(self.checkpoint.generation, asked, **given)
+        self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))
         self.paths = data_paths(settings)
         taken = [settings.checkpoint, self.paths.captions, self.paths.splits]
         for flag in ("report", "save_captions"):
@@ -232,7 +215,7 @@ class Scored:
                 taken.append(output)
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
-        say_other_split(self.checkpoint.settings, settings, self.paths)
+        self._say_other_split()
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
@@ -253,6 +236,19 @@ class Scored:
         self.names = [name for name in names if name not in bad]
         self.prompts = prompts_about(self.texts, self.names, settings.task)
 
+    def _say_other_split(self) -> None:
+        """Say if the same data were split otherwise when the checkpoint was trained."""
+        table, trained = written_splits(self.paths), self.checkpoint.settings
+        now = table.get("source") if table.get("method") == "ratio" else table.get("method")
+        before = trained.get("SPLIT")
+        if before == "ratio":
+            before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
+        here = Path(self.settings.DATA_DIR).resolve().name
+        same = Path(trained.get("DATA_DIR", "")).name == here
+        if same and now and before and now != before:
+            told = f"note: trained on another split of these photos ({before})"
+            print(f"{told}: some may be scored here")
+
     def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
         """The best hypothesis about each prompt."""
         found = generate_cached(
@@ -266,19 +262,6 @@ class Scored:
             batch_size=self.settings.batch_size,
         )
         return [*tqdm(found, total=len(prompts), desc="writing", unit="text", disable=None)]
-
-
-def say_other_split(
-    trained: Mapping[str, Any], settings: SimpleNamespace, paths: DataPaths
-) -> None:
-    """Say if the same data were split otherwise when the checkpoint was `trained`."""
-    table, before = written_splits(paths), trained.get("SPLIT")
-    now = table.get("source") if table.get("method") == "ratio" else table.get("method")
-    if before == "ratio":
-        before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
-    same = Path(trained.get("DATA_DIR", "")).name == Path(settings.DATA_DIR).resolve().name
-    if same and now and before and now != before:
-        print(f"note: trained on another split of these photos ({before}): some may be scored here")
 
 
 # --- Captions -------------------------------------------------------------------------------

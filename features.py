@@ -300,9 +300,8 @@ def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path)
         entry, there = entries.get(item), state(item[0])
         if not entry or not there:
             return False
-        return (
-            there == (entry.size, entry.mtime) or file_digest(image_dir / item[0]) == entry.digest
-        )
+        same = there == (entry.size, entry.mtime)
+        return same or file_digest(image_dir / item[0]) == entry.digest
 
     return [item for item in items if not made(item)]
 

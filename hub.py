@@ -24,11 +24,9 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     constants,
-    get_hf_file_metadata,
     get_session,
     get_token,
     hf_hub_download,
-    hf_hub_url,
 )
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -92,7 +90,7 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 def _hub_answers(repo_id: str, revision: str | None) -> bool:
     """Ask once; the client alone would try for half a minute before saying that nothing answers."""
     try:
-        get_hf_file_metadata(hf_hub_url(repo_id, WEIGHTS, revision=revision))
+        HfApi().file_exists(repo_id, WEIGHTS, revision=revision)
     except HfHubHTTPError as error:
         return error.response.status_code < 500
     except HTTPError:
@@ -103,6 +101,13 @@ def _hub_answers(repo_id: str, revision: str | None) -> bool:
 # --- Upload ---------------------------------------------------------------------------------
 
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
+STALL_TIMEOUT = 60.0  # seconds that the Hub may stay silent in one request
+REFUSALS = {
+    401: f"the Hub doesn't accept the login (401): {LOGIN}",
+    403: f"the login may not do this (403): {LOGIN} with a token that may, "
+    "or choose a repository of yours (HF_REPO_ID)",
+    404: "no such repository (404)",
+}
 
 
 @dataclass(frozen=True)
@@ -119,21 +124,13 @@ class HubPusher:
     A newer push replaces one that is still waiting. One that failed waits for the next `push`,
     `retry` or `close`, with a single warning until something arrives again. Without a login, with
     one that can't write to the repository, or with an empty `repo_id`, nothing is pushed. `report`
-    receives lines for the user, from either thread; `stall_timeout` is how many seconds the Hub may
-    stay silent in one request.
+    receives lines for the user, from either thread.
     """
 
-    def __init__(
-        self,
-        repo_id: str | None,
-        *,
-        report: Callable[[str], None] = print,
-        stall_timeout: float = 60.0,
-    ):
+    def __init__(self, repo_id: str | None, *, report: Callable[[str], None] = print):
         self.repo_id = repo_id
         self.active = False
         self._report = report
-        self._stall_timeout = stall_timeout
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._uploading: _Upload | None = None
@@ -267,7 +264,7 @@ class HubPusher:
     def _commit(self, upload: _Upload) -> str:
         """Make one commit; returns its address."""
         # The client has no limit of its own for uploads: a silent Hub would hold us for ever.
-        get_session().timeout = self._stall_timeout
+        get_session().timeout = STALL_TIMEOUT
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
         if not self._ready:
             if refusal := _refusal(self.repo_id, api.whoami()):
@@ -336,17 +333,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)  # the client wraps what happened to the large file
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return f"the Hub doesn't accept the login (401): {LOGIN}"
-    if status == 403:
-        return (
-            f"the login may not do this (403): {LOGIN} with a token that may, "
-            "or choose a repository of yours (HF_REPO_ID)"
-        )
-    if status == 404:
-        return "no such repository (404)"
     if status:
-        return f"the Hub answered {status}"
+        return REFUSALS.get(status, f"the Hub answered {status}")
     if isinstance(error, HTTPError):
         return f"the Hub can't be reached ({type(error).__name__})"
     return redact(f"{type(error).__name__}: {first_line(error)}")

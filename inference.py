@@ -102,10 +102,7 @@ class Captioner:
         return self._best(pictures, None, options)
 
     def answer(
-        self,
-        pictures: Picture | Iterable[Picture],
-        questions: str | Iterable[str],
-        **options: Any,
+        self, pictures: Picture | Iterable[Picture], questions: str | Iterable[str], **options: Any
     ) -> str | list[str]:
         """The answer to a question about a picture; a list, where there are several of either.
 

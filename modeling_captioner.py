@@ -18,13 +18,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    GenerationMixin,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
 from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
@@ -51,7 +44,7 @@ class VisionCaptionerConfig(transformers.PreTrainedConfig):
         super().__init__(**given)
 
 
-class VisionCaptionerProcessor(ProcessorMixin):
+class VisionCaptionerProcessor(transformers.ProcessorMixin):
     """Photos, and questions about each (none or an empty one asks for a caption) -> what the model
     takes. A question is cut so that with what stands around it, it takes half of the length.
     """
@@ -121,7 +114,8 @@ class NoRepeat:
 
     def __init__(self, size: int, start: int, rows: Tensor):
         """Args: the prompts' length, and which of them (photos, 1) this holds for."""
-        self.rule, self.start, self.rows = NoRepeatNGramLogitsProcessor(size), start, rows
+        self.rule = transformers.NoRepeatNGramLogitsProcessor(size)
+        self.start, self.rows = start, rows
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         written = ids[:, self.start :]
@@ -130,7 +124,7 @@ class NoRepeat:
         return torch.where(self.rows.repeat_interleave(beams, dim=0), ruled, scores)
 
 
-class VisionCaptioner(PreTrainedModel, GenerationMixin):
+class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin):
     config_class = VisionCaptionerConfig
     input_modalities = ("image", "text")
     _no_split_modules = ["Block"]
@@ -252,8 +246,8 @@ class VisionCaptioner(PreTrainedModel, GenerationMixin):
         given = options.get("no_repeat_ngram_size")
         if size := settings.no_repeat_ngram_size if given is None else given:
             rule = NoRepeat(size, input_ids.shape[1], plain | (given is not None))
-            rules = options.get("logits_processor") or LogitsProcessorList()
-            options["logits_processor"] = LogitsProcessorList([*rules, rule])
+            rules = [*(options.get("logits_processor") or ()), rule]
+            options["logits_processor"] = transformers.LogitsProcessorList(rules)
         options["no_repeat_ngram_size"] = 0  # the library's own rule counts the prompt, too
         beams = options.get("num_beams", settings.num_beams) or 1
         sampled = options.get("do_sample", settings.do_sample)

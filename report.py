@@ -24,7 +24,7 @@ from tqdm import tqdm
 from attention import fonts_for
 from checkpoint import link_for_others
 from corpus import Data
-from dataset import DataPaths, prompts_about, references_of
+from dataset import prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
@@ -45,11 +45,9 @@ class Report(contextlib.AbstractContextManager):
     Nothing of what fails here stops the training.
     """
 
-    def __init__(
-        self, run: Run, data: Data, at_the_end: Callable[[Path, DataPaths], None] | None = None
-    ):
-        """Args: `at_the_end`, what else to tell of the best checkpoint and the data."""
-        self.run, self.data, self.at_the_end = run, data, at_the_end
+    def __init__(self, run: Run, data: Data, at_end: Callable[[Path, Data], None] | None):
+        """Args: `at_end`, what else to tell of the best checkpoint and the data."""
+        self.run, self.data, self.at_end = run, data, at_end
         settings, leads = run.settings, run.team.leads
         self._describe()
         self.tracker = Tracker(
@@ -123,7 +121,6 @@ class Report(contextlib.AbstractContextManager):
     # --- while it trains ---
 
     def ledger(self) -> Ledger:
-        """The account of an epoch's updates."""
         return Ledger(self.run, self.data.train.count(self.run.settings.BATCH_SIZE), self.tracker)
 
     def epoch(self, best: Path | None, written: Sequence[Written]) -> None:
@@ -206,8 +203,8 @@ class Report(contextlib.AbstractContextManager):
             self._push(path, entry)  # the newest on the Hub shall be the best
         self.close()
         self._draw()
-        if self.at_the_end and run.team.leads:
-            self.at_the_end(path, self.data.paths)
+        if self.at_end and run.team.leads:
+            self.at_end(path, self.data)
         loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
         if loss:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
@@ -326,7 +323,6 @@ class Ledger:
         self.bar.step(update.batches, f"{text}, lr {update.rate:.1e}, {rate:.0f} photos/s")
 
     def settle(self) -> None:
-        """Enter what still waits."""
         self._enter(0)
         self.bar.close()
 

@@ -21,6 +21,7 @@ from checkpoint import (
     Checkpoint,
     check_same,
     load_checkpoint,
+    name_again,
     save_for_training,
     save_for_use,
     stored_digest,
@@ -36,16 +37,7 @@ from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
 from shards import StreamedRows
-from utils import (
-    UserError,
-    atomic_write,
-    check_ranges,
-    constants,
-    first_line,
-    last_part,
-    link_or_copy,
-    redact,
-)
+from utils import UserError, check_ranges, constants, first_line, last_part, redact
 
 
 @dataclass(frozen=True)
@@ -397,7 +389,6 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
-    """The decoder's size as configured."""
     if settings.DECODER_EMBED_DIM % settings.DECODER_HEADS:
         raise UserError(
             f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "
@@ -464,11 +455,3 @@ def set_aside(paths: Iterable[Path]) -> None:
         number = next(n for n in itertools.count(1) if not any(taken(f"previous_{n}_*")))
         kept = [path.replace(path.with_name(f"previous_{number}_{path.name}")) for path in there]
         print(f"an earlier training's files are kept as {', '.join(path.name for path in kept)}")
-
-
-def name_again(path: Path, file: Path) -> str | None:
-    """Give a checkpoint a second name, in place of what is there; its digest."""
-    with atomic_write(path) as temporary:
-        temporary.unlink()
-        link_or_copy(file, temporary)
-    return stored_digest(path)

@@ -24,10 +24,7 @@ class Critic:
     """
 
     def __init__(
-        self,
-        tokenizer: CaptionTokenizer,
-        references: Mapping[str, Sequence[str]],
-        beam_size: int,
+        self, tokenizer: CaptionTokenizer, references: Mapping[str, Sequence[str]], beam_size: int
     ):
         """Args: `references`, people's captions of the training photos; beams searched a photo."""
         self.tokenizer = tokenizer

@@ -39,14 +39,14 @@ class TextFiles:
         or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
-        given, taken = {*map(os.path.abspath, inputs)}, set()
+        taken = {*map(os.path.abspath, inputs)}
         usual = {photo: self._place(photo, folder).with_suffix(".txt") for photo in photos}
         sharing = Counter(map(os.path.abspath, usual.values()))
         for photo, target in usual.items():
             if sharing[os.path.abspath(target)] > 1:
                 target = target.with_name(f"{photo.file.name}.txt")
             place = os.path.abspath(target)
-            if place in given or place in taken:
+            if place in taken:
                 raise UserError(
                     f"{place} would be another photo's as well, or is what is read: give another "
                     "--output, or name folders one by one"

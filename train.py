@@ -29,16 +29,7 @@ from torch import Tensor
 
 import prepare_dataset
 from corpus import Data, load_data, shards_to_train
-from dataset import (
-    Batch,
-    CaptionRows,
-    DataPaths,
-    Text,
-    make_batch,
-    order_name,
-    prompts_about,
-    references_of,
-)
+from dataset import Batch, CaptionRows, Text, make_batch, order_name, prompts_about, references_of
 from device import autocast, release_memory
 from distributed import StopSignal, joined
 from features import prefetch
@@ -47,15 +38,7 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from run import (
-    MEASURES,
-    Run,
-    Written,
-    decoder_config,
-    find_checkpoint,
-    keep_apart,
-    output_dir,
-)
+from run import MEASURES, Run, Written, decoder_config, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
@@ -371,11 +354,10 @@ def write(
 # --- Beginning and stopping -----------------------------------------------------------------
 
 
-def show_demo(checkpoint: Path, paths: DataPaths) -> None:
-    """What the demo's captioner got right."""
+def show_demo(checkpoint: Path, data: Data) -> None:
     from demo.report import report
 
-    report(checkpoint, paths)
+    report(checkpoint, data.paths)
 
 
 def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None:

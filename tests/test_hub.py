@@ -119,7 +119,9 @@ result["left"] = [file.name for file in folder.glob("*") if file.is_file()]
 def test_newer_push_replaces_the_one_that_waits(server, tmp_path):
     server.faults["me/captioner"] = [("commit", HANG)]
     code = """
-pusher = HubPusher("me/captioner", report=lines.append, stall_timeout=1.5)
+import hub
+hub.STALL_TIMEOUT = 1.5
+pusher = HubPusher("me/captioner", report=lines.append)
 started = time.monotonic()
 for name in ("one", "two", "three"):
     pusher.push(checkpoint(name), FILES, name)
@@ -147,9 +149,11 @@ FAULTS = {
 def fault_runs(tmp_path_factory):
     """For each fault: push into it, wait for the warning, push again. One process for all."""
     code = """
+import hub
+hub.STALL_TIMEOUT = 1
 for name in FAULTS:
     lines, marks = [], []
-    pusher = HubPusher("me/" + name, report=lines.append, stall_timeout=1)
+    pusher = HubPusher("me/" + name, report=lines.append)
     started = time.monotonic()
     pusher.push(checkpoint(name + "1"), FILES, "first")
     took = time.monotonic() - started
@@ -237,7 +241,7 @@ result["arrived"] = pusher.close()
 def test_close_gives_up_in_time_and_says_how_to_go_on(server, tmp_path):
     server.faults["me/captioner"] = [("commit", HANG)] * 9
     code = """
-pusher = HubPusher("me/captioner", report=lines.append, stall_timeout=30)
+pusher = HubPusher("me/captioner", report=lines.append)
 pusher.push(checkpoint("last"), FILES, "last")
 started = time.monotonic()
 result["arrived"] = pusher.close(timeout=1)

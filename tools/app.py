@@ -340,7 +340,6 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -350,7 +349,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = commands.app(argv)
     with listen(args.host, args.port) as door:
         app = build_app(captioner_of(args), args.host, args.max_megabytes)
@@ -373,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nended", flush=True)
             # What is being computed can't be interrupted, and Python would wait for its thread.
             os._exit(0)
-    return 0
 
 
 if __name__ == "__main__":

@@ -261,46 +261,45 @@ def measure_features(device: torch.device, dtype: torch.dtype, repeats: int) -> 
 # --- All of it ------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = commands.benchmark(argv)
     torch.manual_seed(0)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
-    result: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-    }
+    result = shown(
+        {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "dtype": str(dtype),
+            "torch": torch.__version__,
+        }
+    )
     measured = {
         "losses": lambda: check_losses(device, dtype),
         "train": lambda: measure_training(device, dtype, args.repeats, args.compile),
         "generate": lambda: measure_generation(device, dtype, args.repeats),
         "features": lambda: measure_features(device, dtype, args.repeats),
     }
-    show(result)
     for part, measure in measured.items():
         if args.only in (None, part):
-            found = measure()
-            show(found)
-            result |= found
+            result |= shown(measure())
     if "our_step_seconds" in result and "features_images_per_second" in result:
         # The encoder runs once a photo, for all of its captions in all epochs.
         once = 1 / (result["features_images_per_second"] * EPOCHS * CAPTIONS)
         ours = 1 / (1 / result["our_captions_per_second_decoder"] + once)
         ratio = ours / result["rival_captions_per_second"]
-        show(together := {"our_captions_per_second": ours, "train_vs_hf": ratio})
-        result |= together
+        result |= shown({"our_captions_per_second": ours, "train_vs_hf": ratio})
     print(json.dumps(result))
-    return 0
 
 
-def show(found: dict[str, object]) -> None:
+def shown(found: dict[str, object]) -> dict[str, object]:
+    """The figures, printed as they come."""
     for name, value in found.items():
         print(f"{name:<36}{value}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

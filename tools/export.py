@@ -79,12 +79,12 @@ def logits_difference(
     return float((theirs - checkpoint.model.decoder.logits(hidden)).abs().max())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = commands.export(argv)
-    return {"onnx": as_onnx, "transformers": as_folder}[args.format](args)
+    {"onnx": as_onnx, "transformers": as_folder}[args.format](args)
 
 
-def as_folder(args: argparse.Namespace) -> int:
+def as_folder(args: argparse.Namespace) -> None:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out = Path(args.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -102,10 +102,9 @@ def as_folder(args: argparse.Namespace) -> int:
         f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True)'
         '("photo.jpg", text="")'
     )
-    return 0
 
 
-def as_onnx(args: argparse.Namespace) -> int:
+def as_onnx(args: argparse.Namespace) -> None:
     """The decoder as an ONNX file, and if wanted the encoder as another."""
     out = Path(args.out).expanduser()
     check_output("--out", out, args.checkpoint)
@@ -122,7 +121,6 @@ def as_onnx(args: argparse.Namespace) -> int:
         difference = graphs.export_encoder(encoder, path)
         size = size_text(path.stat().st_size)
         print(f"{path}: {size}, features within {difference:.1g} of PyTorch's")
-    return 0
 
 
 def checkpoint_of(args: argparse.Namespace) -> Checkpoint:

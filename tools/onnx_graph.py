@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint
-from decoder import KeyValueCache
 from encoder import FrozenEncoder, public
 from model import CaptionModel, row_mask
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
@@ -38,12 +37,11 @@ KINDS = ("keys", "values", "memory_keys", "memory_values")  # what each layer re
 EXAMPLE = {"batch": 2, "patches": 3, "new": 5, "seen": 4, "remembered": 7}
 
 
-class JoinedCache(KeyValueCache):
-    """A cache that is handed in and out: joined in each step, not written into room taken."""
+class JoinedCache:
+    """As a `KeyValueCache`, but handed in and out: joined in each step, with no room taken."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]):
         """Args: each layer's keys and values so far, (rows, heads, seen, head width)."""
-        super().__init__(len(keys), capacity=0)
         self.seen = keys[0].shape[2]
         self.keys, self.values = list(keys), list(values)
 
