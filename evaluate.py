@@ -70,9 +70,9 @@ def java_scores(
     """METEOR and SPICE by pycocoevalcap, times 100, and why one of them is not computed."""
     metrics = ("METEOR", "SPICE")
     if shutil.which("java") is None:
-        return {}, dict.fromkeys(metrics, "they need Java")
+        return {}, dict.fromkeys(metrics, "needs Java")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return {}, dict.fromkeys(metrics, "they need pip install pycocoevalcap")
+        return {}, dict.fromkeys(metrics, "needs pip install pycocoevalcap")
     ours = {name: [" ".join(tokenize(text))] for name, text in captions.items()}
     theirs = {name: [" ".join(tokenize(t)) for t in group] for name, group in references.items()}
     scores, missing = {}, {}
@@ -286,7 +286,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
         files = [images / name for name in names]
         more["CLIPScore"] = clip_score(scored.clip, files, said, scored.device)
     else:
-        missing["CLIPScore"] = "it needs --clip"
+        missing["CLIPScore"] = "needs --clip"
     found |= more
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     print(summary)

@@ -149,7 +149,7 @@ def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert evaluate.java_scores(captions, references) == (
         {},
-        {"METEOR": "they need Java", "SPICE": "they need Java"},
+        {"METEOR": "needs Java", "SPICE": "needs Java"},
     )
 
 
