@@ -180,7 +180,6 @@ def ensure_questions(
     if not source.exists():
         raise UserError(f"{source} is missing: --questions_file names a file or a folder")
     texts = match_names(find_questions(source), paths.images)
-    load_questions(source, table=texts)  # which refuses what is wrong by the user's own file
     told = [(name, each.get("split")) for name, group in texts.items() for each in group]
     splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
     return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits

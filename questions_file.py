@@ -48,9 +48,7 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     for part in (named, [name for name in names if name not in named]):
         for name in () if found else part:  # captions of COCO's size take a minute to look at
             try:
-                table = read_questions(source / name)
-                load_questions(source / name, table=table)
-                found[Path(name)] = table
+                found[Path(name)] = read_questions(source / name)
             except UserError as error:
                 refused[Path(name)] = error
     if not found:
@@ -75,8 +73,8 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Questions as `load_questions` reads them, from its form or from objects or rows of a photo, a
-    question, and an answer or several people's, which may be missing unless `answered`.
+    """Questions as `load_questions` reads and checks them, from its form or from objects or rows of
+    a photo, a question, and an answer or several people's, which may be missing unless `answered`.
 
     An object may hold several questions, or a conversation. What lacks a part is passed over, which
     is said; "split" is added where the file tells it.
@@ -85,7 +83,8 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if form == "JSON" and isinstance(content, dict):
         content = _objects(content)
         if isinstance(content, dict):
-            return content  # our own form: `load_questions` says what is wrong with it
+            load_questions(path, answered, content)  # our own form: it says what is wrong with it
+            return content
     if not isinstance(content, list):
         raise UserError(f"{path} holds no questions: {USAGE}")
     if form == "JSON":
