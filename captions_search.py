@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from captions_file import (
     texts_of,
 )
 from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
-from photo_names import find_names, is_photo, match_names, photos_in
+from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
@@ -120,14 +121,13 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     """What can be read in files of other names, and in folders of texts; and why others can't."""
     root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
     there = photos_in(paths.images)
-    photos = {os.path.splitext(name)[0] for name in there}
-    bare = {os.path.basename(name) for name in photos}
-    photos |= {inner for name in photos if (inner := name.partition("/")[2])}
+    ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
+    bare = {end for end in ends if "/" not in end}
     names = names_in(root)
     folders = set()
     for name in names:
         parts = os.path.splitext(name)[0].split("/")
-        depths = [n for n in (1, 2) if "/".join(parts[n:]) in photos]
+        depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
         if depths and name.endswith(TEXT_SUFFIXES):
             folders.add("/".join(parts[: depths[0]]))
     for folder in sorted(folders):
@@ -179,12 +179,21 @@ def are_alike(files: Iterable[Path]) -> bool:
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`, there
-    also without the first of the photo's folders."""
+    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg`, or in `place`, there
+    by the longest end of the photo's name that no other photo has; a `place` within the photos'
+    folders, or in one with photos, is theirs alone."""
     found = Captions("a text beside each photo")
-    for name in photos_in(folder):
-        _, _, inner = name.partition("/")
-        photos = [folder / name] if place is None else [place / name, place / (inner or name)]
+    names = photos_in(folder)
+    for root in (place, place.parent) if place else ():
+        near = [name for name in names if f"{folder / name}".startswith(f"{root}{os.sep}")]
+        if near:
+            names = near
+            break
+    stems = {os.path.splitext(name)[0] for name in names}
+    counts = Counter(end for stem in stems for end in ends_of(stem))
+    for name in names:
+        ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
+        photos = [place / end for end in ways] if place else [folder / name]
         # Its own text counts before one that a photo of another suffix may share.
         ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")
         files = (photo.with_suffix(end) for photo in photos for end in ends)

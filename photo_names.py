@@ -143,13 +143,14 @@ def _last_part(name: str) -> str:
 def _ending(wanted: Iterable[str], there: Iterable[str], cut: Way) -> dict[str, str]:
     """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
     names, files = _index(wanted, cut), _index(there, cut)
-    pairs = {(name, files[end]) for name in wanted for end in _ends(cut(name)) if end in files}
-    pairs |= {(names[end], file) for file in there for end in _ends(cut(file)) if end in names}
+    pairs = {(name, files[end]) for name in wanted for end in ends_of(cut(name)) if end in files}
+    pairs |= {(names[end], file) for file in there for end in ends_of(cut(file)) if end in names}
     counts = Counter(itertools.chain(*pairs))
     return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
 
 
-def _ends(name: str) -> list[str]:
+def ends_of(name: str) -> list[str]:
+    """`a/b/1`, `b/1` and `1`."""
     parts = name.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 

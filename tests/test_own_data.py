@@ -1025,6 +1025,33 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("photos", "texts", "without"),
+    [
+        (("train/images/1.jpg", "train/images/2.jpg", "valid/images/1.jpg"), "captions", ""),
+        (("cub/images/a/1.jpg", "cub/images/b/1.jpg", "cub/images/b/2.jpg"), "text", "cub/images"),
+    ],
+)
+def test_a_folder_of_texts_may_lie_beside_that_of_the_photos(tmp_path, photos, texts, without):
+    """As Roboflow lays out a split, and AttnGAN CUB; texts that are alike in name are apart."""
+    folder = lay_out(tmp_path, {}, [f"../{name}" for name in photos])
+    (folder / "images").rmdir()
+    for name in photos:
+        inner = f"{texts}{name.removeprefix(without)}" if without else name.replace("images", texts)
+        file = (folder / inner).with_suffix(".txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"Of {name}")
+    assert prepared(folder) == {name: [f"Of {name}"] for name in photos}
+
+
+def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
+    folder = lay_out(tmp_path, {}, ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.jpg"])
+    (folder / "texts").mkdir()
+    for number in (1, 2, 3):
+        (folder / f"texts/{number}.txt").write_text(f"Number {number}")
+    assert prepared(folder) == {"dog/2.jpg": ["Number 2"], "dog/3.jpg": ["Number 3"]}
+
+
+@pytest.mark.parametrize(
     ("files", "says"),
     [
         ({"train.csv": "a,b\n1,2"}, "(.*train.csv, line 1: of the columns a, b none is known"),
