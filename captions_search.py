@@ -38,7 +38,8 @@ from utils import UserError, files_in, interpreter, read_json, read_text, write_
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'.encode()  # in a file that is JSON
-BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
+# A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
+BOX = re.compile(r"(\S+ )?(-?\d*\.?\d+[ ,]){4}")
 
 
 def find_captions(
@@ -149,7 +150,13 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         elif (copy := (file.name, state_of(file))) not in copies:
             copies.add(copy)
             found[file] = captions
-    return found, [*refused, *foreign]
+    texts = [] if found else [root / name for name in names if re.fullmatch(r"[^/]+\.txt", name)]
+    unasked = []  # lists of labels and of splits look alike: they are only named
+    for file in texts:
+        with contextlib.suppress(UserError):
+            if file.stem not in bare and find_names(read_own(file, paths.images).texts, there):
+                unasked.append(f"{file}?")
+    return found, [*unasked, *refused, *foreign]
 
 
 def names_in(root: Path) -> list[str]:
@@ -171,8 +178,8 @@ def are_parts(others: Mapping[Path, Captions]) -> bool:
 
 
 def are_alike(files: Iterable[Path]) -> bool:
-    """Are files, at least one, called alike but for a split?"""
-    return len({SPLIT_WORD.sub("", file.name) for file in files}) == 1
+    """Are files, at least one, called alike but for a split, or the number of a part?"""
+    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", file.name)) for file in files}) == 1
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------
@@ -210,8 +217,8 @@ def _lines(file: Path) -> list[str]:
     if file.suffix == ".json":
         said = read_json(file, older=True)
         return texts_of(said) if isinstance(said, dict) else []
-    lines = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
-    return [line for line in lines if line and not BOX.fullmatch(line)]
+    lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
+    return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
 
 def read_nested(folder: Path) -> Captions:
