@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ def check(
     """Describe a prepared data set; returns what is wrong with it that training would refuse."""
     if captions:
         describe_captions(captions, splits, settings)
+    if questions:
+        describe_questions(questions)
     wanted = list(dict.fromkeys((*captions, *questions)))
     missing = [name for name in wanted if not os.path.isfile(paths.images / name)]
     unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
@@ -90,3 +93,19 @@ def describe_captions(
     rows = tokenizer.encode_texts([("", text) for text in texts], longest + 1)
     cut = sum(len(row) > longest for row in rows)
     print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
+
+
+def describe_questions(questions: Texts) -> None:
+    """Say how many questions a photo has, and which answers are common, to all and by type."""
+    asked = [text for group in questions.values() for text in group]
+    counts = sorted(map(len, questions.values()))
+    print(f"a photo   {counts[0]} to {counts[-1]} questions, {len(asked) / len(counts):.1f} mean")
+    told: dict[str, Counter[str]] = {}
+    for text in asked:
+        for kind in {text.kind, ""}:
+            told.setdefault(kind, Counter())[normalize(text.target)] += 1
+    for kind, answers in sorted(told.items(), key=lambda each: (-each[1].total(), each[0]))[:11]:
+        whole = answers.total()
+        most = ", ".join(f"{said!r} {100 * n / whole:.0f} %" for said, n in answers.most_common(3))
+        of = f"{whole:,}" + f" of type {kind!r}" * bool(kind)
+        print(f"answers   {of}, {len(answers):,} different ones: {most}")
