@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from options import SPLITS
 from photo_names import is_photo, is_unread
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
+
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")
 
 
 def check(
@@ -86,6 +89,11 @@ def describe_captions(
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
     mean, known = sum(lengths) / len(texts), f"{len(words):,} different ones"
     print(f"a caption {lengths[0]} to {lengths[-1]} words, {mean:.1f} mean, {known}")
+    if sum(map(bool, map(UNSPACED.search, texts))) > len(texts) / 2:
+        print(
+            "words     stand without spaces: counts and scores take each run of them for one word"
+        )
+        print("          (captions with spaces between words, as jieba or MeCab sets, do not)")
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH

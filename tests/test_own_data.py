@@ -793,6 +793,12 @@ def test_check_describes_a_sound_data_set(photos, capsys):
     assert int(re.search(r"too long  (\d+)", capsys.readouterr().out)[1]) >= 24
 
 
+def test_check_says_where_words_are_not_apart(tmp_path, capsys):
+    texts = {"1.jpg": ["红色的狗在草地上奔跑"], "2.jpg": ["犬が走っている"], "3.jpg": ["a dog"]}
+    prepared(lay_out(tmp_path, {"captions.json": json.dumps(texts)}))
+    assert "words     stand without spaces" in capsys.readouterr().out
+
+
 def test_check_describes_questions(tmp_path, capsys):
     asked = [
         {"question": "?", "answer": a, "type": t}
