@@ -144,7 +144,8 @@ class Captions:
         if self.older:
             said = (text for texts in self.texts.values() for text in texts if not text.isascii())
             sample = next(said, "")
-            print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r})")
+            print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
+            print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:
@@ -239,11 +240,9 @@ def read_file(path: Path) -> tuple[str, Any]:
 def _rows_named(table: Any) -> Any:
     """Rows below the names of their columns, as pandas and Weights & Biases write them, as
     objects; any other JSON value as it is."""
-    names, rows = (table.get(k) if isinstance(table, dict) else 0 for k in ("columns", "data"))
-    whole = isinstance(names, list) and isinstance(rows, list)
-    if not (whole and all(isinstance(row, list) and len(row) == len(names) for row in rows)):
-        return table
-    return [dict(zip(map(str, names), row, strict=True)) for row in rows]
+    with contextlib.suppress(TypeError, KeyError, ValueError):  # a slice, as objects have none
+        return [dict(zip(table["columns"], row[:], strict=True)) for row in table["data"]]
+    return table
 
 
 def _read_json(path: Path, table: Any) -> Captions:
@@ -507,7 +506,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     table.headed = bool(photos and captions)
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
     if table.headed:
-        table.rows.pop(0)
+        table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]

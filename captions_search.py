@@ -150,9 +150,8 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         elif (copy := (file.name, state_of(file))) not in copies:
             copies.add(copy)
             found[file] = captions
-    texts = [] if found else [root / name for name in names if re.fullmatch(r"[^/]+\.txt", name)]
-    unasked = []  # lists of labels and of splits look alike: they are only named
-    for file in texts:
+    unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
+    for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
         with contextlib.suppress(UserError):
             if file.stem not in bare and find_names(read_own(file, paths.images).texts, there):
                 unasked.append(f"{file}?")
@@ -192,8 +191,8 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     found = Captions("a text beside each photo")
     names = photos_in(folder)
     for root in (place, place.parent) if place else ():
-        near = [name for name in names if f"{folder / name}".startswith(f"{root}{os.sep}")]
-        if near:
+        within = f"{root}{os.sep}"
+        if near := [name for name in names if f"{folder / name}".startswith(within)]:
             names = near
             break
     stems = {os.path.splitext(name)[0] for name in names}
@@ -208,7 +207,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             found.add(name, lines, file)
             found.older += is_older(file)
             continue
-        found.passed.append(f"{folder / name}: no text beside it")
+        found.passed.append(f"{folder / name}: no caption beside it")
     return found
 
 

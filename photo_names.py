@@ -16,6 +16,8 @@ from encoder import PHOTO_SUFFIXES
 from utils import SURROGATES, UserError, files_in
 
 Way = Callable[[str], str]  # of cutting a name to what counts of it
+# Byte order marks within a file, and what Windows puts before a path that is copied.
+UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -25,8 +27,8 @@ def is_photo(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query, or
-    Airtable's address after it, `photo.jpg (https://...)`."""
-    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip())
+    Airtable's address after it, `photo.jpg (https://...)`, or unseen signs around it."""
+    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip().strip(UNSEEN))
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     return re.sub(r"(#\w+)+$", "", name)
 

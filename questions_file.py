@@ -158,7 +158,9 @@ def _rows(table: Table) -> list[Entry]:
     names = table.names = table.names if headed else ["image", "question", "answer"]
     rows = []
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    for where, row in table.rows[headed:]:
+    if headed:
+        table.drop_header()
+    for where, row in table.rows:
         if texts == [len(names) - 1]:
             table.trim(row)
         if len(row) > len(names):

@@ -148,7 +148,7 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
         tmp_path, {"images/1.txt": "A red dog\nA dog runs", "images/2.txt": "Two cats"}
     )
     assert prepared(folder) == {"1.jpg": EXPECTED["1.jpg"], "2.jpg": ["Two cats"]}
-    assert "3.jpg: no text beside it" in capsys.readouterr().out
+    assert "3.jpg: no caption beside it" in capsys.readouterr().out
 
 
 def test_photos_that_differ_in_their_suffix_have_each_its_own_text(tmp_path):
@@ -564,6 +564,8 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
         ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n3.jpg,A\n", {"3.jpg": ["A"]}),
         (",caption\n1.jpg,A\n", {"1.jpg": ["A"]}),  # by pandas' index
+        ("image,caption\n1.jpg,A\nimage,caption\n2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
+        ("image,caption\n\u202a1.jpg,A\n\ufeff2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
         (",image,caption\n0,1.jpg,A\n", {"1.jpg": ["A"]}),
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
         ("photo,caption\n1.jpg (https://x.org/a/9),A\n", {"1.jpg": ["A"]}),  # as Airtable has it
@@ -696,6 +698,10 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ({"version": 1, "captions": AB}, AB),
         ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
+        (
+            {"columns": ["image", "caption"], "data": [{"image": n, "caption": AB[n]} for n in AB]},
+            AB,
+        ),
         ({"columns": ["image", "caption"], "index": [0, 1], "data": [*AB.items()]}, AB),  # pandas
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
@@ -1229,6 +1235,7 @@ CHAT = turns("user", "assistant", "content", "role")
             ),
         ),
         ("a.txt", "".join(f"{n[0]}|Which?|red\n" for n in IDS)),  # VQA-Med
+        ("a.csv", 2 * "image,question,answer\n" + "".join(f"{n},Which?,red\n" for n in IDS)),
         ("a.csv", ",question,answer,img_id\n" + "".join(f"0,Which?,red,{n[0]}\n" for n in IDS)),
         *(
             ("a.json", json.dumps([{"image": n, "question": "Which?"} | said for n in IDS]))
