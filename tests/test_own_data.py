@@ -1084,6 +1084,15 @@ def test_a_folder_of_texts_may_lie_beside_that_of_the_photos(tmp_path, photos, t
     assert prepared(folder) == {name: [f"Of {name}"] for name in photos}
 
 
+def test_photos_behind_many_texts_are_found(tmp_path):
+    for kind in ("captions", "images"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+    for number in range(10_001):
+        (tmp_path / f"train/captions/{number}.txt").touch()
+    (tmp_path / "train/images/1.jpg").touch()
+    assert paths_in(tmp_path).images == tmp_path
+
+
 def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
     folder = lay_out(tmp_path, {}, ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.jpg"])
     (folder / "texts").mkdir()
