@@ -34,12 +34,12 @@ TABLES = (
     "Flickr8k.token.txt results_20130124.token"
 ).split()
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
-LISTS = (".csv", ".tsv", ".xlsx", ".parquet", ".json", *JSON_LINES)  # of other names
+LISTS = (*".csv .tsv .xlsx .xls .ods .parquet .json".split(), *JSON_LINES)  # of other names
 TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file image_filename images img img_name img_path photo imageid image_url name id"
+    "image_file image_filename images img img_name img_path img_id photo imageid image_url name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
@@ -52,13 +52,14 @@ SHOWN = re.compile(r"(?<=<img>).+?(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-NUMBERS = ("image_id", "image_name", "id")  # where an object may have COCO's number, or no suffix
+NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix
 SAMPLE = 1000  # rows by which it is decided what is what
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
 # What is no text, by how it begins.
 OTHER_KINDS = {
     b"PK\3\4": "a zip or a spreadsheet",
+    b"\xd0\xcf\x11\xe0": "an older spreadsheet",
     b"\x1f\x8b": "packed with gzip",
     b"7z\xbc\xaf": "packed with 7z",
     b"PAR1": "a parquet file",
@@ -74,7 +75,7 @@ LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
 TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
-NOTHING = "nan NaN None null NULL <NA>".split()  # what programs write for empty cells
+NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A".split()  # what programs write for empty cells
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
@@ -143,7 +144,8 @@ class Captions:
         if self.older:
             said = (text for texts in self.texts.values() for text in texts if not text.isascii())
             sample = next(said, "")
-            print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r})")
+            print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
+            print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
         for line in self.passed[:10]:
             print(f"  passed over: {line}")
         if len(self.passed) > 10:
@@ -213,7 +215,7 @@ def read_file(path: Path) -> tuple[str, Any]:
             raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")
     if path.suffix.lower() == ".json":
         try:
-            return "JSON", read_json(path, older=True)
+            return "JSON", _rows_named(read_json(path, older=True))
         except UserError as error:
             if "Extra data: line 2 column 1 " not in str(error):  # what JSON lines begin with
                 raise
@@ -233,6 +235,14 @@ def read_file(path: Path) -> tuple[str, Any]:
 
 
 # --- JSON -----------------------------------------------------------------------------------
+
+
+def _rows_named(table: Any) -> Any:
+    """Rows below the names of their columns, as pandas and Weights & Biases write them, as
+    objects; any other JSON value as it is."""
+    with contextlib.suppress(TypeError, KeyError, ValueError):  # a slice, as objects have none
+        return [dict(zip(table["columns"], row[:], strict=True)) for row in table["data"]]
+    return table
 
 
 def _read_json(path: Path, table: Any) -> Captions:
@@ -465,7 +475,8 @@ def choose_columns(
     usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
     if "prompt" in map(PROMPTS.get, names.values()):  # then it asks for the caption
         captions = [key for key in captions if names[key] != "prompt"]
-    others = [key for key in names if usual and key not in (*usual, *captions)]
+    # A column without a name may be pandas' index.
+    others = [k for k in names if (usual or not names[k]) and k not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
     split = next(filter(tells_split, called(SPLIT_KEYS)), None)
@@ -495,7 +506,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     table.headed = bool(photos and captions)
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
     if table.headed:
-        table.rows.pop(0)
+        table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]

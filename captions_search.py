@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,14 @@ from captions_file import (
     texts_of,
 )
 from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
-from photo_names import find_names, is_photo, match_names, photos_in
+from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'.encode()  # in a file that is JSON
-BOX = re.compile(r"\d+( [\d.]+){4,}")  # a line as YOLO's labels have them, not a caption
+# A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
+BOX = re.compile(r"(\S+ )?(-?\d*\.?\d+[ ,]){4}")
 
 
 def find_captions(
@@ -120,14 +122,13 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
     """What can be read in files of other names, and in folders of texts; and why others can't."""
     root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
     there = photos_in(paths.images)
-    photos = {os.path.splitext(name)[0] for name in there}
-    bare = {os.path.basename(name) for name in photos}
-    photos |= {inner for name in photos if (inner := name.partition("/")[2])}
+    ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
+    bare = {end for end in ends if "/" not in end}
     names = names_in(root)
     folders = set()
     for name in names:
         parts = os.path.splitext(name)[0].split("/")
-        depths = [n for n in (1, 2) if "/".join(parts[n:]) in photos]
+        depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
         if depths and name.endswith(TEXT_SUFFIXES):
             folders.add("/".join(parts[: depths[0]]))
     for folder in sorted(folders):
@@ -149,7 +150,12 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         elif (copy := (file.name, state_of(file))) not in copies:
             copies.add(copy)
             found[file] = captions
-    return found, [*refused, *foreign]
+    unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
+    for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
+        with contextlib.suppress(UserError):
+            if file.stem not in bare and find_names(read_own(file, paths.images).texts, there):
+                unasked.append(f"{file}?")
+    return found, [*unasked, *refused, *foreign]
 
 
 def names_in(root: Path) -> list[str]:
@@ -171,20 +177,29 @@ def are_parts(others: Mapping[Path, Captions]) -> bool:
 
 
 def are_alike(files: Iterable[Path]) -> bool:
-    """Are files, at least one, called alike but for a split?"""
-    return len({SPLIT_WORD.sub("", file.name) for file in files}) == 1
+    """Are files, at least one, called alike but for a split, or the number of a part?"""
+    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", file.name)) for file in files}) == 1
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg` or in `place`, there
-    also without the first of the photo's folders."""
+    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg`, or in `place`, there
+    by the longest end of the photo's name that no other photo has; a `place` within the photos'
+    folders, or in one with photos, is theirs alone."""
     found = Captions("a text beside each photo")
-    for name in photos_in(folder):
-        _, _, inner = name.partition("/")
-        photos = [folder / name] if place is None else [place / name, place / (inner or name)]
+    names = photos_in(folder)
+    for root in (place, place.parent) if place else ():
+        within = f"{root}{os.sep}"
+        if near := [name for name in names if f"{folder / name}".startswith(within)]:
+            names = near
+            break
+    stems = {os.path.splitext(name)[0] for name in names}
+    counts = Counter(end for stem in stems for end in ends_of(stem))
+    for name in names:
+        ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
+        photos = [place / end for end in ways] if place else [folder / name]
         # Its own text counts before one that a photo of another suffix may share.
         ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")
         files = (photo.with_suffix(end) for photo in photos for end in ends)
@@ -192,7 +207,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             found.add(name, lines, file)
             found.older += is_older(file)
             continue
-        found.passed.append(f"{folder / name}: no text beside it")
+        found.passed.append(f"{folder / name}: no caption beside it")
     return found
 
 
@@ -201,8 +216,8 @@ def _lines(file: Path) -> list[str]:
     if file.suffix == ".json":
         said = read_json(file, older=True)
         return texts_of(said) if isinstance(said, dict) else []
-    lines = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
-    return [line for line in lines if line and not BOX.fullmatch(line)]
+    lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
+    return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
 
 def read_nested(folder: Path) -> Captions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
@@ -13,6 +15,8 @@ from options import SPLITS
 from photo_names import is_photo, is_unread
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
+
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")
 
 
 def check(
@@ -25,6 +29,8 @@ def check(
     """Describe a prepared data set; returns what is wrong with it that training would refuse."""
     if captions:
         describe_captions(captions, splits, settings)
+    if questions:
+        describe_questions(questions)
     wanted = list(dict.fromkeys((*captions, *questions)))
     missing = [name for name in wanted if not os.path.isfile(paths.images / name)]
     unsplit = len(wanted) - len(missing) - sum(map(len, splits.values()))
@@ -83,6 +89,11 @@ def describe_captions(
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
     mean, known = sum(lengths) / len(texts), f"{len(words):,} different ones"
     print(f"a caption {lengths[0]} to {lengths[-1]} words, {mean:.1f} mean, {known}")
+    if sum(map(bool, map(UNSPACED.search, texts))) > len(texts) / 2:
+        print(
+            "words     stand without spaces: counts and scores take each run of them for one word"
+        )
+        print("          (captions with spaces between words, as jieba or MeCab sets, do not)")
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH
@@ -90,3 +101,19 @@ def describe_captions(
     rows = tokenizer.encode_texts([("", text) for text in texts], longest + 1)
     cut = sum(len(row) > longest for row in rows)
     print(f"too long  {cut} captions, beyond MAX_CAPTION_LENGTH = {longest} tokens: they are cut")
+
+
+def describe_questions(questions: Texts) -> None:
+    """Say how many questions a photo has, and which answers are common, to all and by type."""
+    asked = [text for group in questions.values() for text in group]
+    counts = sorted(map(len, questions.values()))
+    print(f"a photo   {counts[0]} to {counts[-1]} questions, {len(asked) / len(counts):.1f} mean")
+    told: dict[str, Counter[str]] = {}
+    for text in asked:
+        for kind in {text.kind, ""}:
+            told.setdefault(kind, Counter())[normalize(text.target)] += 1
+    for kind, answers in sorted(told.items(), key=lambda each: (-each[1].total(), each[0]))[:11]:
+        whole = answers.total()
+        most = ", ".join(f"{said!r} {100 * n / whole:.0f} %" for said, n in answers.most_common(3))
+        of = f"{whole:,}" + f" of type {kind!r}" * bool(kind)
+        print(f"answers   {of}, {len(answers):,} different ones: {most}")

@@ -68,7 +68,7 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     images, captions = place("IMAGE_DIR", "images"), place("CAPTIONS_FILE", "captions.json")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
-    names = itertools.islice(files_in(root), 10_000)  # it may be all that somebody has
+    names = itertools.islice(files_in(root), 100_000)  # it may be all that somebody has
     if not known and any(is_photo(n) and not n.startswith(WRITTEN) for n in names):
         images = root
     questions = place("QUESTIONS_FILE", "questions.json")

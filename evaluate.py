@@ -173,10 +173,10 @@ def write_report(
     for title, names in groups.items():
         parts.append(f"<h2>{title}</h2>")
         for name in names:
-            items = "".join(f"<li>{html.escape(text)}" for text in references[name])
+            items = "".join(f"<li dir=auto>{html.escape(text)}" for text in references[name])
             parts.append(
                 f'<article><img alt="{html.escape(name)}" src="{_thumbnail(image_dir / name)}">'
-                f"<div><b>{html.escape(captions[name])}</b><p>CIDEr-D {values[name]:.1f}, "
+                f"<div><b dir=auto>{html.escape(captions[name])}</b><p>CIDEr-D {values[name]:.1f}, "
                 f"{html.escape(name)}<ul>{items}</ul></div></article>"
             )
     write_file(path, "\n".join(parts))

@@ -16,6 +16,8 @@ from encoder import PHOTO_SUFFIXES
 from utils import SURROGATES, UserError, files_in
 
 Way = Callable[[str], str]  # of cutting a name to what counts of it
+# Byte order marks within a file, and what Windows puts before a path that is copied.
+UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -25,8 +27,8 @@ def is_photo(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query, or
-    Airtable's address after it, `photo.jpg (https://...)`."""
-    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip())
+    Airtable's address after it, `photo.jpg (https://...)`, or unseen signs around it."""
+    name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip().strip(UNSEEN))
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     return re.sub(r"(#\w+)+$", "", name)
 
@@ -143,13 +145,14 @@ def _last_part(name: str) -> str:
 def _ending(wanted: Iterable[str], there: Iterable[str], cut: Way) -> dict[str, str]:
     """Names of which one is the other's end, as `x/1.jpg` is that of `data/x/1.jpg`."""
     names, files = _index(wanted, cut), _index(there, cut)
-    pairs = {(name, files[end]) for name in wanted for end in _ends(cut(name)) if end in files}
-    pairs |= {(names[end], file) for file in there for end in _ends(cut(file)) if end in names}
+    pairs = {(name, files[end]) for name in wanted for end in ends_of(cut(name)) if end in files}
+    pairs |= {(names[end], file) for file in there for end in ends_of(cut(file)) if end in names}
     counts = Counter(itertools.chain(*pairs))
     return {name: file for name, file in sorted(pairs) if counts[name] == counts[file] == 1}
 
 
-def _ends(name: str) -> list[str]:
+def ends_of(name: str) -> list[str]:
+    """`a/b/1`, `b/1` and `1`."""
     parts = name.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 

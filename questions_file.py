@@ -52,10 +52,11 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
             except UserError as error:
                 refused[Path(name)] = error
     if not found:
+        seen = "".join(f" ({error})" for error in [*refused.values()][:1])
         raise UserError(
             f"{source} holds no questions: write questions.json there "
             '({"photo.jpg": [{"question": "...", "answer": "..."}]}), name a file with '
-            "--questions_file, or convert VQAv2's with --vqa_questions"
+            f"--questions_file, or convert VQAv2's with --vqa_questions{seen}"
         )
     names = ", ".join(map(str, found))
     if not are_alike(found):
@@ -101,7 +102,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
         name = photo_in(next((row[key] for key in photos if row.get(key)), ""))
         question = row.get("question") and read_entry(where, row)
         if not name or isinstance(name, list) or not question:
-            passed.append(f"{where} names no photo and question")
+            passed.append(f"{where} names no photo and question, with {', '.join([*row][:9])}")
         elif answered and not question["answer"].strip():
             passed.append(f"{where} has no answer")
         else:
@@ -151,11 +152,15 @@ def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
 def _rows(table: Table) -> list[Entry]:
     """A table's rows as objects, without a header of photo, question and answer; a delimiter in a
     text that isn't quoted is refused where it might stand in the question or in the answer."""
-    headed = not is_photo(plain_name(table.names[0]))
+    # Photos may be called without their suffix, as VQA-Med's are.
+    bare = len(table.names) == 3 and "question" not in table.names and "?" in table.names[1]
+    headed = not (bare or is_photo(plain_name(table.names[0])))
     names = table.names = table.names if headed else ["image", "question", "answer"]
     rows = []
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    for where, row in table.rows[headed:]:
+    if headed:
+        table.drop_header()
+    for where, row in table.rows:
         if texts == [len(names) - 1]:
             table.trim(row)
         if len(row) > len(names):

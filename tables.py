@@ -27,6 +27,11 @@ class Table:
     rows: list[Row]
     headed: bool = False
 
+    def drop_header(self) -> None:
+        """Take off the first row, wherever it stands: tables are joined with theirs."""
+        header = [value for value, _ in self.rows[0][1]]
+        self.rows = [row for row in self.rows if [value for value, _ in row[1]] != header]
+
     def trim(self, row: list[tuple[str, str]]) -> None:
         """Take off the empty cells that spreadsheets write beyond the last column."""
         while len(row) > len(self.names) and not row[-1][0]:

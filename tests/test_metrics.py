@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metrics import CiderD, bootstrap_interval, diversity, score, tokenize
+from metrics import CiderD, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from tests.conftest import REPO
+from tokenizer import normalize
 
 GOLDENS = json.loads((REPO / "tests/goldens/metrics.json").read_text(encoding="utf-8"))
 CORPUS = GOLDENS["corpus"]
@@ -176,3 +178,11 @@ def test_diversity_is_counted():
     assert diversity(["a red dog and a red cat"], [])["repetitive"] == 0
     with pytest.raises(ValueError, match="at least one caption"):
         diversity([], [])
+
+
+@pytest.mark.parametrize("text", ["Một người đàn ông", "İki köpek", "un café"])
+def test_people_s_spelling_of_letters_is_the_decoder_s(text):
+    for said in (text, unicodedata.normalize("NFD", text)):
+        written = normalize(said)
+        assert tokenize(written) == tokenize(said) == tokenize(text.replace("İ", "i"))
+        assert vqa_accuracy(written, [said]) == vqa_accuracy(written, [said] * 3) == 1

@@ -148,7 +148,7 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
         tmp_path, {"images/1.txt": "A red dog\nA dog runs", "images/2.txt": "Two cats"}
     )
     assert prepared(folder) == {"1.jpg": EXPECTED["1.jpg"], "2.jpg": ["Two cats"]}
-    assert "3.jpg: no text beside it" in capsys.readouterr().out
+    assert "3.jpg: no caption beside it" in capsys.readouterr().out
 
 
 def test_photos_that_differ_in_their_suffix_have_each_its_own_text(tmp_path):
@@ -342,10 +342,23 @@ def test_files_that_share_photos_are_no_splits(tmp_path):
         check(lay_out(tmp_path, files, SIX))
 
 
+def test_parts_by_number_are_one_list(tmp_path):
+    lines = [json.dumps({"image": n, "caption": text}) for n, text in PAIRS]
+    files = {f"a-0000{n}-of-00002.jsonl": lines[2 * n] for n in (0, 1)}
+    assert prepared(lay_out(tmp_path, files)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
+
+
 def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path):
-    folder = lay_out(tmp_path / "a", {"images/1.txt": "0 0.5 0.5 0.1 0.1\n1 .5 .5 .1 .1"})
-    with pytest.raises(UserError, match="captions.json is missing"):  # YOLO's boxes
-        check(folder)
+    boxes = (
+        "0 0.5 0.5 0.1 0.1\n1 .5 .5 .1 .1",  # YOLO's
+        "gsd:0.1\n2753 2408 2861 2385 2888 2468 2805 2502 plane 0",  # DOTA's
+        "Car 0.00 0 -1.58 587.01 173.33 614.12 200.12 1.65",  # KITTI's
+        "377,117,463,117,465,130,378,130,Genaxis Theatre",  # ICDAR's
+    )
+    for number, lines in enumerate(boxes):
+        folder = lay_out(tmp_path / f"{number}", {"images/1.txt": lines})
+        with pytest.raises(UserError, match="captions.json is missing"):
+            check(folder)
     folder = lay_out(tmp_path / "b", {"captions.csv": "1.jpg,A\n"}, ["a/1.jpg", "b/1.jpg"])
     with pytest.raises(UserError, match=r"'1\.jpg' is wanted.*'a/1\.jpg' and more of that name"):
         check(folder)
@@ -549,7 +562,11 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
-        ("image,caption\n1.jpg,NaN\n2.jpg,NaN\n3.jpg,A\n", {"3.jpg": ["A"]}),
+        ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n3.jpg,A\n", {"3.jpg": ["A"]}),
+        (",caption\n1.jpg,A\n", {"1.jpg": ["A"]}),  # by pandas' index
+        ("image,caption\n1.jpg,A\nimage,caption\n2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
+        ("image,caption\n\u202a1.jpg,A\n\ufeff2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
+        (",image,caption\n0,1.jpg,A\n", {"1.jpg": ["A"]}),
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
         ("photo,caption\n1.jpg (https://x.org/a/9),A\n", {"1.jpg": ["A"]}),  # as Airtable has it
         ("image_url,caption\nhttps://x.org/1.jpg?w=2,A\n", {"https://x.org/1.jpg": ["A"]}),
@@ -681,6 +698,11 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ({"version": 1, "captions": AB}, AB),
         ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
+        (
+            {"columns": ["image", "caption"], "data": [{"image": n, "caption": AB[n]} for n in AB]},
+            AB,
+        ),
+        ({"columns": ["image", "caption"], "index": [0, 1], "data": [*AB.items()]}, AB),  # pandas
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
@@ -775,6 +797,25 @@ def test_check_describes_a_sound_data_set(photos, capsys):
     assert "too long  0 captions, beyond MAX_CAPTION_LENGTH = 100" in said
     assert check(photos, "--max_caption_length", 8) == 0
     assert int(re.search(r"too long  (\d+)", capsys.readouterr().out)[1]) >= 24
+
+
+def test_check_says_where_words_are_not_apart(tmp_path, capsys):
+    texts = {"1.jpg": ["红色的狗在草地上奔跑"], "2.jpg": ["犬が走っている"], "3.jpg": ["a dog"]}
+    prepared(lay_out(tmp_path, {"captions.json": json.dumps(texts)}))
+    assert "words     stand without spaces" in capsys.readouterr().out
+
+
+def test_check_describes_questions(tmp_path, capsys):
+    asked = [
+        {"question": "?", "answer": a, "type": t}
+        for a, t in [("4", "a"), ("Yes.", "b"), ("yes", "b"), ("no", "b")]
+    ]
+    text = json.dumps({"1.jpg": asked[:1], "2.jpg": asked[1:]})
+    assert check(lay_out(tmp_path, {"questions.json": text}), "--tasks", "questions") == 0
+    said = capsys.readouterr().out
+    assert "a photo   1 to 3 questions, 2.0 mean" in said
+    assert "answers   4, 3 different ones: 'yes' 50 %" in said
+    assert "answers   3 of type 'b', 2 different ones: 'yes' 67 %, 'no' 33 %" in said
 
 
 def test_check_names_what_is_wrong(photos, capsys):
@@ -1025,6 +1066,42 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("photos", "texts", "without"),
+    [
+        (("train/images/1.jpg", "train/images/2.jpg", "valid/images/1.jpg"), "captions", ""),
+        (("cub/images/a/1.jpg", "cub/images/b/1.jpg", "cub/images/b/2.jpg"), "text", "cub/images"),
+    ],
+)
+def test_a_folder_of_texts_may_lie_beside_that_of_the_photos(tmp_path, photos, texts, without):
+    """As Roboflow lays out a split, and AttnGAN CUB; texts that are alike in name are apart."""
+    folder = lay_out(tmp_path, {}, [f"../{name}" for name in photos])
+    (folder / "images").rmdir()
+    for name in photos:
+        inner = f"{texts}{name.removeprefix(without)}" if without else name.replace("images", texts)
+        file = (folder / inner).with_suffix(".txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"Of {name}")
+    assert prepared(folder) == {name: [f"Of {name}"] for name in photos}
+
+
+def test_photos_behind_many_texts_are_found(tmp_path):
+    for kind in ("captions", "images"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+    for number in range(10_001):
+        (tmp_path / f"train/captions/{number}.txt").touch()
+    (tmp_path / "train/images/1.jpg").touch()
+    assert paths_in(tmp_path).images == tmp_path
+
+
+def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
+    folder = lay_out(tmp_path, {}, ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.jpg"])
+    (folder / "texts").mkdir()
+    for number in (1, 2, 3):
+        (folder / f"texts/{number}.txt").write_text(f"Number {number}")
+    assert prepared(folder) == {"dog/2.jpg": ["Number 2"], "dog/3.jpg": ["Number 3"]}
+
+
+@pytest.mark.parametrize(
     ("files", "says"),
     [
         ({"train.csv": "a,b\n1,2"}, "(.*train.csv, line 1: of the columns a, b none is known"),
@@ -1035,6 +1112,8 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
         ({"x.json": '{"0.1": ["A"]}'}, "(.*x.json: no photo is called '0.1'"),
         ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
+        ({"some.txt": TOKENS, "names.txt": "1.jpg"}, "(.*/some.txt?)"),
+        ({"x.xls": "PK\3\4"}, "(.*x.xls is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
 )
@@ -1164,6 +1243,9 @@ CHAT = turns("user", "assistant", "content", "role")
                 ]
             ),
         ),
+        ("a.txt", "".join(f"{n[0]}|Which?|red\n" for n in IDS)),  # VQA-Med
+        ("a.csv", 2 * "image,question,answer\n" + "".join(f"{n},Which?,red\n" for n in IDS)),
+        ("a.csv", ",question,answer,img_id\n" + "".join(f"0,Which?,red,{n[0]}\n" for n in IDS)),
         *(
             ("a.json", json.dumps([{"image": n, "question": "Which?"} | said for n in IDS]))
             for said in (
@@ -1219,6 +1301,9 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
     assert {*find_questions(folder)} == {dict(zip(SPLITS, IDS, strict=True))["val"]}
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no questions: write questions.json"):
+        find_questions(tmp_path / "none")
+    (tmp_path / "none/x.csv").write_text("image,question,answer\n1.jpg,Is it, then?,no\n")
+    with pytest.raises(UserError, match="no questions.*x.csv, line 2 has 4 columns, not 3: put qu"):
         find_questions(tmp_path / "none")
 
 
