@@ -329,6 +329,18 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
         print(f"{changed} has changed, and {paths.captions} was made before: {remedy}")
 
 
+def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:
+    """Say if the same data were split otherwise for the training with these settings."""
+    table, before = written_splits(paths), trained.get("SPLIT")
+    now = table.get("source") if table.get("method") == "ratio" else table.get("method")
+    if before == "ratio":
+        before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
+    same = Path(trained.get("DATA_DIR", "")).name == paths.data_dir.resolve().name
+    if same and now and before and now != before:
+        told = f"note: the checkpoint learned from another split of these photos ({before})"
+        print(f"{told}, of which some may now be scored")
+
+
 def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,6 @@ from utils import (
     check_ranges,
     first_line,
     last_part,
-    link_or_copy,
     write_file,
 )
 
@@ -173,6 +173,14 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
                 raise error.__context__ from error
             raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
     return content["digest"]
+
+
+def link_or_copy(file: Path, path: Path) -> None:
+    """Give a file a second name; where the file system knows no links, make a copy."""
+    try:
+        os.link(file, path)
+    except OSError:
+        shutil.copyfile(file, path)
 
 
 def name_again(path: Path, file: Path) -> str | None:

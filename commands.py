@@ -15,7 +15,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from utils import BOUNDS, Parser, UserError, first_line, guard_output, load_settings, say_error
+from utils import (
+    BOUNDS,
+    Parser,
+    UserError,
+    first_line,
+    guard_output,
+    leave,
+    load_settings,
+    say_error,
+)
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -87,8 +96,8 @@ def begin(read: Callable[[], Any]) -> None:
     try:
         settings = read() if os.environ.get("LOCAL_RANK", "0") == "0" else _read_silently(read)
         say_without_effect(settings, sys.argv[1:])
-    except UserError as error:
-        sys.exit(say_error(error))
+    except (UserError, SystemExit) as end:
+        leave(say_error(end) if isinstance(end, UserError) else end.code)
 
 
 def _read_silently(read: Callable[[], Any]) -> Any:
@@ -201,11 +210,10 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     config = read_config()
     parser = parser_of("evaluate.py")
     add = parser.add_argument
-    add("--checkpoint", required=True, help=".safetensors or .pt")
+    add_checkpoint_flags(parser)
     add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
     add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
     add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
-    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
     add("--report", help="the HTML report [{checkpoint}_{split}.html]")
     add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
     add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")

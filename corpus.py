@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from captions_search import say_other_split
 from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
@@ -96,6 +97,8 @@ def load_data(
     layers = parse_layers(settings.ENCODER_LAYERS)
     encoder = FrozenEncoder.load(name, revision, layers).to(device)
     identity = encoder.identity()
+    if begun and not begun.training:
+        say_other_split(paths, begun.settings)
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")
     how = {

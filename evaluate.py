@@ -34,13 +34,14 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from captions_search import say_outdated, written_splits
+from captions_search import say_other_split, say_outdated
 from checkpoint import load_checkpoint
 from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
+from hub import locate_checkpoint
 from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
@@ -203,19 +204,19 @@ class Scored:
             UserError: something is missing, or an output would replace what is read.
         """
         self.settings = settings
-        self.checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
+        self.checkpoint = load_checkpoint(settings.file)
         self.checkpoint.require(settings.task)
         asked = settings.task == "questions"
         self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))
         self.paths = data_paths(settings)
-        taken = [settings.checkpoint, self.paths.captions, self.paths.splits]
+        taken = [settings.file, self.paths.captions, self.paths.splits]
         for flag in ("report", "save_captions"):
             if output := getattr(settings, flag):
                 check_output(f"--{flag}", output, *taken)
                 taken.append(output)
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
-        self._say_other_split()
+        say_other_split(self.paths, self.checkpoint.settings)
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
@@ -235,19 +236,6 @@ class Scored:
         )
         self.names = [name for name in names if name not in bad]
         self.prompts = prompts_about(self.texts, self.names, settings.task)
-
-    def _say_other_split(self) -> None:
-        """Say if the same data were split otherwise when the checkpoint was trained."""
-        table, trained = written_splits(self.paths), self.checkpoint.settings
-        now = table.get("source") if table.get("method") == "ratio" else table.get("method")
-        before = trained.get("SPLIT")
-        if before == "ratio":
-            before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
-        here = Path(self.settings.DATA_DIR).resolve().name
-        same = Path(trained.get("DATA_DIR", "")).name == here
-        if same and now and before and now != before:
-            told = f"note: trained on another split of these photos ({before})"
-            print(f"{told}: some may be scored here")
 
     def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
         """The best hypothesis about each prompt."""
@@ -308,11 +296,13 @@ def score_captions(scored: Scored) -> dict[str, object]:
 
 
 def report_path(settings: SimpleNamespace) -> Path:
-    """Where the report goes, unless told: beside the checkpoint, by the split and the options, and
-    by the data if they lie elsewhere."""
+    """Where the report goes, unless told: beside the checkpoint (one from the Hub: here), by the
+    split and the options, and by the data if they lie elsewhere."""
     if settings.report:
         return Path(settings.report).expanduser()
     checkpoint = Path(settings.checkpoint).expanduser()
+    if checkpoint.suffix not in (".safetensors", ".pt"):  # user/repo: its file is among the Hub's
+        checkpoint = Path(f"{settings.checkpoint.replace('/', '_')}.safetensors")
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
     data = Path(settings.DATA_DIR).expanduser().resolve()
     other = "" if data == checkpoint.resolve().parent else f"_{data.name}"
@@ -406,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unused = settings.report, settings.save_captions, settings.clip
     if settings.task == "questions" and any(unused):
         raise UserError("--report, --save_captions and --clip are for captions, not for answers")
+    settings.file = locate_checkpoint(settings.checkpoint, settings.revision)
     if settings.task == "captions":
         settings.report = report_path(settings)
     scored = Scored(settings)
@@ -415,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images": len(scored.names),
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
-        "checkpoint": file_digest(Path(settings.checkpoint).expanduser())[:16],
+        "checkpoint": file_digest(settings.file)[:16],
     }
     print(json.dumps(scores | how))
 

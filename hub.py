@@ -41,7 +41,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
-from utils import UserError, first_line, link_or_copy, write_error
+from checkpoint import link_or_copy
+from utils import UserError, first_line, write_error
 
 WEIGHTS = "model.safetensors"
 LOGIN = "run hf auth login"

@@ -50,6 +50,9 @@ class Tracker:
         self._photos: dict[str, Any] = {}
         if not project:
             return
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+            report("tracking: off (WANDB_DISABLED)")  # as Hugging Face's trainer has it
+            return
         with self._careful():
             folder.mkdir(parents=True, exist_ok=True)
             options |= {"project": project, "id": run_id or None, "resume": "allow", "dir": folder}

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import IO, Any, TextIO
+from typing import IO, Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -306,6 +306,15 @@ def guard_output() -> None:
         sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r\x1b")
 
 
+def leave(code: object) -> NoReturn:
+    """End a script, whose process may go on, as a notebook's does, with what was before."""
+    code = code or int(sys.stdout.broken)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
+    sys.exit(code)
+
+
 def say_error(error: object) -> int:
     """Say a mistake of the user's; returns the exit code."""
     sys.stdout.flush()
@@ -344,7 +353,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("\ninterrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
-    sys.exit(code or int(sys.stdout.broken))
+    leave(code)
 
 
 # --- Progress -------------------------------------------------------------------------------
@@ -451,14 +460,6 @@ def write_changed(path: Path, text: str) -> None:
     """Write a file, if that changes it: where nobody may write, what is there already will do."""
     if not path.exists() or path.read_bytes() != text.encode():
         write_file(path, text)
-
-
-def link_or_copy(file: Path, path: Path) -> None:
-    """Give a file a second name; where the file system knows no links, make a copy."""
-    try:
-        os.link(file, path)
-    except OSError:
-        shutil.copyfile(file, path)
 
 
 @contextlib.contextmanager

@@ -152,3 +152,16 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(given, fou
         [sys.executable, "-c", code], cwd=REPO, env=env | given, text=True, capture_output=True
     )
     assert result.stdout.strip() == found, result.stderr
+
+
+@pytest.mark.parametrize("flags", ["--help", "--checkpoint"])
+def test_a_notebook_that_runs_a_script_is_as_it_was(flags):
+    code = (
+        "import runpy, signal, sys\n"
+        f"sys.argv, before = ['inference.py', {flags!r}], (sys.stdout, sys.stderr)\n"
+        "try: runpy.run_path('inference.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert (sys.stdout, sys.stderr) == before\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    assert run("-c", code).returncode == 0

@@ -461,6 +461,12 @@ def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, encoder_dir, tm
         "inference.py", photos[0], *flags, **there, HF_HOME=str(tmp_path / "other")
     )
     assert command.stdout.strip() == best.caption(photos[:1])[0], command.stderr
+    hub = {**there, "HF_HOME": str(tmp_path / "other")}
+    scored = run_script(ROOT / "evaluate.py", *flags, "--data_dir", data, cwd=tmp_path, **hub)
+    assert (tmp_path / "me_captioner_data_val.html").is_file(), scored.stderr
+    own = run_script("evaluate.py", "--checkpoint", best_file(data), "--data_dir", data)
+    values = [json.loads(each.stdout.splitlines()[-1])["CIDEr-D"] for each in (scored, own)]
+    assert values[0] == pytest.approx(values[1])
 
 
 def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_path):

@@ -219,6 +219,12 @@ tracker.close()
 """
 
 
+def test_no_tracking_where_it_is_disabled_as_for_other_trainers(tmp_path):
+    result = run("-c", ONE_VALUE, tmp_path, WANDB_DISABLED="true", WANDB_API_KEY="0" * 40)
+    assert result.stdout.splitlines() == ["tracking: off (WANDB_DISABLED)"], result.stderr
+    assert not sessions(tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["offline", "dryrun", "disabled"])
 def test_a_mode_that_the_user_has_chosen(tmp_path, mode):
     # Logged in, so that only the mode keeps the run here.

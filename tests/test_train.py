@@ -406,12 +406,13 @@ def test_mistakes_end_with_a_message(photos, encoder_dir, name):
 
 
 def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
-    data = write_photos(tmp_path / "data")
+    data = write_photos(tmp_path / trained.name)
     checkpoint = load_checkpoint(best(trained, ".safetensors"))
     flags = [*small_flags(data, encoder_dir), "--start_checkpoint", best(trained, ".safetensors")]
     result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)
     assert result.returncode == 0, result.stderr
     assert "beginning with the decoder and tokenizer of" in result.stdout
+    assert "another split" not in result.stdout
     ours = load_checkpoint(best(data, ".safetensors"))
     assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
@@ -420,6 +421,8 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     other = run("train.py", *flags, "--encoder_layers=-2", "--output_dir", tmp_path / "other")
     assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
     assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
+    other = run("train.py", *flags, "--epochs", 0, "--train_split_ratio", 0.5)
+    assert "learned from another split of these photos (TRAIN_SPLIT_RATIO = 0.7)" in other.stdout
     missing = run("train.py", *flags, "--start_checkpoint", "nowhere.safetensors")
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
 
