@@ -211,6 +211,12 @@ def shown(text: object, spared: str = "") -> str:
     return CONTROLS.sub(escaped, str(text))
 
 
+def brief(text: str) -> str:
+    """A text without the midst of lines that nobody could read, such as a photo in base64."""
+    lines = text.split("\n")
+    return "\n".join(x if len(x) < 1500 else f"{x[:900]} ... {x[-300:]}" for x in lines)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line and without secrets, for a message of ours."""
     return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))
@@ -221,9 +227,10 @@ def redact(text: str) -> str:
     host and path. Servers quote what they were sent, and libraries pass it on in their errors. A
     text that was redacted stays as it is."""
     text = hide_keys(text)
-    text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\n])*'|"pipe:(?:\\.|[^"\n])*\"""", _program, text)
-    text = re.sub(r"\bpipe:(?!\s?\S* \*\*\*)[^\n'\"][^\n]*", _program, text)
-    return re.sub(r"(\w[\w+.-]*://)([^\s\"<>]*)", _address, text)
+    # Each character can be read in one way only, or a long text from outside would take for ever.
+    text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\\\n])*'|"pipe:(?:\\.|[^"\\\n])*\"""", _program, text)
+    text = re.sub(r"\bpipe:(?!\s?\S{0,300} \*\*\*)[^\n'\"][^\n]*", _program, text)
+    return re.sub(r"(\w[\w+.-]{0,30}://)([^\s\"<>]*)", _address, text)
 
 
 def last_part(path: str) -> str:
@@ -255,7 +262,7 @@ def _program(found: re.Match) -> str:
 
 def _address(found: re.Match) -> str:
     scheme, rest = found.groups()
-    closing = re.search(r"[')\],.;:]*$", rest)[0]
+    closing = rest[len(rest.rstrip("')],.;:")) :]
     rest = rest.removesuffix(closing)
     host = re.match(r"[^/?#]*", rest)[0]
     if "@" in host:
@@ -310,7 +317,7 @@ def say_error(error: object) -> int:
     """Say a mistake of the user's; returns the exit code."""
     sys.stdout.flush()
     # Lines of ours begin with a space, so that a name from outside can't forge one.
-    message = re.sub(r"\n(?! )", "\n  ", redact(str(error)))
+    message = re.sub(r"\n(?! )", "\n  ", brief(redact(str(error))))
     print(f"error: {shown(message, chr(10))}", file=sys.stderr)
     return 1
 
