@@ -213,8 +213,7 @@ def shown(text: object, spared: str = "") -> str:
 
 def brief(text: str) -> str:
     """A text without the midst of lines that nobody could read, such as a photo in base64."""
-    lines = text.split("\n")
-    return "\n".join(x if len(x) < 1500 else f"{x[:900]} ... {x[-300:]}" for x in lines)
+    return re.sub(r"(?m)^(.{900}).{300,}$", lambda line: f"{line[1]} ... {line[0][-300:]}", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -225,9 +224,8 @@ def first_line(error: BaseException) -> str:
 def redact(text: str) -> str:
     """Hide what may be secret: of a `pipe:` all but the program, of an address all but scheme,
     host and path. Servers quote what they were sent, and libraries pass it on in their errors. A
-    text that was redacted stays as it is."""
+    text that was redacted stays as it is, and a long one takes no longer for its signs."""
     text = hide_keys(text)
-    # Each character can be read in one way only, or a long text from outside would take for ever.
     text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\\\n])*'|"pipe:(?:\\.|[^"\\\n])*\"""", _program, text)
     text = re.sub(r"\bpipe:(?!\s?\S{0,300} \*\*\*)[^\n'\"][^\n]*", _program, text)
     return re.sub(r"(\w[\w+.-]{0,30}://)([^\s\"<>]*)", _address, text)
@@ -261,9 +259,8 @@ def _program(found: re.Match) -> str:
 
 
 def _address(found: re.Match) -> str:
-    scheme, rest = found.groups()
-    closing = rest[len(rest.rstrip("')],.;:")) :]
-    rest = rest.removesuffix(closing)
+    scheme, rest = found[1], found[2].rstrip("')],.;:")
+    closing = found[2][len(rest) :]
     host = re.match(r"[^/?#]*", rest)[0]
     if "@" in host:
         rest = "***@" + host.rpartition("@")[2] + rest[len(host) :]
