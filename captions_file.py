@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
 from options import SPLITS
-from photo_names import is_photo, is_there, is_unread, plain_name
+from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, plain_key, table_of
-from utils import SURROGATES, UserError, decoded, read_json, read_text
+from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
 Key = TypeVar("Key", int, str)  # of a column of a table, or of a value in an object
@@ -48,7 +48,7 @@ CAPTION_KEYS = (
 )
 TALKS = ("conversations", "messages")
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
-SHOWN = re.compile(r"(?<=<img>).+?(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
+SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
@@ -102,7 +102,7 @@ class Captions:
 
     def add(self, name: str, captions: Iterable[str], where: object, split: object = "") -> None:
         """Add a photo's captions, texts or lists of them; the name is relative to its folder."""
-        if SURROGATES.search(name) or "\0" in name:
+        if SURROGATES.search(name) or "\0" in name or len(name) > LONGEST:
             self.passed.append(f"{where}: {ascii(name)} can't be the name of a photo")
             return
         name = name_within(where, name)
@@ -147,7 +147,7 @@ class Captions:
             print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
             print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
         for line in self.passed[:10]:
-            print(f"  passed over: {line}")
+            print(f"  passed over: {brief(line)}")
         if len(self.passed) > 10:
             print(f"  and {len(self.passed) - 10:,} more")
 
@@ -164,12 +164,12 @@ def name_within(where: object, name: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """With `&amp;` and the like as what they mean, however often they were escaped; without its
-    semicolon `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a
-    page's tags, such as `<br>`."""
-    text = re.sub(r"\[/EN#\d+\S* ([^\]]*)\]", r"\1", text)
-    while (plain := re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)) != text:
-        text = plain
+    """With `&amp;` and the like as what they mean, escaped up to ten times; without its semicolon
+    `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a page's tags,
+    such as `<br>`."""
+    text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
+    for _ in range(10):
+        text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
     return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
 
 

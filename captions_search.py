@@ -39,7 +39,7 @@ OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.
 DEPTH = 3  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'.encode()  # in a file that is JSON
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
-BOX = re.compile(r"(\S+ )?(-?\d*\.?\d+[ ,]){4}")
+BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
 
 def find_captions(

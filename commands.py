@@ -144,11 +144,15 @@ def read_config() -> ModuleType:
     names = {*TEXTS, *TEXTS_OR_NONE, *NUMBERS}
     if missing := sorted({*names, "presets"} - vars(config).keys()):
         raise UserError(f"config.py lacks {', '.join(missing)}: put back what was taken out")
-    for name in (*TEXTS, *TEXTS_OR_NONE):
-        value = getattr(config, name)
-        if not isinstance(value, str | os.PathLike) and (value or name in TEXTS):
-            raise UserError(f'config.py: {name} is {value!r}: it must be a text, in quotes ("...")')
-    for preset, values in config.presets.items():
+    presets = config.presets
+    if not isinstance(presets, dict) or not all(isinstance(v, dict) for v in presets.values()):
+        raise UserError('config.py: presets must be like {"small": {"BATCH_SIZE": 16}}')
+    for values in (vars(config), *presets.values()):
+        for name in values.keys() & {*TEXTS, *TEXTS_OR_NONE}:
+            if not isinstance(values[name], str | os.PathLike) and (values[name] or name in TEXTS):
+                said = f"{name} is {values[name]!r}: it must be a text"
+                raise UserError(f'config.py: {said}, in quotes ("...")')
+    for preset, values in presets.items():
         if unknown := sorted(values.keys() - names):
             raise UserError(f"config.py: preset {preset!r} sets what is no setting: {unknown[0]}")
     return config

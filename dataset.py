@@ -24,7 +24,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
-from photo_names import by_last_part, find_names, is_photo
+from photo_names import LONGEST, by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, files_in, interpreter, read_json, read_text
 
@@ -239,7 +239,7 @@ def encode_rows(
 def check_name(path: object, name: str) -> None:
     """Refuse a photo's name that leads out of the photo folder."""
     parts = name.split("/")
-    drive = re.fullmatch("[A-Za-z]:", parts[0])
+    drive = re.fullmatch("[A-Za-z]:", parts[0]) or len(name) > LONGEST
     if parts[0] == "" or drive or ".." in parts or re.search("[\\\\\0\ud800-\udfff]", name):
         raise UserError(f"{path}: {name!r} is not a name within the photo folder")
 

@@ -31,6 +31,9 @@ PHOTO_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 # Pixels that are decoded, in some 12 bytes each of RAM; these formats take more while they do.
 # A JPEG is decoded small, so it may be as large as Pillow allows, if it doesn't come in passes.
 LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "WEBP": 24_000_000}
+# What costs a pass over all that came before: a JPEG's scans, of which progressive ones have ten,
+# and a GIF's comments; by how a file begins: its sign, and how many are read.
+PASSES = {b"\xff\xd8": (b"\xff\xda", 200), b"GI": (b"!\xfe", 10_000)}
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 
 
@@ -45,11 +48,25 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
             of its size where both sides stay at least that long, which is several times as fast.
     """
+    is_name = isinstance(path, str | os.PathLike)
     with _named(path):
-        if isinstance(path, str | os.PathLike) and stat.S_ISFIFO(os.stat(path).st_mode):
+        if is_name and stat.S_ISFIFO(os.stat(path).st_mode):
             raise ImageError(f"{path} is a pipe, not a picture")  # to open it may take for ever
+        with open(path, "rb") if is_name else contextlib.nullcontext(path) as file:
+            if getattr(file, "seekable", bool)():
+                _check_passes(file)
         with Image.open(path, formats=PHOTO_FORMATS) as image:
             return as_rgb(image, path, least)
+
+
+def _check_passes(file: BinaryIO) -> None:
+    """Refuse a picture that a reader would pass over for hours."""
+    file.seek(0)
+    sign, most = PASSES.get(file.read(2), (b"", 0))
+    parts = iter(lambda: file.read(2**20), b"") if sign else ()
+    count = sum(part.count(sign) for part in parts)
+    if count > most + file.tell() / 20_000:  # some stand by chance in what is packed
+        raise ValueError(f"it would be passed over {count:,} times")
 
 
 def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):

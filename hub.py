@@ -42,7 +42,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
 from checkpoint import link_or_copy
-from utils import UserError, first_line, write_error
+from utils import UserError, first_line, shown, write_error
 
 WEIGHTS = "model.safetensors"
 LOGIN = "run hf auth login"
@@ -409,13 +409,22 @@ def model_card(
         texts="questions" if question else "captions",
         command=command,
         scores=measured if scores else "Not measured yet.",
-        samples="\n".join(f"- `{photo}`: {caption}" for photo, caption in samples.items())
+        samples="\n".join(f"- `{_code(name)}`: {_prose(text)}" for name, text in samples.items())
         or "None were made.",
         text=asked,
         flags=f" --question {shlex.quote(question)}" if question else "",
         call=f'answer("photo.jpg", {asked})' if question else 'caption(["photo.jpg"])',
     )
     return str(ModelCard(redact(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+
+
+def _code(text: str) -> str:
+    return shown(text).replace("`", "'")
+
+
+def _prose(text: str) -> str:
+    """A text from outside as Markdown that shows it: no picture, link or page's tag of its own."""
+    return re.sub(r"([\\`*\[\]<>!&~$])", r"\\\1", shown(text))
 
 
 CARD = """\

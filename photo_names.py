@@ -18,6 +18,7 @@ from utils import SURROGATES, UserError, files_in
 Way = Callable[[str], str]  # of cutting a name to what counts of it
 # Byte order marks within a file, and what Windows puts before a path that is copied.
 UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
+LONGEST = 4096  # bytes that a path may have
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -30,7 +31,10 @@ def plain_name(name: str) -> str:
     Airtable's address after it, `photo.jpg (https://...)`, or unseen signs around it."""
     name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip().strip(UNSEEN))
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
-    return re.sub(r"(#\w+)+$", "", name)
+    parts = name.split("#")
+    while len(parts) > 1 and re.fullmatch(r"\w+", parts[-1]):
+        parts.pop()
+    return "#".join(parts)
 
 
 def is_unread(name: object) -> bool:
@@ -153,7 +157,7 @@ def _ending(wanted: Iterable[str], there: Iterable[str], cut: Way) -> dict[str, 
 
 def ends_of(name: str) -> list[str]:
     """`a/b/1`, `b/1` and `1`."""
-    parts = name.split("/")
+    parts = name.split("/") if len(name) <= LONGEST else [name]
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
@@ -164,8 +168,8 @@ def _by(key: Way) -> Callable[..., dict[str, str]]:
 
 def _number(name: str) -> str:
     """COCO's: 42 for `COCO_val2014_000000000042` and for `000000000042`."""
-    found = re.fullmatch(r"(?:coco_\w+_)?0*(\d+)", os.path.basename(name))
-    return found[1] if found else ""
+    found = re.fullmatch(r"(?:coco_\w+_)?(\d+)", os.path.basename(name))
+    return (found[1].lstrip("0") or "0") if found else ""
 
 
 def _uploaded(name: str) -> str:

@@ -33,7 +33,7 @@ ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
-PLACE = re.compile(r"(Picture \d+:\s*)?<img>.+?</img>|</?image>")  # a photo's, in a conversation
+PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from captions_file import has_word, texts_of, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
+from photo_names import LONGEST
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
@@ -163,8 +164,10 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
         tar.members = []  # or all stay in RAM
         # Names may be of any bytes, and in some headers hold a zero, which no file's may.
         name = re.sub("[\udc80-\udcff]", _older_letter, info.name).replace("\0", "_")
+        if not info.isreg() or len(name) > LONGEST:
+            continue
         found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
-        if not info.isreg() or not found:
+        if not found:
             continue
         suffix = found[2].lower()
         kind = "photo" if f".{suffix}" in PHOTO_SUFFIXES else suffix

@@ -211,6 +211,11 @@ def shown(text: object, spared: str = "") -> str:
     return CONTROLS.sub(escaped, str(text))
 
 
+def brief(text: str) -> str:
+    """A text without the midst of lines that nobody could read, such as a photo in base64."""
+    return re.sub(r"(?m)^(.{900}).{300,}$", lambda line: f"{line[1]} ... {line[0][-300:]}", text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line and without secrets, for a message of ours."""
     return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))
@@ -219,11 +224,11 @@ def first_line(error: BaseException) -> str:
 def redact(text: str) -> str:
     """Hide what may be secret: of a `pipe:` all but the program, of an address all but scheme,
     host and path. Servers quote what they were sent, and libraries pass it on in their errors. A
-    text that was redacted stays as it is."""
+    text that was redacted stays as it is, and a long one takes no longer for its signs."""
     text = hide_keys(text)
-    text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\n])*'|"pipe:(?:\\.|[^"\n])*\"""", _program, text)
-    text = re.sub(r"\bpipe:(?!\s?\S* \*\*\*)[^\n'\"][^\n]*", _program, text)
-    return re.sub(r"(\w[\w+.-]*://)([^\s\"<>]*)", _address, text)
+    text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\\\n])*'|"pipe:(?:\\.|[^"\\\n])*\"""", _program, text)
+    text = re.sub(r"\bpipe:(?!\s?\S{0,300} \*\*\*)[^\n'\"][^\n]*", _program, text)
+    return re.sub(r"(\w[\w+.-]{0,30}://)([^\s\"<>]*)", _address, text)
 
 
 def last_part(path: str) -> str:
@@ -254,9 +259,8 @@ def _program(found: re.Match) -> str:
 
 
 def _address(found: re.Match) -> str:
-    scheme, rest = found.groups()
-    closing = re.search(r"[')\],.;:]*$", rest)[0]
-    rest = rest.removesuffix(closing)
+    scheme, rest = found[1], found[2].rstrip("')],.;:")
+    closing = found[2][len(rest) :]
     host = re.match(r"[^/?#]*", rest)[0]
     if "@" in host:
         rest = "***@" + host.rpartition("@")[2] + rest[len(host) :]
@@ -309,8 +313,7 @@ def guard_output() -> None:
 def leave(code: object) -> NoReturn:
     """End a script, whose process may go on, as a notebook's does, with what was before."""
     code = code or int(sys.stdout.broken)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
     sys.exit(code)
 
@@ -319,7 +322,7 @@ def say_error(error: object) -> int:
     """Say a mistake of the user's; returns the exit code."""
     sys.stdout.flush()
     # Lines of ours begin with a space, so that a name from outside can't forge one.
-    message = re.sub(r"\n(?! )", "\n  ", redact(str(error)))
+    message = re.sub(r"\n(?! )", "\n  ", brief(redact(str(error))))
     print(f"error: {shown(message, chr(10))}", file=sys.stderr)
     return 1
 

@@ -124,6 +124,13 @@ def test_a_preset_gives_way_to_flags_and_is_known_whole():
         commands.train(["--preset", "huge"])
 
 
+@pytest.mark.parametrize("presets", [None, {"small": None}, {"small": {"DATA_DIR": 5}}])
+def test_presets_of_another_kind_are_refused(monkeypatch, presets):
+    monkeypatch.setattr(config, "presets", presets)
+    with pytest.raises(UserError, match="config.py: (presets must be|DATA_DIR is 5: it must be)"):
+        commands.train([])
+
+
 def test_a_preset_with_a_slip_is_refused(monkeypatch):
     monkeypatch.setitem(config.presets, "small", {"DECODER_WIDTH": 1})
     with pytest.raises(UserError, match="DECODER_WIDTH"):

@@ -7,6 +7,7 @@ import os
 import pty
 import socket
 import struct
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -238,6 +239,25 @@ except UserError as error:
 # What `getrusage` tells of may be the peak of the process that started this one.
 print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
+
+
+@pytest.mark.fault(count=2)
+def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "a.jpg", progressive=True)
+    content = (tmp_path / "a.jpg").read_bytes()
+    scan = content[content.rindex(b"\xff\xda") :][:10]
+    (tmp_path / "scans.jpg").write_bytes(content[:-2] + scan * 100_000 + content[-2:])
+    Image.new("P", (4, 4)).save(tmp_path / "a.gif")
+    content = (tmp_path / "a.gif").read_bytes()
+    start = content.index(b",\0\0")
+    comments = b"!\xfe\x01a\0" * 500_000
+    (tmp_path / "comments.gif").write_bytes(content[:start] + comments + content[start:])
+    started = time.monotonic()
+    for name in ("scans.jpg", "comments.gif"):
+        with pytest.raises(ImageError, match=f"{name} .* passed over"):
+            open_image(tmp_path / name)
+    assert time.monotonic() - started < 5
+    assert open_image(tmp_path / "a.jpg").size == (64, 64) and open_image(tmp_path / "a.gif")
 
 
 def bomb(folder: Path, name: str) -> Path:

@@ -8,9 +8,12 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
+import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,13 +28,19 @@ from safetensors.torch import save_file
 
 import commands
 import config
+from captions_file import SHOWN, read_captions, unescaped
+from captions_search import BOX
 from checkpoint import Checkpoint, digest, load_checkpoint
 from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
+from metrics import tokenize
+from photo_names import find_names, plain_name
+from questions_file import PLACE
+from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos
 from tests.forked import Forked
 from tests.hub_server import HubServer
-from utils import RANGES, UserError, constants, redact
+from utils import RANGES, UserError, constants, redact, run_script
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 
@@ -362,6 +371,53 @@ def test_hostile_headers_are_refused(tmp_path, name):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"c\.safetensors is damaged"):
         load_checkpoint(path)
+
+
+def base64_for_a_name(folder: Path) -> None:
+    path = folder / "captions.jsonl"
+    path.write_text(json.dumps({"image": "/9j/" + "Aa1" * 80_000, "caption": "a dog"}))
+    with pytest.raises(SystemExit):
+        run_script(lambda: read_captions(path) and None)
+
+
+def slashes_in_a_tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("/" * 200_000 + "a"))
+    assert not [*read_shard(str(folder / "a.tar"), Counter(), {})]
+
+
+MANY = 240_000
+LONG = {
+    "a word": lambda _: redact("a" * MANY),
+    "an address": lambda _: redact("http://" + "." * MANY + "a"),
+    "backslashes": lambda _: redact("'pipe:" + "\\a" * MANY),
+    "escaped": lambda _: unescaped("&" + "amp;" * MANY),
+    "marks": lambda _: unescaped("[/EN#1" * MANY),
+    "digits": lambda _: BOX.match("1" * MANY),
+    "photos": lambda _: SHOWN.findall("<img>" * MANY) + [PLACE.sub("", "<img>" * MANY)],
+    "numbers of captions": lambda _: plain_name("#a" * MANY + "!"),
+    "folders": lambda _: find_names(["a/" * MANY], ["a.jpg"]),
+    "zeros": lambda _: find_names(["0" * MANY + "x"], ["a.jpg"]),
+    "prices": lambda _: tokenize("$1" * (MANY // 20)),
+    "base64": base64_for_a_name,
+    "a tar": slashes_in_a_tar,
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_take_no_longer_for_their_signs(tmp_path, capsys, name):
+    def late(*_: object) -> None:
+        raise TimeoutError(name)
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)  # what takes its square takes minutes, or for ever
+    try:
+        LONG[name](tmp_path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(capsys.readouterr().err) < 2000
 
 
 texts = st.text(st.characters(codec=None), max_size=6)  # half characters and zeros among them

@@ -587,6 +587,11 @@ def test_card_tells_the_data_that_were_scored_from_those_it_learned_from():
     assert "On the val split of Flickr8k" in read.text and "captions of cc3m" in read.text
 
 
+def test_card_shows_texts_from_outside_as_they_are():
+    said = card(samples={"a`\n# b.jpg": "![x](http://a/b.png) <img src=x> `"})
+    assert "\n- `a'\\n# b.jpg`: \\!\\[x\\](http://a/b.png) \\<img src=x\\> \\`\n" in said
+
+
 def test_card_invents_nothing(tmp_path):
     read = ModelCard(card(scores={}, samples={}))
     assert not read.data.eval_results
