@@ -60,6 +60,11 @@ class Checkpoint:
         """The encoder that it was trained on, from where it is now, if no longer where it was."""
         return FrozenEncoder.load_as_trained(self.encoder, self.model.feature_width, moved_to)
 
+    def complete(self, features: Tensor) -> Tensor:
+        """Features (images, patches, feature_width) as the model attends to them: with what is
+        recalled about the photos, if it learned so."""
+        return self.reranker.with_recalled(features) if self.model.config.recalled else features
+
     def for_others(self) -> Checkpoint:
         """As it may leave this machine, whose folders it tells by their last part."""
         settings = {n: last_part(v) if isinstance(v, str) else v for n, v in self.settings.items()}
@@ -216,6 +221,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         held = {name.removeprefix(RERANKER): weights.pop(name) for name in held}
         model = _restore_model(description, weights)
         reranker = Reranker.restored(held, model.feature_width) if held else None
+        if model.config.recalled and not (reranker and reranker.recalls):
+            raise ValueError("it attends to what is recalled, and holds nothing to recall")
         if len(tokenizer) != model.config.vocab_size:
             raise ValueError("the tokenizer has another vocabulary than the decoder")
         generation = typed(GenerationOptions, description["generation"])
@@ -244,6 +251,8 @@ def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> C
     config = typed(DecoderConfig, description["decoder"])
     if config.layers > len(weights):  # each would be built, for nothing
         raise ValueError(f"{config.layers} layers, but {len(weights)} weights")
+    if config.recalled not in range(1001):
+        raise ValueError(f"{config.recalled} vectors of what is recalled")
     if config.heads < 1 or not 0 <= config.dropout < 1:
         raise ValueError(f"{config.heads} heads, dropout {config.dropout}")
     other = {tensor.dtype for tensor in weights.values()} - {torch.float32}

@@ -46,6 +46,7 @@ DECODER_LAYERS = 6  # Transformer blocks
 DECODER_HEADS = 8  # attention heads; must divide DECODER_EMBED_DIM
 DECODER_FF_DIM = 2048  # hidden width of the feed-forward layers
 DROPOUT = 0.1  # on embeddings, residual branches and the memory
+RECALL = 0  # vectors of the memory that say what people said about photos that look alike
 PATCH_DROPOUT = 0.0  # share of a photo's vectors left out while training, others each time
 
 # --- Training -------------------------------------------------------------------------------
@@ -101,6 +102,7 @@ presets = {
         "DECODER_HEADS": 4,
         "DECODER_FF_DIM": 1024,
         "DROPOUT": 0.2,
+        "RECALL": 4,
         "PATCH_DROPOUT": 0.5,
         "NUM_EPOCHS": 14,
         "LEARNING_RATE": 1e-3,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint import Checkpoint, check_same
 from dataset import (
@@ -28,7 +29,7 @@ from distributed import ALONE, Team
 from encoder import FrozenEncoder, decisive, parse_layers
 from features import FeatureCache, build_features, resident_or_cached
 from options import parse_tasks
-from rerank import Reranker, fit_reranker
+from rerank import Recalling, Reranker, fit_reranker, recall_all
 from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
 from tars import expand_shards, identity, shard_name, shards_named
@@ -56,6 +57,7 @@ class Data:
     train: CaptionRows | StreamedRows
     val: CaptionRows
     critic: Critic | None  # where there is a self-critical stage
+    recalls: bool = False  # whether features end with what is recalled about a photo
 
     @functools.cached_property
     def reranker(self) -> Reranker | None:
@@ -127,7 +129,7 @@ def load_data(
     elif critical_epochs(settings):
         references = references_of(texts, splits["train"])
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE)
-    return Data(
+    data = Data(
         paths,
         tasks,
         texts,
@@ -141,6 +143,24 @@ def load_data(
         val,
         critic,
     )
+    if settings.RECALL:
+        recall(data, team)
+    return data
+
+
+def recall(data: Data, team: Team) -> None:
+    """Let features end with what people said about photos that look alike, where that is known."""
+
+    def found() -> tuple[Reranker | None, dict[str, Tensor]]:
+        names = [*data.splits["train"], *data.val.names]
+        known = data.reranker
+        return known, recall_all(data.val.features, known, names) if known else {}
+
+    data.reranker, table = team.on_rank0(found)
+    data.recalls = bool(table)
+    if data.recalls:
+        data.train.features = Recalling(data.train.features, table)
+        data.val.features = Recalling(data.val.features, table)
 
 
 def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]]:

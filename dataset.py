@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
-from features import FeatureCache, ResidentFeatures
 from options import SPLITS
 from photo_names import by_last_part, find_names, is_photo
+from rerank import Store
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, files_in, interpreter, read_json, read_text
 
@@ -499,7 +499,7 @@ class CaptionRows:
     def __init__(
         self,
         groups: dict[str, list[list[int]]],
-        features: FeatureCache | ResidentFeatures | None,
+        features: Store | None,
         views: int = 1,
     ):
         """Args: each photo's texts as ids from START to END; what `load` loads from; its views."""

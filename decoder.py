@@ -26,6 +26,7 @@ class DecoderConfig:
     ff_dim: int = 2048
     max_length: int = 100
     dropout: float = 0.1
+    recalled: int = 0  # vectors of the memory that say what is recalled about a photo
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -43,6 +43,7 @@ from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
+from rerank import Recalling, recall_all
 from utils import UserError, check_output, first_line, run_script, write_file
 
 
@@ -234,6 +235,10 @@ class Scored:
             max_bad=settings.MAX_BAD_IMAGES,
         )
         self.names = [name for name in names if name not in bad]
+        self.store = self.cache
+        if self.checkpoint.model.config.recalled:
+            table = recall_all(self.cache, self.checkpoint.reranker, self.names)
+            self.store = Recalling(self.cache, table)
         self.prompts = prompts_about(self.texts, self.names, settings.task)
 
     def _say_other_split(self) -> None:
@@ -254,7 +259,7 @@ class Scored:
         found = generate_cached(
             self.checkpoint.model.to(self.device),
             self.checkpoint.tokenizer,
-            self.cache,
+            self.store,
             prompts,
             self.options,
             reranker=self.checkpoint.reranker,

@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from dataset import Text
 from decoder import KeyValueCache
 from device import autocast
-from features import FeatureCache, ResidentFeatures, prefetch
+from features import prefetch
 from model import CaptionModel
 from options import GenerationOptions
-from rerank import Reranker
+from rerank import Reranker, Store
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID, CaptionTokenizer
 from utils import UserError
 
@@ -87,7 +87,8 @@ def generate(
                 "as training with RERANK makes it: leave it out"
             )
         weights = [options.rerank if len(prefix) == 1 else 0.0 for prefix in prefixes]
-        expected = reranker.expected(features, [[h.ids for h in group] for group in found])
+        patches, _ = model.split(features)
+        expected = reranker.expected(patches, [[h.ids for h in group] for group in found])
         found = [
             [replace(h, score=h.score + weight * cider) for h, cider in zip(*each, strict=True)]
             for weight, *each in zip(weights, found, expected, strict=True)
@@ -98,7 +99,7 @@ def generate(
 def generate_cached(
     model: CaptionModel,
     tokenizer: CaptionTokenizer,
-    store: FeatureCache | ResidentFeatures,
+    store: Store,
     prompts: Sequence[tuple[str, Text]],
     options: GenerationOptions,
     *,

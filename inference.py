@@ -86,6 +86,7 @@ class Captioner:
         self.tokenizer = checkpoint.tokenizer
         self.reranker, self.options = checkpoint.reranker, checkpoint.generation
         self.tasks, self.require = checkpoint.tasks, checkpoint.require
+        self.complete = checkpoint.complete
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
 
@@ -206,12 +207,12 @@ class Captioner:
         return found[0] if _is_one(pictures) else found
 
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> features (images, patches, width)."""
+        """RGB pictures -> features (images, patches, width), as the model attends to them."""
         return self._encode([self.encoder.preprocess(images)])
 
     def _encode(self, inputs: Sequence[dict[str, Tensor]]) -> Tensor:
         # As in the feature cache, half precision included: what the decoder was trained on.
-        return encode(self.encoder, inputs, self.dtype).float()
+        return self.complete(encode(self.encoder, inputs, self.dtype).float())
 
     def explain(
         self, picture: Picture, question: str | None = None, *, maps: bool = True, **options: Any
@@ -227,7 +228,8 @@ class Captioner:
         (prefix,) = self.tokenizer.prefixes([question or ""], self.model.config.max_length)
         image = self._open(picture)
         features = self.features([image])
-        grid = patch_grid(self.encoder, image.size, features.shape[1]) if maps else None
+        patches, _ = self.model.split(features)
+        grid = patch_grid(self.encoder, image.size, patches.shape[1]) if maps else None
         model, tokenizer, explained = self.model, self.tokenizer, []
         with autocast(self.device, self.dtype):
             (found,) = generate(model, features, chosen, [prefix], self.reranker)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dataset import Batch
 from decoder import Decoder, DecoderConfig, Dropout
+from rerank import RECALLED
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -100,14 +101,29 @@ class CaptionModel(nn.Module):
         self.config = config
         self.feature_norm = nn.LayerNorm(feature_width)
         self.project = nn.Linear(feature_width, config.width)
+        if config.recalled:
+            numbers = min(RECALLED, feature_width)
+            self.recall = nn.Linear(numbers, config.recalled * config.width)
         self.memory_norm = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
         self.decoder = Decoder(config)
 
     def memory(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Features (images, patches, feature_width) -> each layer's memory keys and values."""
-        memory = self.memory_norm(self.project(self.feature_norm(features)))
-        return self.decoder.memory_keys_values(self.dropout(memory))
+        patches, recalled = self.split(features)
+        memory = self.project(self.feature_norm(patches))
+        if self.config.recalled:
+            more = self.recall(recalled[..., : self.recall.in_features])
+            more = more.unflatten(-1, (self.config.recalled, -1)).flatten(1, 2)
+            memory = torch.cat([memory, more], dim=1)
+        return self.decoder.memory_keys_values(self.dropout(self.memory_norm(memory)))
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features -> those of the patches, and those that say what is recalled: the last of each
+        photo, if this model attends to any."""
+        if not self.config.recalled:
+            return features, features[:, :0]
+        return features[:, :-1], features[:, -1:]
 
     def hidden(self, features: Tensor, tokens: Tensor, positions: Tensor, segments: Tensor):
         """Hidden states (images, row, width) of rows of captions; see `row_mask`."""

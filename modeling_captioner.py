@@ -24,7 +24,7 @@ from transformers.models.auto import modeling_auto
 
 from .decoder import Decoder, DecoderConfig
 from .pictures import upright_rgb
-from .rerank import Reranker, layout
+from .rerank import RECALLED, Reranker, layout, pool
 
 logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
@@ -141,7 +141,11 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         self.feature_norm = nn.LayerNorm(config.feature_width)
         self.project = nn.Linear(config.feature_width, config.hidden_size)
         self.memory_norm = nn.LayerNorm(config.hidden_size)
-        self.decoder = Decoder(DecoderConfig(**config.trained["decoder"] | {"dropout": 0.0}))
+        size = DecoderConfig(**config.trained["decoder"] | {"dropout": 0.0})
+        if size.recalled:
+            numbers = min(RECALLED, config.feature_width)
+            self.recall = nn.Linear(numbers, size.recalled * size.width)
+        self.decoder = Decoder(size)
         self.reranker = HeldReranker(config) if config.reranker else None
         self.post_init()
 
@@ -187,12 +191,15 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         return torch.cat(features, dim=-1)
 
     def memory(self, features: Tensor) -> Tensor:
-        """Features -> keys and values (photos, layers, 2, heads, patches, head width).
+        """Features -> keys and values (photos, layers, 2, heads, vectors, head width).
 
         In one tensor, as the library repeats it for each beam.
         """
-        memory = self.memory_norm(self.project(self.feature_norm(features)))
-        pairs = self.decoder.memory_keys_values(memory)
+        memory = self.project(self.feature_norm(features))
+        if count := self.decoder.config.recalled:
+            recalled = self.reranker.restored.recall(pool(features).cpu()).to(memory)
+            memory = torch.cat([memory, self.recall(recalled).unflatten(1, (count, -1))], dim=1)
+        pairs = self.decoder.memory_keys_values(self.memory_norm(memory))
         return torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1)
 
     def forward(

@@ -1,4 +1,4 @@
-"""Which of the captions found is best, by what people said about photos that look alike.
+"""What people said about photos that look alike: for the decoder to read, and to rank captions by.
 
 A kernel ridge regression, in closed form, from what the frozen encoder makes of a whole photo to
 the TF-IDF vectors of people's captions, in which CIDEr is the cosine (Vedantam et al. 2015): so
@@ -6,6 +6,7 @@ each candidate has an expected CIDEr. The search knows a caption's words one by 
 whole, and what was learned by heart weighs little in it. Retrieval of captions to choose among
 candidates goes back to Devlin et al. 2015 ("Exploring Nearest Neighbor Approaches"); here all
 training photos are neighbours, with the weights that the regression gives them (docs/results.md).
+The regression's own vector, hashed to a few hundred numbers, may be a part of the decoder's memory.
 
 This file goes with a captioner into its repository, so it imports nothing of the project.
 """
@@ -30,6 +31,9 @@ RIDGE = 0.1  # added to each photo's likeness to itself, which is 1
 MODES = 512  # eigenvectors of the likenesses that are kept
 MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 3 kB each
 PHOTOS = 64  # read at a time
+RECALLED = 512  # numbers that say what is recalled about a photo, at most
+HASHES = 4  # of them in which an n-gram counts
+ITSELF = 0.9995  # likeness from which on a photo is the same
 
 
 class Store(Protocol):
@@ -80,6 +84,11 @@ class Reranker:
         modes, grams, entries = self.modes.shape[1], len(self.grams), len(self.places)
         return {"photos": photos, "rank": rank, "modes": modes, "grams": grams, "entries": entries}
 
+    @property
+    def recalls(self) -> bool:
+        """Whether it can `recall`: one from before the kernel can't."""
+        return self.modes.shape[1] > 0
+
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -104,6 +113,48 @@ class Reranker:
             return places @ photos.T
         alike = likeness(places, photos)
         return self.gains[-1] * alike + (alike @ modes * self.gains[:-1]) @ modes.T
+
+    def with_recalled(self, features: Tensor) -> Tensor:
+        """Features (images, patches, width), and after the patches what is recalled about each."""
+        with torch.autocast("cpu", enabled=False):
+            return join(features, self.recall(pool(features).cpu()))
+
+    def recall(self, looks: Tensor) -> Tensor:
+        """The vector of captions that the regression expects, hashed: (images, looks) -> (images,
+        numbers), of a size around 1.
+
+        About a training photo, as if it had not been one: so the decoder learns how much such a
+        guess is worth. Without the i-th photo the weights w of all are w - B_i w_i / B_ii, where B
+        is the inverse of the likenesses (the closed form of leaving one out).
+        """
+        query, photos, modes = self._matrices
+        alike = likeness((looks - self.mean) @ query, photos)
+        most, place = alike.max(1, keepdim=True)
+        inverse = (modes[place.squeeze(1)] * self.gains[:-1]) @ modes.T
+        inverse = inverse.scatter_add(1, place, self.gains[-1].expand(place.shape))
+        own = (alike * inverse).sum(1, keepdim=True) / inverse.gather(1, place)
+        return alike @ self._said - own * (most > ITSELF) * self._said[place.squeeze(1)]
+
+    @functools.cached_property
+    def _said(self) -> Tensor:
+        """What the photos' likenesses are multiplied with: (photos, numbers)."""
+        _, photos, modes = self._matrices
+        said = self._hashed(len(photos), min(RECALLED, len(self.mean) // 2))
+        said /= said.square().mean().sqrt().clamp(min=1e-9)
+        return modes @ (self.gains[:-1, None] * (modes.T @ said)) + self.gains[-1] * said
+
+    def _hashed(self, photos: int, numbers: int) -> Tensor:
+        """The TF-IDF vectors of the photos' captions, (photos, numbers): each n-gram counts in
+        HASHES of the numbers, up or down by chance (Weinberger et al. 2009)."""
+        said = torch.zeros(photos * numbers)
+        grams = torch.arange(len(self.grams)).repeat_interleave(self.starts.diff())
+        values, places = self.values.float(), self.places.long() * numbers
+        for turn in range(1, HASHES + 1):
+            mixed = self.grams * (0x9E3779B1 * turn) * 0x85EBCA77  # wraps beyond 64 bits
+            mixed ^= mixed >> 29
+            signs, numbered = (mixed >> 40 & 1) * 2 - 1, (mixed >> 20) % numbers
+            said.index_add_(0, places + numbered[grams], signs[grams] * values)
+        return said.view(photos, numbers)
 
     @functools.cached_property
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +203,35 @@ def pool(features: Tensor) -> Tensor:
     and of the mean, (images, 2 * width)."""
     features = features.float()
     return F.normalize(torch.stack([features[:, 0], features.mean(1)], dim=1), dim=2).flatten(1)
+
+
+def join(features: Tensor, recalled: Tensor) -> Tensor:
+    """(images, patches, width) and (images, numbers) -> (images, patches + 1, width)."""
+    last = F.pad(recalled, (0, features.shape[2] - recalled.shape[1]))
+    return torch.cat([features, last.unsqueeze(1).to(features)], dim=1)
+
+
+class Recalling:
+    """A store whose features end with what is recalled about each photo, the same in all views."""
+
+    def __init__(self, store: Store, table: Mapping[str, Tensor]):
+        """Args: `table`, from `recall_all`."""
+        self.store, self.table = store, table
+
+    def read(self, items: Sequence[tuple[str, int]]) -> Tensor:
+        """Features (items, patches + 1, width)."""
+        recalled = torch.stack([self.table[name] for name, _ in items])
+        return join(self.store.read(items), recalled)
+
+
+def recall_all(store: Store, reranker: Reranker, names: Sequence[str]) -> dict[str, Tensor]:
+    """What is recalled about each photo of a store, as it is without a view's changes."""
+    table: dict[str, Tensor] = {}
+    for start in range(0, len(names), PHOTOS):
+        part = names[start : start + PHOTOS]
+        looks = pool(store.read([(name, 0) for name in part])).cpu()
+        table |= zip(part, reranker.recall(looks).half(), strict=True)
+    return table
 
 
 def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) -> Reranker | None:

@@ -123,7 +123,7 @@ class Run:
         begun: Checkpoint | None = None,
     ):
         """Build the model, new or as a checkpoint has it; with its training state, go on there."""
-        size = decoder_config(settings, len(data.tokenizer))
+        size = decoder_config(settings, len(data.tokenizer), settings.RECALL * data.recalls)
         if begun:
             check_same(asdict(begun.model.config), asdict(size))
         self.settings, self.team, self.device = settings, team, device
@@ -140,7 +140,8 @@ class Run:
         self.shared = share_gradients(self.model, team)
         self.optimizer = make_optimizer(self.model, settings)
         self.progress = Progress()
-        self.reranker: Reranker | None = None  # chooses among captions found with the average
+        # Chooses among captions found with the average.
+        self.reranker: Reranker | None = data.reranker if data.recalls else None
         saved = begun.training if begun else None
         if saved:
             self.model.load_state_dict(saved["weights"])
@@ -148,7 +149,8 @@ class Run:
             how = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": how})
             self.progress = Progress.restored(saved["progress"])
-            self.reranker = begun.reranker  # until it is fitted to what is trained on now
+            # Until it is fitted to what is trained on now.
+            self.reranker = self.reranker or begun.reranker
         self.progress.job = team.job
         set_random_state(self, saved)
 
@@ -388,7 +390,7 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
     )
 
 
-def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
+def decoder_config(settings: SimpleNamespace, vocab_size: int, recalled: int = 0) -> DecoderConfig:
     if settings.DECODER_EMBED_DIM % settings.DECODER_HEADS:
         raise UserError(
             f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "
@@ -402,6 +404,7 @@ def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
         ff_dim=settings.DECODER_FF_DIM,
         max_length=settings.MAX_CAPTION_LENGTH,
         dropout=settings.DROPOUT,
+        recalled=recalled,
     )
 
 

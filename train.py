@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import prepare_dataset
 from corpus import Data, load_data, shards_to_train
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ended = train_epoch(run, data, report.ledger(), stop)
                 if ended:
                     scores, written = validate(run, data)
-                    run.reranker = team.on_rank0(lambda: data.reranker) if settings.RERANK else None
+                    if settings.RERANK or data.recalls:
+                        run.reranker = team.on_rank0(lambda: data.reranker)
                     run.end_epoch(scores, written, learning_rate(run, data))
                 run.progress.seconds += time.monotonic() - started
                 if not ended:
@@ -228,7 +230,7 @@ def step_loss(
         self-critical stage CIDEr-D and captions.
     """
     settings = run.settings
-    features = drop_patches(features, settings.PATCH_DROPOUT)
+    features = drop_patches(features, settings.PATCH_DROPOUT, data.recalls)
     if run.self_critical:
         return self_critical_loss(run, data, batch, features)
     if not batch.names:
@@ -273,8 +275,9 @@ def self_critical_loss(
     return loss, sum(rewards), len(rewards)
 
 
-def drop_patches(features: Tensor, share: float) -> Tensor:
-    """Leave out a random share of each photo's vectors, but never the first, which may be CLS.
+def drop_patches(features: Tensor, share: float, recalls: bool = False) -> Tensor:
+    """Leave out a random share of each photo's vectors, but never the first, which may be CLS; if
+    the last says what is recalled, of its numbers.
 
     Features are (images, patches, width). Each photo then looks different each time, so that it is
     not learned by heart, and the memory takes that much less time (docs/results.md).
@@ -282,10 +285,13 @@ def drop_patches(features: Tensor, share: float) -> Tensor:
     if not share or not len(features):  # a process of a team may have no photo
         return features
     images, patches, _ = features.shape
-    kept = round((patches - 1) * (1 - share))
-    order = torch.rand(images, patches - 1, device=features.device).argsort(1)[:, :kept]
+    others = patches - 1 - recalls
+    order = torch.rand(images, others, device=features.device).argsort(1)
+    order = order[:, : round(others * (1 - share))]
     places = torch.cat([order.new_zeros(images, 1), order.sort(1).values + 1], dim=1)
-    return features[torch.arange(images, device=features.device).unsqueeze(1), places]
+    kept = features[torch.arange(images, device=features.device).unsqueeze(1), places]
+    recalled = F.dropout(features[:, patches - recalls :], share)
+    return torch.cat([kept, recalled], dim=1) if recalls else kept
 
 
 def no_loss(model: CaptionModel) -> Tensor:

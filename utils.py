@@ -33,7 +33,7 @@ WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
 # What settings (capitals), flags and a run's state may be, both ends allowed: whole if the first is
 BOUNDS = {
     (0, ANY): "MAX_BAD_IMAGES MAX_IMAGES SAMPLE_IMAGES SCORED_IMAGES NUM_EPOCHS SCST_EPOCHS "
-    "WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM top_k epoch batch bad_steps",
+    "WARMUP_STEPS KEEP_CHECKPOINTS NO_REPEAT_NGRAM top_k epoch batch bad_steps RECALL",
     (1, ANY): "SHUFFLE_BUFFER FEATURE_BATCH_SIZE BATCH_SIZE GRADIENT_ACCUMULATION_STEPS "
     "DECODER_EMBED_DIM DECODER_FF_DIM MAX_BAD_STEPS min_length max_length repeats",
     (1, 1000): "FEATURE_VIEWS DECODER_LAYERS DECODER_HEADS BEAM_SIZE groups n_best",

@@ -15,7 +15,16 @@ from checkpoint import load_checkpoint, save_for_use
 from generation import generate
 from inference import load_captioner
 from options import GenerationOptions
-from rerank import RIDGE, VARIANCE, Reranker, fit_reranker, pool
+from rerank import (
+    RIDGE,
+    VARIANCE,
+    Recalling,
+    Reranker,
+    fit_reranker,
+    likeness,
+    pool,
+    recall_all,
+)
 from tests.conftest import best_file, run
 from tests.test_model import build_model, features
 from tokenizer import END_ID
@@ -116,6 +125,38 @@ def test_a_file_from_before_the_kernel_is_linear(fitted):
     looks = pool(Store().features[:3])
     wanted = (looks - fitted.mean) @ fitted.query.float() @ fitted.photos.float().T
     assert torch.allclose(Reranker.restored(older, WIDTH).shares(looks), wanted)
+
+
+def test_what_is_recalled_is_the_regression_without_the_photo_itself(fitted):
+    """Of a training photo by solving anew without it, of another by all."""
+    photos, numbers = fitted.photos.float(), WIDTH
+    said = fitted._hashed(len(photos), numbers)
+    said /= said.square().mean().sqrt()
+    new = Store().features[13:14] + 0.1
+    places = (pool(torch.cat([Store().features, new])) - fitted.mean) @ fitted.query.float()
+    wanted = []
+    for row, place in enumerate(places):
+        kept = [i for i in range(len(photos)) if i != row]
+        own = likeness(photos[kept], photos[kept]) + RIDGE * torch.eye(len(kept))
+        alike = likeness(place[None], photos[kept])
+        wanted.append(alike @ torch.linalg.solve(own, said[kept]))
+    got = fitted.recall(pool(torch.cat([Store().features, new])))
+    assert got == pytest.approx(torch.cat(wanted), abs=0.05)
+    assert (got[13] - got[-1]).abs().max() > 0.1  # which knows what was said of 13
+    assert fitted.recall(pool(new)) == pytest.approx(got[-1:], abs=1e-4)
+
+
+def test_photos_called_alike_recall_the_like(fitted):
+    """Each kind's recalled vectors are nearer to their own kind's than to another's."""
+    table = recall_all(Store(), fitted, range(KINDS * EACH))
+    recalled = torch.stack([*table.values()]).float()
+    kinds = recalled.unflatten(0, (KINDS, EACH)).mean(1)
+    assert torch.cdist(recalled, kinds).argmin(1).tolist() == [i // EACH for i in range(32)]
+    features = Recalling(Store(), table).read([(13, 0), (2, 1)])
+    assert torch.equal(features[:, :-1], Store().read([(13, 0), (2, 1)]))
+    assert torch.equal(features[:, -1], torch.stack([table[13], table[2]]))
+    whole = fitted.with_recalled(Store().features[13:14])
+    assert whole[:, -1] == pytest.approx(recalled[13:14], abs=0.02)
 
 
 def test_reranking_moves_the_best_by_its_weight_and_spares_answers():

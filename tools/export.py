@@ -74,7 +74,8 @@ def logits_difference(
     tokens = torch.arange(START_ID, checkpoint.model.config.max_length)[None]
     tokens = tokens % checkpoint.model.config.vocab_size
     places = torch.arange(tokens.shape[1])[None]
-    hidden = checkpoint.model.hidden(encoder(inputs), tokens, places, torch.zeros_like(tokens))
+    features = checkpoint.complete(encoder(inputs))
+    hidden = checkpoint.model.hidden(features, tokens, places, torch.zeros_like(tokens))
     theirs = model(input_ids=tokens, pixel_values=inputs["pixel_values"]).logits
     return float((theirs - checkpoint.model.decoder.logits(hidden)).abs().max())
 
@@ -118,7 +119,7 @@ def as_onnx(args: argparse.Namespace) -> None:
     print(f"{out}: {size_text(out.stat().st_size)}, logits within {difference:.1g} of PyTorch's")
     if encoder:
         path = out.with_suffix(f".encoder{out.suffix}")
-        difference = graphs.export_encoder(encoder, path)
+        difference = graphs.export_encoder(checkpoint, encoder, path)
         size = size_text(path.stat().st_size)
         print(f"{path}: {size}, features within {difference:.1g} of PyTorch's")
 

@@ -160,18 +160,20 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 class Eye(nn.Module):
-    """The encoder's computation, without the inference mode that can't be exported."""
+    """The encoder's computation, without the inference mode that can't be exported, and what the
+    captioner recalls."""
 
-    def __init__(self, encoder: FrozenEncoder):
+    def __init__(self, checkpoint: Checkpoint, encoder: FrozenEncoder):
         super().__init__()
-        self.encoder = encoder
+        self.complete, self.encoder = checkpoint.complete, encoder
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(batch, 3, height, width) -> features (batch, patches, feature_width)."""
-        return FrozenEncoder.forward.__wrapped__(self.encoder, {"pixel_values": pixel_values})
+        inputs = {"pixel_values": pixel_values}
+        return self.complete(FrozenEncoder.forward.__wrapped__(self.encoder, inputs))
 
 
-def export_encoder(encoder: FrozenEncoder, path: Path) -> float:
+def export_encoder(checkpoint: Checkpoint, encoder: FrozenEncoder, path: Path) -> float:
     """Write the encoder's ONNX file, if it does as PyTorch does; the largest difference.
 
     How photos are preprocessed stands in its metadata, as the Hub's preprocessor_config.json.
@@ -180,14 +182,16 @@ def export_encoder(encoder: FrozenEncoder, path: Path) -> float:
     if inputs.keys() != {"pixel_values"}:
         raise UserError(f"{encoder.source['name']} takes more than pixels: it can't be exported")
     pixels = inputs["pixel_values"]
-    graph = _graph(Eye(encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"])
+    graph = _graph(
+        Eye(checkpoint, encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"]
+    )
     onnx.helper.set_model_props(graph, {"preprocessing": encoder.processor.to_json_string()})
     pixels = torch.cat([pixels, pixels.flip(-1)])
+    right = checkpoint.complete(encoder({"pixel_values": pixels})).numpy()
     with atomic_write(path) as temporary:
         temporary.write_bytes(graph.SerializeToString())
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"pixel_values": pixels.numpy()})
-        right = encoder({"pixel_values": pixels}).numpy()
         difference = float(np.abs(found - right).max() / np.abs(right).max())
         if not difference <= LIMIT:
             raise UserError(f"{path} was not written: its features differ by {difference:.2g}")
