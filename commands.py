@@ -201,11 +201,10 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     config = read_config()
     parser = parser_of("evaluate.py")
     add = parser.add_argument
-    add("--checkpoint", required=True, help=".safetensors or .pt")
+    add_checkpoint_flags(parser)
     add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
     add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
     add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
-    add("--encoder", help="the encoder, if it moved since training [as the checkpoint says]")
     add("--report", help="the HTML report [{checkpoint}_{split}.html]")
     add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
     add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")

@@ -41,6 +41,7 @@ from device import choose_device, choose_dtype
 from encoder import loading_options, open_image
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
+from hub import locate_checkpoint
 from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
@@ -203,7 +204,7 @@ class Scored:
             UserError: something is missing, or an output would replace what is read.
         """
         self.settings = settings
-        self.checkpoint = load_checkpoint(Path(settings.checkpoint).expanduser())
+        self.checkpoint = load_checkpoint(settings.checkpoint)
         self.checkpoint.require(settings.task)
         asked = settings.task == "questions"
         self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))
@@ -308,11 +309,12 @@ def score_captions(scored: Scored) -> dict[str, object]:
 
 
 def report_path(settings: SimpleNamespace) -> Path:
-    """Where the report goes, unless told: beside the checkpoint, by the split and the options, and
-    by the data if they lie elsewhere."""
+    """Where the report goes, unless told: beside the checkpoint (of the Hub's, here), by the split
+    and the options, and by the data if they lie elsewhere."""
     if settings.report:
         return Path(settings.report).expanduser()
     checkpoint = Path(settings.checkpoint).expanduser()
+    checkpoint = checkpoint if checkpoint.is_file() else Path(checkpoint.name)
     how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
     data = Path(settings.DATA_DIR).expanduser().resolve()
     other = "" if data == checkpoint.resolve().parent else f"_{data.name}"
@@ -408,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--report, --save_captions and --clip are for captions, not for answers")
     if settings.task == "captions":
         settings.report = report_path(settings)
+    settings.checkpoint = locate_checkpoint(settings.checkpoint, settings.revision)
     scored = Scored(settings)
     scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
     how = {
@@ -415,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images": len(scored.names),
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
-        "checkpoint": file_digest(Path(settings.checkpoint).expanduser())[:16],
+        "checkpoint": file_digest(settings.checkpoint)[:16],
     }
     print(json.dumps(scores | how))
 

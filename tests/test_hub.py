@@ -461,6 +461,9 @@ def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, encoder_dir, tm
         "inference.py", photos[0], *flags, **there, HF_HOME=str(tmp_path / "other")
     )
     assert command.stdout.strip() == best.caption(photos[:1])[0], command.stderr
+    flags += ["--data_dir", data, "--report", tmp_path / "report.html"]
+    scored = run_script("evaluate.py", *flags, **there, HF_HOME=str(tmp_path / "other"))
+    assert json.loads(scored.stdout.splitlines()[-1])["images"], scored.stderr
 
 
 def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_path):
