@@ -82,6 +82,18 @@ def test_going_on_from_an_earlier_epoch_keeps_what_came_after(six, tmp_path):
     assert Path(resumed.stdout.split()[-1]).is_file()
 
 
+def test_resumed_again_and_again_no_more_checkpoints_stay_than_asked_for(six, tmp_path):
+    """Where the last epoch was the best, `last.pt` is its checkpoint and can't tell of it."""
+    data, flags = six
+    output = tmp_path / "out"
+    for epochs in (1, 2, 3):
+        more = ["--output_dir", output, "--keep_checkpoints", 1, "--epochs", epochs]
+        resumed = run("train.py", *flags, *more, "--resume_checkpoint_path", output / "last.pt")
+        assert resumed.returncode == 0, resumed.stderr
+    kept = {path.stem for path in output.glob("captioner_epoch_*")}
+    assert len(kept) == 1 and "epoch_3" in kept.pop()
+
+
 @pytest.mark.fault
 def test_going_on_in_another_trainings_folder_keeps_its_files(six, trained, tmp_path):
     data, flags = six
