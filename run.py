@@ -79,7 +79,8 @@ class Progress:
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches done in the epoch under way
     order: str = ""  # of which order of photos and stage, by `train.order_of`
-    judged: str = ""  # by which photos and texts the history's epochs were judged
+    judged: str = ""  # by which photos, texts and search the history's epochs were judged
+    by: str = ""  # and by which photos and texts alone
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included
     loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of beams

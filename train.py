@@ -90,13 +90,18 @@ def take_place(run: Run, data: Data) -> None:
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
     texts = [(name, data.texts[name]) for name in data.val.names]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
+    by = order_name(data.tasks, texts)  # which is all that the loss depends on
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
+        same = progress.by == by
         print(
-            "resumed   with other validation photos or texts: earlier epochs are not compared (was "
-            "the split changed, photos now to validate may have been trained on)"
+            "resumed   with other SCORED_IMAGES or NO_REPEAT_NGRAM: earlier scores are not compared"
+            if same
+            else "resumed   with other validation photos or texts: earlier epochs are not compared "
+            "(was the split changed, photos now to validate may have been trained on)"
         )
-        progress.since = dict.fromkeys(MEASURES, progress.epoch)
-    progress.judged = judged
+        counted = [name for name in MEASURES if not (same and name == "val_loss")]
+        progress.since |= dict.fromkeys(counted, progress.epoch)
+    progress.judged, progress.by = judged, by
 
 
 def order_of(run: Run, data: Data) -> str:
