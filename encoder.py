@@ -143,7 +143,7 @@ class FrozenEncoder(nn.Module):
             place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
             raise UserError(
                 f"the encoder {name!r} can't be loaded from that {place}: {first_line(error)} "
-                "Give another one with --encoder_model_name."
+                "Give another one with --encoder_model_name, or --encoder for a trained checkpoint."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         if missing or info["mismatched_keys"]:

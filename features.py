@@ -233,7 +233,10 @@ def build_features(
                 bad |= their_bad
             check_bad(bad.values(), max_bad, say=True)
     if all(name in bad for name, _ in items):
-        raise UserError(f"none of the {len(items)} photos in {image_dir} could be encoded")
+        raise UserError(
+            f"none of the {len(items)} photos could be encoded: are they in {image_dir}? "
+            "If not, name their folder with --image_dir"
+        )
     return FeatureCache(folder, entries), sorted(bad)
 
 
@@ -319,8 +322,10 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     counts = decisive(identity)
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
-    folder = root / f"{Path(identity['name']).name}-{key}"
     found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
+    folder = root / f"{Path(identity['name']).name}-{key}"
+    if folder not in found:  # the encoder may have had another name: its weights count
+        folder = next((other for other in found if other.name.endswith(f"-{key}")), folder)
     if not counts.keys() <= found.get(folder, {}).keys():
         if folder in found:
             print(f"{folder}/identity.json is damaged: it is made anew")

@@ -94,7 +94,7 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
         named = {*map(_last_part, texts)}
         alike = [name for name in there if _last_part(name) in named]
         raise UserError(
-            f"no caption is of a photo that is there: {next(iter(texts))!r} is wanted, and "
+            f"no text is of a photo that is there: {next(iter(texts))!r} is wanted, and "
             f"{folder} holds {(alike or there)[0]!r}{' and more of that name' * bool(alike)}: "
             "correct the names, or choose the folder with --image_dir"
         )

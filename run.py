@@ -79,7 +79,8 @@ class Progress:
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches done in the epoch under way
     order: str = ""  # of which order of photos and stage, by `train.order_of`
-    judged: str = ""  # by which photos and texts the history's epochs were judged
+    judged: str = ""  # by which photos, texts and search the history's epochs were judged
+    by: str = ""  # and by which photos and texts alone
     step: int = 0  # updates done
     seconds: float = 0.0  # spent training, validation included
     loss_sum: float = 0.0  # of the epoch under way, in nats; self-critical: CIDEr-D of beams
@@ -123,14 +124,12 @@ class Run:
         begun: Checkpoint | None = None,
     ):
         """Build the model, new or as a checkpoint has it; with its training state, go on there."""
-        size = decoder_config(settings, len(data.tokenizer))
-        if begun:
-            check_same(asdict(begun.model.config), asdict(size))
         self.settings, self.team, self.device = settings, team, device
         self.dtype, self.output = choose_dtype(settings.PRECISION, device), output_dir(settings)
         self.tokenizer = data.tokenizer
         self.encoder = data.encoder  # FrozenEncoder.identity() of what made the features
         torch.manual_seed(settings.SEED)
+        size = decoder_config(settings, len(data.tokenizer))
         made = begun.model if begun else CaptionModel(data.cache.shape[1], size)
         self.average = made.to(device)  # what is validated and saved
         # What the optimizer moves: the same, or what the average follows.
@@ -358,7 +357,10 @@ def keep_apart(run: Run) -> Progress:
     source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
     lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
     standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
-    there = {name: stored_digest(run.output / name) for name in (*standing, *progress.written)}
+    # What it goes on from can't have noted its own digest, under either of its names.
+    newest = [run.file_of("val_loss", e).with_suffix(".pt").name for e in run.bests("val_loss")]
+    known = (*standing, *progress.written, *newest[-1:])
+    there = {name: stored_digest(run.output / name) for name in known}
     # A file is this run's if its digest is one that it noted, or of what it goes on from. An older
     # version noted none: then all that stands beside its checkpoint is its own.
     mine = {stored_digest(source), *progress.written.values()}
@@ -386,6 +388,13 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
         betas=(0.9, 0.98),
         fused=True,  # and so able to skip a bad step by itself: see `train.update`
     )
+
+
+def check_size(settings: SimpleNamespace, begun: Checkpoint | None) -> None:
+    """Refuse a size of the decoder that can't be, or isn't that of what training goes on from."""
+    size = decoder_config(settings, vocab_size=len(begun.tokenizer) if begun else 1)
+    if begun:
+        check_same(asdict(begun.model.config), asdict(size))
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:

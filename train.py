@@ -38,7 +38,7 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from run import MEASURES, Run, Written, decoder_config, find_checkpoint, keep_apart, output_dir
+from run import MEASURES, Run, Written, check_size, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         team.on_rank0(lambda: claim_folders(settings, lock))
         begun = find_checkpoint(settings, team)
         device = team.device(settings.DEVICE)
-        decoder_config(settings, vocab_size=1)  # what doesn't fit is said before photos are encoded
+        check_size(settings, begun)  # what doesn't fit is said before photos are encoded
         shards_to_train(settings)  # and before any are downloaded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun)
@@ -90,13 +90,18 @@ def take_place(run: Run, data: Data) -> None:
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
     texts = [(name, data.texts[name]) for name in data.val.names]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
+    by = order_name(data.tasks, texts)  # which is all that the loss depends on
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
+        same = progress.by == by
         print(
-            "resumed   with other validation photos or texts: earlier epochs are not compared (was "
-            "the split changed, photos now to validate may have been trained on)"
+            "resumed   with other SCORED_IMAGES or NO_REPEAT_NGRAM: earlier scores are not compared"
+            if same
+            else "resumed   with other validation photos or texts: earlier epochs are not compared "
+            "(was the split changed, photos now to validate may have been trained on)"
         )
-        progress.since = dict.fromkeys(MEASURES, progress.epoch)
-    progress.judged = judged
+        counted = [name for name in MEASURES if not (same and name == "val_loss")]
+        progress.since |= dict.fromkeys(counted, progress.epoch)
+    progress.judged, progress.by = judged, by
 
 
 def order_of(run: Run, data: Data) -> str:

@@ -80,7 +80,7 @@ def test_missing_weights_are_an_error(tmp_path):
 
 
 def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
-    with pytest.raises(UserError, match="encoder_model_name"):
+    with pytest.raises(UserError, match="encoder_model_name, or --encoder"):
         FrozenEncoder.load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="not a vision Transformer"):

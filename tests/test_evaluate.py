@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,8 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
 def test_reports_about_other_data_do_not_replace_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "mine" / "best.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
     found = {
         data: evaluate.report_path(
             commands.evaluate(["--checkpoint", str(checkpoint), "--data_dir", data])
@@ -82,6 +85,8 @@ def test_reports_about_other_data_do_not_replace_each_other(tmp_path, monkeypatc
     }
     names = {"mine": "best_val.html", "other/": "best_other_val.html"}
     assert found == {data: tmp_path / "mine" / name for data, name in names.items()}
+    hub = commands.evaluate(["--checkpoint", "me/captioner", "--data_dir", "mine"])
+    assert evaluate.report_path(hub) == Path("me_captioner_mine_val.html")
 
 
 def test_questions_that_lie_elsewhere_are_to_be_named(tmp_path):

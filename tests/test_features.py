@@ -178,6 +178,14 @@ def test_damaged_tables_are_made_anew(setting):
     assert_fresh(cache, encoder, image_dir, items)
 
 
+def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_dir, tmp_path):
+    *_, build, said = setting
+    cache, _ = build()
+    moved = shutil.copytree(encoder_dir, tmp_path / "renamed")
+    again, _ = build(encoder=FrozenEncoder.load(str(moved)))
+    assert again.folder == cache.folder and not said
+
+
 @pytest.mark.fault(count=2)
 def test_names_that_no_file_can_have_are_left_out(setting):
     *_, build, said = setting

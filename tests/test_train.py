@@ -416,8 +416,10 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     ours = load_checkpoint(best(data, ".safetensors"))
     assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
-    other = run("train.py", *flags, "--decoder_layers", 1, "--output_dir", tmp_path / "other")
+    other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
+    other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
+    assert "to make" not in other.stdout  # said before photos are encoded
     other = run("train.py", *flags, "--encoder_layers=-2", "--output_dir", tmp_path / "other")
     assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
     assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
