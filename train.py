@@ -38,7 +38,7 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from run import MEASURES, Run, Written, decoder_config, find_checkpoint, keep_apart, output_dir
+from run import Run, Written, decoder_config, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
@@ -92,10 +92,11 @@ def take_place(run: Run, data: Data) -> None:
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
         print(
-            "resumed   with other validation photos or texts: earlier epochs are not compared (was "
-            "the split changed, photos now to validate may have been trained on)"
+            "resumed   with another validation (photos, texts, SCORED_IMAGES or NO_REPEAT_NGRAM): "
+            "earlier epochs are not compared (was the split changed, photos now to validate may "
+            "have been trained on)"
         )
-        progress.since = dict.fromkeys(MEASURES, progress.epoch)
+        run.compare_from_here()
     progress.judged = judged
 
 
