@@ -302,6 +302,18 @@ def written_splits(paths: DataPaths) -> dict[str, Any]:
     return table if isinstance(table, dict) and "method" in table else {}
 
 
+def say_other_split(settings: SimpleNamespace, paths: DataPaths, trained: dict[str, Any]) -> None:
+    """Say if the same data were split otherwise when a checkpoint was made, as it was `trained`."""
+    table, before = written_splits(paths), trained.get("SPLIT")
+    now = table.get("source") if table.get("method") == "ratio" else table.get("method")
+    if before == "ratio":
+        before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
+    same = Path(trained.get("DATA_DIR", "")).name == Path(settings.DATA_DIR).resolve().name
+    if same and now and before and now != before:
+        told = f"note: trained on another split of these photos ({before})"
+        print(f"{told}: some may be scored here")
+
+
 def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
     """From splits.json: what captions.json was made from, if it was and is as we made it, or else
     only the splits that it told; and the names of these sources, if they are others now."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from captions_search import say_other_split
 from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
@@ -98,6 +99,8 @@ def load_data(
     identity = encoder.identity()
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")
+        if not begun.training:  # a training that goes on compares the photos themselves
+            say_other_split(settings, paths, begun.settings)
     how = {
         "dtype": choose_dtype(settings.PRECISION, device),
         "batch_size": settings.FEATURE_BATCH_SIZE,

@@ -34,7 +34,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from captions_search import say_outdated, written_splits
+from captions_search import say_other_split, say_outdated
 from checkpoint import load_checkpoint
 from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
@@ -215,7 +215,7 @@ class Scored:
                 taken.append(output)
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
-        self._say_other_split()
+        say_other_split(settings, self.paths, self.checkpoint.settings)
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
@@ -235,19 +235,6 @@ class Scored:
         )
         self.names = [name for name in names if name not in bad]
         self.prompts = prompts_about(self.texts, self.names, settings.task)
-
-    def _say_other_split(self) -> None:
-        """Say if the same data were split otherwise when the checkpoint was trained."""
-        table, trained = written_splits(self.paths), self.checkpoint.settings
-        now = table.get("source") if table.get("method") == "ratio" else table.get("method")
-        before = trained.get("SPLIT")
-        if before == "ratio":
-            before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
-        here = Path(self.settings.DATA_DIR).resolve().name
-        same = Path(trained.get("DATA_DIR", "")).name == here
-        if same and now and before and now != before:
-            told = f"note: trained on another split of these photos ({before})"
-            print(f"{told}: some may be scored here")
 
     def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
         """The best hypothesis about each prompt."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -412,14 +413,22 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)
     assert result.returncode == 0, result.stderr
     assert "beginning with the decoder and tokenizer of" in result.stdout
+    assert "captions will be poor" not in result.stdout and "note: trained" not in result.stdout
     ours = load_checkpoint(best(data, ".safetensors"))
     assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
+    more = ["--resume_checkpoint_path", data / "last.pt", "--epochs", 2]
+    assert run("train.py", *flags[:-2], *more).returncode == 0
+    began = load_checkpoint(data / "last.pt").settings["START_CHECKPOINT"]
+    assert began == best(trained, ".safetensors").name
     other = run("train.py", *flags, "--decoder_layers", 1, "--output_dir", tmp_path / "other")
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
     other = run("train.py", *flags, "--encoder_layers=-2", "--output_dir", tmp_path / "other")
     assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
     assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
+    same = shutil.copytree(trained, tmp_path / trained.name)  # one may have been learned from
+    more = ["--data_dir", same, "--train_split_ratio", 0.5, "--epochs", 0]
+    assert "note: trained on another split of these photos" in run("train.py", *flags, *more).stdout
     missing = run("train.py", *flags, "--start_checkpoint", "nowhere.safetensors")
     assert missing.returncode == 1 and "Traceback" not in missing.stderr
 
