@@ -118,13 +118,18 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def load(
-        cls, name: str, revision: str | None = None, layers: Sequence[int] = (-1,)
+        cls,
+        name: str,
+        revision: str | None = None,
+        layers: Sequence[int] = (-1,),
+        flag: str = "--encoder_model_name",
     ) -> FrozenEncoder:
         """Load a vision tower by Hub name or from a local folder.
 
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
                 after the tower's closing norm.
+            flag: with which another one is given.
         """
         try:
             with _quiet_library():
@@ -143,7 +148,7 @@ class FrozenEncoder(nn.Module):
             place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
             raise UserError(
                 f"the encoder {name!r} can't be loaded from that {place}: {first_line(error)} "
-                "Give another one with --encoder_model_name, or --encoder for a trained checkpoint."
+                f"Give another one with {flag}."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         if missing or info["mismatched_keys"]:
@@ -170,7 +175,7 @@ class FrozenEncoder(nn.Module):
         """Load the encoder of this `identity()` and width, from where it `moved_to`, if it has."""
         name = moved_to or identity["name"]
         revision = None if moved_to else identity.get("revision")
-        encoder = cls.load(name, revision, identity.get("layers"))
+        encoder = cls.load(name, revision, identity.get("layers"), "--encoder")
         here = encoder.identity()
         changed = [key for key in ("weights", "preprocessing") if here[key] != identity.get(key)]
         changed += ["width"] if encoder.width != width else []
