@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
