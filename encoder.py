@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -132,7 +133,7 @@ class FrozenEncoder(nn.Module):
             flag: with which another one is given.
         """
         try:
-            with _quiet_library():
+            with quiet_library():
                 where = loading_options(name, revision)
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
@@ -229,6 +230,19 @@ class FrozenEncoder(nn.Module):
             tower = {"name": told["name"], "revision": told["revision"]}
         return {"class": tower_class.__name__, "options": options} | tower
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As another process may get it: without the library's hooks, which are laid there anew."""
+        tower = copy.deepcopy(self.tower, {id(each): each for each in self.tower.parameters()})
+        for module in tower.modules():
+            module._forward_hooks.clear()
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return vars(self) | {"_modules": {"tower": tower}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.device("meta"):  # by which the library learns what the class can tell
+            type(self.tower)(self.tower.config)
+
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Do nothing: frozen means frozen."""
         return self
@@ -309,17 +323,18 @@ def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Keep the library's loading report off the screen: what matters in it we check and say."""
     library = transformers.utils.logging
-    level = library.get_verbosity()
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
-        library.enable_progress_bar()
+        if bars:
+            library.enable_progress_bar()
 
 
 def _middle(image: Image.Image, ratio: int) -> Image.Image:

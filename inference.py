@@ -88,6 +88,10 @@ class Captioner:
         self.tasks, self.require = checkpoint.tasks, checkpoint.require
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
+        self._process: int | None = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_process": None}  # sent to another, it is at home there
 
     def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
         """The best caption of a picture, or of each of several, files or Pillow images.
@@ -146,6 +150,10 @@ class Captioner:
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
+        if self._process not in (None, os.getpid()):
+            # Forked from where OpenMP's threads stayed: to wait for them would take for ever.
+            torch.set_num_threads(1)
+        self._process = os.getpid()
         self.require("captions" if questions is None else "questions")
         if not all(question.strip() for question in questions or ()):
             raise UserError("a question is empty: to have a caption written, ask none")
@@ -244,7 +252,10 @@ class Captioner:
                 raise ImageError("the picture has no pixels")
             return as_rgb(picture)
         if not isinstance(picture, Picture) and not hasattr(picture, "read"):
-            raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
+            raise TypeError(
+                f"a picture is a file or a Pillow image, not {type(picture).__name__}: of an array "
+                "PIL.Image.fromarray makes one, of bytes io.BytesIO"
+            )
         return self.encoder.open(picture)
 
 

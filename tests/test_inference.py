@@ -7,7 +7,10 @@ import errno
 import json
 import math
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -21,7 +24,7 @@ import inference
 from encoder import ImageError
 from inference import load_captioner
 from sidecar import Photo, Table
-from tests.conftest import paint, run
+from tests.conftest import REPO, paint, run
 from tests.forked import Forked
 from utils import Bar, UserError
 
@@ -389,6 +392,14 @@ def test_half_a_character_in_a_question_is_replaced(joint):
     assert result.returncode == 0, result.stderr
 
 
+def test_nobody_need_hear_what_is_written_to_files(folder, trained):
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    words = [sys.executable, "inference.py", folder, "--checkpoint", checkpoint, "--write", "csv"]
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *map(str, words)]
+    assert subprocess.run(closed, cwd=REPO).returncode == 1  # no lines came out
+    assert len((folder / "captions.csv").read_text().splitlines()) == 1 + len(NAMES)
+
+
 def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):
     (folder / "a.jpg").rename(folder / "日本é.jpg")
     result = caption(folder, "--write", "csv", PYTHONIOENCODING="ascii")
@@ -452,6 +463,27 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     with pytest.raises(ValueError, match="3 pictures and 2 questions"):
         captioner.answer(photos, questions)
     assert not encoded
+
+
+def test_a_captioner_works_in_other_processes(trained, photos, tmp_path):
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    captioner = load_captioner(checkpoint, precision="fp32")
+    captioner.encoder.layers = (-2,)  # where the library lays hooks
+    photo = str(photos / "images" / "000.png")
+    features = captioner.features([Image.open(photo)])
+    (tmp_path / "captioner").write_bytes(pickle.dumps(captioner))
+    code = (
+        "import os, pickle, sys, torch; from PIL import Image\n"
+        "captioner = pickle.load(open(sys.argv[1], 'rb')); image = Image.open(sys.argv[2])\n"
+        "torch.save(captioner.features([image]), sys.argv[3]); captioner.caption(image)\n"
+        "if not (child := os.fork()):\n"  # as a server's worker: threads stay behind
+        "    os._exit(captioner.caption(image) == '' or torch.get_num_threads() > 1)\n"
+        "sys.exit(os.waitpid(child, 0)[1])"
+    )
+    made = tmp_path / "made"
+    other = run("-c", code, tmp_path / "captioner", photo, made, OMP_NUM_THREADS="2")
+    assert other.returncode == 0, other.stderr
+    assert torch.equal(torch.load(made), features)
 
 
 def odd_pictures(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,12 @@ def test_a_run_leaves_what_it_promises(trained, encoder_dir):
     assert not list(trained.rglob("*.tmp"))
     weights = load_file(best(trained, ".safetensors"))
     assert not any("tower" in name or "encoder" in name for name in weights)
+
+
+def test_a_program_trains_on_a_thread_of_its_own(tmp_path, trained, encoder_dir):
+    flags = [*small_flags(trained, encoder_dir), "--output_dir", str(tmp_path), "--epochs", "1"]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, flags).result() == 0
 
 
 def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
