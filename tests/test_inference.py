@@ -336,7 +336,7 @@ def test_from_python(trained, folder):
             captioner.caption(wrong)
     with pytest.raises(ImageError, match="no pixels"):
         captioner.caption(Image.new("RGB", (0, 5)))
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(UserError, match="batch_size is 0"):
         captioner.caption(paths, batch_size=0)
     with open(paths[0], "rb") as file:
         assert captioner.caption(file) == single[0]
@@ -460,9 +460,23 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     assert answers[::2] == captioner.answer(iter(photos), questions[0])
     assert answers[:2] == captioner.answer(photos[0], (q for q in questions))
     encoded.clear()
-    with pytest.raises(ValueError, match="3 pictures and 2 questions"):
+    with pytest.raises(UserError, match="3 pictures and 2 questions"):
         captioner.answer(photos, questions)
     assert not encoded
+
+
+def test_a_notebook_that_keeps_an_error_keeps_no_file_locked(folder, trained, monkeypatch):
+    (folder / "bad.jpg").write_bytes(b"x")
+    words = [str(folder), "--checkpoint", str(trained / "last.pt"), "--write", "csv"]
+    made: list[inference.Captioner] = []
+    load = inference.captioner_of
+    monkeypatch.setattr(inference, "captioner_of", lambda args: made.append(load(args)) or made[-1])
+    kept = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 5 photos can't be read") as error:
+            inference.main(words)
+        kept.append(error.value)
+    assert made[0].require.__self__.training is None  # of a `.pt`, thrice the weights
 
 
 def test_a_captioner_works_in_other_processes(trained, photos, tmp_path):
