@@ -173,10 +173,10 @@ def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.Proces
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once.
+    """Ctrl-C, SIGTERM or a closed terminal: finish the step and save. A second one stops at once.
 
-    Not so under torchrun, which passes on what the process may have got already, and stops it
-    after a while in any case.
+    Not so of a closed terminal, of which several may tell, nor under torchrun, which passes on
+    what the process may have got already, and stops it after a while in any case.
     """
 
     def __init__(self, team: Team) -> None:
@@ -184,7 +184,9 @@ class StopSignal:
         self.team = team
 
     def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+            numbers.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
@@ -193,7 +195,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked and not self.team.job:
+        if self.asked and not self.team.job and number != signal.SIGHUP:
             raise KeyboardInterrupt
         self.asked = True
         if self.team.leads:
