@@ -168,7 +168,7 @@ def unescaped(text: str) -> str:
     `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a page's tags,
     such as `<br>`."""
     text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
-    for _ in range(10):
+    for _ in range(10 if "&" in text else 0):
         text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
     return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
 

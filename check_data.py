@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-from dataset import DataPaths, Texts
+from dataset import DataPaths, Texts, answers_by_kind
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
 from options import SPLITS
@@ -108,10 +107,7 @@ def describe_questions(questions: Texts) -> None:
     asked = [text for group in questions.values() for text in group]
     counts = sorted(map(len, questions.values()))
     print(f"a photo   {counts[0]} to {counts[-1]} questions, {len(asked) / len(counts):.1f} mean")
-    told: dict[str, Counter[str]] = {}
-    for text in asked:
-        for kind in {text.kind, ""}:
-            told.setdefault(kind, Counter())[normalize(text.target)] += 1
+    told = answers_by_kind(asked, normalize)
     for kind, answers in sorted(told.items(), key=lambda each: (-each[1].total(), each[0]))[:11]:
         whole = answers.total()
         most = ", ".join(f"{said!r} {100 * n / whole:.0f} %" for said, n in answers.most_common(3))

@@ -221,6 +221,17 @@ def prompts_about(texts: Texts, names: Iterable[str], task: str) -> list[tuple[s
     return prompts
 
 
+def answers_by_kind(
+    asked: Iterable[Text], spelled: Callable[[str], str] = str
+) -> dict[str, Counter[str]]:
+    """How often each answer is given to each type of question, and under "" to all."""
+    counts: dict[str, Counter[str]] = {}
+    for text in asked:
+        for kind in {text.kind, ""}:
+            counts.setdefault(kind, Counter())[spelled(text.target)] += 1
+    return counts
+
+
 def references_of(texts: Texts, names: Iterable[str]) -> dict[str, list[str]]:
     """People's captions of those of the photos that have any."""
     found = {name: [t.target for t in texts.get(name, ()) if not t.question] for name in names}
@@ -239,8 +250,8 @@ def encode_rows(
 def check_name(path: object, name: str) -> None:
     """Refuse a photo's name that leads out of the photo folder."""
     parts = name.split("/")
-    drive = re.fullmatch("[A-Za-z]:", parts[0]) or len(name) > LONGEST
-    if parts[0] == "" or drive or ".." in parts or re.search("[\\\\\0\ud800-\udfff]", name):
+    leads_out = re.fullmatch("([A-Za-z]:)?", parts[0]) or ".." in parts
+    if leads_out or len(name) > LONGEST or re.search("[\\\\\0\ud800-\udfff]", name):
         raise UserError(f"{path}: {name!r} is not a name within the photo folder")
 
 

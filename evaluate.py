@@ -36,7 +36,15 @@ from tqdm import tqdm
 
 from captions_search import say_other_split, say_outdated
 from checkpoint import load_checkpoint
-from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
+from dataset import (
+    Text,
+    answers_by_kind,
+    data_paths,
+    load_splits,
+    load_texts,
+    prompts_about,
+    references_of,
+)
 from device import choose_device, choose_dtype
 from encoder import loading_options, open_image, quiet_library
 from features import build_features, file_digest
@@ -365,10 +373,7 @@ def score_answers(scored: Scored) -> dict[str, object]:
 
 def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
     """The most frequent answer to each type of question, and under "" to all."""
-    counts: dict[str, Counter[str]] = {}
-    for _, text in prompts:
-        for kind in {text.kind, ""}:
-            counts.setdefault(kind, Counter())[text.target] += 1
+    counts = answers_by_kind(text for _, text in prompts)
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
 
 

@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -378,17 +377,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.attention:
         explain_one(captioner, args, photos[0].file)
         return
-    try:
-        write_all(captioner, args, items)
-    except BaseException as error:  # which a notebook keeps, and with it the file that is locked
-        traceback.clear_frames(error.__traceback__)
-        raise
+    with contextlib.ExitStack() as files:  # unlocked at once: a notebook keeps the error
+        write_all(captioner, args, items, files)
 
 
 def write_all(
-    captioner: Captioner, args: argparse.Namespace, items: Sequence[tuple[Photo, str]]
+    captioner: Captioner,
+    args: argparse.Namespace,
+    items: Sequence[tuple[Photo, str]],
+    files: contextlib.ExitStack,
 ) -> None:
-    """Write about photos, as it goes to the terminal and to files."""
+    """Write about photos, as it goes to the terminal and to files, which `files` closes."""
     asked = any(question for _, question in items)
     options = given_options(args)
     count = args.n_best
@@ -400,7 +399,8 @@ def write_all(
     if args.write:
         photos = [photo for photo, _ in items]
         read = [file for file in (args.checkpoint, args.questions_file) if file]
-        writer = open_output(args.write, args.output, args.existing, folder, asked, photos, read)
+        how = (args.write, args.output, args.existing, folder, asked)
+        writer = open_output(*how, photos, read, files)
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)

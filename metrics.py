@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+
+from tokenizer import composed
 
 SCORER = "BLEU, ROUGE-L, CIDEr-D as in pycocoevalcap 1.2"
 TOKENIZER = "PTB as in Stanford CoreNLP 3.4.1, lower case, punctuation removed"
@@ -160,7 +161,7 @@ def tokenize(text: str) -> list[str]:
     rules here were checked against its output. Brackets become words ("-lrb-"), as they do there,
     and a few tokens hold a no-break space ("1 1/2").
     """
-    text = _UNKNOWN.sub(" ", _composed(text).replace("\xad", ""))
+    text = _UNKNOWN.sub(" ", composed(text).replace("\xad", ""))
     tokens = []
     position = 0
     while position < len(text):
@@ -179,12 +180,6 @@ def tokenize(text: str) -> list[str]:
         if token not in _PUNCTUATION and not re.fullmatch("-{2,4}", token):
             tokens.append(token)
     return tokens
-
-
-def _composed(text: str) -> str:
-    """In Unicode's usual spelling, with Turkish "İ" as one letter in lower case: so the decoder
-    writes, and what people wrote otherwise would count as other words."""
-    return unicodedata.normalize("NFC", text).replace("\u0130", "i")
 
 
 def _spell(token: str) -> str:
@@ -450,7 +445,7 @@ def normalize_answer(answer: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    return _composed(answer).replace("\n", " ").replace("\t", " ").strip()
+    return composed(answer).replace("\n", " ").replace("\t", " ").strip()
 
 
 def _as_written(answer: str) -> str:

@@ -428,10 +428,10 @@ def draw_samples(
     from matplotlib.figure import Figure
 
     names = list(history[-1]["samples"])
-    told = [entry for entry in history if entry["samples"].keys() & names]  # these photos' epochs
-    told = [told[i] for i in sorted({0, len(told) // 2, len(told) - 1})] if told else []
     if not names:
         return False
+    told = [entry for entry in history if entry["samples"].keys() & names]  # these photos' epochs
+    told = [told[i] for i in sorted({0, len(told) // 2, len(told) - 1})]
     said = [text for each in told for text in each["samples"].values()]
     said += [text for captions in humans.values() for text in captions[:1]]
     families = [font.family_name for font in fonts_for("".join(said))]

@@ -6,6 +6,7 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -82,8 +83,8 @@ class TextFiles:
 class Table:
     """As `TextFiles`, one file of rows: `metadata.jsonl`, or a CSV with a header."""
 
-    def __init__(self, path: Path, existing: str, asked: bool):
-        """Open it, less a last line that a killed run left half-written.
+    def __init__(self, path: Path, existing: str, asked: bool, files: contextlib.ExitStack):
+        """Open it until `files` closes it, less a last line that a killed run left half-written.
 
         Where questions are answered (`asked`), they have a column.
         """
@@ -92,7 +93,8 @@ class Table:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Open, and so locked, for as long as the run lasts.
-            self.file = open(path, "a+", encoding="utf-8", errors="backslashreplace", newline="")
+            how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+            self.file = files.enter_context(open(path, "a+", **how))
             if lock(self.file) is False:
                 raise UserError(f"another run is writing to {path}: give another --output")
         except OSError as error:
@@ -159,10 +161,12 @@ def open_output(
     asked: bool,
     photos: Sequence[Photo],
     read: Sequence[str],
+    files: contextlib.ExitStack,
 ) -> TextFiles | Table:
     """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
 
-    A table stands in the `folder` that was given to be captioned, unless told otherwise. Neither
+    A table stands in the `folder` that was given to be captioned, unless told otherwise, and is
+    open until `files` closes it. Neither
     photos nor the other files that are `read` are written over.
     """
     inputs = [*dict.fromkeys(photo.file for photo in photos), *(Path(name) for name in read)]
@@ -178,4 +182,4 @@ def open_output(
     if path.suffix != f".{kind}":
         raise UserError(f"--output {path}: with --write {kind} its name must end in .{kind}")
     check_output("--output", path, *inputs)
-    return Table(path, existing, asked)
+    return Table(path, existing, asked, files)

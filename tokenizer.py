@@ -21,14 +21,19 @@ SPECIAL_TOKENS = (PAD, START, END, ANSWER)
 PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
 
 
+def composed(text: str) -> str:
+    """In Unicode's usual spelling, with Turkish "İ" as an "i", of which lower case would make two
+    characters: scores read what people wrote in the decoder's letters, or it is another word."""
+    return unicodedata.normalize("NFC", text).replace("\u0130", "i")
+
+
 def normalize(caption: str) -> str:
     """Lower case, single spaces, no closing full stop: what the decoder learns to write.
 
     The scorers of the field drop case and punctuation as well, and a vocabulary without them
-    sees each word more often. Turkish "İ" is an "i": lower case makes two characters of it.
+    sees each word more often.
     """
-    text = unicodedata.normalize("NFC", caption).replace("\u0130", "i").lower()
-    return " ".join(text.split()).rstrip(" .")
+    return " ".join(composed(caption).lower().split()).rstrip(" .")
 
 
 class CaptionTokenizer:

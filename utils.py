@@ -333,7 +333,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `commands.begin` has another
     try:
-        code = main() or int(sys.stdout.broken)
+        code = main()
     except UserError as error:
         code = say_error(error)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -164,7 +165,8 @@ def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refused)
     photo = Photo(tmp_path / "a.jpg", "a.jpg")
-    Table(tmp_path / "x.jsonl", "skip", False).write([(photo, "", "a dog")])
+    with contextlib.ExitStack() as files:
+        Table(tmp_path / "x.jsonl", "skip", False, files).write([(photo, "", "a dog")])
     assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
 
 
