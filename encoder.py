@@ -7,8 +7,10 @@ import copy
 import functools
 import hashlib
 import inspect
+import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -16,11 +18,11 @@ from typing import Any, BinaryIO
 import huggingface_hub
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from pictures import upright_rgb
-from utils import UserError, first_line, last_part
+from pictures import check_exif, upright_rgb
+from utils import UserError, first_line, last_part, shown
 
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
@@ -33,8 +35,11 @@ PHOTO_FORMATS = "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split()
 # A JPEG is decoded small, so it may be as large as Pillow allows, if it doesn't come in passes.
 LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "WEBP": 24_000_000}
 # What costs a pass over all that came before: a JPEG's scans, of which progressive ones have ten,
-# and a GIF's comments; by how a file begins: its sign, and how many are read.
-PASSES = {b"\xff\xd8": (b"\xff\xda", 200), b"GI": (b"!\xfe", 10_000)}
+# and a PPM's comments; by how a file begins: its sign, and how many are read.
+PASSES = {b"\xff\xd8": (b"\xff\xda", 200)} | dict.fromkeys((b"P1", b"P2", b"P3"), (b"#", 100))
+# How often a file is read from; of a GIF, whose first frame takes few, each may join a comment.
+MOST_READS, MOST_OF_GIF = 1_000_000, 5_000
+EXIF = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)  # in a JPEG: each part's length
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 
 
@@ -49,28 +54,48 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
             of its size where both sides stay at least that long, which is several times as fast.
     """
-    is_name = isinstance(path, str | os.PathLike)
-    with _named(path):
+    is_name, name = isinstance(path, str | os.PathLike), shown(path)
+    with _named(name):
         if is_name and stat.S_ISFIFO(os.stat(path).st_mode):
-            raise ImageError(f"{path} is a pipe, not a picture")  # to open it may take for ever
+            raise ImageError(f"{name} is a pipe, not a picture")  # to open it may take for ever
         with open(path, "rb") if is_name else contextlib.nullcontext(path) as file:
-            if getattr(file, "seekable", bool)():
-                _check_passes(file)
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
-            return as_rgb(image, path, least)
+            seekable = getattr(file, "seekable", bool)()
+            spared = Spared(file if seekable else io.BytesIO(file.read()))
+            with Image.open(spared, formats=PHOTO_FORMATS) as image:
+                return as_rgb(image, name, least)
 
 
-def _check_passes(file: BinaryIO) -> None:
-    """Refuse a picture that a reader would pass over for hours."""
-    file.seek(0)
-    sign, most = PASSES.get(file.read(2), (b"", 0))
-    parts = iter(lambda: file.read(2**20), b"") if sign else ()
-    count = sum(part.count(sign) for part in parts)
-    if count > most + file.tell() / 20_000:  # some stand by chance in what is packed
-        raise ValueError(f"it would be passed over {count:,} times")
+class Spared:
+    """A picture's file, of which not much more is read than it holds: each of a TIFF's tags may
+    point to all of it. One that a reader would pass over for hours is refused."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, 8 * file.seek(0, os.SEEK_END) + 2**24
+        file.seek(0)
+        begin = file.read(2)
+        self.reads = MOST_OF_GIF if begin == b"GI" else MOST_READS
+        sign, most = PASSES.get(begin, (b"", 0))
+        content = file.read() if sign else b""
+        count = content.count(sign) if sign else 0
+        if count > most + len(content) / 20_000:  # some stand by chance in what is packed
+            raise ValueError(f"it would be passed over {count:,} times")
+        if sign == b"\xff\xda":  # Pillow joins the parts of EXIF, and looks into it at once
+            check_exif(sum(int.from_bytes(size, "big") for size in EXIF.findall(content)))
+        file.seek(0)
+
+    def read(self, *size: int) -> bytes:
+        part = self.file.read(*size)
+        self.left -= len(part)
+        self.reads -= 1
+        if self.left < 0 or self.reads < 0:
+            raise ValueError("its tags or comments would be passed over without end")
+        return part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
-def as_rgb(image: Image.Image, name: object = "the picture", least: int | None = None):
+def as_rgb(image: Image.Image, name: str = "the picture", least: int | None = None):
     """A picture, if it isn't too large, as `upright_rgb` gives it."""
     with _named(name):
         if least and not image.info.get("progressive"):
@@ -86,7 +111,7 @@ def as_rgb(image: Image.Image, name: object = "the picture", least: int | None =
 
 
 @contextlib.contextmanager
-def _named(name: object) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     """Say in one line which picture can't be read, and why."""
     try:
         yield
@@ -98,6 +123,8 @@ def _named(name: object) -> Iterator[None]:
         raise ImageError(f"{name} is a folder, not a picture") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large a picture: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not a readable picture: it is of no kind known here") from None
     except Exception as error:  # noqa: BLE001 - what Pillow raises for broken files is without end
         raise ImageError(f"{name} is not a readable picture: {first_line(error)}") from None
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 PHOTOMETRIC = 262  # the TIFF tag, which is 0 where 0 is white
+MOST_EXIF = 200_000  # bytes; each of its tags may be as long as all of it, and so take its square
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -27,6 +28,8 @@ TURNS = {
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture as 8-bit RGB, upright, on white; raises what Pillow does where it can't be read."""
     image.load()
+    check_exif(len(image.info.get("exif") or b""))
+    check_exif(len(image.info.get("Raw profile type exif") or "") // 2)  # in hexadecimal digits
     turn = TURNS.get(image.getexif().get(ORIENTATION))
     image = _eight_bits(image) if image.mode.startswith(("I", "F")) else image
     # Pillow's own way to turn it also writes EXIF anew, and fails where another tag is odd.
@@ -39,6 +42,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     picture = image.convert("RGB")
     picture.info.clear()  # or what it says of being turned would be heeded twice
     return picture
+
+
+def check_exif(size: int) -> None:
+    if size > MOST_EXIF:
+        raise ValueError(f"its EXIF has {size:,} bytes, of which at most {MOST_EXIF:,} are read")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

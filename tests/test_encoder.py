@@ -8,6 +8,8 @@ import pty
 import socket
 import struct
 import time
+import tracemalloc
+import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -244,7 +246,39 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 
-@pytest.mark.fault(count=2)
+def tags_that_are_all_of_it(size: int) -> bytes:
+    """A TIFF of one directory, whose 2,000 tags each point to `size` bytes."""
+    tags = (struct.pack("<HHLL", 40_000 + n, 1, size, 8) for n in range(2000))
+    head = struct.pack("<LH", 8, 2000)
+    return b"".join([b"II*\0", head, *tags, bytes(4 + size)])
+
+
+@pytest.mark.fault(count=4)
+def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", check)
+
+    bomb = tags_that_are_all_of_it(400_000)
+    (tmp_path / "tags.tif").write_bytes(bomb)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    for name, exif in {"tags.png": bomb, "signs.png": b"Exif\0\0" * 400_000}.items():
+        (tmp_path / name).write_bytes(content[:33] + chunk(b"eXIf", exif) + content[33:])
+    Image.new("L", (4, 4)).save(tmp_path / "a.jpg", exif=Image.Exif())
+    content = (tmp_path / "a.jpg").read_bytes()
+    parts = [b"Exif\0\0" + bomb[n : n + 65_000] for n in range(0, len(bomb), 65_000)]
+    parts = [b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part for part in parts]
+    (tmp_path / "tags.jpg").write_bytes(b"".join([content[:2], *parts, content[20:]]))
+    for name in ("tags.tif", "tags.png", "signs.png", "tags.jpg"):
+        tracemalloc.start()
+        with pytest.raises(ImageError, match=f"{name} .* (EXIF|passed over)"):
+            open_image(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+        tracemalloc.stop()
+
+
+@pytest.mark.fault(count=4)
 def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
     Image.effect_noise((64, 64), 90).save(tmp_path / "a.jpg", progressive=True)
     content = (tmp_path / "a.jpg").read_bytes()
@@ -255,8 +289,11 @@ def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
     start = content.index(b",\0\0")
     comments = b"!\xfe\x01a\0" * 500_000
     (tmp_path / "comments.gif").write_bytes(content[:start] + comments + content[start:])
+    comment = b"!\xfe" + b"\x01a" * 500_000 + b"\0"
+    (tmp_path / "comment.gif").write_bytes(content[:start] + comment + content[start:])
+    (tmp_path / "comments.ppm").write_bytes(b"P3 4 4 255\n" + b"#\n" * 500_000 + b"0 " * 48)
     started = time.monotonic()
-    for name in ("scans.jpg", "comments.gif"):
+    for name in ("scans.jpg", "comments.gif", "comment.gif", "comments.ppm"):
         with pytest.raises(ImageError, match=f"{name} .* passed over"):
             open_image(tmp_path / name)
     assert time.monotonic() - started < 5
