@@ -333,7 +333,7 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             names = [*files_in(path, recursive, others)]
             files = {os.path.join(above, name): path / name for name in names if is_photo(name)}
             strange = (Path(name).suffix.lower() for name in names if not is_photo(name))
-            others.update(suffix or "no suffix" for suffix in strange)
+            others.update(shown(suffix) or "no suffix" for suffix in strange)
         for name, file in files.items():
             plain = name.encode(errors="backslashreplace").decode()  # bytes may be no UTF-8
             found.setdefault(os.path.abspath(file), Photo(file, plain))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, check_output, lock, write_error, write_file
+from utils import UserError, check_output, lock, shown, write_error, write_file
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Table:
         whole = there.endswith(b"}") and not self.csv
         self.keep = len(there) if whole else there.rfind(b"\n") + 1
         if last := there[self.keep :].decode(errors="replace"):
-            print(f"{path}: its last line has no end, and is dropped: {last}", file=sys.stderr)
+            print(
+                f"{path}: its last line has no end, and is dropped: {shown(last)}", file=sys.stderr
+            )
         header = ",".join(self.columns) if self.csv and not self.keep else ""
         self.begin: str | None = header + "\n" if header or whole else ""
         rows = self._read(there[: self.keep])

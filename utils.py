@@ -206,7 +206,9 @@ def shown(text: object, spared: str = "") -> str:
     """A text from outside as people may see it: what would steer a terminal is escaped."""
 
     def escaped(found: re.Match) -> str:
-        return found[0] if found[0] in spared else found[0].encode("unicode_escape").decode()
+        sign, within = found[0], 0 < found.start() < len(found.string) - 1
+        steers = sign not in spared or (sign == "\r" and within)  # bars begin and end with one
+        return sign.encode("unicode_escape").decode() if steers else sign
 
     return CONTROLS.sub(escaped, str(text))
 
@@ -308,7 +310,7 @@ class Said:
 def guard_output() -> None:
     """Let what the script says go through `Said`."""
     if not isinstance(sys.stdout, Said):
-        sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r\x1b")
+        sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r")
 
 
 def leave(code: object) -> NoReturn:
@@ -322,8 +324,7 @@ def say_error(error: object) -> int:
     """Say a mistake of the user's; returns the exit code."""
     sys.stdout.flush()
     # Lines of ours begin with a space, so that a name from outside can't forge one.
-    message = re.sub(r"\n(?! )", "\n  ", brief(redact(str(error))))
-    print(f"error: {shown(message, chr(10))}", file=sys.stderr)
+    print("error:", re.sub(r"\n(?! )", "\n  ", brief(redact(str(error)))), file=sys.stderr)
     return 1
 
 
@@ -591,8 +592,7 @@ def require_room(needs: Iterable[tuple[Path, int]]) -> None:
         needed[there.stat().st_dev] += size
         places.setdefault(there.stat().st_dev, there)
     for disk, place in places.items():
-        free = shutil.disk_usage(place).free
-        if free < needed[disk]:
+        if (free := shutil.disk_usage(place).free) < needed[disk]:
             raise UserError(
                 f"the disk of {place} has {size_text(free)} free, but "
                 f"{size_text(needed[disk])} are needed: free some space, or choose another place "

@@ -246,12 +246,18 @@ def test_what_people_read_steers_no_terminal_and_forges_no_line():
     code = (
         "from utils import UserError, run_script\n"
         "name = 'a\x1b[2J\u202e\\udcff\\nerror: b'\n"
-        "def main():\n print(name)\n raise UserError(name)\n"
+        "import sys\n"
+        "def main():\n"
+        " print(name)\n"
+        " for said in ('\\r 50 %\\r', 'b\\rok\x1b[31m'):\n"
+        "  print(said, end='', file=sys.stderr)\n"
+        " raise UserError(name)\n"
         "run_script(main)"
     )
     result = run("-c", code)
     assert result.stdout == "a\\x1b[2J\\u202e\\udcff\nerror: b\n"  # a line of print's is a line
-    assert result.stderr == "error: a\\x1b[2J\\u202e\\udcff\n  error: b\n"
+    bar, named = "\n 50 %\n", "b\\rok\\x1b[31m"  # a bar's own returns, as lines are read here
+    assert result.stderr == f"{bar}{named}error: a\\x1b[2J\\u202e\\udcff\n  error: b\n"
     assert shown("größer 犬 👩‍👧 a\tb\n") == "größer 犬 👩‍👧 a\\tb\\n"
 
 
