@@ -276,6 +276,9 @@ def score_captions(scored: Scored) -> dict[str, object]:
     seconds = time.monotonic() - started
     said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
     captions = dict(zip(names, said, strict=True))
+    if settings.save_captions:  # before what may fail, as where a photo has gone meanwhile
+        content = json.dumps(captions, ensure_ascii=False, indent=1)
+        write_file(Path(settings.save_captions).expanduser(), content)
     references = references_of(scored.texts, names)
     found, values = score(captions, references)
     low, high = bootstrap_interval(list(values.values()), seed=0)
@@ -292,9 +295,6 @@ def score_captions(scored: Scored) -> dict[str, object]:
     summary = score_table(found, human_ceiling(references), (low, high), other, missing)
     print(summary)
     write_report(settings.report, images, captions, references, values, summary)
-    if settings.save_captions:
-        content = json.dumps(captions, ensure_ascii=False, indent=1)
-        write_file(Path(settings.save_captions).expanduser(), content)
     beams, rate = scored.options.beam_size, len(names) / seconds
     print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
     print(f"report: {settings.report}")

@@ -106,6 +106,8 @@ def test_no_room_for_a_report(tmp_path, trained):
         trained,
         "--report",
         tmp_path / "report.html",
+        "--save_captions",
+        tmp_path / "captions.json",
         "--device",
         "cpu",
         "--precision",
@@ -113,7 +115,7 @@ def test_no_room_for_a_report(tmp_path, trained):
         limits={resource.RLIMIT_FSIZE: 2000},
     )
     assert_message(full, "no room left to write", "report.html")
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["captions.json"]
 
 
 @pytest.mark.fault
