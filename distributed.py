@@ -174,10 +174,10 @@ def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.Proces
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: finish the step and save. A second one stops at once.
+    """Ctrl-C, SIGTERM or a closed terminal: finish the step and save. A second one stops at once.
 
-    Not so under torchrun, which passes on what the process may have got already, and stops it
-    after a while in any case.
+    Not so of a closed terminal, of which several may tell, nor under torchrun, which passes on
+    what the process may have got already, and stops it after a while in any case.
     """
 
     def __init__(self, team: Team) -> None:
@@ -187,7 +187,9 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         # Of threads only the main one is told, and may ask to be.
         main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        numbers = [signal.SIGINT, signal.SIGTERM] if main else []
+        if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+            numbers.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
@@ -196,7 +198,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked and not self.team.job:
+        if self.asked and not self.team.job and number != signal.SIGHUP:
             raise KeyboardInterrupt
         self.asked = True
         if self.team.leads:
