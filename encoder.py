@@ -127,7 +127,8 @@ class FrozenEncoder(nn.Module):
                 after the tower's closing norm.
         """
         try:
-            with _quiet_library():
+            # A program may have set another default device, by `torch.set_default_device`.
+            with _quiet_library(), torch.device("cpu"):
                 where = loading_options(name, revision)
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
