@@ -209,6 +209,8 @@ def is_older(path: Path) -> bool:
 
 def read_file(path: Path) -> tuple[str, Any]:
     """The kind of a file, and its JSON value, or its lines as `(where, line)`."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, no file")  # to read it may never end
     with contextlib.suppress(OSError), open(path, "rb") as file:
         start = file.read(64)
         if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):

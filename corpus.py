@@ -97,10 +97,10 @@ def load_data(
     layers = parse_layers(settings.ENCODER_LAYERS)
     encoder = FrozenEncoder.load(name, revision, layers).to(device)
     identity = encoder.identity()
-    if begun and not begun.training:
-        say_other_split(paths, begun.settings)
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")
+        if not begun.training:  # a training that goes on compares the photos themselves
+            say_other_split(paths, begun.settings)
     how = {
         "dtype": choose_dtype(settings.PRECISION, device),
         "batch_size": settings.FEATURE_BATCH_SIZE,

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -184,7 +185,9 @@ class StopSignal:
         self.team = team
 
     def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        # Of threads only the main one is told, and may ask to be.
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
         self.before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -118,17 +119,22 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def load(
-        cls, name: str, revision: str | None = None, layers: Sequence[int] = (-1,)
+        cls,
+        name: str,
+        revision: str | None = None,
+        layers: Sequence[int] = (-1,),
+        flag: str = "--encoder_model_name",
     ) -> FrozenEncoder:
         """Load a vision tower by Hub name or from a local folder.
 
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
                 after the tower's closing norm.
+            flag: with which another one is given.
         """
         try:
             # A program may have set another default device, by `torch.set_default_device`.
-            with _quiet_library(), torch.device("cpu"):
+            with quiet_library(), torch.device("cpu"):
                 where = loading_options(name, revision)
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
@@ -144,7 +150,7 @@ class FrozenEncoder(nn.Module):
             place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
             raise UserError(
                 f"the encoder {name!r} can't be loaded from that {place}: {first_line(error)} "
-                "Give another one with --encoder_model_name, or --encoder for a trained checkpoint."
+                f"Give another one with {flag}."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         if missing or info["mismatched_keys"]:
@@ -171,7 +177,7 @@ class FrozenEncoder(nn.Module):
         """Load the encoder of this `identity()` and width, from where it `moved_to`, if it has."""
         name = moved_to or identity["name"]
         revision = None if moved_to else identity.get("revision")
-        encoder = cls.load(name, revision, identity.get("layers"))
+        encoder = cls.load(name, revision, identity.get("layers"), "--encoder")
         here = encoder.identity()
         changed = [key for key in ("weights", "preprocessing") if here[key] != identity.get(key)]
         changed += ["width"] if encoder.width != width else []
@@ -224,6 +230,19 @@ class FrozenEncoder(nn.Module):
             told = public(self.source)
             tower = {"name": told["name"], "revision": told["revision"]}
         return {"class": tower_class.__name__, "options": options} | tower
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As another process may get it: without the library's hooks, which are laid there anew."""
+        tower = copy.deepcopy(self.tower, {id(each): each for each in self.tower.parameters()})
+        for module in tower.modules():
+            module._forward_hooks.clear()
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return vars(self) | {"_modules": {"tower": tower}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.device("meta"):  # by which the library learns what the class can tell
+            type(self.tower)(self.tower.config)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Do nothing: frozen means frozen."""
@@ -305,17 +324,18 @@ def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Keep the library's loading report off the screen: what matters in it we check and say."""
     library = transformers.utils.logging
-    level = library.get_verbosity()
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
     library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
-        library.enable_progress_bar()
+        if bars:
+            library.enable_progress_bar()
 
 
 def _middle(image: Image.Image, ratio: int) -> Image.Image:

@@ -38,7 +38,7 @@ from captions_search import say_other_split, say_outdated
 from checkpoint import load_checkpoint
 from dataset import Text, data_paths, load_splits, load_texts, prompts_about, references_of
 from device import choose_device, choose_dtype
-from encoder import loading_options, open_image
+from encoder import loading_options, open_image, quiet_library
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
@@ -92,14 +92,19 @@ def java_scores(
 
 def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
     """A CLIP model, and what makes its pixels and tokens."""
+    load, processor = transformers.CLIPModel.from_pretrained, transformers.AutoImageProcessor
     try:
-        options = loading_options(name)
-        model = transformers.CLIPModel.from_pretrained(name, **options).to(device).eval()
-        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **options)
-        words = transformers.AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        with quiet_library():
+            options = loading_options(name)
+            model, info = load(name, output_loading_info=True, **options)
+            pictures = processor.from_pretrained(name, backend="pil", **options)
+            words = transformers.AutoTokenizer.from_pretrained(name, **options)
+        # The library fills both gaps by chance or with nothing, and any score would come out.
+        if info["missing_keys"] or {*words("a dog").input_ids} <= {*words.all_special_ids}:
+            raise ValueError("it has no CLIP's weights, or no tokenizer")
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
-    return model, pictures, words
+    return model.to(device).eval(), pictures, words
 
 
 @torch.inference_mode()

@@ -357,13 +357,14 @@ def model_card(
     samples: Mapping[str, str],
     scored: str = "",
     question: str = "",
+    start: str | None = None,
 ) -> str:
     """The README of a Hub repository: front matter for machines, then text for people.
 
     `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
     `scored`, or else of `dataset`, which it learned from; `samples` maps photos' names to the
     captions that the model gave them; `question` is one that it can answer, where it can do
-    nothing else.
+    nothing else; `start`, with whose weights its training began, if any.
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")
@@ -405,6 +406,7 @@ def model_card(
         encoder=f"`{encoder_name}`{at_revision}",
         needs=" (here a folder of its trainer's: give yours as `encoder=...`)" if local else "",
         dataset=dataset,
+        began=f"(starting from `{start}`)" if start else "from scratch",
         does="answers questions about" if question else "captions",
         texts="questions" if question else "captions",
         command=command,
@@ -431,7 +433,7 @@ CARD = """\
 # {name}
 
 A Transformer decoder that {does} photos from the features of the frozen image encoder
-{encoder}. It was trained from scratch on the {texts} of {dataset}. `model.safetensors` holds
+{encoder}. It was trained {began} on the {texts} of {dataset}. `model.safetensors` holds
 the decoder and its tokenizer; the encoder is not in it and comes from where it is published{needs}.
 
 ## Use
@@ -476,7 +478,7 @@ encoder's) with `transformers.AutoImageProcessor`.
 
 ## Licence
 
-The decoder's weights were learned from the photos and {texts} of {dataset}, on features of
+The decoder's weights were learned {began} from the photos and {texts} of {dataset}, on features of
 {encoder}. No licence of their own is granted beyond what those of the photos, the {texts} and
 the encoder allow: check them before you use these weights.
 """

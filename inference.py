@@ -21,10 +21,12 @@ import itertools
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,7 +46,16 @@ from options import GenerationOptions, change_options, given_options
 from photo_names import is_photo, match_names
 from questions_file import read_questions
 from sidecar import Photo, open_output
-from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
+from utils import (
+    Bar,
+    UserError,
+    atomic_write,
+    check_output,
+    check_ranges,
+    files_in,
+    run_script,
+    shown,
+)
 
 ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
@@ -85,9 +96,14 @@ class Captioner:
         self.model = checkpoint.model.to(device).eval()
         self.tokenizer = checkpoint.tokenizer
         self.reranker, self.options = checkpoint.reranker, checkpoint.generation
-        self.tasks, self.require = checkpoint.tasks, checkpoint.require
+        # Of a `.pt`, what training goes on with isn't kept.
+        self.tasks, self.require = checkpoint.tasks, replace(checkpoint, training=None).require
         self.encoder = encoder.to(device)
         self.device, self.dtype = device, dtype
+        self._process: int | None = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_process": None}  # sent to another, it is at home there
 
     def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
         """The best caption of a picture, or of each of several, files or Pillow images.
@@ -113,7 +129,7 @@ class Captioner:
             pictures = [pictures] * len(questions) if _is_one(pictures) else [*pictures]
             if len(pictures) != len(questions):
                 counts = f"{len(pictures)} pictures and {len(questions)} questions"
-                raise ValueError(f"{counts}: give one question for all, or one about each")
+                raise UserError(f"{counts}: give one question for all, or one about each")
         return self._best(pictures, questions, options)
 
     def stream(
@@ -133,8 +149,7 @@ class Captioner:
         same = questions is None or isinstance(questions, str)
         asked = [questions] if same else [*questions]
         chosen = self._options(asked if questions is not None else None, options)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        check_ranges(SimpleNamespace(batch_size=batch_size))
         asked = itertools.repeat(questions or "") if same else asked
         pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
@@ -146,6 +161,10 @@ class Captioner:
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
+        if self._process not in (None, os.getpid()):
+            # Forked from where OpenMP's threads stayed: to wait for them would take for ever.
+            torch.set_num_threads(1)
+        self._process = os.getpid()
         self.require("captions" if questions is None else "questions")
         if not all(question.strip() for question in questions or ()):
             raise UserError("a question is empty: to have a caption written, ask none")
@@ -244,7 +263,10 @@ class Captioner:
                 raise ImageError("the picture has no pixels")
             return as_rgb(picture)
         if not isinstance(picture, Picture) and not hasattr(picture, "read"):
-            raise TypeError(f"a picture is a file or a Pillow image, not {type(picture).__name__}")
+            raise TypeError(
+                f"a picture is a file or a Pillow image, not {type(picture).__name__}: of an array "
+                "PIL.Image.fromarray makes one, of bytes io.BytesIO"
+            )
         return self.encoder.open(picture)
 
 
@@ -355,8 +377,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     captioner = captioner_of(args)
     if args.attention:
         explain_one(captioner, args, photos[0].file)
-    else:
+        return
+    try:
         write_all(captioner, args, items)
+    except BaseException as error:  # which a notebook keeps, and with it the file that is locked
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def write_all(

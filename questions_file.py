@@ -27,7 +27,7 @@ from dataset import OTHER_SPLITS, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
-from utils import UserError, read_json, write_file
+from utils import UserError, brief, read_json, write_file
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options")
@@ -111,7 +111,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if not questions:
         raise UserError(f"{passed[0] if passed else f'{path} holds no questions'}: {USAGE}")
     if passed:
-        print(f"  passed over: {len(passed):,} questions, the first as {passed[0]}")
+        print(f"  passed over: {len(passed):,} questions, the first as {brief(passed[0])}")
     return questions
 
 

@@ -106,7 +106,7 @@ class Report(contextlib.AbstractContextManager):
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
             print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
-        if 0 < updates < FEW_UPDATES:
+        if 0 < updates < FEW_UPDATES and not settings.START_CHECKPOINT:
             print(
                 f"few       only {updates} updates: captions will be poor "
                 '("a man is a the a"); raise --num_epochs, or lower --batch_size'
@@ -166,6 +166,7 @@ class Report(contextlib.AbstractContextManager):
             command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
             samples=entry["samples"],
             question=self._question(data.splits["val"]),
+            start=on_record(settings)["START_CHECKPOINT"],
         )
         checkpoint = run.checkpoint(scores_of(entry))
         files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
@@ -426,8 +427,9 @@ def draw_samples(
     """
     from matplotlib.figure import Figure
 
-    told = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
-    names = list(told[-1]["samples"])
+    names = list(history[-1]["samples"])
+    told = [entry for entry in history if entry["samples"].keys() & names]  # these photos' epochs
+    told = [told[i] for i in sorted({0, len(told) // 2, len(told) - 1})] if told else []
     if not names:
         return False
     said = [text for each in told for text in each["samples"].values()]

@@ -62,6 +62,7 @@ MEASURES = {
     "val_accuracy": Measure("accuracy of answers", "answers {:.1f} % right", keep="best_accuracy"),
 }
 KEPT = [name for name, measure in MEASURES.items() if measure.keep]
+LASTING = [name for name in KEPT if name != "val_loss"]  # kept under one name for all epochs
 
 
 class Written(NamedTuple):
@@ -188,6 +189,12 @@ class Run:
                 found.append(entry)
         return found
 
+    def compare_from_here(self, measures: Iterable[str]) -> None:
+        """Leave the epochs so far out of comparisons; the next best sets their files aside."""
+        self.progress.since |= dict.fromkeys(measures, self.progress.epoch)
+        for measure in LASTING:
+            self.progress.written.pop(self.file_of(measure, {}).name, None)
+
     def file_of(self, measure: str, entry: Mapping[str, Any]) -> Path:
         """Where the weights of an epoch that was best in a measure are, for use."""
         name = MEASURES[measure].keep.format(**entry)
@@ -301,7 +308,9 @@ def find_checkpoint(settings: SimpleNamespace, team: Team) -> Checkpoint | None:
     if settings.RESUME_CHECKPOINT_PATH:
         path = Path(settings.RESUME_CHECKPOINT_PATH).expanduser()  # --flag=~/file keeps its ~
         if path.is_file():
-            return load_to_resume(settings, path)
+            checkpoint = load_to_resume(settings, path)
+            settings.START_CHECKPOINT = checkpoint.settings.get("START_CHECKPOINT")  # as it began
+            return checkpoint
         if path.exists():
             raise UserError(f"{path} is no file: give a .pt, such as {path / 'last.pt'}")
         print(f"there is no checkpoint {path} to resume from: training from scratch")
@@ -355,8 +364,7 @@ def keep_apart(run: Run) -> Progress:
     Bests whose files are elsewhere count no more: the next epoch is the best again.
     """
     source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
-    lasting = [name for name in KEPT if name != "val_loss"]  # the same name for each epoch
-    standing = ["last.pt", *(run.file_of(name, {}).name for name in lasting)]
+    standing = ["last.pt", *(run.file_of(name, {}).name for name in LASTING)]
     # What it goes on from can't have noted its own digest, under either of its names.
     newest = [run.file_of("val_loss", e).with_suffix(".pt").name for e in run.bests("val_loss")]
     known = (*standing, *progress.written, *newest[-1:])

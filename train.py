@@ -99,8 +99,7 @@ def take_place(run: Run, data: Data) -> None:
             else "resumed   with other validation photos or texts: earlier epochs are not compared "
             "(was the split changed, photos now to validate may have been trained on)"
         )
-        counted = [name for name in MEASURES if not (same and name == "val_loss")]
-        progress.since |= dict.fromkeys(counted, progress.epoch)
+        run.compare_from_here([name for name in MEASURES if not (same and name == "val_loss")])
     progress.judged, progress.by = judged, by
 
 

@@ -278,7 +278,8 @@ class Said:
     """
 
     def __init__(self, stream: TextIO | None, spared: str):
-        self.stream, self.spared, self.broken = stream, spared, stream is None
+        self.spared, self.broken = spared, stream is None
+        self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115 - others ask it
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # its encoding may lack a letter
 
@@ -312,10 +313,9 @@ def guard_output() -> None:
 
 def leave(code: object) -> NoReturn:
     """End a script, whose process may go on, as a notebook's does, with what was before."""
-    code = code or int(sys.stdout.broken)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
-    sys.exit(code)
+    said, sys.stdout, sys.stderr = sys.stdout, sys.stdout.stream, sys.stderr.stream
+    sys.exit(code or int(said.broken))
 
 
 def say_error(error: object) -> int:

@@ -158,12 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
+        url = f"{self.hub.url}/{repo_id}"
         if fault := self.hub.next_fault(f"{repo_id} create"):
             return self.answer(fault)
         if repo_id in self.hub.repos:
-            return self.answer(409, {"error": "You already created this model repo"})
+            return self.answer(409, {"error": "You already created this model repo", "url": url})
         self.hub.repos[repo_id] = Repo()
-        self.answer(200, {"url": f"{self.hub.url}/{repo_id}"})
+        self.answer(200, {"url": url})
 
     def validate(self) -> None:
         front_matter = json.loads(self.body)["content"].startswith("---\n")

@@ -80,8 +80,11 @@ def test_missing_weights_are_an_error(tmp_path):
 
 
 def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
-    with pytest.raises(UserError, match="encoder_model_name, or --encoder"):
+    with pytest.raises(UserError, match="another one with --encoder_model_name[.]$"):
         FrozenEncoder.load(str(tmp_path))
+    trained = {"name": str(tmp_path), "layers": [-1]}  # which only --encoder can move
+    with pytest.raises(UserError, match="another one with --encoder[.]$"):
+        FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="not a vision Transformer"):
         FrozenEncoder.load(str(tmp_path))

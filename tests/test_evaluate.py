@@ -151,6 +151,15 @@ def test_clip_score_is_what_its_paper_says(tmp_path, clip_dir):
         evaluate.load_clip(str(tmp_path / "nothing"), device)
 
 
+def test_what_is_no_clip_gives_no_score(tmp_path, clip_dir):
+    other = build_encoder("siglip", tmp_path / "siglip")  # whose weights CLIP's class would lack
+    for file in clip_dir.glob("token*"):
+        shutil.copy(file, other)
+    for folder in (other, build_encoder("clip", tmp_path / "clip")):  # which has no tokenizer
+        with pytest.raises(UserError, match="the CLIP model .* can't be loaded"):
+            evaluate.load_clip(str(folder), torch.device("cpu"))
+
+
 def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):
     captions, references = {"a": "a dog runs"}, {"a": ["a dog runs", "the dog is running"]}
     monkeypatch.setenv("PATH", "/nowhere")

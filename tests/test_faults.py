@@ -37,9 +37,9 @@ from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
 from metrics import tokenize
 from photo_names import find_names, plain_name
-from questions_file import PLACE
+from questions_file import PLACE, find_questions
 from tars import read_shard
-from tests.conftest import build_encoder, run, small_flags, write_photos
+from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
 from utils import RANGES, UserError, constants, redact, run_script
@@ -360,8 +360,10 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "evil.py").write_text(f"import os; os.mkdir({str(mark)!r})")
-    with pytest.raises(UserError, match="can't be loaded"):
+    with pytest.raises(UserError, match="can't be loaded.*--encoder_model_name"):
         FrozenEncoder.load(str(folder))
+    with pytest.raises(UserError, match=r"can't be loaded.*--encoder\."):
+        FrozenEncoder.load_as_trained({"name": str(folder), "layers": [-1]}, 32)
     assert not mark.exists()
 
 
@@ -541,3 +543,13 @@ WRONG_NUMBERS = {
 def test_settings_out_of_range_are_refused(flag):
     with pytest.raises(UserError, match=rf"{flag[2:].upper()} is .*(must be|at most)"):
         commands.train([flag, WRONG_NUMBERS[flag]])
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    data = write_questions(write_photos(tmp_path / "data", 6))
+    (data / "questions.json").rename(data / "asked.json")
+    os.mkfifo(data / "vqa.csv")
+    assert len(find_questions(data)) == 6
+    os.mkfifo(data / "my_captions.csv")
+    with pytest.raises(UserError, match="no file"):
+        read_captions(data / "my_captions.csv")

@@ -569,6 +569,8 @@ def test_card_is_read_back_by_the_hubs_own_reader():
     assert results["CIDEr"].metric_args == {"scorer": "pycocoevalcap 1.2"}
     assert read.data.base_model == "google/vit-base-patch16-224-in21k"
     assert read.data.pipeline_tag == "image-to-text"
+    assert "trained from scratch on" in read.text
+    assert "starting from" not in read.text and card(start="a/b").count("starting from `a/b`") == 2
     for text in (
         "| CIDEr | 35.25 |",
         "val split of Flickr8k",

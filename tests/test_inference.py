@@ -7,7 +7,10 @@ import errno
 import json
 import math
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -21,7 +24,7 @@ import inference
 from encoder import ImageError
 from inference import load_captioner
 from sidecar import Photo, Table
-from tests.conftest import paint, run
+from tests.conftest import REPO, paint, run
 from tests.forked import Forked
 from utils import Bar, UserError
 
@@ -333,7 +336,7 @@ def test_from_python(trained, folder):
             captioner.caption(wrong)
     with pytest.raises(ImageError, match="no pixels"):
         captioner.caption(Image.new("RGB", (0, 5)))
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(UserError, match="batch_size is 0"):
         captioner.caption(paths, batch_size=0)
     with open(paths[0], "rb") as file:
         assert captioner.caption(file) == single[0]
@@ -402,6 +405,14 @@ def test_half_a_character_in_a_question_is_replaced(joint):
     assert result.returncode == 0, result.stderr
 
 
+def test_nobody_need_hear_what_is_written_to_files(folder, trained):
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    words = [sys.executable, "inference.py", folder, "--checkpoint", checkpoint, "--write", "csv"]
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *map(str, words)]
+    assert subprocess.run(closed, cwd=REPO).returncode == 1  # no lines came out
+    assert len((folder / "captions.csv").read_text().splitlines()) == 1 + len(NAMES)
+
+
 def test_a_terminal_without_a_letter_costs_no_caption(folder, caption):
     (folder / "a.jpg").rename(folder / "日本é.jpg")
     result = caption(folder, "--write", "csv", PYTHONIOENCODING="ascii")
@@ -462,9 +473,44 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     assert answers[::2] == captioner.answer(iter(photos), questions[0])
     assert answers[:2] == captioner.answer(photos[0], (q for q in questions))
     encoded.clear()
-    with pytest.raises(ValueError, match="3 pictures and 2 questions"):
+    with pytest.raises(UserError, match="3 pictures and 2 questions"):
         captioner.answer(photos, questions)
     assert not encoded
+
+
+def test_a_notebook_that_keeps_an_error_keeps_no_file_locked(folder, trained, monkeypatch):
+    (folder / "bad.jpg").write_bytes(b"x")
+    words = [str(folder), "--checkpoint", str(trained / "last.pt"), "--write", "csv"]
+    made: list[inference.Captioner] = []
+    load = inference.captioner_of
+    monkeypatch.setattr(inference, "captioner_of", lambda args: made.append(load(args)) or made[-1])
+    kept = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 5 photos can't be read") as error:
+            inference.main(words)
+        kept.append(error.value)
+    assert made[0].require.__self__.training is None  # of a `.pt`, thrice the weights
+
+
+def test_a_captioner_works_in_other_processes(trained, photos, tmp_path):
+    checkpoint = trained / "captioner_best_cider.safetensors"
+    captioner = load_captioner(checkpoint, precision="fp32")
+    captioner.encoder.layers = (-2,)  # where the library lays hooks
+    photo = str(photos / "images" / "000.png")
+    features = captioner.features([Image.open(photo)])
+    (tmp_path / "captioner").write_bytes(pickle.dumps(captioner))
+    code = (
+        "import os, pickle, sys, torch; from PIL import Image\n"
+        "captioner = pickle.load(open(sys.argv[1], 'rb')); image = Image.open(sys.argv[2])\n"
+        "torch.save(captioner.features([image]), sys.argv[3]); captioner.caption(image)\n"
+        "if not (child := os.fork()):\n"  # as a server's worker: threads stay behind
+        "    os._exit(captioner.caption(image) == '' or torch.get_num_threads() > 1)\n"
+        "sys.exit(os.waitpid(child, 0)[1])"
+    )
+    made = tmp_path / "made"
+    other = run("-c", code, tmp_path / "captioner", photo, made, OMP_NUM_THREADS="2")
+    assert other.returncode == 0, other.stderr
+    assert torch.equal(torch.load(made), features)
 
 
 def odd_pictures(folder: Path) -> list[Path]:

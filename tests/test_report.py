@@ -86,6 +86,17 @@ def test_samples_show_the_photos_and_three_epochs(tmp_path, monkeypatch):
     assert has_colour(pixels(tmp_path / "s.png"), (220, 30, 30))
 
 
+def test_samples_leave_out_epochs_that_wrote_about_other_photos(tmp_path, monkeypatch):
+    paint("red", "left", 0).save(tmp_path / "a.png")
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
+    other = [entry | {"samples": {"gone.png": "x"}} for entry in entries(4)]
+    draw_samples([*other, *entries(6)[4:]], tmp_path, tmp_path / "s.png", {})
+    assert [text.get_text() for text in drawn[0].axes[1].texts] == [
+        *("epoch 5", "text 5", "epoch 6", "text 6")
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("letters", ["a word ", "W" * 80, "\u4e00"])
 def test_long_captions_leave_photos_and_other_rows_room(tmp_path, monkeypatch, letters):

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,12 @@ def test_a_run_leaves_what_it_promises(trained, encoder_dir):
     assert not list(trained.rglob("*.tmp"))
     weights = load_file(best(trained, ".safetensors"))
     assert not any("tower" in name or "encoder" in name for name in weights)
+
+
+def test_a_program_trains_on_a_thread_of_its_own(tmp_path, trained, encoder_dir):
+    flags = [*small_flags(trained, encoder_dir), "--output_dir", str(tmp_path), "--epochs", "1"]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, flags).result() == 0
 
 
 def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
@@ -412,10 +419,14 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)
     assert result.returncode == 0, result.stderr
     assert "beginning with the decoder and tokenizer of" in result.stdout
-    assert "another split" not in result.stdout
+    assert "another split" not in result.stdout and "captions will be poor" not in result.stdout
     ours = load_checkpoint(best(data, ".safetensors"))
     assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
+    more = ["--resume_checkpoint_path", data / "last.pt", "--epochs", 2]
+    assert run("train.py", *flags[:-2], *more).returncode == 0
+    began = load_checkpoint(data / "last.pt").settings["START_CHECKPOINT"]
+    assert began == best(trained, ".safetensors").name
     other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
     other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
