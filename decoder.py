@@ -8,6 +8,7 @@ the mask says which earlier tokens each beam descends from.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -219,9 +220,11 @@ class Decoder(nn.Module):
 
         The arguments are as in `forward`, which runs as it is: only the queries are looked at.
         """
-        weights = []
+        weights, here = [], threading.get_ident()
 
         def look(_: nn.Module, __: tuple, query: Tensor) -> None:
+            if threading.get_ident() != here:  # another thread writes about another photo
+                return
             with torch.autocast(query.device.type, enabled=False):
                 query = split_heads(query, self.config.heads).float()
                 keys = memory[len(weights)][0].float()

@@ -160,7 +160,8 @@ class FrozenEncoder(nn.Module):
             flag: with which another one is given.
         """
         try:
-            with quiet_library():
+            # A program may have set another default device, by `torch.set_default_device`.
+            with quiet_library(), torch.device("cpu"):
                 where = loading_options(name, revision)
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)

@@ -445,4 +445,4 @@ def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    write_file(path, json.dumps(table))
+    write_file(path, json.dumps(table), "choose another --features_dir")

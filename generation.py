@@ -149,7 +149,8 @@ class _Rows:
         self.greedy = torch.zeros(count, dtype=torch.long, device=device)
         if options.sample:
             dice = torch.Generator().manual_seed(options.seed)
-            self.draws = torch.rand(count, limit, options.beam_size, generator=dice).to(device)
+            draws = torch.rand(count, limit, options.beam_size, generator=dice, device="cpu")
+            self.draws = draws.to(device)
 
     def _read_prefixes(
         self, prefixes: Sequence[Sequence[int]], device: torch.device, room: int
@@ -159,7 +160,7 @@ class _Rows:
         Prefixes end in the same column, so that every row goes on from there; before a shorter
         one stands padding, which no token attends to.
         """
-        rows = [torch.tensor(ids) for ids in prefixes]
+        rows = [torch.tensor(ids, device="cpu") for ids in prefixes]
         tokens = pad_sequence(rows, True, PAD_ID, padding_side="left").to(device)
         length = tokens.shape[1]
         sizes = torch.tensor([[len(ids)] for ids in prefixes], device=device)

@@ -424,11 +424,11 @@ def files_in(
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], elsewhere: str = "") -> Iterator[Path]:
     """Give a temporary path beside `path`; once the block has ended well, it becomes `path`.
 
     A reader sees the old file or the whole new one, never a part, even if the machine stops, the
-    disk is full, or the folder can't be written.
+    disk is full, or the folder can't be written: `elsewhere` says how to choose another.
     """
     path = Path(os.path.realpath(path))  # what a symbolic link leads to is replaced, not the link
     temporary = handle = None
@@ -447,23 +447,23 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
-        raise write_error(error, path) from error
+        raise write_error(error, path, elsewhere) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
             os.close(handle)
 
 
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_file(path: str | os.PathLike[str], content: str | bytes, elsewhere: str = "") -> None:
     """Write a whole file as `atomic_write` does; text as UTF-8."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, elsewhere) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_changed(path: Path, text: str) -> None:
-    """Write a file, if that changes it: where nobody may write, what is there already will do."""
+    """Write a file of DATA_DIR, if that changes it: where nobody may write, what is there does."""
     if not path.exists() or path.read_bytes() != text.encode():
-        write_file(path, text)
+        write_file(path, text, "choose another --data_dir, and give --image_dir, --captions_file")
 
 
 @contextlib.contextmanager
@@ -480,10 +480,7 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
         raise write_error(error, folder) from error
     with file:
         if lock(file, f"waiting for another process to leave {folder}" if wait else None) is False:
-            raise UserError(
-                f"another run is writing to {folder}: wait for it to end, or choose another "
-                "folder with --output_dir"
-            )
+            raise UserError(f"another run is writing to {folder}: wait for it, or set --output_dir")
         remove_leftovers(folder, ".*.tmp")
         yield
 
@@ -511,12 +508,13 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
                 leftover.unlink()
 
 
-def write_error(error: OSError, path: Path) -> Exception:
+def write_error(error: OSError, path: Path, elsewhere: str = "") -> Exception:
     """Say in a user's words that `path` can't be written; other errors come back as they are."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"no room left to write {path}: free some space there and run again")
     if error.errno in WRONG_PLACE:
-        return UserError(f"{path} can't be written ({error.strerror}): choose another folder")
+        reason = f"{path} can't be written ({error.strerror})"
+        return UserError(f"{reason}: {elsewhere or 'choose another folder'}")
     return error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -47,6 +48,19 @@ def test_the_weights_are_those_of_the_decoders_own_attention():
     assert weights.std(-1).mean() > 0.02  # far from uniform
     torch.testing.assert_close(weights, torch.stack(mixed, dim=1), rtol=0, atol=1e-5)
     assert not any(block.cross_q._forward_hooks for block in model.decoder.blocks)
+
+
+def test_another_threads_photo_is_not_looked_at():
+    model, row = build_model(), torch.tensor(captions([5]))
+    alone, other = model.cross_attention(features(1), row), torch.tensor(captions([4]))
+
+    def meanwhile(*_) -> None:
+        hook.remove()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(model.cross_attention, torch.randn(1, 8, 24), other).result()
+
+    hook = model.decoder.blocks[1].cross_q.register_forward_pre_hook(meanwhile)
+    assert torch.equal(model.cross_attention(features(1), row), alone)
 
 
 def test_several_captions_of_a_photo_have_each_their_own_weights():

@@ -118,6 +118,7 @@ def test_what_is_read_is_not_written_over(tmp_path, trained):
         (["--report", tmp_path / "x", "--save_captions", tmp_path / "x"], "written already"),
         (["--save_captions", best / "x.json"], "can't be written to"),
         (["--clip", "no/clip"], "can't be loaded"),
+        (["--features_dir", best], "choose another --features_dir"),
     ):
         result = run(*flags, *more)
         assert result.returncode == 1 and says in result.stderr, result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 import commands
 import config
+import prepare_dataset
 from captions_file import SHOWN, read_captions, unescaped
 from captions_search import BOX
 from checkpoint import Checkpoint, digest, load_checkpoint
@@ -69,6 +71,18 @@ def test_no_room_for_features(tmp_path, encoder_dir):
     assert_message(full, "no room left to write", str(data / "features"))
     assert not list(data.rglob("*.tmp")) and not list(data.glob("*.pt"))
     assert run("train.py", *flags).returncode == 0
+
+
+@pytest.mark.fault
+def test_data_that_nobody_may_write_beside(tmp_path, monkeypatch):
+    data = write_photos(tmp_path / "data")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(UserError, match="another --data_dir, and give --image_dir"):
+        prepare_dataset.main(["--dataset=custom", "--split=ratio", f"--data_dir={data}"])
 
 
 @pytest.mark.fault

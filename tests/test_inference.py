@@ -379,6 +379,19 @@ def test_a_streams_precision_is_its_own(trained, folder):
         assert not torch.is_autocast_enabled("cpu")  # in what the caller does meanwhile
 
 
+def test_a_program_may_have_another_default_device(trained, folder):
+    photo, checkpoint = folder / "a.jpg", trained / "captioner_best_cider.safetensors"
+    drawn = {"sample": True, "beam_size": 1}
+    captioner = load_captioner(checkpoint)
+    before = captioner.caption(photo), captioner.caption(photo, **drawn)
+    torch.set_default_device("meta")  # as "cuda" on a machine that has one
+    try:
+        captioner = load_captioner(checkpoint, device="cpu")
+        assert (captioner.caption(photo), captioner.caption(photo, **drawn)) == before
+    finally:
+        torch.set_default_device(None)
+
+
 def test_an_empty_question_is_refused(joint):
     captioner = load_captioner(joint / "captioner_best_accuracy.safetensors")
     for question in ("", " ", ["why?", ""]):
