@@ -28,15 +28,9 @@ from encoder import FrozenEncoder, public
 from model import CaptionModel
 from options import GenerationOptions, typed
 from rerank import Reranker
+from settings import check_ranges
 from tokenizer import CaptionTokenizer
-from utils import (
-    UserError,
-    atomic_write,
-    check_ranges,
-    first_line,
-    last_part,
-    write_file,
-)
+from utils import UserError, atomic_write, first_line, last_part, write_file
 
 FORMAT = 3
 RERANKER = "reranker."  # what the names of its tensors begin with

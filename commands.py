@@ -15,16 +15,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from utils import (
-    BOUNDS,
-    Parser,
-    UserError,
-    first_line,
-    guard_output,
-    leave,
-    load_settings,
-    say_error,
-)
+from settings import BOUNDS, Parser, load_settings
+from utils import UserError, first_line, guard_output, leave, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "

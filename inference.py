@@ -44,17 +44,9 @@ from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from photo_names import is_photo, match_names
 from questions_file import read_questions
+from settings import check_ranges
 from sidecar import Photo, open_output
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    check_output,
-    check_ranges,
-    files_in,
-    run_script,
-    shown,
-)
+from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, shown
 
 ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
 ROWS = 64  # captions or answers searched for at a time: fewer are slower

@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from utils import UserError, check_ranges, constant_comments
+from settings import check_ranges, constant_comments
+from utils import UserError
 
 T = TypeVar("T")
 

@@ -36,8 +36,9 @@ from model import CaptionModel
 from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
+from settings import check_ranges, constants
 from shards import StreamedRows
-from utils import UserError, check_ranges, constants, first_line, last_part, redact
+from utils import UserError, first_line, last_part, redact
 
 
 @dataclass(frozen=True)

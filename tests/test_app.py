@@ -192,7 +192,7 @@ def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
         assert status == 400 and "Try a JPEG or a PNG" in answer["error"]
         assert not re.search(r"BytesIO|0x|/|Traceback", answer["error"])
     form = b'--X\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + photo + b"\r\n--X--\r\n"
-    for kind in ("multipart/form-data; boundary=X", "application/json"):
+    for kind in ("multipart/form-data; boundary=X", "Application/JSON"):
         status, _, content = server.ask("POST", "/caption", form, **{"Content-Type": kind})
         assert status == 400 and "not in a form" in json.loads(content)["error"]
     assert server.caption(photo)[0] == 200

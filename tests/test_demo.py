@@ -30,8 +30,8 @@ from demo.scenes import (
     parse,
 )
 from demo.settings import DEMO, HERE
+from settings import constants
 from tests.conftest import run
-from utils import constants
 
 
 def scenes(count: int, held_out: bool) -> list[Scene]:

@@ -38,11 +38,12 @@ from encoder import FrozenEncoder
 from metrics import tokenize
 from photo_names import find_names, plain_name
 from questions_file import PLACE, find_questions
+from settings import RANGES, constants
 from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
-from utils import RANGES, UserError, constants, redact, run_script
+from utils import UserError, redact, run_script
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 

@@ -28,8 +28,9 @@ from dataset import (
 )
 from options import SPLITS
 from questions_file import convert_vqa, find_questions, read_questions
+from settings import Parser, load_settings
 from tests.conftest import run, small_flags, write_photos
-from utils import Parser, UserError, decoded, load_settings
+from utils import UserError, decoded
 
 
 def rows_of(captions: dict[str, list[str]]) -> dict[str, str]:

@@ -34,10 +34,11 @@ from captions_file import NOTHING, read_captions
 from captions_search import find_table
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
+from settings import Parser, load_settings
 from tests.conftest import run
 from tests.download_server import DownloadServer, Remote, serving
 from tests.forked import Forked
-from utils import Parser, UserError, atomic_write, load_settings, size_text, sole_user
+from utils import UserError, atomic_write, size_text, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"

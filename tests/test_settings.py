@@ -17,8 +17,9 @@ import torch
 
 import commands
 from device import choose_device, choose_dtype
+from settings import Parser, load_settings
 from tests.conftest import REPO, run
-from utils import Bar, Parser, UserError, atomic_write, load_settings, shown, sole_user
+from utils import Bar, UserError, atomic_write, shown, sole_user
 
 
 @pytest.fixture
@@ -211,10 +212,12 @@ def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
 
 
 SAYS = """
-import sys
+import os, sys
 from pathlib import Path
 from utils import run_script
 def main():
+    assert os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2  # C code would write into it
+    os.unlink(sys.argv[1])
     for line in range(20000):
         print("line", line, flush=True)
     Path(sys.argv[1]).touch()
@@ -229,7 +232,7 @@ def test_output_that_nobody_can_read_costs_no_result(tmp_path, fault):
         "reader left": "| (read line; echo $line); exit ${PIPESTATUS[0]}",
         "full": "> /dev/full",
         "closed": ">&-",
-        "all closed": ">&- 2>&-",
+        "all closed": "<&- >&- 2>&-",
     }
     command = shlex.join([sys.executable, "-c", SAYS, str(tmp_path / "done")])
     result = subprocess.run(

@@ -11,14 +11,14 @@ import sys
 import pytest
 
 import config
+from settings import constant_comments, constants
 from tests.conftest import REPO, run
-from utils import constant_comments, constants
 
 # A file imports only from those before it: the rooms of the house, from the ground up.
 ORDER = """
-    utils options device tokenizer metrics pictures encoder decoder distributed features photo_names
-    tables dataset captions_file captions_search questions_file download tars shards model rerank
-    modeling_captioner attention generation self_critical checkpoint corpus standalone hub tracking
+    utils settings options device tokenizer metrics pictures encoder decoder distributed features
+    photo_names tables dataset captions_file captions_search questions_file download tars shards model
+    rerank modeling_captioner attention generation self_critical checkpoint corpus standalone hub tracking
     run report sidecar check_data archive parquet commands prepare_dataset train evaluate inference
     tools.app tools.onnx_graph tools.export tools.rivals tools.benchmark
 """.split()
@@ -56,7 +56,7 @@ def test_imports_go_one_way(module):
     assert not right, f"{module} imports {right}, which stand on its right"
 
 
-QUICK = ("config", "utils", "options", "commands", "tokenizer")
+QUICK = ("config", "utils", "settings", "options", "commands", "tokenizer")
 
 
 @pytest.mark.parametrize("module", [*QUICK, "metrics"])

@@ -114,7 +114,7 @@ class Service:
 
     async def caption(self, request: Request) -> Response:
         async with self.received(request) as photo:
-            kind = request.headers.get("content-type", "")
+            kind = request.headers.get("content-type", "").lower()
             if kind.startswith(("multipart/", "application/json")):
                 raise HTTPException(400, "Send the photo alone as the body, not in a form or JSON.")
             task = write, self.captioner, photo, request.query_params
