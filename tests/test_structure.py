@@ -17,10 +17,10 @@ from tests.conftest import REPO, run
 # A file imports only from those before it: the rooms of the house, from the ground up.
 ORDER = """
     utils settings options device tokenizer metrics pictures encoder decoder distributed features
-    photo_names tables dataset captions_file captions_search questions_file download tars shards model
-    rerank modeling_captioner attention generation self_critical checkpoint corpus standalone hub tracking
-    run report sidecar check_data archive parquet commands prepare_dataset train evaluate inference
-    tools.app tools.onnx_graph tools.export tools.rivals tools.benchmark
+    photo_names tables dataset captions_file captions_search questions_file download tars shards
+    model rerank modeling_captioner attention generation self_critical checkpoint corpus
+    standalone hub tracking run report sidecar check_data archive parquet commands prepare_dataset
+    train evaluate inference tools.app tools.onnx_graph tools.export tools.rivals tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
 MODULES = sorted(
