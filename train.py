@@ -92,14 +92,17 @@ def take_place(run: Run, data: Data) -> None:
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     by = order_name(data.tasks, texts)  # which is all that the loss depends on
     if progress.judged not in ("", judged) and progress.epoch < run.epochs:
-        same = progress.by == by
-        print(
-            "resumed   with other SCORED_IMAGES or NO_REPEAT_NGRAM: earlier scores are not compared"
-            if same
-            else "resumed   with other validation photos or texts: earlier epochs are not compared "
-            "(was the split changed, photos now to validate may have been trained on)"
-        )
-        run.compare_from_here([name for name in MEASURES if not (same and name == "val_loss")])
+        measures = [*MEASURES]
+        if progress.by == by:
+            measures.remove("val_loss")
+            other = "SCORED_IMAGES or NO_REPEAT_NGRAM: earlier scores are not compared"
+        else:
+            other = (
+                "validation photos or texts: earlier epochs are not compared "
+                "(was the split changed, photos now to validate may have been trained on)"
+            )
+        print(f"resumed   with other {other}")
+        run.compare_from_here(measures)
     progress.judged, progress.by = judged, by
 
 

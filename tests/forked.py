@@ -134,6 +134,7 @@ def _program(
     os.environ.update(environment)
     importlib.reload(huggingface_hub.constants)  # which reads it once
     os.chdir(cwd)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, if around the tests, ignores
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
     if not pictures:
