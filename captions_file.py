@@ -39,12 +39,13 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file image_filename images img img_name img_path img_id photo imageid image_url name id"
+    "image_file image_filename images img img_name img_path img_id photo imageid image_url "
+    "captioning name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text prompt conversations messages".split(),
+    *"caption_text caption_en alt_text report findings prompt conversations messages".split(),
 )
 TALKS = ("conversations", "messages")
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
@@ -137,13 +138,15 @@ class Captions:
 
     def tell(self, source: object) -> None:
         """Say what was read and what was not."""
-        count = sum(map(len, self.texts.values()))
+        texts = [*itertools.chain(*self.texts.values())]
+        count = len(texts)
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
+        if count > 3 * len(self.texts) and all(t.isascii() and " " not in t for t in texts):
+            print("  every caption is one word: if they are the words of one, join them by spaces")
         if self.mended:
             print(f"  mended: {self.mended:,} captions that held half a character, or HTML")
         if self.older:
-            said = (text for texts in self.texts.values() for text in texts if not text.isascii())
-            sample = next(said, "")
+            sample = next((text for text in texts if not text.isascii()), "")
             print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
             print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
         for line in self.passed[:10]:
@@ -405,6 +408,9 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
+            if isinstance(task := row.get("data"), dict):  # as Label Studio exports it
+                results = [each for said in row["annotations"] for each in said["result"]]
+                row = {**task, "caption": [each["value"].get("text") for each in results]}
             row = {plain_key(key): value for key, value in row.items()}
             for answer, prompt in PROMPTS.items():
                 if answer in row and isinstance(asked := row.get(prompt), str):
@@ -413,7 +419,7 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                     row["prefix"] = row.pop(prompt)
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
 
@@ -465,8 +471,8 @@ def choose_columns(
     def share(key: Key) -> float:
         """Of the cells in which something stands, those with a photo's name."""
         cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
-        good = [isinstance(c, str) and "://" not in c and is_photo(plain_name(c)) for c in cells]
-        return sum(good) / max(1, len(good))
+        names = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
+        return sum("://" not in name and is_photo(name) for name in names) / max(1, len(names))
 
     def words(key: Key) -> int:
         return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)

@@ -394,7 +394,10 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         if settings.DATASET != "custom" or settings.archive:
             ensure_photos(paths, settings.DATASET, settings.archive)
         elif not unpack_parquet(paths):
-            raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
+            raise UserError(
+                f"{paths.images} is missing: put your photos there, or set --image_dir"
+                f"{unpacked_by(paths.data_dir)}"
+            )
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, questions_source(settings, paths), paths.images)
@@ -413,6 +416,17 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         if settings.DATASET != "custom" and temporary.is_dir() and not kept:
             shutil.rmtree(temporary)
         return paths
+
+
+def unpacked_by(folder: Path) -> str:
+    """How what a folder holds in place of photos becomes photos, where that is known."""
+    zips, saved = (sorted(folder.rglob(f"*{kind}")) for kind in (".zip", ".arrow"))
+    if zips:
+        return f"; {zips[0]} is unpacked by --archive {shlex.quote(str(zips[0]))}"
+    if saved:
+        code = f"load_from_disk({str(saved[0].parent)!r}).to_parquet({str(folder / 'a.parquet')!r})"
+        return f"; {saved[0]} becomes parquet by `import datasets; datasets.{code}` in Python"
+    return ""
 
 
 @contextlib.contextmanager

@@ -435,6 +435,31 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
     assert load_captions(paths_in(folder).captions) == {there: ["One"]}
 
 
+def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
+    said = [{"result": [{"value": {"text": ["A dog"]}}, {"value": {"choices": ["x"]}}]}]
+    task = {"id": 7, "annotations": said, "data": {"captioning": "/data/local-files/?d=1.jpg"}}
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    assert read_captions(tmp_path / "tasks.json").texts == {"1.jpg": ["A dog"]}
+    (tmp_path / "tasks.json").write_text(json.dumps([{"data": {"image": "1.jpg"}}]))
+    with pytest.raises(UserError, match="entry 1 names no photo and caption"):
+        read_captions(tmp_path / "tasks.json")
+    (tmp_path / "words.jsonl").write_text('{"image": "1.jpg", "caption": ["a", "dog", "is", "it"]}')
+    read_captions(tmp_path / "words.jsonl").tell("words")
+    assert "every caption is one word" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("a b.zip", "--archive '.*a b.zip'"), ("x/1.arrow", "to_parquet")]
+)
+def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
+    folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n"}, [])
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    shutil.rmtree(folder / "images", ignore_errors=True)
+    with pytest.raises(UserError, match=f"images is missing: .*{says}"):
+        check(folder)
+
+
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
     names = ["a/1.jpg", "b/1.jpg", "c/2.jpg", "n" * 300 + ".jpg"]
     table = json.dumps({name: ["A"] for name in names})
