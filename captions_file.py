@@ -468,11 +468,12 @@ def choose_columns(
     def called(usual: Iterable[str]) -> list[Key]:
         return [key for each in usual for key, name in names.items() if name == each]
 
-    def share(key: Key) -> float:
-        """Of the cells in which something stands, those with a photo's name."""
+    def share(key: Key, address: bool = False) -> float:
+        """Of the cells in which something stands, those with a photo's name, or address."""
         cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
-        names = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
-        return sum("://" not in name and is_photo(name) for name in names) / max(1, len(names))
+        said = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
+        good = [is_photo(name) and ("://" in name) == address for name in said]
+        return sum(good) / max(1, len(good))
 
     def words(key: Key) -> int:
         return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
@@ -486,6 +487,9 @@ def choose_columns(
     # A column without a name may be pandas' index.
     others = [k for k in names if (usual or not names[k]) and k not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
+    # An `id` may count rows, which would be taken for 1.jpg and so on.
+    photos += [key for key in usual if names[key] != "id"]
+    photos += [key for key in others if share(key, address=True) >= 0.5]
     captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
     split = next(filter(tells_split, called(SPLIT_KEYS)), None)
     return [*dict.fromkeys((*photos, *usual))], captions, split

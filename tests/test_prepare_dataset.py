@@ -133,6 +133,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
             "captioning,caption,id\nhttp://localhost:8080/data/local-files/?d=x/a.jpg,A dog,1",
             {"x/a.jpg": ["A dog"]},  # as Label Studio names it
         ),
+        (
+            "id,link,caption\n1,https://x.org/0.jpg,A dog\n2,https://x.org/1.jpg,Two",
+            {"https://x.org/0.jpg": ["A dog"], "https://x.org/1.jpg": ["Two"]},  # ids count rows
+        ),
         ('raw,filename\n"[""A \\ud83d\\ude00"", ""B""]",a.jpg', {"a.jpg": ["A \U0001f600", "B"]}),
         ('image,caption\na.jpg,"[\'A, b\', ""It\'s""]"', {"a.jpg": ["A, b", "It's"]}),
         (
