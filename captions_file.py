@@ -76,7 +76,8 @@ LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
 TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
-NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A".split()  # what programs write for empty cells
+# What programs write for empty cells, and spreadsheets for what they took for a formula.
+NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)

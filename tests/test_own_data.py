@@ -588,7 +588,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
-        ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n3.jpg,A\n", {"3.jpg": ["A"]}),
+        ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n4.jpg,#NAME?\n3.jpg,A\n", {"3.jpg": ["A"]}),
         (",caption\n1.jpg,A\n", {"1.jpg": ["A"]}),  # by pandas' index
         ("image,caption\n1.jpg,A\nimage,caption\n2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
         ("image,caption\n\u202a1.jpg,A\n\ufeff2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
