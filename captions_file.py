@@ -410,7 +410,8 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
             if isinstance(task := row.get("data"), dict):  # as Label Studio exports it
-                results = [each for said in row["annotations"] for each in said["result"]]
+                done = [each for each in row["annotations"] if not each.get("was_cancelled")]
+                results = [each for said in done for each in said["result"]]
                 row = {**task, "caption": [each["value"].get("text") for each in results]}
             row = {plain_key(key): value for key, value in row.items()}
             for answer, prompt in PROMPTS.items():

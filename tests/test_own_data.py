@@ -437,6 +437,7 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
 
 def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
     said = [{"result": [{"value": {"text": ["A dog"]}}, {"value": {"choices": ["x"]}}]}]
+    said += [{"was_cancelled": True, "result": [{"value": {"text": ["A draft"]}}]}]  # was skipped
     task = {"id": 7, "annotations": said, "data": {"captioning": "/data/local-files/?d=1.jpg"}}
     (tmp_path / "tasks.json").write_text(json.dumps([task]))
     assert read_captions(tmp_path / "tasks.json").texts == {"1.jpg": ["A dog"]}
