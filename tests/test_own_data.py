@@ -1341,6 +1341,9 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     assert "passed over: 2 questions, the first as" in (said := capsys.readouterr().out)
     assert "line 2 has no answer" in said
     assert [*read_questions(file, answered=False)] == ["1.jpg", "2.jpg"]
+    rows = "/data/local-files/?d=1.jpg,Which?,red\nhttps://x.org/2.jpg?w=3,Which?,red\n"
+    file.write_text(f"image,question,answer\n{rows}")
+    assert [*read_questions(file)] == ["1.jpg", "https://x.org/2.jpg"]  # as captions call them
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
