@@ -134,13 +134,18 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
     return names, {name.lower(): names.pop(name) for name in texts}
 
 
+def _path_of(info: zipfile.ZipInfo) -> PurePosixPath:
+    """An entry's path, whose folders Windows may have set apart by backslashes."""
+    return PurePosixPath(info.filename.replace("\\", "/"))
+
+
 def _wanted(archive: zipfile.ZipFile, whole: bool) -> Iterator[Member]:
     """The photos and tables of a zip, and of a `whole` tree other lists and the photos' texts;
     a path that leads elsewhere is refused."""
-    photos = [PurePosixPath(name) for name in archive.namelist() if is_photo(name)]
+    photos = [_path_of(info) for info in archive.infolist() if is_photo(info.filename)]
     stems = {stem for photo in photos for stem in (photo.stem, photo.name)}
     for info in archive.infolist():
-        path = PurePosixPath(info.filename.replace("\\", "/"))
+        path = _path_of(info)
         entry = f"the archive's entry {info.filename!r}"
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
             raise UserError(f"{entry} leads out of the folder")
@@ -171,7 +176,7 @@ def _named_in(archive: zipfile.ZipFile, tables: Sequence[Member], packed: int) -
 
 def _tables(archive: zipfile.ZipFile) -> list[Member]:
     """The captions tables of a usual name in a zip."""
-    entries = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
+    entries = [(_path_of(info), info) for info in archive.infolist()]
     named = [(path, info) for path, info in entries if path.name.lower() in TABLE_NAMES]
     return [(path, info) for path, info in named if not _is_hidden(path)]
 

@@ -39,12 +39,13 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 # What a table's header, or an object's keys, call the photo and its caption.
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file image_filename images img img_name img_path img_id photo imageid image_url name id"
+    "image_file image_filename images img img_name img_path img_id photo imageid image_url "
+    "captioning name id"
 ).split()
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text prompt conversations messages".split(),
+    *"caption_text caption_en alt_text report findings prompt conversations messages".split(),
 )
 TALKS = ("conversations", "messages")
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
@@ -75,7 +76,8 @@ LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
 TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
-NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A".split()  # what programs write for empty cells
+# What programs write for empty cells, and spreadsheets for what they took for a formula.
+NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
@@ -137,13 +139,15 @@ class Captions:
 
     def tell(self, source: object) -> None:
         """Say what was read and what was not."""
-        count = sum(map(len, self.texts.values()))
+        texts = [*itertools.chain(*self.texts.values())]
+        count = len(texts)
         print(f"{source} is {self.form}: {count:,} captions of {len(self.texts):,} photos")
+        if count > 3 * len(self.texts) and all(t.isascii() and " " not in t for t in texts):
+            print("  every caption is one word: if they are the words of one, join them by spaces")
         if self.mended:
             print(f"  mended: {self.mended:,} captions that held half a character, or HTML")
         if self.older:
-            said = (text for texts in self.texts.values() for text in texts if not text.isascii())
-            sample = next(said, "")
+            sample = next((text for text in texts if not text.isascii()), "")
             print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
             print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
         for line in self.passed[:10]:
@@ -405,6 +409,10 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
+            if isinstance(task := row.get("data"), dict):  # as Label Studio exports it
+                done = [each for each in row["annotations"] if not each.get("was_cancelled")]
+                results = [each for said in done for each in said["result"]]
+                row = {**task, "caption": [each["value"].get("text") for each in results]}
             row = {plain_key(key): value for key, value in row.items()}
             for answer, prompt in PROMPTS.items():
                 if answer in row and isinstance(asked := row.get(prompt), str):
@@ -413,7 +421,7 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                     row["prefix"] = row.pop(prompt)
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
 
@@ -462,10 +470,11 @@ def choose_columns(
     def called(usual: Iterable[str]) -> list[Key]:
         return [key for each in usual for key, name in names.items() if name == each]
 
-    def share(key: Key) -> float:
-        """Of the cells in which something stands, those with a photo's name."""
+    def share(key: Key, address: bool = False) -> float:
+        """Of the cells in which something stands, those with a photo's name, or address."""
         cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
-        good = [isinstance(c, str) and "://" not in c and is_photo(plain_name(c)) for c in cells]
+        said = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
+        good = [is_photo(name) and ("://" in name) == address for name in said]
         return sum(good) / max(1, len(good))
 
     def words(key: Key) -> int:
@@ -480,6 +489,9 @@ def choose_columns(
     # A column without a name may be pandas' index.
     others = [k for k in names if (usual or not names[k]) and k not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
+    # An `id` may count rows, which would be taken for 1.jpg and so on.
+    photos += [key for key in usual if names[key] != "id"]
+    photos += [key for key in others if share(key, address=True) >= 0.5]
     captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
     split = next(filter(tells_split, called(SPLIT_KEYS)), None)
     return [*dict.fromkeys((*photos, *usual))], captions, split

@@ -30,7 +30,7 @@ from options import GenerationOptions, typed
 from rerank import Reranker
 from settings import check_ranges
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, first_line, last_part, write_file
+from utils import UserError, atomic_write, first_line, last_part, lfs_note, write_file
 
 FORMAT = 3
 RERANKER = "reranker."  # what the names of its tensors begin with
@@ -205,7 +205,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.is_file():
         folder = f"{path} is a folder: name the .safetensors or .pt in it"
         raise UserError(folder if path.is_dir() else f"there is no checkpoint {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    # One that got another suffix on its way is known by its content.
+    packed = path.suffix == ".pt" or (path.suffix != ".safetensors" and zipfile.is_zipfile(path))
+    content = _read_pt(path) if packed else _read_safetensors(path)
     try:
         description = json.loads(content["captioner"])
         if description["format"] > FORMAT:
@@ -264,7 +266,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a .safetensors file: {error}") from None
+        damaged = f"{path} is damaged or not a .safetensors file{lfs_note(path)}: {error}"
+        raise UserError(damaged) from None
     if "captioner" not in metadata:
         raise UserError(f"{path} holds weights, but not a captioner of this project")
     if metadata.get("digest") != digest([metadata["captioner"], weights]):
@@ -274,7 +277,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_pt(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is damaged or not a .pt checkpoint")
+        raise UserError(f"{path} is damaged or not a .pt checkpoint{lfs_note(path)}")
     try:
         # Nothing is compressed in what torch writes: the file's own size bounds what it may take.
         size = path.stat().st_size

@@ -82,6 +82,8 @@ def begin(read: Callable[[], Any]) -> None:
     # half as fast again, captioning several times as fast, and alone both are as fast as before
     # (docs/performance.md). It is read while PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
+        os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

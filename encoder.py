@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -22,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from pictures import check_exif, upright_rgb
-from utils import UserError, first_line, last_part, shown
+from utils import UserError, first_line, last_part, lfs_note, shown
 
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
@@ -124,7 +125,8 @@ def _named(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large a picture: {error}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a readable picture: it is of no kind known here") from None
+        unknown = f"it is of no kind known here{lfs_note(name)}"
+        raise ImageError(f"{name} is not a readable picture: {unknown}") from None
     except Exception as error:  # noqa: BLE001 - what Pillow raises for broken files is without end
         raise ImageError(f"{name} is not a readable picture: {first_line(error)}") from None
 
@@ -175,9 +177,10 @@ class FrozenEncoder(nn.Module):
             raise
         except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
             place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
+            note = next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
             raise UserError(
-                f"the encoder {name!r} can't be loaded from that {place}: {first_line(error)} "
-                f"Give another one with {flag}."
+                f"the encoder {name!r} can't be loaded from that {place}: "
+                f"{first_line(error).rstrip('.')}{note}. Give another one with {flag}."
             ) from None
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         if missing or info["mismatched_keys"]:

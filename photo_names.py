@@ -28,8 +28,10 @@ def is_photo(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """A photo's name without the number of its caption, `photo.jpg#0`, or an address's query, or
-    Airtable's address after it, `photo.jpg (https://...)`, or unseen signs around it."""
+    Airtable's address after it, `photo.jpg (https://...)`, or Label Studio's before it,
+    `/data/local-files/?d=photo.jpg`, or unseen signs around it."""
     name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip().strip(UNSEEN))
+    name = re.sub(r"^\S*/local-files/\?d=", "", name)
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     parts = name.split("#")
     while len(parts) > 1 and re.fullmatch(r"\w+", parts[-1]):

@@ -394,7 +394,7 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         if settings.DATASET != "custom" or settings.archive:
             ensure_photos(paths, settings.DATASET, settings.archive)
         elif not unpack_parquet(paths):
-            raise UserError(f"{paths.images} is missing: put your photos there, or set --image_dir")
+            raise UserError(no_photos(paths))
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, questions_source(settings, paths), paths.images)
@@ -413,6 +413,18 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         if settings.DATASET != "custom" and temporary.is_dir() and not kept:
             shutil.rmtree(temporary)
         return paths
+
+
+def no_photos(paths: DataPaths) -> str:
+    """That there are no photos, and how they come of what is there, where that is known."""
+    said = f"{paths.images} is missing: put your photos there, or set --image_dir"
+    for file in sorted(paths.data_dir.rglob("*.zip"))[:1]:
+        return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
+    for file in sorted(paths.data_dir.rglob("*.arrow"))[:1]:
+        target = str(paths.data_dir / f"{file.parent.name}.parquet")
+        code = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet({target!r})"
+        return f"{said}; {file} becomes parquet by `import datasets; {code}` in Python"
+    return said
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
             passed.append(f"{where} has no answer")
         else:
             question |= {"split": split_in(row.get(split))} if split else {}
-            questions.setdefault(name_within(where, str(name)), []).append(question)
+            questions.setdefault(name_within(where, plain_name(str(name))), []).append(question)
     if not questions:
         raise UserError(f"{passed[0] if passed else f'{path} holds no questions'}: {USAGE}")
     if passed:

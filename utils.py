@@ -83,6 +83,15 @@ def brief(text: str) -> str:
     return re.sub(r"(?m)^(.{900}).{300,}$", lambda line: f"{line[1]} ... {line[0][-300:]}", text)
 
 
+def lfs_note(path: str | os.PathLike[str]) -> str:
+    """What to do about a file of which Git LFS has left a note alone; nothing of any other."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            name = os.path.basename(path)
+            return f" ({name} is Git LFS's note of it: run git lfs pull in its folder)"
+    return ""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line and without secrets, for a message of ours."""
     return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))

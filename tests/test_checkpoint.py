@@ -111,6 +111,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_checkpoint_that_was_not_fetched_or_has_another_suffix(checkpoint, tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    with pytest.raises(UserError, match="run git lfs pull"):
+        load_checkpoint(path)
+    (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
+    path = path.rename(tmp_path / "c.bin")  # as a mail program may call it
+    assert load_checkpoint(path).description() == checkpoint.description()
+
+
 @pytest.mark.fault(count=3)
 def test_others_weights_and_cut_files_are_refused(checkpoint, tmp_path):
     path = tmp_path / "c.safetensors"

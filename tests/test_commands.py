@@ -49,6 +49,17 @@ def test_help_and_mistakes_are_answered_without_pytorch(script):
         assert out_of_range.stderr.startswith("error: NUM_EPOCHS is -3: it must be")
 
 
+def test_a_user_without_a_home_can_draw_curves(tmp_path):
+    """As in a container that runs under a number: no HOME, and no name in the list of users."""
+    code = "import pwd; pwd.getpwuid = {}.__getitem__; import commands; commands.begin(lambda: 0)"
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
+    command = [sys.executable, "-c", f"{code}; import matplotlib.figure"]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=env | {"PYTHONPATH": str(REPO)}, text=True, capture_output=True
+    )
+    assert found.returncode == 0, found.stderr
+
+
 NOTES = [
     (
         "inference a.jpg --checkpoint x --temperature 2 --seed=1",

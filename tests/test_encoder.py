@@ -92,6 +92,18 @@ def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
         FrozenEncoder.load(str(tmp_path))
 
 
+def test_files_that_git_lfs_did_not_fetch_are_named(encoder_dir, tmp_path):
+    note = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((Path(encoder_dir) / name).read_bytes())
+    (tmp_path / "model.safetensors").write_text(note)
+    with pytest.raises(UserError, match=r"model\.safetensors is Git LFS's note of it: run git lfs"):
+        FrozenEncoder.load(str(tmp_path))
+    (tmp_path / "a.jpg").write_text(note)
+    with pytest.raises(UserError, match=r"a\.jpg is Git LFS's note of it"):
+        open_image(tmp_path / "a.jpg")
+
+
 def odd_encoder(kind: str):
     """A model and processor that load, and don't make the same sequence of every picture."""
     size = {"height": 32, "width": 32}

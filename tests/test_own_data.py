@@ -435,6 +435,32 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
     assert load_captions(paths_in(folder).captions) == {there: ["One"]}
 
 
+def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
+    said = [{"result": [{"value": {"text": ["A dog"]}}, {"value": {"choices": ["x"]}}]}]
+    said += [{"was_cancelled": True, "result": [{"value": {"text": ["A draft"]}}]}]  # was skipped
+    task = {"id": 7, "annotations": said, "data": {"captioning": "/data/local-files/?d=1.jpg"}}
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    assert read_captions(tmp_path / "tasks.json").texts == {"1.jpg": ["A dog"]}
+    (tmp_path / "tasks.json").write_text(json.dumps([{"data": {"image": "1.jpg"}}]))
+    with pytest.raises(UserError, match="entry 1 names no photo and caption"):
+        read_captions(tmp_path / "tasks.json")
+    (tmp_path / "words.jsonl").write_text('{"image": "1.jpg", "caption": ["a", "dog", "is", "it"]}')
+    read_captions(tmp_path / "words.jsonl").tell("words")
+    assert "every caption is one word" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("a b.zip", "--archive '.*a b.zip'"), ("x/1.arrow", "to_parquet")]
+)
+def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
+    folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n"}, [])
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    shutil.rmtree(folder / "images", ignore_errors=True)
+    with pytest.raises(UserError, match=f"images is missing: .*{says}"):
+        check(folder)
+
+
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
     names = ["a/1.jpg", "b/1.jpg", "c/2.jpg", "n" * 300 + ".jpg"]
     table = json.dumps({name: ["A"] for name in names})
@@ -563,7 +589,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
-        ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n3.jpg,A\n", {"3.jpg": ["A"]}),
+        ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n4.jpg,#NAME?\n3.jpg,A\n", {"3.jpg": ["A"]}),
         (",caption\n1.jpg,A\n", {"1.jpg": ["A"]}),  # by pandas' index
         ("image,caption\n1.jpg,A\nimage,caption\n2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
         ("image,caption\n\u202a1.jpg,A\n\ufeff2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
@@ -1315,6 +1341,9 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     assert "passed over: 2 questions, the first as" in (said := capsys.readouterr().out)
     assert "line 2 has no answer" in said
     assert [*read_questions(file, answered=False)] == ["1.jpg", "2.jpg"]
+    rows = "/data/local-files/?d=1.jpg,Which?,red\nhttps://x.org/2.jpg?w=3,Which?,red\n"
+    file.write_text(f"image,question,answer\n{rows}")
+    assert [*read_questions(file)] == ["1.jpg", "https://x.org/2.jpg"]  # as captions call them
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)

@@ -129,6 +129,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("sep=;\nimage-name;caption;;\na.jpg;A dog;;\n;;;\n", {"a.jpg": ["A dog"]}),
         ("a.jpg#0 2 dogs , one red\na.jpg#1 B", {"a.jpg": ["2 dogs , one red", "B"]}),
         ("a.jpg#zhm#0\tEins\na.jpg#zhb#1\tZwei", {"a.jpg": ["Eins", "Zwei"]}),
+        (
+            "captioning,caption,id\nhttp://localhost:8080/data/local-files/?d=x/a.jpg,A dog,1",
+            {"x/a.jpg": ["A dog"]},  # as Label Studio names it
+        ),
+        (
+            "id,link,caption\n1,https://x.org/0.jpg,A dog\n2,https://x.org/1.jpg,Two",
+            {"https://x.org/0.jpg": ["A dog"], "https://x.org/1.jpg": ["Two"]},  # ids count rows
+        ),
         ('raw,filename\n"[""A \\ud83d\\ude00"", ""B""]",a.jpg', {"a.jpg": ["A \U0001f600", "B"]}),
         ('image,caption\na.jpg,"[\'A, b\', ""It\'s""]"', {"a.jpg": ["A, b", "It's"]}),
         (
@@ -896,6 +904,14 @@ def test_an_archive_keeps_its_folders_where_no_table_of_a_usual_name_is_in_it(
         (tmp_path / "data/images/train/0.jpg").unlink()  # and is restored where it was
     marked = json.loads((tmp_path / "data/prepared.json").read_text())["photos"]
     assert set(marked) == names  # what people write into texts is theirs
+
+
+def test_an_archive_with_backslashes_as_windows_makes_them(tmp_path: Path) -> None:
+    texts = {f"set\\{Path(name).stem}.txt": "A photo" for name in PHOTOS}
+    photos = {f"set\\{name}": photo for name, photo in PHOTOS.items()}
+    archive = write_archive(tmp_path, make_zip(texts | photos))
+    found = load_captions(prepare(settings_for(tmp_path / "data", "--archive", archive)).captions)
+    assert found == dict.fromkeys(PHOTOS, ["A photo"])
 
 
 @pytest.mark.fault
