@@ -649,6 +649,11 @@ def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, j
     browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
     assert browser.texts("#list li") == ["000.png", "002.png"]
     assert browser.find("#ask").is_displayed() and not browser.find("#csv").is_displayed()
+    browser.find("#question").send_keys(QUESTION + "\n")
+    browser.until(lambda: browser.texts("#asked .word"))
+    assert browser.find("#hint").is_displayed()
+    browser.find("#asked .word").click()
+    assert "Bright" in browser.find("#status").text
 
 
 def test_a_browser_tries_a_drawing_with_the_mouse(browser, captions_only):
