@@ -264,7 +264,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copied: tensors of the mapped file would change, or crash, with a file copied over it.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         damaged = f"{path} is damaged or not a .safetensors file{lfs_note(path)}: {error}"
         raise UserError(damaged) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import http.client
 import io
 import json
@@ -49,7 +50,7 @@ class Server:
 
     def caption(self, photo, **query):
         """Status and answer of a request for captions."""
-        status, _, content = self.ask("POST", "/caption?" + urlencode(query), photo)
+        status, _, content = self.ask("POST", "/caption?" + urlencode(query, True), photo)
         return status, json.loads(content)
 
 
@@ -107,7 +108,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     loads = re.findall(r"""(?:src|href|action)=["']?(?!data:)([^"'> ]+)|url\(|@import""", page)
     assert not loads
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
-    asked = re.findall(r"""fetch\(["'`]([^"'`]+)""", page)
+    asked = re.findall(r"""request\(["'`]([^"'`]+)""", page)
     assert len(asked) == 3 and not [path for path in asked if path[0] == "/"]  # behind a prefix
 
 
@@ -154,6 +155,8 @@ def test_draws_follow_the_seed(server, photo):
     options = {"sample": "true", "temperature": 3, "top_p": 1, "beam_size": 4}
     one, again, other = (server.caption(photo, seed=seed, **options)[1] for seed in (1, 1, 2))
     assert len(one["captions"]) == 4
+    python = server.caption(photo, seed=1, **options | {"sample": True})[1]  # sent as "True"
+    assert python == one
     assert one == again != other
 
 
@@ -179,6 +182,8 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
         ({"question": " "}, "empty"),
         ({"sample": "yes"}, "sample=yes is no option"),
         ({"beams": 3}, "beams=3 is no option"),
+        ({"beam_size": "2.0"}, "a whole number from 1 to 10"),
+        ({"question": ["is it red?", "where is it?"]}, "twice"),
     ],
 )
 def test_wrong_options_are_said(server, photo, query, expected):
@@ -195,6 +200,8 @@ def test_files_that_are_no_pictures_get_a_friendly_answer(server, photo):
     for kind in ("multipart/form-data; boundary=X", "Application/JSON"):
         status, _, content = server.ask("POST", "/caption", form, **{"Content-Type": kind})
         assert status == 400 and "not in a form" in json.loads(content)["error"]
+    packed = server.ask("POST", "/caption", gzip.compress(photo), **{"Content-Encoding": "gzip"})
+    assert packed[0] == 400 and b"compressed" in packed[2]
     assert server.caption(photo)[0] == 200
 
 
@@ -461,8 +468,9 @@ def browser(request, tmp_path):
     try:
         yield Browser(chrome, request.param)
         severe = [x["message"] for x in chrome.get_log("browser") if x["level"] == "SEVERE"]
-        # A refused file is the one thing that may be logged.
-        assert [message for message in severe if "status of 400" not in message] == []
+        # A file that is refused, or gone, is the one thing that may be logged.
+        allowed = re.compile("status of 400|ERR_FILE_NOT_FOUND")
+        assert [message for message in severe if not allowed.search(message)] == []
     finally:
         chrome.quit()
 
@@ -562,6 +570,76 @@ def test_a_browser_captions_several_photos_copies_and_downloads(browser, server,
     browser.fits()
 
 
+def test_a_browser_drops_folders_and_says_what_is_no_file(browser, server, joint, tmp_path):
+    folder, gone = tmp_path / "mine", tmp_path / "gone.png"
+    (folder / "below").mkdir(parents=True)
+    for copy in (folder / "b.png", folder / "below" / "b.png", gone):
+        shutil.copy(joint / "images" / "000.png", copy)
+    (folder / "b.txt").write_text("a caption")
+    (folder / ".hidden").touch()
+
+    def drop(*files, **item):
+        data = {"files": [*map(str, files)], "items": [item] if item else []}
+        for step in ("dragEnter", "dragOver", "drop"):
+            where = {"type": step, "x": 100, "y": 150, "data": data | {"dragOperationsMask": 1}}
+            browser.driver.execute_cdp_cmd("Input.dispatchDragEvent", where)
+
+    browser.open(server)
+    drop(mimeType="text/uri-list", data="https://example.org/dog.jpg")
+    browser.until(lambda: "save it as a file" in browser.find("#photo-error").text)
+    browser.driver.execute_script(
+        """const real = fetch, later = () => new Promise((done) => setTimeout(done, 500));
+        fetch = (...what) => later().then(() => real(...what));"""
+    )
+    drop(folder, gone)
+    browser.until(lambda: len(browser.texts("#list li")) == 3)
+    gone.unlink()
+    browser.until(lambda: browser.find("#all-title").text == "All 3 photos")
+    rows = [text.split("\n") for text in browser.texts("#list li")]
+    assert [name for name, _ in rows] == ["mine/b.png", "mine/below/b.png", "gone.png"]
+    assert "can't be read any more" in rows[2][1]
+    browser.fits()
+
+
+def test_a_browser_loses_nothing_on_the_way(browser, server, joint):
+    """An address with a password, a server that starts again, a half-typed option, a second Enter,
+    leaving."""
+    from selenium.webdriver.common.keys import Keys
+
+    leave = """const leaving = new Event("beforeunload", { cancelable: true });
+    dispatchEvent(leaving); return leaving.defaultPrevented"""
+    browser.driver.get(f"http://user:password@{server.host}/")
+    browser.until(lambda: len(browser.driver.find_elements("css selector", "#samples img")) == 4)
+    browser.driver.execute_script(
+        """const real = fetch; let away = 2;
+        fetch = (...what) => away-- > 0 ? Promise.reject(new TypeError()) : real(...what);
+        const others = document.querySelector("[name=others]");
+        others.value = "";
+        others.dispatchEvent(new Event("input", { bubbles: true }));"""
+    )
+    assert not browser.driver.execute_script(leave)
+    files = [joint / "images" / name for name in ("000.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: "trying again" in browser.texts("#list li")[0])
+    browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
+    assert all("square" in text for text in browser.texts("#list li"))
+    assert browser.driver.execute_script(leave)
+    names = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    buttons = [x["name"]["value"] for x in names if x.get("role", {}).get("value") == "button"]
+    assert "a" in buttons and "" not in buttons
+
+    browser.driver.execute_script("document.querySelector('[name=others]').value = 2")
+    browser.find("#question").send_keys(QUESTION, Keys.ENTER, Keys.ENTER)
+    browser.until(lambda: browser.texts("#asked li"))
+    time.sleep(0.5)
+    assert len(browser.texts("#asked li")) == 1
+    browser.find("#csv").send_keys(Keys.ENTER)
+    assert not browser.driver.execute_script(leave)
+    narrow = {"width": 320, "height": 256, "deviceScaleFactor": 4, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    browser.fits()  # as in a window of 1280 at 400 %
+
+
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
     browser.open(server)
     browser.until(lambda: browser.find("#samples button"))
@@ -571,6 +649,11 @@ def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, j
     browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
     assert browser.texts("#list li") == ["000.png", "002.png"]
     assert browser.find("#ask").is_displayed() and not browser.find("#csv").is_displayed()
+    browser.find("#question").send_keys(QUESTION + "\n")
+    browser.until(lambda: browser.texts("#asked .word"))
+    assert browser.find("#hint").is_displayed()
+    browser.find("#asked .word").click()
+    assert "Bright" in browser.find("#status").text
 
 
 def test_a_browser_tries_a_drawing_with_the_mouse(browser, captions_only):

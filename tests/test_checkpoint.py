@@ -57,6 +57,16 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_what_is_loaded_stays_when_another_file_is_copied_over_it(checkpoint, tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
+    loaded = load_checkpoint(path)
+    with path.open("r+b") as file:  # as cp does, whereas a file that is moved there is another one
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(loaded.model.project.weight, checkpoint.model.project.weight)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"
     (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)

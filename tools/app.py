@@ -33,6 +33,7 @@ try:
     import uvicorn
     from anyio import to_thread
     from starlette.applications import Starlette
+    from starlette.datastructures import QueryParams
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.requests import ClientDisconnect, Request
@@ -115,8 +116,10 @@ class Service:
     async def caption(self, request: Request) -> Response:
         async with self.received(request) as photo:
             kind = request.headers.get("content-type", "").lower()
-            if kind.startswith(("multipart/", "application/json")):
-                raise HTTPException(400, "Send the photo alone as the body, not in a form or JSON.")
+            packed = request.headers.get("content-encoding", "identity") != "identity"
+            if packed or kind.startswith(("multipart/", "application/json")):
+                text = "Send the photo alone as the body, not in a form or JSON, nor compressed."
+                raise HTTPException(400, text)
             task = write, self.captioner, photo, request.query_params
             async with self.turn:
                 if await request.is_disconnected():
@@ -223,10 +226,12 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
+def read_numbers(query: QueryParams) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
+    if len(query.multi_items()) > len(query):
+        raise UserError("An option is given twice: ask each question in a request of its own.")
     for name in query.keys() - LIMITS.keys() - {"question"}:
-        if name not in ("sample", "maps") or query[name] not in ("true", "false"):
+        if name not in ("sample", "maps") or query[name].lower() not in ("true", "false"):
             raise UserError(f"{name}={query[name]} is no option.")
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
@@ -235,15 +240,16 @@ def read_numbers(query: Mapping[str, str]) -> dict[str, Any]:
         except ValueError:
             numbers[name] = math.nan  # within no limits
         if not least <= numbers[name] <= most:
-            raise UserError(f"{name} must be a number from {least:g} to {most:g}.")
+            number = "whole number" if kind is int else "number"
+            raise UserError(f"{name} must be a {number} from {least} to {most}.")
     return numbers
 
 
-def write(captioner: Captioner, photo: bytearray, query: Mapping[str, str]) -> dict[str, Any]:
+def write(captioner: Captioner, photo: bytearray, query: QueryParams) -> dict[str, Any]:
     """What is written about a photo, as JSON can hold it."""
     options, question = read_numbers(query), query.get("question")
     wanted = options.pop("others", 0)
-    options |= {"sample": query.get("sample") == "true", "groups": 1}
+    options |= {"sample": query.get("sample", "").lower() == "true", "groups": 1}
     if wanted and options["sample"]:
         options["beam_size"] = wanted + 1
     if question is not None and not question.strip():
@@ -255,7 +261,7 @@ def write(captioner: Captioner, photo: bytearray, query: Mapping[str, str]) -> d
             "That file can't be read as a picture: it may be damaged, too large, or of another "
             "kind. Try a JPEG or a PNG."
         ) from None
-    options["maps"] = maps = query.get("maps") == "true"
+    options["maps"] = maps = query.get("maps", "").lower() == "true"
     grid, found = captioner.explain(image, question, **options)
     more = found[1:]
     if wanted and not options["sample"]:
