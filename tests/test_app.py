@@ -268,7 +268,7 @@ def head(size: int, path="/caption") -> bytes:
 
 def started(server, content: bytes) -> socket.socket:
     """A connection on which so much was sent, and that waits."""
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     connection.sendall(content)
     return connection
 
