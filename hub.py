@@ -444,7 +444,7 @@ With `transformers` alone; `text` may be a question, if it learned to answer que
 from transformers import pipeline
 
 captioner = pipeline("image-text-to-text", "{repo_id}", trust_remote_code=True)
-print(captioner("photo.jpg", text={text})[0]["generated_text"])
+print(captioner("photo.jpg", text={text}, return_full_text=False)[0]["generated_text"])
 ```
 
 In a clone of the project that trained it, on the command line or from Python:
