@@ -147,12 +147,12 @@ def _rows(table: Table) -> list[Entry]:
     text that isn't quoted is refused where it might stand in the question or in the answer."""
     # Photos may be called without their suffix, as VQA-Med's are.
     bare = len(table.names) == 3 and "question" not in table.names and "?" in table.names[1]
-    headed = not (bare or is_photo(plain_name(table.names[0])))
-    names = table.names = table.names if headed else ["image", "question", "answer"]
-    rows = []
-    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    if headed:
+    if bare or is_photo(plain_name(table.names[0])):
+        table.names = ["image", "question", "answer"]
+    else:
         table.drop_header()
+    rows, names = [], table.names
+    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows:
         if texts == [len(names) - 1]:
             table.trim(row)
