@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from captions_file import TABLES, TEXT_SUFFIXES, may_list, read_captions
-from photo_names import is_photo
+from photo_names import ends_of, is_photo
 from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
@@ -103,23 +103,23 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
     tree is taken with all that may hold captions, less the folders that all is in. What is unsafe
     is refused before anything is written.
     """
-    tables = _tables(archive)
+    members = [*_members(archive)]
+    tables = [(path, info) for path, info in members if path.name.lower() in TABLE_NAMES]
     whole = not tables or len(tables) > len({path.name.lower() for path, _ in tables})
     known = set() if whole else _named_in(archive, tables, packed)
-    entries: Entries = {}
-    names: Entries = {}
-    wanted = [*_wanted(archive, whole)]
+    photos = [(path, info) for path, info in members if is_photo(path.name)]
+    wanted = [*_with_texts(members)] if whole else photos + tables
     top = os.path.commonpath([path.parent for path, _ in wanted]) if wanted else ""
+    names: Entries = {}
+    taken: set[str] = set()
     for path, info in wanted:
         entry = f"the archive's entry {info.filename!r}"
-        ends = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
         if whole:
             name = str(path.relative_to(top))
         else:
-            name = next((end for end in ends if end in known), path.name)
+            name = next((end for end in ends_of(str(path)) if end in known), path.name)
         # A file system that ignores case would write "A.jpg" over "a.jpg".
-        key = name.lower()
-        if key in entries:
+        if name.lower() in taken:
             raise UserError(
                 f"{entry} stands there twice, perhaps in two folders: folders are kept where the "
                 "captions name photos with them"
@@ -127,37 +127,36 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
         plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
             raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
-        entries[key] = names[name] = info
+        taken.add(name.lower())
+        names[name] = info
     sizes = [info.file_size for info in names.values()]
     check_unpacked("the archive", packed, sum(sizes), max(sizes, default=0))
     texts = [] if whole else [name for name in names if not is_photo(name)]
     return names, {name.lower(): names.pop(name) for name in texts}
 
 
-def _path_of(info: zipfile.ZipInfo) -> PurePosixPath:
-    """An entry's path, whose folders Windows may have set apart by backslashes."""
-    return PurePosixPath(info.filename.replace("\\", "/"))
-
-
-def _wanted(archive: zipfile.ZipFile, whole: bool) -> Iterator[Member]:
-    """The photos and tables of a zip, and of a `whole` tree other lists and the photos' texts;
-    a path that leads elsewhere is refused."""
-    photos = [_path_of(info) for info in archive.infolist() if is_photo(info.filename)]
-    stems = {stem for photo in photos for stem in (photo.stem, photo.name)}
+def _members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    """The files of a zip, less hidden ones; a path that leads elsewhere is refused."""
     for info in archive.infolist():
-        path = _path_of(info)
+        path = PurePosixPath(info.filename.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
         if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")
-        if info.is_dir() or _is_hidden(path):
-            continue
-        kind = path.suffix.lower()
-        text = whole and (may_list(path) or (kind in TEXT_SUFFIXES and path.stem in stems))
-        if text and info.file_size > MAX_ENTRY_BYTES:
-            continue
-        if text or path.name.lower() in TABLE_NAMES or is_photo(path.name):
+        hidden = "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
+        if not (hidden or info.is_dir()):
+            yield path, info
+
+
+def _with_texts(members: Sequence[Member]) -> Iterator[Member]:
+    """The photos of a tree, and what may hold their captions: lists, and texts beside them."""
+    photos = [path for path, _ in members if is_photo(path.name)]
+    stems = {stem for photo in photos for stem in (photo.stem, photo.name)}
+    for path, info in members:
+        beside = path.suffix.lower() in TEXT_SUFFIXES and path.stem in stems
+        text = beside or may_list(path) or path.name.lower() in TABLE_NAMES
+        if is_photo(path.name) or (text and info.file_size <= MAX_ENTRY_BYTES):
             yield path, info
 
 
@@ -172,17 +171,6 @@ def _named_in(archive: zipfile.ZipFile, tables: Sequence[Member], packed: int) -
                 with contextlib.suppress(UserError):
                     return set(read_captions(table).texts)
     return set()
-
-
-def _tables(archive: zipfile.ZipFile) -> list[Member]:
-    """The captions tables of a usual name in a zip."""
-    entries = [(_path_of(info), info) for info in archive.infolist()]
-    named = [(path, info) for path, info in entries if path.name.lower() in TABLE_NAMES]
-    return [(path, info) for path, info in named if not _is_hidden(path)]
-
-
-def _is_hidden(path: PurePosixPath) -> bool:
-    return "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
 
 
 def extract_photos(archive: zipfile.ZipFile, photos: Entries, folder: Path) -> None:

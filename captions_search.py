@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ from utils import UserError, files_in, interpreter, read_json, read_text, write_
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
-CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'.encode()  # in a file that is JSON
+CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
 BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
@@ -71,20 +71,20 @@ def find_captions(
     if table:
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
-    for file in filter(tells_captions, (*given, *karpathy_files(paths.data_dir))):
-        if (found := read_captions(file)).texts:
+    for file in (*given, *karpathy_files(paths.data_dir)):
+        if in_karpathys_form(file, CAPTION_KEY) and (found := read_captions(file)).texts:
             return [file], found
     for read in (read_nested, read_texts_beside):
         if (found := read(paths.images)).texts:
             return [paths.images], found
     others, refused = find_others(paths)
+    places = [paths.data_dir / name for name in others]
     if len(others) == 1 or are_parts(others):
         form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
-        parts = {place.relative_to(paths.data_dir): part for place, part in others.items()}
-        return [*others], merged(form, parts)
+        return places, merged(form, others)
     seen = f" ({refused[0]})" if refused else ""
     if others:
-        seen = f" (one of {', '.join(map(str, others))}?)"
+        seen = f" (one of {', '.join(map(str, places))}?)"
     raise UserError(
         f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
@@ -107,23 +107,18 @@ def karpathy_files(folder: Path) -> list[Path]:
     return [*filter(in_karpathys_form, sorted(folder.glob("dataset_*.json")))]
 
 
-def in_karpathys_form(file: Path) -> bool:
-    """Has it objects of images, or names alone, as `{"train": ["1.jpg", ...]}`?"""
+def in_karpathys_form(file: Path, key: str = "") -> bool:
+    """Is it JSON with objects of images, and one of the `key`s? Names by split alone are none."""
     text = file.read_bytes() if file.is_file() else b""
-    return bool(re.search(rb'"images"\s*:\s*\[\s*\{', text))
+    images = re.search(rb'"images"\s*:\s*\[\s*\{', text)
+    return bool(images and re.search(key.encode(), text))
 
 
-def tells_captions(file: Path) -> bool:
-    """Is it in Karpathy's form, with more than the photos' splits?"""
-    return in_karpathys_form(file) and re.search(CAPTION_KEY, file.read_bytes()) is not None
-
-
-def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
-    """What can be read in files of other names, and in folders of texts; and why others can't."""
-    root, found, refused, foreign, copies = paths.data_dir, {}, [], [], set()
-    there = photos_in(paths.images)
+def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
+    """What can be read in files of other names, and in folders of texts, by their names in
+    DATA_DIR; and why others can't."""
+    root, there = paths.data_dir, photos_in(paths.images)
     ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
-    bare = {end for end in ends if "/" not in end}
     names = names_in(root)
     folders = set()
     for name in names:
@@ -131,31 +126,46 @@ def find_others(paths: DataPaths) -> tuple[dict[Path, Captions], list[str]]:
         depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
         if depths and name.endswith(TEXT_SUFFIXES):
             folders.add("/".join(parts[: depths[0]]))
-    for folder in sorted(folders):
-        if (captions := read_texts_beside(paths.images, root / folder)).texts:
-            found[root / folder] = captions
-    files = [file for file in map(root.joinpath, lists_among(names)) if file.stem not in bare]
-    named = [file for file in files if "caption" in file.name.lower()]
-    for file in (*named, *(file for file in files if file not in named)):
-        if file not in named and not found.keys().isdisjoint(named):
-            break  # COCO's other annotations take minutes to read
-        try:
-            captions = read_own(file, paths.images)
-        except UserError as error:
-            refused.append(str(error))
-            continue
-        if not any(map(is_photo, captions.texts)) and not find_names(captions.texts, there):
-            wanted = [f"{file}: no photo is called {name!r}" for name in [*captions.texts][:1]]
-            foreign += wanted or captions.passed[:1]
-        elif (copy := (file.name, state_of(file))) not in copies:
-            copies.add(copy)
-            found[file] = captions
+    found = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+    foreign = []
+
+    def read(name: str) -> Captions | None:
+        captions = read_own(root / name, paths.images)
+        if any(map(is_photo, captions.texts)) or find_names(captions.texts, there):
+            return captions
+        wanted = [f"{root / name}: no photo is called {said!r}" for said in captions.texts]
+        foreign.extend([*wanted, *captions.passed][:1])
+
+    lists = [name for name in lists_among(names) if Path(name).stem not in ends]
+    held, refused = read_lists(lists, "caption[^/]*$", read)
+    found |= held
+    copies: dict[tuple[str, str], str] = {}
+    for name in found:  # of which the first one counts
+        copies.setdefault((os.path.basename(name), state_of(root / name)), name)
+    found = {name: found[name] for name in copies.values() if found[name].texts}
     unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
     for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
         with contextlib.suppress(UserError):
-            if file.stem not in bare and find_names(read_own(file, paths.images).texts, there):
+            if file.stem not in ends and find_names(read_own(file, paths.images).texts, there):
                 unasked.append(f"{file}?")
-    return found, [*unasked, *refused, *foreign]
+    return found, [*unasked, *map(str, refused.values()), *foreign]
+
+
+def read_lists(
+    names: Iterable[str], likely: str, read: Callable[[str], Any]
+) -> tuple[dict[str, Any], dict[str, UserError]]:
+    """What `read` finds in lists, by their names, and why others can't be read. Those with `likely`
+    names come first; if one holds something, the rest, COCO's say, would take minutes in vain."""
+    found, refused = {}, {}
+    first = [name for name in names if re.search(likely, name.lower())]
+    for group in (first, [name for name in names if name not in first]):
+        for name in () if found else group:
+            try:
+                if held := read(name):
+                    found[name] = held
+            except UserError as error:
+                refused[name] = error
+    return found, refused
 
 
 def names_in(root: Path) -> list[str]:
@@ -170,15 +180,16 @@ def lists_among(names: Iterable[str]) -> list[str]:
     return [str(path) for path in paths if may_list(path)]
 
 
-def are_parts(others: Mapping[Path, Captions]) -> bool:
+def are_parts(others: Mapping[str, Captions]) -> bool:
     """Are files called alike, but for a split, and speak of different photos?"""
     photos = [name for found in others.values() for name in found.texts]
     return are_alike(others) and len(photos) == len({*photos})
 
 
-def are_alike(files: Iterable[Path]) -> bool:
+def are_alike(files: Iterable[str]) -> bool:
     """Are files, at least one, called alike but for a split, or the number of a part?"""
-    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", file.name)) for file in files}) == 1
+    called = map(os.path.basename, files)
+    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", name)) for name in called}) == 1
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------

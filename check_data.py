@@ -48,9 +48,9 @@ def check(
     def look(name: str) -> tuple[str, str, str]:
         try:
             open_image(paths.images / name, least=64)
+            return name, file_digest(paths.images / name), ""
         except ImageError as error:
             return name, "", str(error)
-        return name, file_digest(paths.images / name), ""
 
     looked = prefetch(look, split_of, threads=os.cpu_count() or 2, ahead=32)
     with Bar(len(split_of), "looking at photos", "photo") as bar:

@@ -360,9 +360,10 @@ def _lists_in(folder: Path) -> dict[str, list[str]]:
     """The names, one a line, in texts called after splits, as `Flickr_8k.trainImages.txt`."""
     lists: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.txt")):
-        lines = read_text(file).split("\n") if split_in(file.name) else []
-        names = [line.strip() for line in lines if len(line.split()) == 1]
-        lists.setdefault(split_in(file.name), []).extend(names)
+        if split := split_in(file.name):
+            lines = read_text(file).split("\n")
+            names = [line.strip() for line in lines if len(line.split()) == 1]
+            lists.setdefault(split, []).extend(names)
     if not any(lists.values()):
         raise UserError(f"{folder} has no texts called after splits (train.txt, ...) with names")
     return lists

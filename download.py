@@ -79,7 +79,10 @@ def _download_one(url: str, target: Path) -> None:
         while not target.exists():
             try:
                 if (reason := _fetch(url, partial)) == "":
-                    _finish(partial, target)
+                    with open(partial, "rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(partial, target)
+                    _forget(partial)
                     return
             except requests.RequestException as error:
                 # Only the kind of error: its text may hold a signed address.
@@ -191,10 +194,3 @@ def _read_state(partial: Path) -> dict[str, Any]:
 def _forget(partial: Path) -> None:
     partial.unlink(missing_ok=True)
     _state_path(partial).unlink(missing_ok=True)
-
-
-def _finish(partial: Path, target: Path) -> None:
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    _forget(partial)

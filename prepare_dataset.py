@@ -99,16 +99,22 @@ KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_da
 # --- Archives -------------------------------------------------------------------------------
 
 
-def read_marker(paths: DataPaths) -> dict[str, Any] | None:
-    """prepared.json: the data set's name and its photos' sizes, {} while it is unfinished."""
+def read_marker(paths: DataPaths, dataset: str = "") -> dict[str, Any] | None:
+    """prepared.json: the data set's name and its photos' sizes, {} while it is unfinished; refused
+    where it is of another than `dataset`."""
     path = paths.data_dir / "prepared.json"
     if not path.exists():
         return None
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
-        return {"dataset": marker["dataset"], "photos": dict(marker["photos"] or {})}
+        known, photos = marker["dataset"], dict(marker["photos"] or {})
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: delete it and run again") from None
+    if dataset and known != dataset:
+        raise UserError(
+            f"{paths.data_dir} holds {known}, not {dataset}: choose another folder with --data_dir"
+        )
+    return {"dataset": known, "photos": photos}
 
 
 def write_marker(paths: DataPaths, dataset: str, photos: dict[str, int]) -> None:
@@ -191,17 +197,12 @@ def ensure_questions(
 def ensure_photos(paths: DataPaths, dataset: str, archive: Sequence[str]) -> None:
     """Unpack what IMAGE_DIR lacks, from the archive or else a download; a marker says when whole.
     Photos that were there before the first run are the user's own and are left alone."""
-    marker = read_marker(paths)
+    marker = read_marker(paths, dataset)
     present = photo_sizes(paths.images)
     if marker is None and present:
         print(f"{paths.images} holds photos already: they are used as they are (empty the folder")
         print(f"to have those of {dataset} there)")
         return
-    if marker and marker["dataset"] != dataset:
-        raise UserError(
-            f"{paths.data_dir} holds {marker['dataset']}, not {dataset}: choose another folder "
-            f"with --data_dir, or --dataset {marker['dataset']}"
-        )
     if marker and marker["photos"]:
         bad = [name for name, size in marker["photos"].items() if present.get(name) != size]
         if not bad:
@@ -231,16 +232,11 @@ def ensure_photos(paths: DataPaths, dataset: str, archive: Sequence[str]) -> Non
 def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     """Make a data set of which all photos validate, of the photos in WebDataset shards."""
     label = f"the shards {redact(pattern)}"
-    marker = read_marker(paths)
+    marker = read_marker(paths, label)
     if marker is None and (paths.captions.exists() or photo_sizes(paths.images)):
         raise UserError(
             f"{paths.data_dir} holds a data set already: choose another folder for VAL_SHARDS' "
             "photos with --data_dir, or leave VAL_SHARDS out to validate on what is there"
-        )
-    if marker and marker["dataset"] != label:
-        raise UserError(
-            f"{paths.data_dir} holds {marker['dataset']}, not {label}: choose another folder with "
-            "--data_dir"
         )
     if marker and marker["photos"] and marker["photos"] == photo_sizes(paths.images):
         unpacked = os.path.getmtime(paths.data_dir / "prepared.json")
@@ -352,18 +348,17 @@ def write_splits(
     names, own = [*names], None
     if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
         own = split_by_own(names, known, settings.TRAIN_SPLIT_RATIO)
-    if settings.SPLIT == "karpathy" and own and len(karpathy_files(paths.data_dir)) != 1:
-        source, splits, says = "the data set itself", own, "columns, files or folders say"
-    elif settings.SPLIT == "karpathy":
-        file = ensure_karpathy_file(settings, paths)
-        source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
-    else:
+    if settings.SPLIT == "ratio":
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
         if own:
             told = ", ".join(f"{split} {len(group)}" for split, group in own.items())
             print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
-    if settings.SPLIT == "karpathy":
+    else:
+        source, splits, says = "the data set itself", own, "columns, files or folders say"
+        if not own or len(karpathy_files(paths.data_dir)) == 1:
+            file = ensure_karpathy_file(settings, paths)
+            source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
         left = len(names) - sum(map(len, splits.values()))
         print(f"split as {says}{f'; {left} photos are of none' if left else ''}")
     if paths.splits.exists() and not written_splits(paths):

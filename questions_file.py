@@ -22,7 +22,7 @@ from captions_file import (
     speaker,
     texts_of,
 )
-from captions_search import are_alike, holds, lists_among, names_in
+from captions_search import are_alike, holds, lists_among, names_in, read_lists
 from dataset import OTHER_SPLITS, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
@@ -42,15 +42,8 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
-    found, refused = {}, {}
-    names = lists_among(names_in(source))
-    named = [name for name in names if re.search("question|vqa", name.lower())]
-    for part in (named, [name for name in names if name not in named]):
-        for name in () if found else part:  # captions of COCO's size take a minute to look at
-            try:
-                found[Path(name)] = read_questions(source / name)
-            except UserError as error:
-                refused[Path(name)] = error
+    lists = lists_among(names_in(source))
+    found, refused = read_lists(lists, "question|vqa", lambda name: read_questions(source / name))
     if not found:
         seen = "".join(f" ({error})" for error in [*refused.values()][:1])
         raise UserError(
@@ -58,7 +51,7 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
             '({"photo.jpg": [{"question": "...", "answer": "..."}]}), name a file with '
             f"--questions_file, or convert VQAv2's with --vqa_questions{seen}"
         )
-    names = ", ".join(map(str, found))
+    names = ", ".join(found)
     if not are_alike(found):
         raise UserError(f"{source} has questions in {names}: --questions_file chooses")
     print(f"questions of {names} in {source}")
@@ -154,12 +147,12 @@ def _rows(table: Table) -> list[Entry]:
     text that isn't quoted is refused where it might stand in the question or in the answer."""
     # Photos may be called without their suffix, as VQA-Med's are.
     bare = len(table.names) == 3 and "question" not in table.names and "?" in table.names[1]
-    headed = not (bare or is_photo(plain_name(table.names[0])))
-    names = table.names = table.names if headed else ["image", "question", "answer"]
-    rows = []
-    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    if headed:
+    if bare or is_photo(plain_name(table.names[0])):
+        table.names = ["image", "question", "answer"]
+    else:
         table.drop_header()
+    rows, names = [], table.names
+    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows:
         if texts == [len(names) - 1]:
             table.trim(row)
