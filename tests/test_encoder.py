@@ -265,7 +265,7 @@ def tags_that_are_all_of_it(size: int) -> bytes:
     return b"".join([b"II*\0", head, *tags, bytes(4 + size)])
 
 
-@pytest.mark.fault(count=4)
+@pytest.mark.fault(count=6)
 def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
@@ -282,7 +282,10 @@ def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
     parts = [b"Exif\0\0" + bomb[n : n + 65_000] for n in range(0, len(bomb), 65_000)]
     parts = [b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part for part in parts]
     (tmp_path / "tags.jpg").write_bytes(b"".join([content[:2], *parts, content[20:]]))
-    for name in ("tags.tif", "tags.png", "signs.png", "tags.jpg"):
+    for kind in ("avif", "webp"):
+        photo = Image.new("RGB", (4, 4))
+        photo.save(tmp_path / f"tags.{kind}", exif=b"Exif\0\0" + tags_that_are_all_of_it(80_000))
+    for name in ("tags.tif", "tags.png", "signs.png", "tags.jpg", "tags.avif", "tags.webp"):
         tracemalloc.start()
         with pytest.raises(ImageError, match=f"{name} .* (EXIF|passed over)"):
             open_image(tmp_path / name)
