@@ -1470,3 +1470,14 @@ def test_metadata_in_sub_folders_is_read(tmp_path):
     found = prepared(data)
     assert found["train/002.png"] == ["a dog 2"] and found["validation/003.png"] == ["a dog 3"]
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("sign", ["", '""'])
+def test_many_long_quoted_captions_are_read_in_seconds(tmp_path, sign):
+    text = "\n".join(f"{sign}line{sign} {n} of a caption" for n in range(95))
+    rows = "".join(f'{n}.jpg,"{text}"\n' for n in range(400))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    begun = time.process_time()
+    found = read_captions(tmp_path / "captions.csv")
+    assert time.process_time() - begun < 3
+    assert {*map(tuple, found.texts.values())} == {(text.replace('""', '"'),)}
