@@ -39,6 +39,8 @@ LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "
 PASSES = {b"\xff\xd8": (b"\xff\xda", 200)} | dict.fromkeys((b"P1", b"P2", b"P3"), (b"#", 100))
 # How often a file is read from; of a GIF, whose first frame takes few, each may join a comment.
 MOST_READS, MOST_OF_GIF = 1_000_000, 5_000
+MOST_SAID = 4096  # layers of an encoder, and pixels along a side of what it sees
+SIDES = "height width longest_edge shortest_edge".split()
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 
 
@@ -172,11 +174,15 @@ class FrozenEncoder(nn.Module):
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(name, config)
+                _check_size(name, "layers", config.num_hidden_layers)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
                 processor = transformers.AutoImageProcessor.from_pretrained(
                     name, backend="pil", **where
                 )
+                for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
+                    sides = [dict(size).get(side) or 0 for side in SIDES]
+                    _check_size(name, "pixels along a side", max(sides))
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
@@ -385,6 +391,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
+
+
+def _check_size(name: str, what: str, said: int) -> None:
+    """Refuse what a file of a few bytes says, but no machine has the time or memory for."""
+    if said > MOST_SAID:
+        raise UserError(f"the encoder {name!r} says that it has {said:,} {what}: choose another")
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import socket
 import struct
 import time
@@ -133,6 +134,21 @@ def test_an_encoder_of_another_kind_is_refused_before_photos_are_encoded(kind, t
     with pytest.raises(UserError, match="makes no sequence of .*: choose another"):
         open_folder(tmp_path / "features", encoder, torch.float32)
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 100_000}),
+        ("preprocessor_config.json", {"size": {"height": 100_000, "width": 100_000}}),
+    ],
+)
+def test_an_encoder_that_says_to_be_without_end_is_refused(encoder_dir, tmp_path, name, said):
+    shutil.copytree(encoder_dir, tmp_path / "encoder")
+    file = tmp_path / "encoder" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    with pytest.raises(UserError, match="says that it has 100,000 (layers|pixels)"):
+        FrozenEncoder.load(str(tmp_path / "encoder"))
 
 
 def test_layers_outside_the_tower_are_refused(encoder_dir):
