@@ -54,6 +54,7 @@ ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix
+LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 SAMPLE = 1000  # rows by which it is decided what is what
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
@@ -101,6 +102,7 @@ class Captions:
     mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
     older: int = 0  # files in another encoding than UTF-8
     splits: dict[str, str] = field(default_factory=dict)  # of photos, where the file says them
+    links: list[Path] = field(default_factory=list)  # texts that lie outside their folder
 
     def add(self, name: str, captions: Iterable[str], where: object, split: object = "") -> None:
         """Add a photo's captions, texts or lists of them; the name is relative to its folder."""
@@ -336,7 +338,7 @@ def speaker(said: Any) -> str:
 
 def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
     """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
+    if len(text) > LONGEST_LIST or not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
     filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
@@ -368,6 +370,7 @@ def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
             found.splits |= dict.fromkeys(part.texts, split)
         found.splits |= part.splits
         found.passed += part.passed
+        found.links += part.links
         found.mended += part.mended
         found.older += part.older
     return found

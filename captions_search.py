@@ -207,6 +207,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             names = near
             break
     stems = {os.path.splitext(name)[0] for name in names}
+    home = os.path.realpath(place or folder)
     counts = Counter(end for stem in stems for end in ends_of(stem))
     for name in names:
         ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
@@ -217,6 +218,8 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
             found.add(name, lines, file)
             found.older += is_older(file)
+            if os.path.islink(file) and not Path(os.path.realpath(file)).is_relative_to(home):
+                found.links.append(file)
             continue
         found.passed.append(f"{folder / name}: no caption beside it")
     return found
@@ -266,6 +269,9 @@ def ensure_captions(
     note, changed = captions_note(paths)
     sources, found = find_captions(settings, paths, changed)
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
+    if found.links and not settings.follow_links:
+        leads = "is a link that leads out of its folder: if you laid it, use --follow_links"
+        raise UserError(f"{found.links[0]} {leads}")
     if not found.texts:
         raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
     texts = match_names(found.texts, paths.images)

@@ -11,7 +11,6 @@ import inspect
 import io
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import huggingface_hub
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from pictures import check_exif, upright_rgb
@@ -40,7 +39,8 @@ LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "
 PASSES = {b"\xff\xd8": (b"\xff\xda", 200)} | dict.fromkeys((b"P1", b"P2", b"P3"), (b"#", 100))
 # How often a file is read from; of a GIF, whose first frame takes few, each may join a comment.
 MOST_READS, MOST_OF_GIF = 1_000_000, 5_000
-EXIF = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)  # in a JPEG: each part's length
+MOST_SAID = 4096  # layers of an encoder, and pixels along a side of what it sees
+SIDES = "height width longest_edge shortest_edge".split()
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 
 
@@ -73,21 +73,27 @@ class Spared:
     def __init__(self, file: BinaryIO):
         self.file, self.left = file, 8 * file.seek(0, os.SEEK_END) + 2**24
         file.seek(0)
-        begin = file.read(2)
-        self.reads = MOST_OF_GIF if begin == b"GI" else MOST_READS
-        sign, most = PASSES.get(begin, (b"", 0))
-        content = file.read() if sign else b""
+        begin = file.read(16)
+        if AvifImagePlugin._accept(begin) is True:  # Pillow looks into its EXIF at once
+            avif = AvifImagePlugin._avif.AvifDecoder(begin + file.read(), "auto", 1)
+            *_, exif, _, _ = avif.get_info()
+            check_exif(len(exif or b""))
+        self.exif = 0  # bytes
+        self.reads = MOST_OF_GIF if begin[:2] == b"GI" else MOST_READS
+        sign, most = PASSES.get(begin[:2], (b"", 0))
+        content = begin + file.read() if sign else b""
         count = content.count(sign) if sign else 0
         if count > most + len(content) / 20_000:  # some stand by chance in what is packed
             raise ValueError(f"it would be passed over {count:,} times")
-        if sign == b"\xff\xda":  # Pillow joins the parts of EXIF, and looks into it at once
-            check_exif(sum(int.from_bytes(size, "big") for size in EXIF.findall(content)))
         file.seek(0)
 
     def read(self, *size: int) -> bytes:
         part = self.file.read(*size)
         self.left -= len(part)
         self.reads -= 1
+        if part.startswith(b"Exif\0\0"):  # a JPEG's parts are joined, and looked into at once
+            self.exif += len(part)
+            check_exif(self.exif)
         if self.left < 0 or self.reads < 0:
             raise ValueError("its tags or comments would be passed over without end")
         return part
@@ -168,11 +174,15 @@ class FrozenEncoder(nn.Module):
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(name, config)
+                _check_size(name, "layers", config.num_hidden_layers)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
                 processor = transformers.AutoImageProcessor.from_pretrained(
                     name, backend="pil", **where
                 )
+                for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
+                    sides = [dict(size).get(side) or 0 for side in SIDES]
+                    _check_size(name, "pixels along a side", max(sides))
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
@@ -381,6 +391,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
+
+
+def _check_size(name: str, what: str, said: int) -> None:
+    """Refuse what a file of a few bytes says, but no machine has the time or memory for."""
+    if said > MOST_SAID:
+        raise UserError(f"the encoder {name!r} says that it has {said:,} {what}: choose another")
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import os
 import re
@@ -29,7 +30,10 @@ from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ASKED, questions_in, read_entry
 from tables import plain_key
-from utils import UserError, first_line, require_extra
+from tars import MOST_BYTES
+from utils import UserError, bounded_memory, first_line, require_extra, size_text
+
+MOST_MEMORY = 2**29  # bytes that rows, and the pages they are packed in, may take at a time
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def read_parquet(
     the same picture, as where each has one of its captions, are one photo, of its first split.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
+    arrow = importlib.import_module("pyarrow")
+    arrow.set_memory_pool(arrow.system_memory_pool())  # its own reserves gigabytes ahead
     taken: set[tuple[str, str]] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
@@ -68,7 +74,8 @@ def read_parquet(
     for file in files:
         whole = called[file] if len({*called.values()}) > 1 else ""
         try:
-            with pq.ParquetFile(file) as table:
+            opened = pq.ParquetFile(file, buffer_size=2**20)  # or it reads groups of rows whole
+            with bounded_memory(MOST_MEMORY), opened as table:
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
                 unpacked = sum(group.total_byte_size for group in groups)
                 check_unpacked(file, file.stat().st_size, unpacked)
@@ -83,6 +90,8 @@ def read_parquet(
                     if content := image["bytes"]:
                         texts = texts_of([row[column] for column in columns.captions])
                         texts = [text for text in texts if isinstance(text, str)]
+                        if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
+                            raise ValueError(f"a row has captions of {size:,} characters")
                         own = "".join(split_in(row[column]) for column in columns.split) or whole
                         digest = hashlib.sha256(content).digest()[:16]
                         if digest not in names:
@@ -95,6 +104,11 @@ def read_parquet(
                         yield names[digest], content, texts, asked
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
+        except MemoryError:
+            raise UserError(
+                f"{file} has rows or pages that become more than {size_text(MOST_MEMORY)}: that is "
+                "no collection of photos, or it needs to be written in smaller pages"
+            ) from None
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
@@ -115,7 +129,7 @@ def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[d
 def _rows(file: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of an open file, refused where they become far more than the file holds."""
     packed, unpacked = file.stat().st_size, 0
-    for part in table.iter_batches(batch_size=8, columns=columns):
+    for part in table.iter_batches(batch_size=8, columns=columns, use_threads=False):
         unpacked += part.nbytes  # what repeats itself is in the file once
         check_unpacked(file, packed, unpacked)
         yield from part.to_pylist()

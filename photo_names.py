@@ -19,6 +19,7 @@ Way = Callable[[str], str]  # of cutting a name to what counts of it
 # Byte order marks within a file, and what Windows puts before a path that is copied.
 UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
 LONGEST = 4096  # bytes that a path may have
+DEEPEST = 100  # folders, one in the other, of which a name's ends are looked at
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -159,7 +160,7 @@ def _ending(wanted: Iterable[str], there: Iterable[str], cut: Way) -> dict[str, 
 
 def ends_of(name: str) -> list[str]:
     """`a/b/1`, `b/1` and `1`."""
-    parts = name.split("/") if len(name) <= LONGEST else [name]
+    parts = name.split("/") if name.count("/") <= DEEPEST else [name]
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 PHOTOMETRIC = 262  # the TIFF tag, which is 0 where 0 is white
-MOST_EXIF = 200_000  # bytes; each of its tags may be as long as all of it, and so take its square
+MOST_EXIF = 70_000  # bytes; each of its 6,000 tags may be as long as all of it, and take a copy
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

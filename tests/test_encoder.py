@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import socket
 import struct
 import time
@@ -133,6 +134,21 @@ def test_an_encoder_of_another_kind_is_refused_before_photos_are_encoded(kind, t
     with pytest.raises(UserError, match="makes no sequence of .*: choose another"):
         open_folder(tmp_path / "features", encoder, torch.float32)
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 100_000}),
+        ("preprocessor_config.json", {"size": {"height": 100_000, "width": 100_000}}),
+    ],
+)
+def test_an_encoder_that_says_to_be_without_end_is_refused(encoder_dir, tmp_path, name, said):
+    shutil.copytree(encoder_dir, tmp_path / "encoder")
+    file = tmp_path / "encoder" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    with pytest.raises(UserError, match="says that it has 100,000 (layers|pixels)"):
+        FrozenEncoder.load(str(tmp_path / "encoder"))
 
 
 def test_layers_outside_the_tower_are_refused(encoder_dir):
@@ -265,7 +281,7 @@ def tags_that_are_all_of_it(size: int) -> bytes:
     return b"".join([b"II*\0", head, *tags, bytes(4 + size)])
 
 
-@pytest.mark.fault(count=4)
+@pytest.mark.fault(count=6)
 def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
@@ -282,7 +298,10 @@ def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
     parts = [b"Exif\0\0" + bomb[n : n + 65_000] for n in range(0, len(bomb), 65_000)]
     parts = [b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part for part in parts]
     (tmp_path / "tags.jpg").write_bytes(b"".join([content[:2], *parts, content[20:]]))
-    for name in ("tags.tif", "tags.png", "signs.png", "tags.jpg"):
+    for kind in ("avif", "webp"):
+        photo = Image.new("RGB", (4, 4))
+        photo.save(tmp_path / f"tags.{kind}", exif=b"Exif\0\0" + tags_that_are_all_of_it(80_000))
+    for name in ("tags.tif", "tags.png", "signs.png", "tags.jpg", "tags.avif", "tags.webp"):
         tracemalloc.start()
         with pytest.raises(ImageError, match=f"{name} .* (EXIF|passed over)"):
             open_image(tmp_path / name)

@@ -27,6 +27,7 @@ from dataset import (
     split_by_karpathy,
 )
 from options import SPLITS
+from photo_names import find_names
 from questions_file import convert_vqa, find_questions, read_questions
 from settings import Parser, load_settings
 from tests.conftest import run, small_flags, write_photos
@@ -1470,3 +1471,38 @@ def test_metadata_in_sub_folders_is_read(tmp_path):
     found = prepared(data)
     assert found["train/002.png"] == ["a dog 2"] and found["validation/003.png"] == ["a dog 3"]
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("sign", ["", '""'])
+def test_many_long_quoted_captions_are_read_in_seconds(tmp_path, sign):
+    text = "\n".join(f"{sign}line{sign} {n} of a caption" for n in range(95))
+    rows = "".join(f'{n}.jpg,"{text}"\n' for n in range(400))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    begun = time.process_time()
+    found = read_captions(tmp_path / "captions.csv")
+    assert time.process_time() - begun < 3
+    assert {*map(tuple, found.texts.values())} == {(text.replace('""', '"'),)}
+
+
+def test_texts_beside_photos_that_are_links_elsewhere_need_the_flag(tmp_path):
+    write_photos(tmp_path / "data", 2)
+    (tmp_path / "data" / "captions.json").unlink()
+    (tmp_path / "secret").write_text("a secret of another's\n")
+    (tmp_path / "data" / "images" / "001.txt").write_text("a cat\n")
+    flags = ["--dataset", "custom", "--split", "ratio", "--data_dir", "data"]
+    (tmp_path / "data" / "images" / "000.txt").symlink_to(tmp_path / "secret")
+    told = run("prepare_dataset.py", *flags, cwd=tmp_path)
+    assert told.returncode == 1 and "000.txt is a link that leads out" in told.stderr
+    assert not (tmp_path / "data" / "captions.json").exists()
+    told = run("prepare_dataset.py", *flags, "--follow_links", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+
+
+def test_lists_and_names_without_end_are_not_looked_into(tmp_path):
+    name = "a/" * 2000
+    photos = {f"{name}{n}.jpg": ["[" + "'a' " * 50_000 + "]"] for n in range(100)}
+    (tmp_path / "captions.json").write_text(json.dumps(photos))
+    begun = time.process_time()
+    found = read_captions(tmp_path / "captions.json")
+    assert len(find_names(found.texts, [f"b/{photo}" for photo in photos])) == 100
+    assert time.process_time() - begun < 3

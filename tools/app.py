@@ -63,7 +63,7 @@ LIMITS: dict[str, tuple[type, float, float]] = {
 SAMPLES = 4  # drawings to try
 WAITING = 16  # photos at once, the one that is being captioned included
 ROOM = 8  # all that wait have together at most so many times the largest photo's bytes
-CONNECTIONS = 200  # more, and idle ones are closed
+CONNECTIONS = 200  # more, and the one that has not sent what it is to for longest is closed
 # Within which a request's head and its body must come, and its answer must have been taken.
 HEAD_SECONDS, BODY_SECONDS, ANSWER_SECONDS = 10.0, 120.0, 600.0
 HEADERS = {
@@ -301,15 +301,17 @@ def as_plain(found: Explained, maps: bool) -> dict[str, Any]:
 class Connection(H11Protocol):
     """A connection that ends where a client doesn't send or read in time."""
 
-    stage: object = None  # what the client does now, as h11 calls it
+    stage: object = None  # what the client does now, as h11 calls it,
+    since: float = 0.0  # and from when on
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._enter(h11.IDLE)
-        if len(self.connections) > CONNECTIONS:
-            idle = (c for c in self.connections if c.cycle is None or c.cycle.response_complete)
-            next(idle).transport.abort()
+        there = [each for each in self.connections if not each.transport.is_closing()]
+        if len(there) > CONNECTIONS:
+            unsent = [each for each in there if each.stage in (h11.IDLE, h11.SEND_BODY)]
+            min(unsent, key=lambda each: each.since).transport.abort()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -319,7 +321,7 @@ class Connection(H11Protocol):
     def _enter(self, stage: object) -> None:
         if self.late:
             self.late.cancel()
-        self.stage = stage
+        self.stage, self.since = stage, self.loop.time()
         seconds = {h11.IDLE: HEAD_SECONDS, h11.SEND_BODY: BODY_SECONDS}.get(stage, ANSWER_SECONDS)
         self.late = self.loop.call_later(seconds, self.transport.abort)
 
