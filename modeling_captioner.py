@@ -226,7 +226,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
 
         Captions that a beam search finds are ordered by their score and, `config.rerank` times,
         the CIDEr that the photo promises them. `no_repeat_ngram_size` holds for what is written,
-        the configuration's for captions only; nor is a token written twice in a row.
+        the configuration's for captions only; nor is a token written twice in a row. Questions are
+        answered greedily, unless the call or its `generation_config` gives another `num_beams`.
         """
         features = self.features(pixel_values)
         memory = self.memory(features)
@@ -250,6 +251,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             options["logits_processor"] = transformers.LogitsProcessorList(rules)
         options["no_repeat_ngram_size"] = 0  # the library's own rule counts the prompt, too
         beams = options.get("num_beams", settings.num_beams) or 1
+        if "num_beams" not in options and beams == self.generation_config.num_beams:
+            beams = options["num_beams"] = beams if plain.any() else 1
         sampled = options.get("do_sample", settings.do_sample)
         if self.reranker is None or not self.config.rerank or beams == 1 or sampled:
             return super().generate(input_ids, memory=memory, **options)
