@@ -30,6 +30,7 @@ from tests.conftest import (
     write_photos,
 )
 from tests.test_inference import odd_pictures
+from tokenizer import ANSWER_ID
 from tools import export as tools_export
 from utils import UserError
 
@@ -384,6 +385,19 @@ def test_questions_are_answered_greedily_there_as_here(folder, joint, text, give
     look = lambda ids, scores: rows.append(len(ids)) or scores  # noqa: E731
     model.generate(**inputs, logits_processor=[look], **given)
     assert {*rows} == {beams}
+
+
+@pytest.mark.parametrize(("learned", "text"), [("captions", "is it red?"), ("questions", "")])
+def test_what_it_never_learned_is_refused_there_as_here(folder, joint, learned, text):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = Image.open(joint / "images" / "000.png")
+    assert sys.modules[type(model).__module__].ANSWER_ID == ANSWER_ID
+    model.config.trained["tasks"] = [learned]
+    usual = processor(images=[photo], text=["is it red?" if learned == "questions" else ""])
+    model.generate(**usual, num_beams=1)
+    with pytest.raises(ValueError, match=f"trained for {learned} only"):
+        model.generate(**processor(images=[photo], text=[text]))
 
 
 def test_beams_are_reranked_there_as_here(folder, joint):

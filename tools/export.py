@@ -102,7 +102,7 @@ def as_folder(args: argparse.Namespace) -> None:
     needs = f', model_kwargs={{"encoder": {name!r}}}' if not weights and os.path.isdir(name) else ""
     print(
         f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True{needs})'
-        '("photo.jpg", text="")'
+        f'("photo.jpg", text="{"" if "captions" in checkpoint.tasks else "is it raining?"}")'
     )
 
 
