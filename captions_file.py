@@ -484,7 +484,8 @@ def choose_columns(
         return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
 
     def tells_split(key: Key) -> bool:
-        return {*map(split_in, {str(row.get(key)) for row in rows})} >= {"train", "val"}
+        said = {*map(split_in, {str(row.get(key)) for row in rows})}
+        return "train" in said and bool(said & {"val", "test"})
 
     usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
     if "prompt" in map(PROMPTS.get, names.values()):  # then it asks for the caption

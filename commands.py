@@ -212,7 +212,7 @@ def evaluate(argv: Sequence[str] | None = None) -> SimpleNamespace:
     add("--task", choices=TASKS, default="captions", help="what to score [%(default)s]")
     add("--split", choices=SPLITS, default="val", help="photos to score [%(default)s]")
     add("--batch_size", type=int, default=64, help="photos at once [%(default)s]")
-    add("--report", help="the HTML report [{checkpoint}_{split}.html]")
+    add("--report", help="the HTML report [beside the checkpoint, named by data and split]")
     add("--save_captions", help='also write {"photo.jpg": "caption", ...} to this file')
     add("--clip", help="a CLIP model, Hub name or folder, to compute CLIPScore with [none]")
     add_option_flags(parser)

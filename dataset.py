@@ -392,7 +392,9 @@ def split_by_own(
         inner = split_by_ratio(splits["train"], train_ratio)
         splits |= {"train": inner["train"], "val": inner["val"] + inner["test"]}
         count = len(splits["val"])
-        print(f"these photos' own split has none to validate: {count} of those to train on would")
+        print(
+            f"these photos' own split has none to validate: {count} of those to train on do instead"
+        )
     return splits if splits["train"] and splits["val"] else None
 
 

@@ -404,7 +404,9 @@ def model_card(
         name=data.model_name,
         repo_id=repo_id,
         encoder=f"`{encoder_name}`{at_revision}",
-        needs=" (here a folder of its trainer's: give yours as `encoder=...`)" if local else "",
+        needs=" (here a folder of its trainer's: give yours as FOLDER below)" if local else "",
+        there=', model_kwargs={"encoder": "FOLDER"}' if local else "",
+        here=', encoder="FOLDER"' if local else "",
         dataset=dataset,
         began=f"(starting from `{start}`)" if start else "from scratch",
         does="answers questions about" if question else "captions",
@@ -414,7 +416,8 @@ def model_card(
         samples="\n".join(f"- `{_code(name)}`: {_prose(text)}" for name, text in samples.items())
         or "None were made.",
         text=asked,
-        flags=f" --question {shlex.quote(question)}" if question else "",
+        flags=(f" --question {shlex.quote(question)}" if question else "")
+        + (" --encoder FOLDER" if local else ""),
         call=f'answer("photo.jpg", {asked})' if question else 'caption(["photo.jpg"])',
     )
     return str(ModelCard(redact(f"---\n{data.to_yaml()}\n---\n\n{body}")))
@@ -443,7 +446,7 @@ With `transformers` alone; `text` may be a question, if it learned to answer que
 ```python
 from transformers import pipeline
 
-captioner = pipeline("image-text-to-text", "{repo_id}", trust_remote_code=True)
+captioner = pipeline("image-text-to-text", "{repo_id}", trust_remote_code=True{there})
 print(captioner("photo.jpg", text={text}, return_full_text=False)[0]["generated_text"])
 ```
 
@@ -456,7 +459,7 @@ python inference.py --image_path photo.jpg --checkpoint {repo_id}{flags}
 ```python
 from inference import load_captioner
 
-print(load_captioner("{repo_id}").{call})
+print(load_captioner("{repo_id}"{here}).{call})
 ```
 
 `tokenizer.json` loads with `transformers.AutoTokenizer`, `preprocessor_config.json` (the

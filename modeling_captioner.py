@@ -28,6 +28,7 @@ from .rerank import Reranker, layout
 
 logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
+ANSWER_ID = 3  # closes a question
 # The pipeline calls a model unsupported, aloud, whose class isn't listed here.
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MODEL_TYPE] = "VisionCaptioner"
 
@@ -226,7 +227,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
 
         Captions that a beam search finds are ordered by their score and, `config.rerank` times,
         the CIDEr that the photo promises them. `no_repeat_ngram_size` holds for what is written,
-        the configuration's for captions only; nor is a token written twice in a row.
+        the configuration's for captions only; nor is a token written twice in a row. Questions are
+        answered greedily, unless the call or its `generation_config` gives another `num_beams`.
         """
         features = self.features(pixel_values)
         memory = self.memory(features)
@@ -242,7 +244,10 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             wanted = longest - input_ids.shape[1]
         wanted = (settings.max_new_tokens or room) if wanted is None else wanted
         options["max_new_tokens"] = min(room, wanted)
-        plain = self.plain(input_ids)
+        plain, learned = self.plain(input_ids), self.config.trained["tasks"]
+        asked = {"captions": plain, "questions": input_ids == ANSWER_ID}
+        if strange := [task for task in asked if asked[task].any() and task not in learned]:
+            raise ValueError(f"this captioner was trained for {learned[0]} only, not {strange[0]}")
         given = options.get("no_repeat_ngram_size")
         if size := settings.no_repeat_ngram_size if given is None else given:
             rule = NoRepeat(size, input_ids.shape[1], plain | (given is not None))
@@ -250,6 +255,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             options["logits_processor"] = transformers.LogitsProcessorList(rules)
         options["no_repeat_ngram_size"] = 0  # the library's own rule counts the prompt, too
         beams = options.get("num_beams", settings.num_beams) or 1
+        if "num_beams" not in options and beams == self.generation_config.num_beams:
+            beams = options["num_beams"] = beams if plain.any() else 1
         sampled = options.get("do_sample", settings.do_sample)
         if self.reranker is None or not self.config.rerank or beams == 1 or sampled:
             return super().generate(input_ids, memory=memory, **options)

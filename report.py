@@ -108,7 +108,7 @@ class Report(contextlib.AbstractContextManager):
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         if 0 < updates < FEW_UPDATES and not settings.START_CHECKPOINT:
             print(
-                f"few       only {updates} updates: captions will be poor "
+                f"few       only {updates} updates: what it writes will be poor "
                 '("a man is a the a"); raise --num_epochs, or lower --batch_size'
             )
         if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:

@@ -82,9 +82,9 @@ class Parser(argparse.ArgumentParser):
         flags = super().parse_args(*given)
         check_ranges(flags)
         for name, value in vars(flags).items():
-            own = name.islower() and self.get_default(name) != ""
-            if own and isinstance(value, str) and not value.strip():
-                raise UserError(f"--{name} is empty: is a variable of your shell not set?")
+            full = name == "DATA_DIR" or (name.islower() and self.get_default(name) != "")
+            if full and isinstance(value, str) and not value.strip():
+                raise UserError(f"--{name.lower()} is empty: is a variable of your shell not set?")
         return flags
 
 

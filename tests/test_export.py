@@ -30,6 +30,7 @@ from tests.conftest import (
     write_photos,
 )
 from tests.test_inference import odd_pictures
+from tokenizer import ANSWER_ID
 from tools import export as tools_export
 from utils import UserError
 
@@ -362,6 +363,43 @@ def test_an_answer_may_repeat_its_question_and_a_caption_not_itself(folder, join
     assert ids.tolist() == [wanted] * 2
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "beams"),
+    [
+        ("", {}, 3),
+        ("is there a square?", {}, 1),
+        ("is there a square?", {"num_beams": 2}, 2),
+        (
+            "is there a square?",
+            {"generation_config": transformers.GenerationConfig(num_beams=2)},
+            2,
+        ),
+    ],
+)
+def test_questions_are_answered_greedily_there_as_here(folder, joint, text, given, beams):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model.generation_config.num_beams = 3
+    inputs = processor(images=[Image.open(joint / "images" / "000.png")], text=[text])
+    rows = []
+    look = lambda ids, scores: rows.append(len(ids)) or scores  # noqa: E731
+    model.generate(**inputs, logits_processor=[look], **given)
+    assert {*rows} == {beams}
+
+
+@pytest.mark.parametrize(("learned", "text"), [("captions", "is it red?"), ("questions", "")])
+def test_what_it_never_learned_is_refused_there_as_here(folder, joint, learned, text):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = Image.open(joint / "images" / "000.png")
+    assert sys.modules[type(model).__module__].ANSWER_ID == ANSWER_ID
+    model.config.trained["tasks"] = [learned]
+    usual = processor(images=[photo], text=["is it red?" if learned == "questions" else ""])
+    model.generate(**usual, num_beams=1)
+    with pytest.raises(ValueError, match=f"trained for {learned} only"):
+        model.generate(**processor(images=[photo], text=[text]))
+
+
 def test_beams_are_reranked_there_as_here(folder, joint):
     """By what is expected of each, captions and not answers, however many are asked for."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
@@ -404,6 +442,8 @@ def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):
     right = run("-m", "tools.export", *flags, "--out", out)
     assert right.returncode == 0 and "another encoder" not in right.stderr, right.stderr
     folder = load_checkpoint(checkpoint).encoder["name"]
+    # The command that is shown works: it names the folder, which is published nowhere.
+    assert f'model_kwargs={{"encoder": {folder!r}}}' in right.stdout
     wrong = transformers.ViTModel.from_pretrained(folder)
     wrong.layernorm.weight.data[0] += 1
     wrong.save_pretrained(tmp_path / "other")

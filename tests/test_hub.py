@@ -525,7 +525,10 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_pa
     assert "metrics.py" in read.data.eval_results[0].metric_args["scorer"]
     for name, caption in best["samples"].items():
         assert f"- `{name}`: {caption}" in read.text
-    assert 'load_captioner("me/captioner")' in read.text and "## Licence" in read.text
+    assert (
+        'load_captioner("me/captioner", encoder="FOLDER")' in read.text
+        and "## Licence" in read.text
+    )
 
 
 # --- Card -----------------------------------------------------------------------------------
@@ -609,6 +612,8 @@ def test_card_names_a_local_encoder_without_its_path(tmp_path):
     assert ModelCard(text).data.base_model is None
     assert "`tiny_vit`" in text
     assert str(tmp_path) not in text
+    given = ['model_kwargs={"encoder": "FOLDER"}', "--encoder FOLDER", ', encoder="FOLDER")']
+    assert all(each in text and each not in card() for each in given)
 
 
 def test_card_holds_no_token(monkeypatch):

@@ -943,13 +943,18 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
-def test_a_split_without_validation_takes_some_of_training(tmp_path, capsys):
+@pytest.mark.parametrize("column", ["", "split", "subset"])
+def test_a_split_without_validation_takes_some_of_training(tmp_path, column, capsys):
     names = [f"train/{n}.jpg" for n in range(8)] + ["test/8.jpg", "test/9.jpg"]
-    table = "image,caption\n" + "".join(f"{name},A dog\n" for name in names)
+    splits = [os.path.dirname(name) for name in names]
+    if column:
+        names = [f"all/{os.path.basename(name)}" for name in names]
+    rows = zip(names, splits, strict=True)
+    table = f"image,caption,{column}\n" + "".join(f"{n},A dog,{s}\n" for n, s in rows)
     folder = lay_out(tmp_path, {"captions.csv": table}, names)
     assert check(folder, "--split", "karpathy", "--train_split_ratio", 0.7) == 0
     splits = load_splits(folder / "splits.json")
-    assert splits["test"] == ["test/8.jpg", "test/9.jpg"] and splits["train"] and splits["val"]
+    assert splits["test"] == names[8:] and splits["train"] and splits["val"]
     assert sorted(splits["train"] + splits["val"]) == names[:8]
     assert f"none to validate: {len(splits['val'])} of those to train" in capsys.readouterr().out
 

@@ -98,9 +98,11 @@ def as_folder(args: argparse.Namespace) -> None:
         raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
     print(f"{out}: {size}, logits within {difference:.1g} of ours")
+    name = encoder.source["name"]
+    needs = f', model_kwargs={{"encoder": {name!r}}}' if not weights and os.path.isdir(name) else ""
     print(
-        f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True)'
-        '("photo.jpg", text="")'
+        f'  pipeline("image-text-to-text", {os.fspath(out)!r}, trust_remote_code=True{needs})'
+        f'("photo.jpg", text="{"" if "captions" in checkpoint.tasks else "is it raining?"}")'
     )
 
 
