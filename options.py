@@ -73,9 +73,11 @@ def given_options(flags: Any) -> dict[str, Any]:
 
 def change_options(own: GenerationOptions, asked: bool, **given: Any) -> GenerationOptions:
     """A checkpoint's `own` options, or for answers the greedy ones, with some replaced."""
-    usual = GenerationOptions() if asked else own
+    usual = dataclasses.asdict(GenerationOptions() if asked else own)
+    if strange := [name for name in given if name not in usual]:
+        raise UserError(f"{strange[0]} is no option: there are {', '.join(usual)}")
     try:
-        made = typed(GenerationOptions, dataclasses.asdict(usual) | given)
+        made = typed(GenerationOptions, usual | given)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
     check_ranges(made)

@@ -358,7 +358,7 @@ def test_from_python(trained, folder):
         {"seed": 2**70},
         {"beam_size": 2.0},
         {"beam_size": "3"},
-        {"no_such": 1},
+        {"n_best is no option: there are beam_size, ": 1},
     ],
 )
 def test_options_from_python_are_held_to_the_ranges_of_flags(trained, folder, options):
