@@ -33,7 +33,9 @@ from tables import plain_key
 from tars import MOST_BYTES
 from utils import UserError, bounded_memory, first_line, require_extra, size_text
 
-MOST_MEMORY = 2**29  # bytes that rows, and the pages they are packed in, may take at a time
+# Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
+# own: photos don't shrink, and pyarrow writes pages of a thousand.
+MOST_MEMORY = 2**29
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def read_parquet(
         whole = called[file] if len({*called.values()}) > 1 else ""
         try:
             opened = pq.ParquetFile(file, buffer_size=2**20)  # or it reads groups of rows whole
-            with bounded_memory(MOST_MEMORY), opened as table:
+            most = MOST_MEMORY + 4 * file.stat().st_size
+            with bounded_memory(most), opened as table:
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
                 unpacked = sum(group.total_byte_size for group in groups)
                 check_unpacked(file, file.stat().st_size, unpacked)
@@ -106,8 +109,8 @@ def read_parquet(
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
         except MemoryError:
             raise UserError(
-                f"{file} has rows or pages that become more than {size_text(MOST_MEMORY)}: that is "
-                "no collection of photos, or it needs to be written in smaller pages"
+                f"{file} has rows or pages that become more than {size_text(most)}: that is no "
+                "collection of photos, or it needs to be written in smaller pages"
             ) from None
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
