@@ -152,6 +152,7 @@ class Table:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
+            self.file.buffer.raw.close()  # or what has no room is written again when it is closed
             raise write_error(error, self.path) from error
 
 

@@ -134,6 +134,17 @@ def test_no_room_for_a_report(tmp_path, trained):
 
 
 @pytest.mark.fault
+def test_disk_full_while_captions_are_written(tmp_path, trained):
+    table = tmp_path / "captions.csv"
+    flags = ["--checkpoint", trained / "captioner_best_cider.safetensors"]
+    flags += ["--write", "csv", "--output", table]
+    full = run("inference.py", trained / "images", *flags, limits={resource.RLIMIT_FSIZE: 400})
+    assert_message(full, "no room left to write", str(table))
+    assert run("inference.py", trained / "images", *flags).returncode == 0
+    assert len(table.read_text().splitlines()) == 1 + len([*(trained / "images").iterdir()])
+
+
+@pytest.mark.fault
 def test_memory_too_short(tmp_path, trained, encoder_dir):
     data = Path(shutil.copytree(trained, tmp_path / "data"))
     flags = [*small_flags(data, encoder_dir), "--decoder_ff_dim", 2 * 10**9]
