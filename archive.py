@@ -145,7 +145,7 @@ def _members(archive: zipfile.ZipFile) -> Iterator[Member]:
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")
         hidden = "__MACOSX" in path.parts or any(part.startswith(".") for part in path.parts)
-        if not (hidden or info.is_dir()):
+        if path.name and not (hidden or info.is_dir()):
             yield path, info
 
 

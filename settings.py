@@ -84,7 +84,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(flags).items():
             full = name == "DATA_DIR" or (name.islower() and self.get_default(name) != "")
             if full and isinstance(value, str) and not value.strip():
-                raise UserError(f"--{name.lower()} is empty: is a variable of your shell not set?")
+                flag = name if name.isupper() else f"--{name}"
+                raise UserError(f"{flag} is empty: is a variable of your shell not set?")
         return flags
 
 
