@@ -128,11 +128,6 @@ def _holds_photos(kind: str) -> bool:
     return "binary" in kind.split("list<")[0]
 
 
-def _holds_texts(kind: str) -> bool:
-    """Is a column, by its type, one of texts, or one in which nothing stands (`null`)?"""
-    return "binary" not in kind and bool(re.search("string|(?<!not )null", kind))
-
-
 def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     """Which columns count, by their names and, as in tables, by what stands in the first rows.
 
@@ -140,7 +135,9 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     `audio`. What is not used is said.
     """
     photos = [name for name, kind in kinds.items() if _holds_photos(kind)]
-    texts = [name for name, kind in kinds.items() if _holds_texts(kind)]
+    # In one of the type `null` nothing stands.
+    plain = [name for name in kinds if "binary" not in kinds[name]]
+    texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]
     rows = [*itertools.islice(_rows(file, table, texts), SAMPLE)] if texts else []
     names = {name: plain_key(name) for name in kinds}
     found, captions, _ = choose_columns(names, rows)
