@@ -281,11 +281,15 @@ def _read_json(path: Path, table: Any) -> Captions:
 
 def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | None:
     """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
+
+    def names_photo(entry: Any) -> bool:
+        return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
+
     values = [*table.values()]
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    lists = [v for v in values if isinstance(v, list) and v and all(map(_names_photo, v))]
+    lists = [v for v in values if isinstance(v, list) and v and all(map(names_photo, v))]
     if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
         return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
@@ -301,10 +305,6 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return [table]
     columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
     return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _names_photo(entry: Any) -> bool:
-    return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
 
 
 def texts_of(said: Any) -> list[Any]:

@@ -43,7 +43,7 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     if source.is_file():
         return read_questions(source)
     lists = lists_among(names_in(source))
-    found, refused = read_lists(lists, "question|vqa", lambda name: read_questions(source / name))
+    found, refused = read_lists(source, lists, "question|vqa", read_questions)
     if not found:
         seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(
