@@ -59,7 +59,7 @@ def read_parquet(
     the same picture, as where each has one of its captions, are one photo, of its first split.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
-    taken: set[tuple[str, str]] = set()
+    taken: set[str] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
     passed: list[str] = []  # what questions lack
@@ -169,13 +169,14 @@ def _called(column: str, said: Any) -> str:
     return name if is_photo(name) else ""
 
 
-def _name(split: str, said: Sequence[str], taken: set[tuple[str, str]]) -> str:
+def _name(split: str, said: Sequence[str], taken: set[str]) -> str:
     """The first of a photo's names that no other of its split has, or else a number."""
     names = [os.path.basename(name.replace("\\", "/")) for name in said]
     names = [re.sub(r"[^\w.-]", "_", name)[-60:] for name in names]
     numbers = (f"{number:06d}.jpg" for number in itertools.count(len(taken)))
     for name in itertools.chain(names, numbers):
-        if is_photo(name) and not name.startswith(".") and (split, name.lower()) not in taken:
+        place = os.path.join(split, name)
+        if is_photo(name) and not name.startswith(".") and place.lower() not in taken:
             break
-    taken.add((split, name.lower()))
-    return os.path.join(split, name)
+    taken.add(place.lower())
+    return place
