@@ -196,10 +196,11 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
-    for name in empty if len(empty) > 1 else ():  # one photo's may be somebody's caption
-        none = [text for text in found.texts[name] if text in NOTHING]
-        found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
-        found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
+    if len(empty) > 1:  # one photo's may be somebody's caption
+        for name in empty:
+            none = [text for text in found.texts[name] if text in NOTHING]
+            found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
+            found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
     found.texts = {name: texts for name, texts in found.texts.items() if texts}
     found.older = is_older(path)
     return found
@@ -270,7 +271,7 @@ def _read_json(path: Path, table: Any) -> Captions:
         if isinstance(images, list) and any("sentences" in image for image in images):
             return _read_karpathy(path, images)
         objects = _objects(table)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if objects is not None:
         return _read_json(path, objects)
@@ -286,11 +287,15 @@ def _read_json(path: Path, table: Any) -> Captions:
 
 def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | None:
     """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
+
+    def names_photo(entry: Any) -> bool:
+        return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
+
     values = [*table.values()]
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    lists = [v for v in values if isinstance(v, list) and v and all(map(_names_photo, v))]
+    lists = [v for v in values if isinstance(v, list) and v and all(map(names_photo, v))]
     if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
         return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
@@ -305,13 +310,7 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     if any(isinstance(table.get(key), str) for key in NAME_KEYS):
         return [table]
     columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
-    if len({len(each) if isinstance(each, list) else -1 for each in columns}) > 1:
-        return None
     return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _names_photo(entry: Any) -> bool:
-    return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
 
 
 def texts_of(said: Any) -> list[Any]:
@@ -527,7 +526,8 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
-        table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
+        number = NUMBER_KEYS[:1] if numbered else ()
+        table.names = ["image", *number, "caption"]
         photos, captions, split = [0], [len(table.names) - 1], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)

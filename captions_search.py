@@ -79,7 +79,8 @@ def find_captions(
             return [paths.images], found
     others, refused = find_others(paths)
     places = [paths.data_dir / name for name in others]
-    if len(others) == 1 or are_parts(others):
+    photos = [name for found in others.values() for name in found.texts]
+    if are_alike(others) and len(photos) == len({*photos}):  # one, or parts of one
         form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
         return places, merged(form, others)
     seen = f" ({refused[0]})" if refused else ""
@@ -126,23 +127,19 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
         depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
         if depths and name.endswith(TEXT_SUFFIXES):
             folders.add("/".join(parts[: depths[0]]))
-    found = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+    texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
     foreign = []
 
-    def read(name: str) -> Captions | None:
-        captions = read_own(root / name, paths.images)
+    def read(file: Path) -> Captions | None:
+        captions = read_own(file, paths.images)
         if any(map(is_photo, captions.texts)) or find_names(captions.texts, there):
             return captions
-        wanted = [f"{root / name}: no photo is called {said!r}" for said in captions.texts]
+        wanted = [f"{file}: no photo is called {name!r}" for name in captions.texts]
         foreign.extend([*wanted, *captions.passed][:1])
 
     lists = [name for name in lists_among(names) if Path(name).stem not in ends]
-    held, refused = read_lists(lists, "caption[^/]*$", read)
-    found |= held
-    copies: dict[tuple[str, str], str] = {}
-    for name in found:  # of which the first one counts
-        copies.setdefault((os.path.basename(name), state_of(root / name)), name)
-    found = {name: found[name] for name in copies.values() if found[name].texts}
+    lists, refused = read_lists(root, lists, "caption[^/]*$", read)
+    found = {name: captions for name, captions in texts.items() if captions.texts} | lists
     unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
     for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
         with contextlib.suppress(UserError):
@@ -152,19 +149,24 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
 
 
 def read_lists(
-    names: Iterable[str], likely: str, read: Callable[[str], Any]
+    root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any]
 ) -> tuple[dict[str, Any], dict[str, UserError]]:
-    """What `read` finds in lists, by their names, and why others can't be read. Those with `likely`
-    names come first; if one holds something, the rest, COCO's say, would take minutes in vain."""
-    found, refused = {}, {}
+    """What `read` finds in lists, by their names, and why others can't be read; of copies the first
+    counts. Only if those with `likely` names hold nothing, the rest are read: COCO's take minutes.
+    """
+    found, refused, copies = {}, {}, set()
     first = [name for name in names if re.search(likely, name.lower())]
     for group in (first, [name for name in names if name not in first]):
         for name in () if found else group:
             try:
-                if held := read(name):
-                    found[name] = held
+                held = read(root / name)
             except UserError as error:
                 refused[name] = error
+                continue
+            copy = os.path.basename(name), state_of(root / name)
+            if held and copy not in copies:
+                found[name] = held
+                copies.add(copy)
     return found, refused
 
 
@@ -178,12 +180,6 @@ def lists_among(names: Iterable[str]) -> list[str]:
     near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
     paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
     return [str(path) for path in paths if may_list(path)]
-
-
-def are_parts(others: Mapping[str, Captions]) -> bool:
-    """Are files called alike, but for a split, and speak of different photos?"""
-    photos = [name for found in others.values() for name in found.texts]
-    return are_alike(others) and len(photos) == len({*photos})
 
 
 def are_alike(files: Iterable[str]) -> bool:

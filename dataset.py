@@ -65,23 +65,23 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
         given = vars(settings).get(setting)
         return Path(given).expanduser() if given else root / usual
 
-    images, captions = place("IMAGE_DIR", "images"), place("CAPTIONS_FILE", "captions.json")
+    images = place("IMAGE_DIR", "images")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
     names = itertools.islice(files_in(root), 100_000)  # it may be all that somebody has
     if not known and any(is_photo(n) and not n.startswith(WRITTEN) for n in names):
         images = root
-    questions = place("QUESTIONS_FILE", "questions.json")
-    # What is in another form than captions.json's has been converted by prepare_dataset.py.
-    captions, questions = (
-        converted if (converted := converted_file(root, file)).exists() else file
-        for file in (captions, questions)
-    )
+
+    def latest(file: Path) -> Path:
+        """What is in a form of its own has been converted by prepare_dataset.py."""
+        converted = converted_file(root, file)
+        return converted if converted.exists() else file
+
     return DataPaths(
         data_dir=root,
         images=images,
-        captions=captions,
-        questions=questions,
+        captions=latest(place("CAPTIONS_FILE", "captions.json")),
+        questions=latest(place("QUESTIONS_FILE", "questions.json")),
         splits=root / "splits.json",
         vocab=place("VOCAB_FILE", "vocab.json"),
         merges=place("MERGES_FILE", "merges.txt"),
@@ -329,7 +329,8 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     Its names are matched as those of captions are; one that is left over, as a flat file's of
     photos in folders, by its last part. Photos that the file doesn't know belong to no split.
     """
-    table, names = (_lists_in if path.is_dir() else read_json)(path), [*names]
+    table = _lists_in(path) if path.is_dir() else read_json(path)
+    names = [*names]
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     of: dict[str, str] = {}  # the split of each name in the file
     try:
@@ -448,9 +449,7 @@ class Batch:
 
     def without(self, rows: Sequence[int]) -> Batch:
         """The batch, in which these rows' tokens carry no loss; on the CPU."""
-        if not rows:
-            return self
-        kept = ~torch.isin(self.places // self.tokens.shape[1], torch.tensor(rows))
+        kept = ~torch.isin(self.places // self.tokens.shape[1], torch.tensor(rows, dtype=int))
         return replace(
             self, targets=self.targets[kept], places=self.places[kept], asked=self.asked[kept]
         )

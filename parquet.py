@@ -67,7 +67,7 @@ def read_parquet(
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
     arrow = importlib.import_module("pyarrow")
     arrow.set_memory_pool(arrow.system_memory_pool())  # its own reserves gigabytes ahead
-    taken: set[tuple[str, str]] = set()
+    taken: set[str] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
     passed: list[str] = []  # what questions lack
@@ -145,11 +145,6 @@ def _holds_photos(kind: str) -> bool:
     return "binary" in kind.split("list<")[0]
 
 
-def _holds_texts(kind: str) -> bool:
-    """Is a column, by its type, one of texts, or one in which nothing stands (`null`)?"""
-    return "binary" not in kind and bool(re.search("string|(?<!not )null", kind))
-
-
 def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     """Which columns count, by their names and, as in tables, by what stands in the first rows.
 
@@ -157,7 +152,9 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     `audio`. What is not used is said.
     """
     photos = [name for name, kind in kinds.items() if _holds_photos(kind)]
-    texts = [name for name, kind in kinds.items() if _holds_texts(kind)]
+    # In one of the type `null` nothing stands.
+    plain = [name for name in kinds if "binary" not in kinds[name]]
+    texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]
     rows = [*itertools.islice(_rows(file, table, texts), SAMPLE)] if texts else []
     names = {name: plain_key(name) for name in kinds}
     found, captions, _ = choose_columns(names, rows)
@@ -189,13 +186,14 @@ def _called(column: str, said: Any) -> str:
     return name if is_photo(name) else ""
 
 
-def _name(split: str, said: Sequence[str], taken: set[tuple[str, str]]) -> str:
+def _name(split: str, said: Sequence[str], taken: set[str]) -> str:
     """The first of a photo's names that no other of its split has, or else a number."""
     names = [os.path.basename(name.replace("\\", "/")) for name in said]
     names = [re.sub(r"[^\w.-]", "_", name)[-60:] for name in names]
     numbers = (f"{number:06d}.jpg" for number in itertools.count(len(taken)))
     for name in itertools.chain(names, numbers):
-        if is_photo(name) and not name.startswith(".") and (split, name.lower()) not in taken:
+        place = os.path.join(split, name)
+        if is_photo(name) and not name.startswith(".") and place.lower() not in taken:
             break
-    taken.add((split, name.lower()))
-    return os.path.join(split, name)
+    taken.add(place.lower())
+    return place

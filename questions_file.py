@@ -43,9 +43,9 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     if source.is_file():
         return read_questions(source)
     lists = lists_among(names_in(source))
-    found, refused = read_lists(lists, "question|vqa", lambda name: read_questions(source / name))
+    found, refused = read_lists(source, lists, "question|vqa", read_questions)
     if not found:
-        seen = "".join(f" ({error})" for error in [*refused.values()][:1])
+        seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(
             f"{source} holds no questions: write questions.json there "
             '({"photo.jpg": [{"question": "...", "answer": "..."}]}), name a file with '

@@ -1332,6 +1332,9 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
         find_questions(folder)
     (folder / "more.json").rename(folder / "my questions.json")
     assert {*find_questions(folder)} == {dict(zip(SPLITS, IDS, strict=True))["val"]}
+    (folder / "copy").mkdir()
+    (folder / "copy/my questions.json").write_text(texts["val.json"])
+    assert [len(asked) for asked in find_questions(folder).values()] == [1]  # copies count once
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no questions: write questions.json"):
         find_questions(tmp_path / "none")
