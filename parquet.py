@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import os
 import re
@@ -65,8 +64,9 @@ def read_parquet(
     the same picture, as where each has one of its captions, are one photo, of its first split.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
-    arrow = importlib.import_module("pyarrow")
-    arrow.set_memory_pool(arrow.system_memory_pool())  # its own reserves gigabytes ahead
+    import pyarrow  # without which there is no `pq`
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     taken: set[str] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()

@@ -413,9 +413,9 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
 def no_photos(paths: DataPaths) -> str:
     """That there are no photos, and how they come of what is there, where that is known."""
     said = f"{paths.images} is missing: put your photos there, or set --image_dir"
-    for file in sorted(paths.data_dir.rglob("*.zip"))[:1]:
+    if file := min(paths.data_dir.rglob("*.zip"), default=None):
         return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
-    for file in sorted(paths.data_dir.rglob("*.arrow"))[:1]:
+    if file := min(paths.data_dir.rglob("*.arrow"), default=None):
         target = str(paths.data_dir / f"{file.parent.name}.parquet")
         code = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet({target!r})"
         return f"{said}; {file} becomes parquet by `import datasets; {code}` in Python"
