@@ -196,6 +196,21 @@ def test_captions_file_names_any_form_anywhere(tmp_path, file):
     assert prepared(folder) == mine
 
 
+@pytest.mark.parametrize("parts", [("captions_train2017.json", "captions_val2017.json"), ()])
+def test_captions_file_names_a_folder_with_parts_of_one_list(tmp_path, parts):
+    """COCO's pair beside photos that lie where nobody may write."""
+    folder, source = lay_out(tmp_path / "data", {}), tmp_path / "annotations"
+    source.mkdir()
+    (source / "instances_train2017.json").write_text(json.dumps(COCO | {"annotations": []}))
+    for number, name in enumerate(parts):
+        part = [each for each in COCO["annotations"] if (each["image_id"] == 1) == (number == 0)]
+        (source / name).write_text(json.dumps(COCO | {"annotations": part}))
+    if not parts:
+        (source / "captions.json").write_text(json.dumps(EXPECTED))
+    assert check(folder, "--captions_file", source) == 0
+    assert load_captions(paths_in(folder, CAPTIONS_FILE=str(source)).captions) == EXPECTED
+
+
 def test_photos_and_table_in_one_folder(tmp_path, capsys):
     folder = lay_out(tmp_path, {"captions.csv": rows("image,caption", "{},{}")})
     for photo in (folder / "images").iterdir():
