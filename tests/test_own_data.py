@@ -109,6 +109,10 @@ FORMS = {  # file: (content, what is said of it)
     "captions.tsv": (rows("filepath\tid\ttitle", "{}\t5\t{}"), "the columns id are ignored"),
     "captions.csv": (rows("image;caption", "{};{}"), "a table: 4 captions of 3 photos"),
     "captions.txt": (rows("image,caption", "{},{}").replace("\n", "\r"), "a table: 4 captions"),
+    "styles.csv": (
+        rows("id,season,productDisplayName", '{},Fall,"{}"'),
+        "columns season are ignored",
+    ),
     "results.csv": (rows("image,caption", "images/{},{}"), "'images/1.jpg' as '1.jpg'"),
 }
 
