@@ -45,7 +45,8 @@ NAME_KEYS = (
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text report findings prompt conversations messages".split(),
+    *"caption_text caption_en alt_text report findings productdisplayname prompt".split(),
+    *"conversations messages".split(),
 )
 TALKS = ("conversations", "messages")
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.

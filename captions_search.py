@@ -31,9 +31,9 @@ from captions_file import (
     read_captions,
     texts_of,
 )
-from dataset import SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
+from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
-from utils import UserError, files_in, interpreter, read_json, read_text, write_changed
+from utils import UserError, files_in, read_json, read_text, to_run, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
@@ -54,7 +54,12 @@ def find_captions(
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
         if source.is_dir():
-            return [source], read_texts_beside(paths.images, source)
+            found, inside = read_texts_beside(paths.images, source), source / "captions.json"
+            if not found.texts and inside.is_file():
+                found = read_captions(inside)
+            elif not found.texts:
+                found = read_parts(replace(paths, data_dir=source))[1]
+            return [source], found
         if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return [source], read_captions(source, paths.images)
@@ -77,6 +82,11 @@ def find_captions(
     for read in (read_nested, read_texts_beside):
         if (found := read(paths.images)).texts:
             return [paths.images], found
+    return read_parts(paths)
+
+
+def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
+    """Read the only file with captions in DATA_DIR, or those that are parts of one."""
     others, refused = find_others(paths)
     places = [paths.data_dir / name for name in others]
     photos = [name for found in others.values() for name in found.texts]
@@ -87,7 +97,7 @@ def find_captions(
     if others:
         seen = f" (one of {', '.join(map(str, places))}?)"
     raise UserError(
-        f'{usual} is missing: write {{"photo.jpg": ["caption", ...]}} there, or put one of '
+        f"{paths.data_dir / 'captions.json'} is missing: write {PLAIN} there, or put one of "
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
         f"name a file with --captions_file{seen}"
     )
@@ -338,7 +348,7 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = str(source)
     if changed:
-        remedy = f"{interpreter()} prepare_dataset.py makes it anew"
+        remedy = f"{to_run('prepare_dataset.py')} makes it anew"
         print(f"{changed} has changed, and {paths.captions} was made before: {remedy}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
 from settings import BOUNDS, Parser, load_settings
-from utils import UserError, first_line, guard_output, leave, say_error
+from utils import Held, UserError, first_line, guard_output, leave, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -76,7 +76,8 @@ WITHOUT_EFFECT = (
 def begin(read: Callable[[], Any]) -> None:
     """Before a script's imports: read its command line, and answer --help or a mistake at once.
 
-    Ctrl-C while they last ends the program without a word of theirs.
+    Ctrl-C while they last ends the program without a word of theirs, but in a notebook's process
+    only once they are over.
     """
     # Threads that wait for each other sleep instead of spinning: beside another program training is
     # half as fast again, captioning several times as fast, and alone both are as fast as before
@@ -84,9 +85,12 @@ def begin(read: Callable[[], Any]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
         os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
+    stop = Held() if "IPython" in sys.modules else lambda *_: os._exit(130)
+    if not isinstance(stop, Held):  # in a notebook's own process, matplotlib is its user's
+        os.environ.pop("MPLBACKEND", None)  # which it names to all programs, if they have it or not
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGINT, stop)
     try:
         settings = read() if os.environ.get("LOCAL_RANK", "0") == "0" else _read_silently(read)
         say_without_effect(settings, sys.argv[1:])
@@ -127,6 +131,7 @@ def parser_of(script: str) -> Parser:
 def read_config() -> ModuleType:
     """`config.py`, as people have edited it, with every setting and each text a text; numbers are
     checked with the flags. Captioning needs none of it."""
+    sys.modules.pop("config", None)  # people edit it while a notebook's process lasts
     try:
         import config
     except Exception as error:  # noqa: BLE001 - people may write anything there

@@ -76,11 +76,11 @@ from tars import expand_shards, read_shard, shards_named
 from utils import (
     UserError,
     files_in,
-    interpreter,
     lock,
     redact,
     require_room,
     run_script,
+    to_run,
     write_changed,
     write_file,
 )
@@ -461,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    print(f"next      {shlex.join([interpreter(), 'train.py', *flags])}")
+    print(f"next      {to_run('train.py')} {shlex.join(flags)}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import sys
@@ -30,7 +29,7 @@ from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
 from tracking import Tracker, memory
-from utils import Bar, UserError, atomic_write, interpreter, redact, shown, size_text
+from utils import Bar, UserError, atomic_write, beside, interpreter, redact, shown, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
@@ -268,13 +267,6 @@ def without_folders(command: str) -> str:
     return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
 
 
-def beside(script: str) -> str:
-    """A script of this project as a command from where we are names it."""
-    path = str(Path(__file__).with_name(script).resolve())
-    near = os.path.relpath(path)
-    return path if near.startswith("..") else near
-
-
 def say(text: str) -> None:
     """Print a line without tearing a progress bar."""
     tqdm.write(text, file=sys.stdout)
@@ -458,5 +450,5 @@ def draw_samples(
 
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # `fonts_for` has said it
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not")  # see `fonts_for`
         figure.savefig(temporary, format="png", dpi=120)

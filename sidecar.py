@@ -77,7 +77,8 @@ class TextFiles:
             added = self.existing == "append" and target.exists()
             if added and (there := target.read_bytes().rstrip(b"\r\n")):
                 lines.insert(0, there)
-            write_file(target, b"\n".join([*lines, b""]))
+            content = b"\n".join([*lines, b""])
+            write_file(target, content, "name another folder with --output")
 
 
 class Table:

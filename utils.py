@@ -61,6 +61,18 @@ def interpreter() -> str:
     return sys.executable if near.startswith("..") else near
 
 
+def beside(script: str) -> str:
+    """A script of this project as a command from where we are names it."""
+    path = str(Path(__file__).with_name(script).resolve())
+    near = os.path.relpath(path)
+    return path if near.startswith("..") else near
+
+
+def to_run(script: str) -> str:
+    """The command, to be copied, that runs a script of this project."""
+    return shlex.join([interpreter(), beside(script)])
+
+
 # --- What is said ---------------------------------------------------------------------------
 
 SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, as of an emoji cut in two
@@ -182,6 +194,16 @@ class Said:
         return getattr(self.stream, name)
 
 
+class Held:
+    """Notes Ctrl-C until `run_script` obeys it. PyTorch that is half imported can't be imported
+    again: that kills the process, which is a notebook's with all that its user has made."""
+
+    pressed = False
+
+    def __call__(self, *_: object) -> None:
+        self.pressed = True
+
+
 def guard_output() -> None:
     """Let what the script says go through `Said`."""
     if not isinstance(sys.stdout, Said):
@@ -209,9 +231,12 @@ def say_error(error: object) -> int:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     guard_output()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `commands.begin` has another
     try:
+        if getattr(before, "pressed", False):
+            raise KeyboardInterrupt
         code = main()
     except UserError as error:
         code = say_error(error)
@@ -427,7 +452,7 @@ def read_text(path: Path, older: bool = False) -> str:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
         told = "name your data as in training (--data_dir, --questions_file, ...), or run"
-        raise UserError(f"{path} is missing: {told} {interpreter()} prepare_dataset.py") from None
+        raise UserError(f"{path} is missing: {told} {to_run('prepare_dataset.py')}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,13 +51,13 @@ def test_help_and_mistakes_are_answered_without_pytorch(script):
 
 
 def test_a_user_without_a_home_can_draw_curves(tmp_path):
-    """As in a container that runs under a number: no HOME, and no name in the list of users."""
+    """As in a container that runs under a number: no HOME, and no name in the list of users. A
+    notebook names its own way of drawing to all programs, which may lack it."""
     code = "import pwd; pwd.getpwuid = {}.__getitem__; import commands; commands.begin(lambda: 0)"
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
+    env |= {"PYTHONPATH": str(REPO), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     command = [sys.executable, "-c", f"{code}; import matplotlib.figure"]
-    found = subprocess.run(
-        command, cwd=tmp_path, env=env | {"PYTHONPATH": str(REPO)}, text=True, capture_output=True
-    )
+    found = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     assert found.returncode == 0, found.stderr
 
 
@@ -127,6 +128,21 @@ def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+def test_ctrl_c_while_libraries_load_spares_a_notebook(tmp_path):
+    """PyTorch that is half imported ends the process once it is imported anew."""
+    code = (
+        "import commands, os, signal, sys, utils\n"
+        "sys.modules['IPython'] = sys\n"
+        "commands.begin(int)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('loaded')\n"
+        "try: utils.run_script(lambda: print('never'))\n"
+        "except SystemExit as end: print(end.code)\n"
+    )
+    result = run("-c", code)
+    assert (result.stdout, result.stderr) == ("loaded\n130\n", "\ninterrupted\n")
+
+
 def test_a_preset_gives_way_to_flags_and_is_known_whole():
     settings = commands.train(["--preset", "small", "--num_epochs", "3"])
     wanted = config.presets["small"] | {"NUM_EPOCHS": 3}
@@ -135,15 +151,28 @@ def test_a_preset_gives_way_to_flags_and_is_known_whole():
         commands.train(["--preset", "huge"])
 
 
+def edit_config(monkeypatch, folder, line):
+    """Have a `config.py` that ends with a line more, as somebody edits theirs."""
+    text = Path(config.__file__).read_text(encoding="utf-8")
+    (folder / "config.py").write_text(f"{text}\n{line}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_an_edit_counts_while_a_notebook_lasts(monkeypatch, tmp_path):
+    for count in (7, 11111):
+        edit_config(monkeypatch, tmp_path, f"BATCH_SIZE = {count}")
+        assert commands.train([]).BATCH_SIZE == count
+
+
 @pytest.mark.parametrize("presets", [None, {"small": None}, {"small": {"DATA_DIR": 5}}])
-def test_presets_of_another_kind_are_refused(monkeypatch, presets):
-    monkeypatch.setattr(config, "presets", presets)
+def test_presets_of_another_kind_are_refused(monkeypatch, tmp_path, presets):
+    edit_config(monkeypatch, tmp_path, f"presets = {presets}")
     with pytest.raises(UserError, match="config.py: (presets must be|DATA_DIR is 5: it must be)"):
         commands.train([])
 
 
-def test_a_preset_with_a_slip_is_refused(monkeypatch):
-    monkeypatch.setitem(config.presets, "small", {"DECODER_WIDTH": 1})
+def test_a_preset_with_a_slip_is_refused(monkeypatch, tmp_path):
+    edit_config(monkeypatch, tmp_path, 'presets["small"] = {"DECODER_WIDTH": 1}')
     with pytest.raises(UserError, match="DECODER_WIDTH"):
         commands.train(["--preset", "small"])
 

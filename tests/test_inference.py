@@ -24,7 +24,7 @@ from PIL import Image
 import inference
 from encoder import ImageError
 from inference import load_captioner
-from sidecar import Photo, Table
+from sidecar import Photo, Table, TextFiles
 from tests.conftest import REPO, paint, run
 from tests.forked import Forked
 from utils import Bar, UserError
@@ -168,6 +168,17 @@ def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
     with contextlib.ExitStack() as files:
         Table(tmp_path / "x.jsonl", "skip", False, files).write([(photo, "", "a dog")])
     assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
+
+
+@pytest.mark.fault
+def test_texts_beside_photos_that_nobody_may_write_beside(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    photo = Photo(tmp_path / "a.jpg", "a.jpg")
+    with pytest.raises(UserError, match="name another folder with --output"):
+        TextFiles(None, "skip", [photo], []).write([(photo, "", "a dog")])
 
 
 def test_few_photos_are_held_decoded(trained, folder, monkeypatch):

@@ -109,6 +109,10 @@ FORMS = {  # file: (content, what is said of it)
     "captions.tsv": (rows("filepath\tid\ttitle", "{}\t5\t{}"), "the columns id are ignored"),
     "captions.csv": (rows("image;caption", "{};{}"), "a table: 4 captions of 3 photos"),
     "captions.txt": (rows("image,caption", "{},{}").replace("\n", "\r"), "a table: 4 captions"),
+    "styles.csv": (
+        rows("id,season,productDisplayName", '{},Fall,"{}"'),
+        "columns season are ignored",
+    ),
     "results.csv": (rows("image,caption", "images/{},{}"), "'images/1.jpg' as '1.jpg'"),
 }
 
@@ -194,6 +198,21 @@ def test_captions_file_names_any_form_anywhere(tmp_path, file):
     found = load_captions(paths_in(folder, CAPTIONS_FILE=str(tmp_path / file)).captions)
     assert found == EXPECTED
     assert prepared(folder) == mine
+
+
+@pytest.mark.parametrize("parts", [("captions_train2017.json", "captions_val2017.json"), ()])
+def test_captions_file_names_a_folder_with_parts_of_one_list(tmp_path, parts):
+    """COCO's pair beside photos that lie where nobody may write."""
+    folder, source = lay_out(tmp_path / "data", {}), tmp_path / "annotations"
+    source.mkdir()
+    (source / "instances_train2017.json").write_text(json.dumps(COCO | {"annotations": []}))
+    for number, name in enumerate(parts):
+        part = [each for each in COCO["annotations"] if (each["image_id"] == 1) == (number == 0)]
+        (source / name).write_text(json.dumps(COCO | {"annotations": part}))
+    if not parts:
+        (source / "captions.json").write_text(json.dumps(EXPECTED))
+    assert check(folder, "--captions_file", source) == 0
+    assert load_captions(paths_in(folder, CAPTIONS_FILE=str(source)).captions) == EXPECTED
 
 
 def test_photos_and_table_in_one_folder(tmp_path, capsys):
