@@ -6,6 +6,7 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -157,32 +158,27 @@ class Table:
 
 
 def open_output(
-    kind: str,
-    output: str | None,
-    existing: str,
-    folder: Path | None,
-    asked: bool,
-    photos: Sequence[Photo],
-    read: Sequence[str],
-    files: contextlib.ExitStack,
+    args: argparse.Namespace, photos: Sequence[Photo], asked: bool, files: contextlib.ExitStack
 ) -> TextFiles | Table:
-    """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
+    """What `--write`, `--output` and `--existing` name, for texts about `photos`.
 
-    A table stands in the `folder` that was given to be captioned, unless told otherwise, and is
-    open until `files` closes it. Neither
-    photos nor the other files that are `read` are written over.
+    A table stands in the folder that was given to be captioned, unless told otherwise, and is open
+    until `files` closes it. Nothing that is read is written over.
     """
-    inputs = [*dict.fromkeys(photo.file for photo in photos), *(Path(name) for name in read)]
-    place = Path(output).expanduser() if output else None
-    if kind == "txt":
+    read = [*dict.fromkeys(photo.file for photo in photos)]
+    read += [Path(name) for name in (args.checkpoint, args.questions_file) if name]
+    place = Path(args.output).expanduser() if args.output else None
+    if args.write == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
-        return TextFiles(place, existing, photos, inputs)
-    usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
-    path = place or folder or Path.cwd()
+        return TextFiles(place, args.existing, photos, read)
+    folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else Path.cwd()
+    path = place or (folder if folder.is_dir() else folder.parent)
     if path.is_dir():
-        path = path / usual
-    if path.suffix != f".{kind}":
-        raise UserError(f"--output {path}: with --write {kind} its name must end in .{kind}")
-    check_output("--output", path, *inputs)
-    return Table(path, existing, asked, files)
+        path /= "metadata.jsonl" if args.write == "jsonl" else "captions.csv"
+    if path.suffix != f".{args.write}":
+        raise UserError(
+            f"--output {path}: with --write {args.write} its name must end in .{args.write}"
+        )
+    check_output("--output", path, *read)
+    return Table(path, args.existing, asked, files)
