@@ -286,15 +286,14 @@ def say(text: str) -> None:
 
 @dataclass
 class Update:
-    """What one update found; the tensors are scalars on the run's device, the same in a team."""
+    """What one update found; the tensors are on the run's device, the same in a team."""
 
     step: int
     batches: int
     names: list[str]  # of this process's photos
-    photos: Tensor  # how many all processes had
-    count: Tensor  # tokens, or captions in the self-critical stage
-    stop: Tensor  # how many processes are asked to stop
-    summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
+    # Of all processes: loss in nats and tokens (self-critical: CIDEr-D and captions), how many are
+    # asked to stop, photos.
+    totals: Tensor
     norm: Tensor  # of the gradient
     bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
     rate: float  # the learning rate
@@ -332,18 +331,18 @@ class Ledger:
         progress = self.run.progress
         while len(self.waiting) > late:
             update = self.waiting.popleft()
-            self.stopping = self.stopping or bool(update.stop.item())
-            self.photos += int(update.photos.item())
+            figure, count, stop, photos = update.totals.tolist()
+            self.stopping = self.stopping or stop > 0
+            self.photos += int(photos)
             if update.bad.item():
                 self._enter_bad(update)
                 continue
-            summed, count = update.summed.item(), int(update.count.item())
             progress.bad_steps = 0
-            progress.loss_sum += summed
-            progress.loss_count += count
-            self.counted += count
+            progress.loss_sum += figure
+            progress.loss_count += int(count)
+            self.counted += int(count)
             if update.step % 20 == 0:
-                self._track(update, summed / max(1, count))
+                self._track(update, figure / max(1, count))
 
     def _track(self, update: Update, loss: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
