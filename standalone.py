@@ -35,14 +35,9 @@ def refusal(tower: dict[str, Any]) -> str:
 def repository_files(
     checkpoint: Checkpoint, tower: dict[str, Any], processor: str
 ) -> dict[str, str]:
-    """All that stands beside `model.safetensors`, by name: {file: text}.
+    """All that stands beside `model.safetensors`, {file: text}, unless there is a `refusal`.
 
-    Args:
-        tower: `FrozenEncoder.for_others()`: the encoder, by its name or by its configuration.
-        processor: its preprocessor_config.json.
-
-    Raises:
-        UserError: the `refusal` of such an encoder.
+    `tower` is `FrozenEncoder.for_others()`, `processor` the text of its preprocessor_config.json.
     """
     if why := refusal(tower):
         raise UserError(why)
