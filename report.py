@@ -182,15 +182,11 @@ class Report(contextlib.AbstractContextManager):
         return 130
 
     def _resuming(self) -> str:
-        """The command that goes on from `last.pt`."""
-        arguments = list(self.run.settings.arguments)
-        for i, argument in enumerate(arguments):
-            if argument.split("=")[0] == "--resume_checkpoint_path":
-                del arguments[i : i + (1 if "=" in argument else 2)]
-                break
-        arguments += ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
-        command = [*self.run.team.command(), beside("train.py"), *arguments]
-        return redact(shlex.join(command))
+        """The command that goes on from `last.pt`; of a flag given twice the last counts."""
+        last = ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
+        given = self.run.settings.arguments
+        given = given[:-2] if given[-2:] == last else given
+        return redact(shlex.join([*self.run.team.command(), beside("train.py"), *given, *last]))
 
     def finished(self) -> int:
         """Say where the result is and how to use it; returns the exit code."""
@@ -372,9 +368,8 @@ class Ledger:
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw losses, each score and the learning rate by epoch as a PNG.
 
-    Args:
-        history: an entry an epoch, in order: "epoch", "val_loss", "train_learning_rate", and
-            where measured "train_loss" and the others of `MEASURES`.
+    An entry of the history holds "epoch", "val_loss", "train_learning_rate", and where measured
+    "train_loss" and the others of `MEASURES`.
     """
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
     from matplotlib.ticker import MaxNLocator
@@ -417,12 +412,10 @@ def draw_samples(
     path: Path,
     humans: Mapping[str, Sequence[str]],
 ) -> bool:
-    """Draw photos with what was written about them at the first, middle and last epoch as a PNG;
-    says whether there were any.
+    """Draw photos with what was written about them at the first, middle and last epoch as a PNG,
+    and the first caption by `humans`; says whether there were any.
 
-    Args:
-        history: as for `draw_curves`; each entry's "samples" are {photo: text}.
-        humans: captions by people, of which each photo shows the first, if it has any.
+    The "samples" of an entry in the history are {photo: text}.
     """
     from matplotlib.figure import Figure
 
