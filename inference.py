@@ -52,6 +52,8 @@ ENCODED = 16  # pictures encoded at a time: more are no faster, and take more ro
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
 
 Picture = str | os.PathLike | Image.Image
+# What is asked about a picture, the picture preprocessed, or what is wrong with it.
+Read = tuple[list[tuple[Picture, str]], dict[str, Tensor] | None, str]
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,14 @@ class Captioner:
         asked = itertools.repeat(questions or "") if same else asked
         pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
-        grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
-        photos = ([*group] for _, group in grouped)
-        chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
-        for rows, inputs in prefetch(self._read, chunks, threads=2, ahead=2):
-            yield from self._write(rows, inputs, chosen)
+        # By which picture it is: to compare them, Pillow would look at every pixel.
+        grouped = itertools.groupby(
+            pairs, lambda pair: pair[0] if isinstance(pair[0], str | os.PathLike) else id(pair[0])
+        )
+        groups = ([*group] for _, group in grouped)
+        photos = prefetch(self._read, groups, threads=2, ahead=2 * batch_size)
+        while chunk := list(itertools.islice(photos, batch_size)):
+            yield from self._write(chunk, chosen)
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
@@ -157,35 +162,25 @@ class Captioner:
             raise UserError("a question is empty: to have a caption written, ask none")
         return change_options(self.options, questions is not None, **given)
 
-    def _read(
-        self, chunk: list[list[tuple[Picture, str]]]
-    ) -> tuple[list[tuple[Picture, str, int, str]], list[dict[str, Tensor]]]:
-        """The pictures of a chunk, each preprocessed; before them, for each question: the picture,
-        the question, the picture's place among those preprocessed, and what is wrong with it."""
-        inputs, rows = [], []
-        for group in chunk:
-            problem = ""
-            try:  # one after the other: decoded, a photo takes a hundred times the room
-                inputs.append(self.encoder.preprocess([self._open(group[0][0])]))
-            except ImageError as error:
-                problem = str(error)
-            rows += [(*pair, len(inputs) - 1, problem) for pair in group]
-        return rows, inputs
+    def _read(self, group: list[tuple[Picture, str]]) -> Read:
+        """A picture, preprocessed, from what is asked about it one question after the other."""
+        try:
+            return group, self.encoder.preprocess([self._open(group[0][0])]), ""
+        except ImageError as error:
+            return group, None, str(error)
 
-    def _write(
-        self,
-        rows: list[tuple[Picture, str, int, str]],
-        inputs: list[dict[str, Tensor]],
-        options: GenerationOptions,
-    ) -> Iterator[Written]:
+    def _write(self, chunk: list[Read], options: GenerationOptions) -> Iterator[Written]:
+        inputs = [inputs for _, inputs, _ in chunk if inputs]
         parts = (inputs[start : start + ENCODED] for start in range(0, len(inputs), ENCODED))
         features = torch.cat([*map(self._encode, parts)]) if inputs else None
-        asked = [(question, place) for _, question, place, problem in rows if not problem]
+        readable = enumerate(group for group, inputs, _ in chunk if inputs)
+        asked = [(question, place) for place, group in readable for _, question in group]
         found = self._search(asked, features, options)
-        for picture, question, _, problem in rows:
-            group = [] if problem else next(found)
-            texts = [self.tokenizer.decode(h.tokens) for h in group]
-            yield Written(picture, question, texts, group, problem)
+        for group, _, problem in chunk:
+            for picture, question in group:
+                hypotheses = [] if problem else next(found)
+                texts = [self.tokenizer.decode(h.tokens) for h in hypotheses]
+                yield Written(picture, question, texts, hypotheses, problem)
 
     def _search(
         self, asked: list[tuple[str, int]], features: Tensor | None, options: GenerationOptions
@@ -262,11 +257,6 @@ def _is_one(pictures: object) -> bool:
     several?"""
     single = isinstance(pictures, Picture | bytes | bytearray) or hasattr(pictures, "read")
     return single or not isinstance(pictures, Iterable)
-
-
-def _key(picture: Picture) -> object:
-    """What tells two pictures apart: Pillow would compare every pixel."""
-    return picture if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def load_captioner(
