@@ -140,17 +140,15 @@ def joined(device: str) -> Iterator[Team]:
             yield replace(team, patient=_connect(store, team, team.device(device)))
             dist.destroy_process_group()
         except (UserError, RuntimeError) as error:
-            message = str(error)
-            if isinstance(error, RuntimeError):
-                # torch's own for NCCL and the store, a plain one for gloo
-                if not isinstance(error, dist.DistError) and "gloo" not in message:
-                    raise
-                message = LOST
-            kind = "lost" if message == LOST else "mistake"  # of which each tells its own part
+            lost = isinstance(error, RuntimeError)
+            # torch's own for NCCL and the store, a plain one for gloo
+            if lost and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            kind = "lost" if lost else "mistake"  # of which each tells its own part
             with contextlib.suppress(dist.DistError):  # the store goes with the process it is in
                 if store.add(f"said/{kind}", 1) > 1:
                     raise SystemExit(1) from None
-            raise UserError(message) from error
+            raise UserError(LOST if lost else str(error)) from error
 
 
 def _job() -> str:
