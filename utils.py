@@ -399,9 +399,8 @@ def write_error(error: OSError, path: Path, elsewhere: str = "") -> Exception:
 def decoded(content: bytes, older: bool = True) -> str:
     """A text in UTF-8, UTF-16, or else, unless refused, Windows' `older` Western encoding.
 
-    Raises:
-        UnicodeDecodeError: it is in none of these: languages that are written in other encodings
-            have long runs of bytes beyond ASCII, and in a flawed UTF-8 most of them are sound.
+    Refused by a UnicodeDecodeError is what is in none of these: languages that are written in other
+    encodings have long runs of bytes beyond ASCII, and in a flawed UTF-8 most of them are sound.
     """
     encoding = "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as spreadsheets save "Unicode text"

@@ -252,8 +252,6 @@ def write(captioner: Captioner, photo: bytearray, query: QueryParams) -> dict[st
     options |= {"sample": query.get("sample", "").lower() == "true", "groups": 1}
     if wanted and options["sample"]:
         options["beam_size"] = wanted + 1
-    if question is not None and not question.strip():
-        raise UserError("The question is empty.")
     try:
         image = captioner.encoder.open(io.BytesIO(photo))
     except ImageError:
