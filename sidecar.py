@@ -41,27 +41,21 @@ class TextFiles:
         or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
-        taken = {*map(os.path.abspath, inputs)}
-        usual = {photo: self._place(photo, folder).with_suffix(".txt") for photo in photos}
-        sharing = Counter(map(os.path.abspath, usual.values()))
-        for photo, target in usual.items():
-            if sharing[os.path.abspath(target)] > 1:
-                target = target.with_name(f"{photo.file.name}.txt")
-            place = os.path.abspath(target)
-            if place in taken:
+        for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
+            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+            place = folder.joinpath(*parts) if folder else photo.file
+            self.targets[photo] = Path(os.path.abspath(place.with_suffix(".txt")))
+        sharing = Counter(self.targets.values())
+        taken = {Path(os.path.abspath(file)) for file in inputs}
+        for photo, target in self.targets.items():
+            if sharing[target] > 1:
+                self.targets[photo] = target = target.with_name(f"{photo.file.name}.txt")
+            if target in taken:
                 raise UserError(
-                    f"{place} would be another photo's as well, or is what is read: give another "
+                    f"{target} would be another photo's as well, or is what is read: give another "
                     "--output, or name folders one by one"
                 )
-            taken.add(place)
-            self.targets[photo] = target
-
-    @staticmethod
-    def _place(photo: Photo, folder: Path | None) -> Path:
-        """The photo's file, or its place under `folder`."""
-        # An absolute name, or one with "..", would lead out of the folder.
-        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
-        return folder.joinpath(*parts) if folder else photo.file
+            taken.add(target)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
