@@ -120,10 +120,9 @@ def joined(device: str) -> Iterator[Team]:
     Only the leader's `print` is heard. What several processes have to complain of, one does, and
     the others leave with code 1.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
-        return
-    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _job())
+    team = ALONE
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _job())
     if team.size == 1:
         yield team
         return
