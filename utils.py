@@ -147,7 +147,7 @@ def _address(found: re.Match) -> str:
     return f"{scheme}{place}{query and '?***'}{closing}"
 
 
-class Said:
+class Output:
     """Standard output or error, from which nobody may be reading any more.
 
     That ends no work and costs no result: the rest goes nowhere, and `broken` remembers it. What
@@ -183,12 +183,12 @@ class Said:
 
 
 def guard_output() -> None:
-    """Let what the script says go through `Said`."""
-    if not isinstance(sys.stdout, Said):
+    """Let what the script says go through `Output`."""
+    if not isinstance(sys.stdout, Output):
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
             pass  # one that is closed: a file of ours would get its number, and what C code says
         os.close(spare)
-        sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r")
+        sys.stdout, sys.stderr = Output(sys.stdout, "\n\t"), Output(sys.stderr, "\n\t\r")
 
 
 def leave(code: object) -> NoReturn:
