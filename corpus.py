@@ -50,8 +50,7 @@ class Data:
     texts: Texts
     splits: dict[str, list[str]]
     encoder: dict[str, Any]  # FrozenEncoder.identity()
-    processor: str  # the encoder's preprocessor_config.json
-    tower: dict[str, Any]  # FrozenEncoder.for_others()
+    tower: dict[str, Any]  # FrozenEncoder.for_others(), preprocessor included
     cache: FeatureCache
     tokenizer: CaptionTokenizer
     train: CaptionRows | StreamedRows
@@ -136,7 +135,6 @@ def load_data(
         texts,
         splits,
         identity,
-        encoder.processor.to_json_string(),
         encoder.for_others(weights=False),
         cache,
         tokenizer,

@@ -169,7 +169,7 @@ class Report(contextlib.AbstractContextManager):
             start=on_record(settings)["START_CHECKPOINT"],
         )
         checkpoint = run.checkpoint(scores_of(entry))
-        files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
+        files = repository_files(checkpoint, data.tower) | {"README.md": card}
         self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
 
     # --- at the end ---
