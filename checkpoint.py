@@ -210,54 +210,53 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     content = _read_pt(path) if packed else _read_safetensors(path)
     try:
         description = json.loads(content["captioner"])
-        if description["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer version: update this project")
-        tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
-        weights = content["model"]
-        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise UserError(f"{path} holds weights that are not finite ({bad[0]}): take another")
-        held = [name for name in weights if name.startswith(RERANKER)]
-        held = {name.removeprefix(RERANKER): weights.pop(name) for name in held}
-        model = _restore_model(description, weights)
-        reranker = Reranker.restored(held, model.feature_width) if held else None
-        if len(tokenizer) != model.config.vocab_size:
-            raise ValueError("the tokenizer has another vocabulary than the decoder")
-        generation = typed(GenerationOptions, description["generation"])
-        check_ranges(generation)
-        tasks = tuple(description.get("tasks", ["captions"]))
-        tables = [description[name] for name in ("encoder", "settings", "scores")]
-        encoder, settings, scores = tables
-        kinds = {type(text) for text in (*tasks, encoder["name"])}, {type(x) for x in tables}
-        if kinds != ({str}, {dict}):
-            raise TypeError("its tasks, encoder, settings or scores are of another kind")
-        training = content.get("training")
-        return Checkpoint(
-            model, tokenizer, encoder, generation, tasks, settings, scores, training, reranker
-        )
+        newer = description["format"] > FORMAT
+        made = None if newer else _restored(description, content["model"], content.get("training"))
+    except ImportError:
+        raise
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
-        if isinstance(error, ImportError) or (
-            isinstance(error, UserError) and str(path) in str(error)
-        ):
-            raise
         # Its digest is right, so nobody changed it by accident: it was never one of ours.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{path} is not a checkpoint of this project ({reason})") from None
+    if newer:
+        raise UserError(f"{path} was written by a newer version: update this project")
+    if bad := [name for name, tensor in made.tensors().items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} holds weights that are not finite ({bad[0]}): take another")
+    return made
 
 
-def _restore_model(description: dict[str, Any], weights: dict[str, Tensor]) -> CaptionModel:
+def _restored(
+    description: dict[str, Any], tensors: dict[str, Tensor], training: dict[str, Any] | None
+) -> Checkpoint:
+    """A checkpoint of its parts; raises, whatever it be, where they can't have been one's."""
+    tokenizer = CaptionTokenizer.from_json(description["tokenizer"])
     config = typed(DecoderConfig, description["decoder"])
-    if config.layers > len(weights):  # each would be built, for nothing
-        raise ValueError(f"{config.layers} layers, but {len(weights)} weights")
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError("the tokenizer has another vocabulary than the decoder")
     if config.heads < 1 or not 0 <= config.dropout < 1:
         raise ValueError(f"{config.heads} heads, dropout {config.dropout}")
-    other = {tensor.dtype for tensor in weights.values()} - {torch.float32}
-    if other:
+    held = {n.removeprefix(RERANKER): tensors[n] for n in tensors if n.startswith(RERANKER)}
+    weights = {n: tensors[n] for n in tensors if not n.startswith(RERANKER)}
+    if config.layers > len(weights):  # each would be built, for nothing
+        raise ValueError(f"{config.layers} layers, but {len(weights)} weights")
+    if other := {tensor.dtype for tensor in weights.values()} - {torch.float32}:
         raise TypeError(f"weights in {other.pop()}")
     # Without storage of its own, the model takes no RAM before the shapes are known to fit.
     with torch.device("meta"):
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(True).eval()
+    model.requires_grad_(True).eval()
+    reranker = Reranker.restored(held, model.feature_width) if held else None
+    generation = typed(GenerationOptions, description["generation"])
+    check_ranges(generation)
+    tasks = tuple(description.get("tasks", ["captions"]))
+    tables = encoder, settings, scores = [description[x] for x in ("encoder", "settings", "scores")]
+    kinds = {*map(type, tables)}, {type(text) for text in (*tasks, encoder["name"])}
+    if kinds != ({dict}, {str}):
+        raise TypeError("its tasks, encoder, settings or scores are of another kind")
+    return Checkpoint(
+        model, tokenizer, encoder, generation, tasks, settings, scores, training, reranker
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class Data:
     texts: Texts
     splits: dict[str, list[str]]
     encoder: dict[str, Any]  # FrozenEncoder.identity()
-    processor: str  # the encoder's preprocessor_config.json
-    tower: dict[str, Any]  # FrozenEncoder.for_others()
+    tower: dict[str, Any]  # FrozenEncoder.for_others(), preprocessor included
     cache: FeatureCache
     tokenizer: CaptionTokenizer
     train: CaptionRows | StreamedRows
@@ -107,10 +106,8 @@ def load_data(
         "max_bad": settings.MAX_BAD_IMAGES,
         "team": team,
     }
-    stock = None
-    if urls := shards_to_train(settings):
-        keep = settings.KEEP_SHARD_FEATURES
-        stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how)
+    urls, keep = shards_to_train(settings), settings.KEEP_SHARD_FEATURES
+    stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how) if urls else None
     views = settings.FEATURE_VIEWS
     items = [(name, view) for view in range(views) for name in splits["train"]]
     items += [(name, 0) for name in splits["val"]]
@@ -136,7 +133,6 @@ def load_data(
         texts,
         splits,
         identity,
-        encoder.processor.to_json_string(),
         encoder.for_others(weights=False),
         cache,
         tokenizer,

@@ -26,7 +26,7 @@ from device import choose_device
 from utils import UserError, interpreter
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)  # of those who wait for a download, or for another's photos
+OBJECT_TIMEOUT = timedelta(days=2)  # of those who wait for a download, or for another's photos
 
 LOST = (
     "another process of this training has ended: what it said stands above. Checkpoints are whole; "
@@ -41,7 +41,7 @@ class Team:
     rank: int = 0
     size: int = 1
     job: str = ""  # what torchrun calls it
-    patient: dist.ProcessGroup | None = None  # for Python objects, between CPUs
+    objects: dist.ProcessGroup | None = None  # for Python objects, between CPUs
 
     @property
     def leads(self) -> bool:
@@ -64,7 +64,7 @@ class Team:
         if self.size == 1:
             return [item]
         items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self.patient)
+        dist.all_gather_object(items, item, group=self.objects)
         return items
 
     def on_rank0(self, work: Callable[[], T]) -> T:
@@ -77,7 +77,7 @@ class Team:
                 found = [work()]
             except UserError as error:
                 found = [error]
-        dist.broadcast_object_list(found, src=0, group=self.patient)
+        dist.broadcast_object_list(found, src=0, group=self.objects)
         if isinstance(found[0], UserError):
             raise found[0]
         return found[0]
@@ -120,10 +120,9 @@ def joined(device: str) -> Iterator[Team]:
     Only the leader's `print` is heard. What several processes have to complain of, one does, and
     the others leave with code 1.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
-        return
-    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _job())
+    team = ALONE
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _job())
     if team.size == 1:
         yield team
         return
@@ -137,20 +136,18 @@ def joined(device: str) -> Iterator[Team]:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
-            yield replace(team, patient=_connect(store, team, team.device(device)))
+            yield replace(team, objects=_connect(store, team, team.device(device)))
             dist.destroy_process_group()
         except (UserError, RuntimeError) as error:
-            message = str(error)
-            if isinstance(error, RuntimeError):
-                # torch's own for NCCL and the store, a plain one for gloo
-                if not isinstance(error, dist.DistError) and "gloo" not in message:
-                    raise
-                message = LOST
-            kind = "lost" if message == LOST else "mistake"  # of which each tells its own part
+            lost = isinstance(error, RuntimeError)
+            # torch's own for NCCL and the store, a plain one for gloo
+            if lost and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            kind = "lost" if lost else "mistake"  # of which each tells its own part
             with contextlib.suppress(dist.DistError):  # the store goes with the process it is in
                 if store.add(f"said/{kind}", 1) > 1:
                     raise SystemExit(1) from None
-            raise UserError(message) from error
+            raise UserError(LOST if lost else str(error)) from error
 
 
 def _job() -> str:
@@ -170,7 +167,7 @@ def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.Proces
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size)
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT)
 
 
 class StopSignal:

@@ -258,8 +258,8 @@ class FrozenEncoder(nn.Module):
         return self.source | {"layers": list(self.layers), "preprocessing": processing}
 
     def for_others(self, weights: bool) -> dict[str, Any]:
-        """What `modeling_captioner.py` needs to make the tower: its configuration if its weights
-        are there, else its name. Of a folder here only the last part is told."""
+        """What `modeling_captioner.py` needs: the tower's configuration if its weights are there,
+        else its name, and the preprocessor's. Of a folder here only the last part is told."""
         name = self.source["name"]
         tower_class, options = _tower_class(name, self.tower.config)
         if weights:
@@ -269,7 +269,8 @@ class FrozenEncoder(nn.Module):
         else:
             told = public(self.source)
             tower = {"name": told["name"], "revision": told["revision"]}
-        return {"class": tower_class.__name__, "options": options} | tower
+        tower |= {"class": tower_class.__name__, "options": options}
+        return tower | {"processor": self.processor.to_json_string()}
 
     def __getstate__(self) -> dict[str, Any]:
         """As another process may get it: without the library's hooks, which are laid there anew."""

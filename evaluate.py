@@ -55,6 +55,156 @@ from options import change_options, given_options
 from utils import UserError, check_output, first_line, run_script, write_file
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the scores for people, and as the last line for programs."""
+    settings = commands.evaluate(argv)
+    asked = settings.task == "questions"
+    if asked and (settings.report or settings.save_captions or settings.clip):
+        raise UserError("--report, --save_captions and --clip are for captions, not for answers")
+    settings.file = locate_checkpoint(settings.checkpoint, settings.revision)
+    settings.report = None if asked else report_path(settings)
+    scored = Scored(settings)
+    scores = score_answers(scored) if asked else score_captions(scored)
+    how = {
+        "split": settings.split,
+        "images": len(scored.names),
+        "beam_size": scored.options.beam_size,
+        "options": dataclasses.asdict(scored.options),
+        "checkpoint": file_digest(settings.file)[:16],
+    }
+    print(json.dumps(scores | how))
+
+
+# --- What is scored -------------------------------------------------------------------------
+
+
+class Scored:
+    """A checkpoint, what it is scored against, and the features of a split's photos."""
+
+    def __init__(self, settings: SimpleNamespace):
+        """Load what the settings name, then encode the photos, which may take long."""
+        self.settings = settings
+        self.checkpoint = load_checkpoint(settings.file)
+        self.checkpoint.require(settings.task)
+        asked = settings.task == "questions"
+        self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))
+        self.paths = data_paths(settings)
+        taken = [settings.file, self.paths.captions, self.paths.splits]
+        for flag in ("report", "save_captions"):
+            if output := getattr(settings, flag):
+                check_output(f"--{flag}", output, *taken)
+                taken.append(output)
+        self.splits = load_splits(self.paths.splits)
+        say_outdated(settings, self.paths)
+        say_other_split(self.paths, self.checkpoint.settings)
+        self.texts = load_texts(self.paths, [settings.task])
+        names = [name for name in self.splits[settings.split] if name in self.texts]
+        if not names:
+            splits, split = self.paths.splits, settings.split
+            raise UserError(f"{splits} has no photo to score in the split {split!r}")
+        self.device = choose_device(settings.DEVICE)
+        self.dtype = choose_dtype(settings.PRECISION, self.device)
+        self.clip = load_clip(settings.clip, self.device) if settings.clip else None
+        self.cache, bad = build_features(
+            self.checkpoint.load_encoder(settings.encoder).to(self.device),
+            self.paths.images,
+            [(name, 0) for name in names],
+            self.paths.features,
+            dtype=self.dtype,
+            batch_size=settings.FEATURE_BATCH_SIZE,
+            max_bad=settings.MAX_BAD_IMAGES,
+        )
+        self.names = [name for name in names if name not in bad]
+        self.prompts = prompts_about(self.texts, self.names, settings.task)
+
+    def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
+        """The best hypothesis about each prompt."""
+        found = generate_cached(
+            self.checkpoint.model.to(self.device),
+            self.checkpoint.tokenizer,
+            self.cache,
+            prompts,
+            self.options,
+            reranker=self.checkpoint.reranker,
+            dtype=self.dtype,
+            batch_size=self.settings.batch_size,
+        )
+        return [*tqdm(found, total=len(prompts), desc="writing", unit="text", disable=None)]
+
+
+def table(columns: dict[str, dict[str, float]], digits: int) -> str:
+    """Figures by column and row as text; the first column has all rows."""
+    lines = ["".join(f"{name:>16}" for name in ("", *columns))]
+    for row in next(iter(columns.values())):
+        found = (column.get(row) for column in columns.values())
+        cells = ("-" if value is None else f"{value:.{digits}f}" for value in found)
+        lines.append(f"{row:<16}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+# --- Captions -------------------------------------------------------------------------------
+
+
+def score_captions(scored: Scored) -> dict[str, object]:
+    """Print and report the captions' scores; returns what the JSON line holds of them."""
+    settings, names, images = scored.settings, scored.names, scored.paths.images
+    started = time.monotonic()
+    hypotheses = scored.write(scored.prompts)
+    seconds = time.monotonic() - started
+    said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
+    captions = dict(zip(names, said, strict=True))
+    if settings.save_captions:  # before what may fail, as where a photo has gone meanwhile
+        content = json.dumps(captions, ensure_ascii=False, indent=1)
+        write_file(Path(settings.save_captions).expanduser(), content)
+    references = references_of(scored.texts, names)
+    found, values = score(captions, references)
+    low, high = bootstrap_interval(list(values.values()), seed=0)
+    training = references_of(scored.texts, scored.splits["train"]).values()
+    other = diversity(said, {text for group in training for text in group})
+    other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
+    more, missing = java_scores(captions, references)
+    if scored.clip:
+        files = [images / name for name in names]
+        more["CLIPScore"] = clip_score(scored.clip, files, said, scored.device)
+    else:
+        missing["CLIPScore"] = "needs --clip"
+    found |= more
+    lines = [
+        table({"model": found, "human": human_ceiling(references)}, digits=2),
+        f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}",
+        *(f"{name}: {value:.4g}" for name, value in other.items()),
+        *(f"{metric}: not computed, {reason}" for metric, reason in missing.items()),
+    ]
+    summary = "\n".join(lines)
+    print(summary)
+    write_report(settings.report, images, captions, references, values, summary)
+    beams, rate = scored.options.beam_size, len(names) / seconds
+    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
+    print(f"report: {settings.report}")
+    return {
+        **{metric: round(value, 4) for metric, value in found.items()},
+        "CIDEr-D interval": [round(low, 4), round(high, 4)],
+        **{name: round(value, 4) for name, value in other.items()},
+        "not computed": missing,
+        "scorer": SCORER,
+        "tokenizer": TOKENIZER,
+    }
+
+
+def report_path(settings: SimpleNamespace) -> Path:
+    """Where the report goes, unless told: beside the checkpoint (one from the Hub: here), by the
+    split and the options, and by the data if they lie elsewhere."""
+    if settings.report:
+        return Path(settings.report).expanduser()
+    checkpoint = Path(settings.checkpoint).expanduser()
+    if checkpoint.suffix not in (".safetensors", ".pt"):  # user/repo: its file is among the Hub's
+        checkpoint = Path(f"{settings.checkpoint.replace('/', '_')}.safetensors")
+    how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
+    data = Path(settings.DATA_DIR).expanduser().resolve()
+    other = "" if data == checkpoint.resolve().parent else f"_{data.name}"
+    return checkpoint.with_name(f"{checkpoint.stem}{other}_{settings.split}{how}.html")
+
+
 def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
     """What one human caption scores against the others, averaged over which one it is."""
     usable = {name: group for name, group in references.items() if len(group) > 1}
@@ -68,6 +218,62 @@ def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
         for k in range(min(map(len, usable.values())))
     ]
     return {metric: fmean(each[metric] for each in found) for metric in found[0]}
+
+
+# --- Answers --------------------------------------------------------------------------------
+
+
+def score_answers(scored: Scored) -> dict[str, object]:
+    """Print the answers' accuracy beside two baselines; returns what the JSON line holds of it.
+
+    The baselines are the most common training answer of each question type, and the same model
+    shown another photo's features: what language alone gives.
+    """
+    questions = [text for _, text in scored.prompts]
+    # The next photo: none stands in for itself, unless it is alone.
+    other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))
+    swapped = [(other[name], text) for name, text in scored.prompts]
+    decode = scored.checkpoint.tokenizer.decode
+    usual = common_answers(prompts_about(scored.texts, scored.splits["train"], "questions"))
+    answers = {
+        "model": [decode(h.tokens) for h in scored.write(scored.prompts)],
+        "wrong picture": [decode(h.tokens) for h in scored.write(swapped)],
+        "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
+    }
+    accuracies = accuracy_by_kind(questions, answers)
+    columns = {
+        source: {kind: row[source] for kind, row in accuracies.items()} for source in answers
+    }
+    print(table(columns, digits=1))
+    return {
+        "accuracy": accuracies["all"]["model"],
+        "accuracies": accuracies,
+        "questions": len(questions),
+        "questions by type": dict(Counter(text.kind for text in questions)),
+        "scorer": "VQA accuracy where several people answered, normalised exact match elsewhere",
+    }
+
+
+def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
+    """The most frequent answer to each type of question, and under "" to all."""
+    counts = answers_by_kind(text for _, text in prompts)
+    return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
+
+
+def accuracy_by_kind(
+    questions: Sequence[Text], answers: dict[str, list[str]]
+) -> dict[str, dict[str, float]]:
+    """Percent right: for "all" and for each type of question, by who answered."""
+    table: dict[str, dict[str, float]] = {}
+    for kind in ("all", *sorted({question.kind for question in questions} - {""})):
+        places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
+        for source, given in answers.items():
+            right = [
+                vqa_accuracy(given[i], questions[i].answers or [questions[i].target])
+                for i in places
+            ]
+            table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
+    return table
 
 
 # --- Scorers that others made ----------------------------------------------------------------
@@ -202,223 +408,6 @@ def _thumbnail(file: Path) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# --- What is scored -------------------------------------------------------------------------
-
-
-class Scored:
-    """A checkpoint, what it is scored against, and the features of a split's photos."""
-
-    def __init__(self, settings: SimpleNamespace):
-        """Load what the settings name, then encode the photos, which may take long.
-
-        Raises:
-            UserError: something is missing, or an output would replace what is read.
-        """
-        self.settings = settings
-        self.checkpoint = load_checkpoint(settings.file)
-        self.checkpoint.require(settings.task)
-        asked = settings.task == "questions"
-        self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))
-        self.paths = data_paths(settings)
-        taken = [settings.file, self.paths.captions, self.paths.splits]
-        for flag in ("report", "save_captions"):
-            if output := getattr(settings, flag):
-                check_output(f"--{flag}", output, *taken)
-                taken.append(output)
-        self.splits = load_splits(self.paths.splits)
-        say_outdated(settings, self.paths)
-        say_other_split(self.paths, self.checkpoint.settings)
-        self.texts = load_texts(self.paths, [settings.task])
-        names = [name for name in self.splits[settings.split] if name in self.texts]
-        if not names:
-            splits, split = self.paths.splits, settings.split
-            raise UserError(f"{splits} has no photo to score in the split {split!r}")
-        self.device = choose_device(settings.DEVICE)
-        self.dtype = choose_dtype(settings.PRECISION, self.device)
-        self.clip = load_clip(settings.clip, self.device) if settings.clip else None
-        self.cache, bad = build_features(
-            self.checkpoint.load_encoder(settings.encoder).to(self.device),
-            self.paths.images,
-            [(name, 0) for name in names],
-            self.paths.features,
-            dtype=self.dtype,
-            batch_size=settings.FEATURE_BATCH_SIZE,
-            max_bad=settings.MAX_BAD_IMAGES,
-        )
-        self.names = [name for name in names if name not in bad]
-        self.prompts = prompts_about(self.texts, self.names, settings.task)
-
-    def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
-        """The best hypothesis about each prompt."""
-        found = generate_cached(
-            self.checkpoint.model.to(self.device),
-            self.checkpoint.tokenizer,
-            self.cache,
-            prompts,
-            self.options,
-            reranker=self.checkpoint.reranker,
-            dtype=self.dtype,
-            batch_size=self.settings.batch_size,
-        )
-        return [*tqdm(found, total=len(prompts), desc="writing", unit="text", disable=None)]
-
-
-# --- Captions -------------------------------------------------------------------------------
-
-
-def score_captions(scored: Scored) -> dict[str, object]:
-    """Print and report the captions' scores; returns what the JSON line holds of them."""
-    settings, names, images = scored.settings, scored.names, scored.paths.images
-    started = time.monotonic()
-    hypotheses = scored.write(scored.prompts)
-    seconds = time.monotonic() - started
-    said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
-    captions = dict(zip(names, said, strict=True))
-    if settings.save_captions:  # before what may fail, as where a photo has gone meanwhile
-        content = json.dumps(captions, ensure_ascii=False, indent=1)
-        write_file(Path(settings.save_captions).expanduser(), content)
-    references = references_of(scored.texts, names)
-    found, values = score(captions, references)
-    low, high = bootstrap_interval(list(values.values()), seed=0)
-    training = references_of(scored.texts, scored.splits["train"]).values()
-    other = diversity(said, {text for group in training for text in group})
-    other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
-    more, missing = java_scores(captions, references)
-    if scored.clip:
-        files = [images / name for name in names]
-        more["CLIPScore"] = clip_score(scored.clip, files, said, scored.device)
-    else:
-        missing["CLIPScore"] = "needs --clip"
-    found |= more
-    summary = score_table(found, human_ceiling(references), (low, high), other, missing)
-    print(summary)
-    write_report(settings.report, images, captions, references, values, summary)
-    beams, rate = scored.options.beam_size, len(names) / seconds
-    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
-    print(f"report: {settings.report}")
-    return {
-        **{metric: round(value, 4) for metric, value in found.items()},
-        "CIDEr-D interval": [round(low, 4), round(high, 4)],
-        **{name: round(value, 4) for name, value in other.items()},
-        "not computed": missing,
-        "scorer": SCORER,
-        "tokenizer": TOKENIZER,
-    }
-
-
-def report_path(settings: SimpleNamespace) -> Path:
-    """Where the report goes, unless told: beside the checkpoint (one from the Hub: here), by the
-    split and the options, and by the data if they lie elsewhere."""
-    if settings.report:
-        return Path(settings.report).expanduser()
-    checkpoint = Path(settings.checkpoint).expanduser()
-    if checkpoint.suffix not in (".safetensors", ".pt"):  # user/repo: its file is among the Hub's
-        checkpoint = Path(f"{settings.checkpoint.replace('/', '_')}.safetensors")
-    how = "".join(f"_{name}_{value}" for name, value in given_options(settings).items())
-    data = Path(settings.DATA_DIR).expanduser().resolve()
-    other = "" if data == checkpoint.resolve().parent else f"_{data.name}"
-    return checkpoint.with_name(f"{checkpoint.stem}{other}_{settings.split}{how}.html")
-
-
-def score_table(
-    found: dict[str, float],
-    human: dict[str, float],
-    interval: tuple[float, float],
-    other: dict[str, float],
-    missing: dict[str, str],
-) -> str:
-    """The scores as text: the model's, and what one human scores against the others."""
-    lines = [f"{'':<10}{'model':>8}{'human':>8}"]
-    for metric in found:
-        ceiling = f"{human[metric]:8.2f}" if metric in human else f"{'-':>8}"
-        lines.append(f"{metric:<10}{found[metric]:8.2f}{ceiling}")
-    lines.append(f"CIDEr-D, 95 % bootstrap interval: {interval[0]:.1f} to {interval[1]:.1f}")
-    lines += [f"{name}: {value:.4g}" for name, value in other.items()]
-    lines += [f"{metric}: not computed, {reason}" for metric, reason in missing.items()]
-    return "\n".join(lines)
-
-
-# --- Answers --------------------------------------------------------------------------------
-
-
-def score_answers(scored: Scored) -> dict[str, object]:
-    """Print the answers' accuracy beside two baselines; returns what the JSON line holds of it.
-
-    The baselines are the most common training answer of each question type, and the same model
-    shown another photo's features: what language alone gives.
-    """
-    questions = [text for _, text in scored.prompts]
-    # The next photo: none stands in for itself, unless it is alone.
-    other = dict(zip(scored.names, scored.names[1:] + scored.names[:1], strict=True))
-    swapped = [(other[name], text) for name, text in scored.prompts]
-    decode = scored.checkpoint.tokenizer.decode
-    usual = common_answers(prompts_about(scored.texts, scored.splits["train"], "questions"))
-    answers = {
-        "model": [decode(h.tokens) for h in scored.write(scored.prompts)],
-        "wrong picture": [decode(h.tokens) for h in scored.write(swapped)],
-        "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
-    }
-    accuracies = accuracy_by_kind(questions, answers)
-    print(accuracy_table(accuracies))
-    return {
-        "accuracy": accuracies["all"]["model"],
-        "accuracies": accuracies,
-        "questions": len(questions),
-        "questions by type": dict(Counter(text.kind for text in questions)),
-        "scorer": "VQA accuracy where several people answered, normalised exact match elsewhere",
-    }
-
-
-def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
-    """The most frequent answer to each type of question, and under "" to all."""
-    counts = answers_by_kind(text for _, text in prompts)
-    return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
-
-
-def accuracy_by_kind(
-    questions: Sequence[Text], answers: dict[str, list[str]]
-) -> dict[str, dict[str, float]]:
-    """Percent right: for "all" and for each type of question, by who answered."""
-    table: dict[str, dict[str, float]] = {}
-    for kind in ("all", *sorted({question.kind for question in questions} - {""})):
-        places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
-        for source, given in answers.items():
-            right = [
-                vqa_accuracy(given[i], questions[i].answers or [questions[i].target])
-                for i in places
-            ]
-            table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
-    return table
-
-
-def accuracy_table(accuracies: dict[str, dict[str, float]]) -> str:
-    sources = list(accuracies["all"])
-    lines = [f"{'':<14}" + "".join(f"{source:>16}" for source in sources)]
-    for kind, values in accuracies.items():
-        lines.append(f"{kind:<14}" + "".join(f"{values[source]:16.1f}" for source in sources))
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = commands.evaluate(argv)
-    unused = settings.report, settings.save_captions, settings.clip
-    if settings.task == "questions" and any(unused):
-        raise UserError("--report, --save_captions and --clip are for captions, not for answers")
-    settings.file = locate_checkpoint(settings.checkpoint, settings.revision)
-    if settings.task == "captions":
-        settings.report = report_path(settings)
-    scored = Scored(settings)
-    scores = {"captions": score_captions, "questions": score_answers}[settings.task](scored)
-    how = {
-        "split": settings.split,
-        "images": len(scored.names),
-        "beam_size": scored.options.beam_size,
-        "options": dataclasses.asdict(scored.options),
-        "checkpoint": file_digest(settings.file)[:16],
-    }
-    print(json.dumps(scores | how))
 
 
 if __name__ == "__main__":

@@ -186,15 +186,9 @@ def build_features(
 ) -> tuple[FeatureCache, list[str]]:
     """Encode what the store under `root` lacks of a folder's photos, and open it.
 
-    Args:
-        encoder: on the device where it shall run.
-        items: the photos and views wanted, names relative to `image_dir`.
-        dtype: the precision of the encoder's matrix products.
-        max_bad: how many photos may be unreadable.
-        team: the processes that call this together, each of which encodes a share.
-
-    Returns:
-        The cache, and the names of the photos that can't be read and so aren't in it.
+    `encoder` is on the device where it shall run, with matrix products in `dtype`; each process of
+    a `team` encodes a share. Returns the cache, and the names of the photos, at most `max_bad`,
+    that can't be read and so aren't in it.
     """
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype))
 
@@ -223,11 +217,10 @@ def build_features(
                     bar.step(min(batch_size, len(own) - bar.done))
                     if first and (left := bar.minutes_left) > 1:
                         print(f"features: about {left:.0f} minutes, once; they are kept")
-                    if sum(features.nbytes for _, features in parts) >= PACK_BYTES:
+                    full = sum(features.nbytes for _, features in parts) >= PACK_BYTES
+                    if parts and (full or bar.done == len(own)):
                         made |= add_pack(folder, parts, team.rank)
                         parts = []
-            if parts:
-                made |= add_pack(folder, parts, team.rank)
             for their_made, their_bad in team.all_gather((made, bad)):
                 entries |= their_made
                 bad |= their_bad

@@ -66,11 +66,10 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The file of a checkpoint that is here, or on the Hub as `user/repo`."""
     name = os.path.expanduser(checkpoint)  # in --checkpoint=~/... no shell does
-    if os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt"):
-        return Path(name)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return download_checkpoint(name, revision)
-    raise UserError(f"there is no checkpoint {name}")
+    here = os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt")
+    if here or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name)  # which need not be there
+    return download_checkpoint(name, revision)
 
 
 def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
@@ -115,7 +114,7 @@ REFUSALS = {
 class _Upload:
     checkpoint: Path
     weights: Path  # our own link to it, or what `link` made of it
-    files: dict[str, str]  # the others' texts, by name
+    files: dict[str, bytes]  # the others, by name
     message: str
 
 
@@ -184,7 +183,7 @@ class HubPusher:
             weights.unlink(missing_ok=True)
             self._failed(error)
             return
-        safe = {name: redact(text) for name, text in files.items()}
+        safe = {name: redact(text).encode() for name, text in files.items()}
         upload = _Upload(self._newest, weights, safe, redact(message))
         with self._lock:
             replaced, self._waiting = self._waiting, upload
@@ -272,8 +271,7 @@ class HubPusher:
                 raise UserError(refusal)
             api.create_repo(self.repo_id, exist_ok=True)
             self._ready = True
-        files = {name: text.encode() for name, text in upload.files.items()}
-        files[WEIGHTS] = upload.weights
+        files = upload.files | {WEIGHTS: upload.weights}
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(self.repo_id, operations, commit_message=upload.message)
         return commit.commit_url
@@ -400,6 +398,8 @@ def model_card(
     measured += f"| metric | value |\n|---|---|\n{rows}"
     at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
     asked = json.dumps(question)
+    quoted = {name: shown(name).replace("`", "'") for name in samples}
+    said = [f"- `{quoted[name]}`: {_prose(text)}" for name, text in samples.items()]
     body = CARD.format(
         name=data.model_name,
         repo_id=repo_id,
@@ -413,18 +413,13 @@ def model_card(
         texts="questions" if question else "captions",
         command=command,
         scores=measured if scores else "Not measured yet.",
-        samples="\n".join(f"- `{_code(name)}`: {_prose(text)}" for name, text in samples.items())
-        or "None were made.",
+        samples="\n".join(said) or "None were made.",
         text=asked,
         flags=(f" --question {shlex.quote(question)}" if question else "")
         + (" --encoder FOLDER" if local else ""),
         call=f'answer("photo.jpg", {asked})' if question else 'caption(["photo.jpg"])',
     )
     return str(ModelCard(redact(f"---\n{data.to_yaml()}\n---\n\n{body}")))
-
-
-def _code(text: str) -> str:
-    return shown(text).replace("`", "'")
 
 
 def _prose(text: str) -> str:

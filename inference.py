@@ -52,6 +52,8 @@ ENCODED = 16  # pictures encoded at a time: more are no faster, and take more ro
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
 
 Picture = str | os.PathLike | Image.Image
+# What is asked about a picture, the picture preprocessed, or what is wrong with it.
+Read = tuple[list[tuple[Picture, str]], dict[str, Tensor] | None, str]
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,8 @@ class Captioner:
     def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
         """The best caption of a picture, or of each of several, files or Pillow images.
 
-        Args:
-            options: fields of `GenerationOptions` that replace the checkpoint's own.
-
-        Raises:
-            ImageError: one can't be read; `stream` goes on instead.
-            UserError: the checkpoint was trained for questions only.
+        One that can't be read is an ImageError; `stream` goes on instead. `options` are fields of
+        `GenerationOptions` that replace the checkpoint's own.
         """
         return self._best(pictures, None, options)
 
@@ -144,11 +142,14 @@ class Captioner:
         asked = itertools.repeat(questions or "") if same else asked
         pictures = [pictures] if _is_one(pictures) else pictures
         pairs = zip(pictures, asked, strict=not same)
-        grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
-        photos = ([*group] for _, group in grouped)
-        chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
-        for rows, inputs in prefetch(self._read, chunks, threads=2, ahead=2):
-            yield from self._write(rows, inputs, chosen)
+        # By which picture it is: to compare them, Pillow would look at every pixel.
+        grouped = itertools.groupby(
+            pairs, lambda pair: pair[0] if isinstance(pair[0], str | os.PathLike) else id(pair[0])
+        )
+        groups = ([*group] for _, group in grouped)
+        photos = prefetch(self._read, groups, threads=2, ahead=2 * batch_size)
+        while chunk := list(itertools.islice(photos, batch_size)):
+            yield from self._write(chunk, chosen)
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
@@ -161,35 +162,25 @@ class Captioner:
             raise UserError("a question is empty: to have a caption written, ask none")
         return change_options(self.options, questions is not None, **given)
 
-    def _read(
-        self, chunk: list[list[tuple[Picture, str]]]
-    ) -> tuple[list[tuple[Picture, str, int, str]], list[dict[str, Tensor]]]:
-        """The pictures of a chunk, each preprocessed; before them, for each question: the picture,
-        the question, the picture's place among those preprocessed, and what is wrong with it."""
-        inputs, rows = [], []
-        for group in chunk:
-            problem = ""
-            try:  # one after the other: decoded, a photo takes a hundred times the room
-                inputs.append(self.encoder.preprocess([self._open(group[0][0])]))
-            except ImageError as error:
-                problem = str(error)
-            rows += [(*pair, len(inputs) - 1, problem) for pair in group]
-        return rows, inputs
+    def _read(self, group: list[tuple[Picture, str]]) -> Read:
+        """A picture, preprocessed, from what is asked about it one question after the other."""
+        try:
+            return group, self.encoder.preprocess([self._open(group[0][0])]), ""
+        except ImageError as error:
+            return group, None, str(error)
 
-    def _write(
-        self,
-        rows: list[tuple[Picture, str, int, str]],
-        inputs: list[dict[str, Tensor]],
-        options: GenerationOptions,
-    ) -> Iterator[Written]:
+    def _write(self, chunk: list[Read], options: GenerationOptions) -> Iterator[Written]:
+        inputs = [inputs for _, inputs, _ in chunk if inputs]
         parts = (inputs[start : start + ENCODED] for start in range(0, len(inputs), ENCODED))
         features = torch.cat([*map(self._encode, parts)]) if inputs else None
-        asked = [(question, place) for _, question, place, problem in rows if not problem]
+        readable = enumerate(group for group, inputs, _ in chunk if inputs)
+        asked = [(question, place) for place, group in readable for _, question in group]
         found = self._search(asked, features, options)
-        for picture, question, _, problem in rows:
-            group = [] if problem else next(found)
-            texts = [self.tokenizer.decode(h.tokens) for h in group]
-            yield Written(picture, question, texts, group, problem)
+        for group, _, problem in chunk:
+            for picture, question in group:
+                hypotheses = [] if problem else next(found)
+                texts = [self.tokenizer.decode(h.tokens) for h in hypotheses]
+                yield Written(picture, question, texts, hypotheses, problem)
 
     def _search(
         self, asked: list[tuple[str, int]], features: Tensor | None, options: GenerationOptions
@@ -268,11 +259,6 @@ def _is_one(pictures: object) -> bool:
     return single or not isinstance(pictures, Iterable)
 
 
-def _key(picture: Picture) -> object:
-    """What tells two pictures apart: Pillow would compare every pixel."""
-    return picture if isinstance(picture, (str, os.PathLike)) else id(picture)
-
-
 def load_captioner(
     checkpoint: str | os.PathLike[str],
     *,
@@ -287,9 +273,6 @@ def load_captioner(
         checkpoint: a `.safetensors` or `.pt` file, or the Hub name `user/repo` of one.
         revision: branch, tag or commit of the Hub repo.
         encoder: where the encoder is now, if no longer where it was while training.
-
-    Raises:
-        UserError: the checkpoint or its encoder can't be loaded, or they don't fit each other.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
     where = choose_device(str(device))
@@ -299,10 +282,77 @@ def load_captioner(
 # --- Command line ---------------------------------------------------------------------------
 
 
-def captioner_of(args: argparse.Namespace) -> Captioner:
-    """The captioner that the flags name; raises as `load_captioner`."""
-    flags = ("checkpoint", "revision", "encoder", "device", "precision")
-    return load_captioner(**{flag: getattr(args, flag) for flag in flags})
+def main(argv: Sequence[str] | None = None) -> None:
+    args = commands.inference(argv)
+    photos = find_photos(args.paths, args.recursive)
+    if len(photos) == 1:
+        open_image(photos[0].file)  # a wrong path is said before the models are loaded
+    if args.attention:
+        check_attention(args, photos)
+    items = asked_about(args, photos)
+    captioner = captioner_of(args)
+    if args.attention:
+        explain_one(captioner, args, photos[0].file)
+        return
+    with contextlib.ExitStack() as files:  # unlocked at once: a notebook keeps the error
+        write_all(captioner, args, items, files)
+
+
+def write_all(
+    captioner: Captioner,
+    args: argparse.Namespace,
+    items: Sequence[tuple[Photo, str]],
+    files: contextlib.ExitStack,
+) -> None:
+    """Write about photos, as it goes to the terminal and to files, which `files` closes."""
+    asked = any(question for _, question in items)
+    options = given_options(args)
+    count = args.n_best
+    if count > change_options(captioner.options, asked, **options).beam_size:
+        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
+    writer = open_output(args, [photo for photo, _ in items], asked, files) if args.write else None
+    left = [item for item in items if writer is None or writer.wanted(*item)]
+    if len(left) < len(items):
+        print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
+    alone = len(items) == len(args.paths) == 1 and not Path(args.paths[0]).expanduser().is_dir()
+    table: dict[str, Any] = {}
+    bad: dict[str, str] = {}
+    found = captioner.stream(
+        [photo.file for photo, _ in left],
+        [question for _, question in left] if asked else None,
+        batch_size=args.batch_size,
+        **options,
+    )
+    pairs = zip(left, found, strict=True)
+    with Bar(len(left), "photos", "photo", quiet=alone) as bar:
+        bar.lines = sys.stderr  # standard output holds what is written about photos, and no more
+        while part := list(itertools.islice(pairs, args.batch_size)):
+            rows = []
+            for (photo, question), each in part:
+                if each.problem:
+                    bad[photo.name] = each.problem
+                    tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
+                    continue
+                texts = list(dict.fromkeys(each.texts))[:count]
+                texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
+                rows += [(photo, question, text) for text in texts]
+                said = texts if count > 1 else texts[0]
+                if question:
+                    table.setdefault(photo.name, []).append({"question": question, "answer": said})
+                else:
+                    table[photo.name] = said
+            if writer:
+                writer.write(rows)
+            for photo, question, text in rows:
+                about = f"{shown(photo.name)}: {question}".rstrip()
+                tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
+            bar.step(len(part))
+    if args.json:
+        print(json.dumps(table, ensure_ascii=False))
+    if bad:
+        listing = "\n  ".join(bad.values())
+        count = len({photo for photo, _ in items})
+        raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
 
 
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
@@ -357,84 +407,10 @@ def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple
     return [(by_name[name], text.question) for name, group in table.items() for text in group]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = commands.inference(argv)
-    photos = find_photos(args.paths, args.recursive)
-    if len(photos) == 1:
-        open_image(photos[0].file)  # a wrong path is said before the models are loaded
-    if args.attention:
-        check_attention(args, photos)
-    items = asked_about(args, photos)
-    captioner = captioner_of(args)
-    if args.attention:
-        explain_one(captioner, args, photos[0].file)
-        return
-    with contextlib.ExitStack() as files:  # unlocked at once: a notebook keeps the error
-        write_all(captioner, args, items, files)
-
-
-def write_all(
-    captioner: Captioner,
-    args: argparse.Namespace,
-    items: Sequence[tuple[Photo, str]],
-    files: contextlib.ExitStack,
-) -> None:
-    """Write about photos, as it goes to the terminal and to files, which `files` closes."""
-    asked = any(question for _, question in items)
-    options = given_options(args)
-    count = args.n_best
-    if count > change_options(captioner.options, asked, **options).beam_size:
-        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
-    given = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else None
-    folder = given.parent if given and not given.is_dir() else given
-    writer = None
-    if args.write:
-        photos = [photo for photo, _ in items]
-        read = [file for file in (args.checkpoint, args.questions_file) if file]
-        how = (args.write, args.output, args.existing, folder, asked)
-        writer = open_output(*how, photos, read, files)
-    left = [item for item in items if writer is None or writer.wanted(*item)]
-    if len(left) < len(items):
-        print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
-    alone = len(items) == 1 and folder is not given
-    table: dict[str, Any] = {}
-    bad: dict[str, str] = {}
-    found = captioner.stream(
-        [photo.file for photo, _ in left],
-        [question for _, question in left] if asked else None,
-        batch_size=args.batch_size,
-        **options,
-    )
-    pairs = zip(left, found, strict=True)
-    with Bar(len(left), "photos", "photo", quiet=alone) as bar:
-        bar.lines = sys.stderr  # standard output holds what is written about photos, and no more
-        while part := list(itertools.islice(pairs, args.batch_size)):
-            rows = []
-            for (photo, question), each in part:
-                if each.problem:
-                    bad[photo.name] = each.problem
-                    tqdm.write(f"can't be read: {each.problem}", file=sys.stderr)
-                    continue
-                texts = list(dict.fromkeys(each.texts))[:count]
-                texts = [f"{args.prefix}{text}{args.suffix}" for text in texts]
-                rows += [(photo, question, text) for text in texts]
-                said = texts if count > 1 else texts[0]
-                if question:
-                    table.setdefault(photo.name, []).append({"question": question, "answer": said})
-                else:
-                    table[photo.name] = said
-            if writer:
-                writer.write(rows)
-            for photo, question, text in rows:
-                about = f"{shown(photo.name)}: {question}".rstrip()
-                tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
-            bar.step(len(part))
-    if args.json:
-        print(json.dumps(table, ensure_ascii=False))
-    if bad:
-        listing = "\n  ".join(bad.values())
-        count = len({photo for photo, _ in items})
-        raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
+def captioner_of(args: argparse.Namespace) -> Captioner:
+    """The captioner that the flags name."""
+    flags = ("checkpoint", "revision", "encoder", "device", "precision")
+    return load_captioner(**{flag: getattr(args, flag) for flag in flags})
 
 
 def check_attention(args: argparse.Namespace, photos: Sequence[Photo]) -> None:

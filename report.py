@@ -168,7 +168,7 @@ class Report(contextlib.AbstractContextManager):
             start=on_record(settings)["START_CHECKPOINT"],
         )
         checkpoint = run.checkpoint(scores_of(entry))
-        files = repository_files(checkpoint, data.tower, data.processor) | {"README.md": card}
+        files = repository_files(checkpoint, data.tower) | {"README.md": card}
         self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
 
     # --- at the end ---
@@ -181,15 +181,11 @@ class Report(contextlib.AbstractContextManager):
         return 130
 
     def _resuming(self) -> str:
-        """The command that goes on from `last.pt`."""
-        arguments = list(self.run.settings.arguments)
-        for i, argument in enumerate(arguments):
-            if argument.split("=")[0] == "--resume_checkpoint_path":
-                del arguments[i : i + (1 if "=" in argument else 2)]
-                break
-        arguments += ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
-        command = [*self.run.team.command(), beside("train.py"), *arguments]
-        return redact(shlex.join(command))
+        """The command that goes on from `last.pt`; of a flag given twice the last counts."""
+        last = ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
+        given = self.run.settings.arguments
+        given = given[:-2] if given[-2:] == last else given
+        return redact(shlex.join([*self.run.team.command(), beside("train.py"), *given, *last]))
 
     def finished(self) -> int:
         """Say where the result is and how to use it; returns the exit code."""
@@ -278,15 +274,14 @@ def say(text: str) -> None:
 
 @dataclass
 class Update:
-    """What one update found; the tensors are scalars on the run's device, the same in a team."""
+    """What one update found; the tensors are on the run's device, the same in a team."""
 
     step: int
     batches: int
     names: list[str]  # of this process's photos
-    photos: Tensor  # how many all processes had
-    count: Tensor  # tokens, or captions in the self-critical stage
-    stop: Tensor  # how many processes are asked to stop
-    summed: Tensor  # loss in nats, or CIDEr-D in the self-critical stage
+    # Of all processes: loss in nats and tokens (self-critical: CIDEr-D and captions), how many are
+    # asked to stop, photos.
+    totals: Tensor
     norm: Tensor  # of the gradient
     bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
     rate: float  # the learning rate
@@ -324,18 +319,18 @@ class Ledger:
         progress = self.run.progress
         while len(self.waiting) > late:
             update = self.waiting.popleft()
-            self.stopping = self.stopping or bool(update.stop.item())
-            self.photos += int(update.photos.item())
+            figure, count, stop, photos = update.totals.tolist()
+            self.stopping = self.stopping or stop > 0
+            self.photos += int(photos)
             if update.bad.item():
                 self._enter_bad(update)
                 continue
-            summed, count = update.summed.item(), int(update.count.item())
             progress.bad_steps = 0
-            progress.loss_sum += summed
-            progress.loss_count += count
-            self.counted += count
+            progress.loss_sum += figure
+            progress.loss_count += int(count)
+            self.counted += int(count)
             if update.step % 20 == 0:
-                self._track(update, summed / max(1, count))
+                self._track(update, figure / max(1, count))
 
     def _track(self, update: Update, loss: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
@@ -365,9 +360,8 @@ class Ledger:
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw losses, each score and the learning rate by epoch as a PNG.
 
-    Args:
-        history: an entry an epoch, in order: "epoch", "val_loss", "train_learning_rate", and
-            where measured "train_loss" and the others of `MEASURES`.
+    An entry of the history holds "epoch", "val_loss", "train_learning_rate", and where measured
+    "train_loss" and the others of `MEASURES`.
     """
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
     from matplotlib.ticker import MaxNLocator
@@ -410,12 +404,10 @@ def draw_samples(
     path: Path,
     humans: Mapping[str, Sequence[str]],
 ) -> bool:
-    """Draw photos with what was written about them at the first, middle and last epoch as a PNG;
-    says whether there were any.
+    """Draw photos with what was written about them at the first, middle and last epoch as a PNG,
+    and the first caption by `humans`; says whether there were any.
 
-    Args:
-        history: as for `draw_curves`; each entry's "samples" are {photo: text}.
-        humans: captions by people, of which each photo shows the first, if it has any.
+    The "samples" of an entry in the history are {photo: text}.
     """
     from matplotlib.figure import Figure
 

@@ -254,10 +254,8 @@ class Run:
         """Write what the epoch that just ended earned; of a team the first process writes.
 
         Each new best validation loss gives a `.safetensors` and a `.pt`, the best of each measure
-        with a name of its own a `.safetensors`; `last.pt` is where a run goes on.
-
-        Returns:
-            The `.safetensors` of a new best validation loss, if it is one.
+        with a name of its own a `.safetensors`; `last.pt` is where a run goes on. Returns the
+        `.safetensors` of a new best validation loss, if it is one.
         """
         ended = self.progress.history[-1]
         won = {name: self.file_of(name, ended) for name in KEPT if ended in self.bests(name)[-1:]}

@@ -155,10 +155,10 @@ def take_stock(
                     )
                     require_room([(folder, size * (len(missing) - 1))])
                 bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
-        made = list(itertools.chain.from_iterable(team.all_gather(made)))
-    shards = list((known | {shard.url: shard for shard in made}).values())
+        known |= {shard.url: shard for part in team.all_gather(made) for shard in part}
+    shards = [*known.values()]
     bad = [problem for shard in shards for problem in shard.bad]
-    check_bad(bad, max_bad, say=bool(made))
+    check_bad(bad, max_bad, say=bool(missing))
     photos = sum(shard.photos for shard in shards)
     passed = sum((Counter(shard.passed) for shard in shards), Counter())
     say_samples(photos, passed, len(bad))

@@ -6,6 +6,7 @@ the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -40,27 +41,21 @@ class TextFiles:
         or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
-        taken = {*map(os.path.abspath, inputs)}
-        usual = {photo: self._place(photo, folder).with_suffix(".txt") for photo in photos}
-        sharing = Counter(map(os.path.abspath, usual.values()))
-        for photo, target in usual.items():
-            if sharing[os.path.abspath(target)] > 1:
-                target = target.with_name(f"{photo.file.name}.txt")
-            place = os.path.abspath(target)
-            if place in taken:
+        for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
+            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+            place = folder.joinpath(*parts) if folder else photo.file
+            self.targets[photo] = Path(os.path.abspath(place.with_suffix(".txt")))
+        sharing = Counter(self.targets.values())
+        taken = {Path(os.path.abspath(file)) for file in inputs}
+        for photo, target in self.targets.items():
+            if sharing[target] > 1:
+                self.targets[photo] = target = target.with_name(f"{photo.file.name}.txt")
+            if target in taken:
                 raise UserError(
-                    f"{place} would be another photo's as well, or is what is read: give another "
+                    f"{target} would be another photo's as well, or is what is read: give another "
                     "--output, or name folders one by one"
                 )
-            taken.add(place)
-            self.targets[photo] = target
-
-    @staticmethod
-    def _place(photo: Photo, folder: Path | None) -> Path:
-        """The photo's file, or its place under `folder`."""
-        # An absolute name, or one with "..", would lead out of the folder.
-        parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
-        return folder.joinpath(*parts) if folder else photo.file
+            taken.add(target)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
@@ -158,32 +153,27 @@ class Table:
 
 
 def open_output(
-    kind: str,
-    output: str | None,
-    existing: str,
-    folder: Path | None,
-    asked: bool,
-    photos: Sequence[Photo],
-    read: Sequence[str],
-    files: contextlib.ExitStack,
+    args: argparse.Namespace, photos: Sequence[Photo], asked: bool, files: contextlib.ExitStack
 ) -> TextFiles | Table:
-    """What `--write kind --output PATH --existing ...` names, for texts about `photos`.
+    """What `--write`, `--output` and `--existing` name, for texts about `photos`.
 
-    A table stands in the `folder` that was given to be captioned, unless told otherwise, and is
-    open until `files` closes it. Neither
-    photos nor the other files that are `read` are written over.
+    A table stands in the folder that was given to be captioned, unless told otherwise, and is open
+    until `files` closes it. Nothing that is read is written over.
     """
-    inputs = [*dict.fromkeys(photo.file for photo in photos), *(Path(name) for name in read)]
-    place = Path(output).expanduser() if output else None
-    if kind == "txt":
+    read = [*dict.fromkeys(photo.file for photo in photos)]
+    read += [Path(name) for name in (args.checkpoint, args.questions_file) if name]
+    place = Path(args.output).expanduser() if args.output else None
+    if args.write == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
-        return TextFiles(place, existing, photos, inputs)
-    usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
-    path = place or folder or Path.cwd()
+        return TextFiles(place, args.existing, photos, read)
+    folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else Path.cwd()
+    path = place or (folder if folder.is_dir() else folder.parent)
     if path.is_dir():
-        path = path / usual
-    if path.suffix != f".{kind}":
-        raise UserError(f"--output {path}: with --write {kind} its name must end in .{kind}")
-    check_output("--output", path, *inputs)
-    return Table(path, existing, asked, files)
+        path /= "metadata.jsonl" if args.write == "jsonl" else "captions.csv"
+    if path.suffix != f".{args.write}":
+        raise UserError(
+            f"--output {path}: with --write {args.write} its name must end in .{args.write}"
+        )
+    check_output("--output", path, *read)
+    return Table(path, args.existing, asked, files)

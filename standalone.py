@@ -32,18 +32,9 @@ def refusal(tower: dict[str, Any]) -> str:
     return ""
 
 
-def repository_files(
-    checkpoint: Checkpoint, tower: dict[str, Any], processor: str
-) -> dict[str, str]:
-    """All that stands beside `model.safetensors`, by name: {file: text}.
-
-    Args:
-        tower: `FrozenEncoder.for_others()`: the encoder, by its name or by its configuration.
-        processor: its preprocessor_config.json.
-
-    Raises:
-        UserError: the `refusal` of such an encoder.
-    """
+def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str, str]:
+    """All that stands beside `model.safetensors`, {file: text}, unless there is a `refusal`;
+    `tower` is `FrozenEncoder.for_others()`."""
     if why := refusal(tower):
         raise UserError(why)
     size, options = checkpoint.model.config, checkpoint.generation
@@ -55,7 +46,7 @@ def repository_files(
         "model_type": "vision_captioner",
         "architectures": ["VisionCaptioner"],
         "auto_map": {auto: f"{CODE}.VisionCaptioner{part}" for auto, part in AUTO.items()},
-        "tower": tower,
+        "tower": {key: tower[key] for key in tower if key != "processor"},
         "layers": checkpoint.encoder["layers"],
         "feature_width": checkpoint.model.feature_width,
         "vocab_size": size.vocab_size,
@@ -99,4 +90,4 @@ def repository_files(
     files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
     for name in (CODE, "pictures", "decoder", "rerank"):  # which import nothing else of ours
         files[f"{name}.py"] = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
-    return files | {"preprocessor_config.json": processor}
+    return files | {"preprocessor_config.json": tower["processor"]}

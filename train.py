@@ -153,7 +153,8 @@ def update(
         totals[0] += figure
         totals[1] += count
     totals[2], totals[3] = stop, len(names)
-    figure, count, stopping, photos = run.team.all_reduce(totals)
+    totals = run.team.all_reduce(totals)
+    figure, count = totals[:2]
     scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
@@ -165,8 +166,7 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    step, batches = run.progress.step, len(group)
-    return Update(step, batches, names, photos, count, stopping, figure, norm, bad, rate)
+    return Update(run.progress.step, len(group), names, totals, norm, bad, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:

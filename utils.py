@@ -159,7 +159,7 @@ def _address(found: re.Match) -> str:
     return f"{scheme}{place}{query and '?***'}{closing}"
 
 
-class Said:
+class Output:
     """Standard output or error, from which nobody may be reading any more.
 
     That ends no work and costs no result: the rest goes nowhere, and `broken` remembers it. What
@@ -205,12 +205,12 @@ class Held:
 
 
 def guard_output() -> None:
-    """Let what the script says go through `Said`."""
-    if not isinstance(sys.stdout, Said):
+    """Let what the script says go through `Output`."""
+    if not isinstance(sys.stdout, Output):
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
             pass  # one that is closed: a file of ours would get its number, and what C code says
         os.close(spare)
-        sys.stdout, sys.stderr = Said(sys.stdout, "\n\t"), Said(sys.stderr, "\n\t\r")
+        sys.stdout, sys.stderr = Output(sys.stdout, "\n\t"), Output(sys.stderr, "\n\t\r")
 
 
 def leave(code: object) -> NoReturn:
@@ -424,9 +424,8 @@ def write_error(error: OSError, path: Path, elsewhere: str = "") -> Exception:
 def decoded(content: bytes, older: bool = True) -> str:
     """A text in UTF-8, UTF-16, or else, unless refused, Windows' `older` Western encoding.
 
-    Raises:
-        UnicodeDecodeError: it is in none of these: languages that are written in other encodings
-            have long runs of bytes beyond ASCII, and in a flawed UTF-8 most of them are sound.
+    Refused by a UnicodeDecodeError is what is in none of these: languages that are written in other
+    encodings have long runs of bytes beyond ASCII, and in a flawed UTF-8 most of them are sound.
     """
     encoding = "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # as spreadsheets save "Unicode text"

@@ -95,7 +95,7 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
             group.append(rows.load(batch, None))
             first += size
         done = train.update(state, found, group)
-        loss = (done.summed / done.count).item()
+        loss = (done.totals[0] / done.totals[1]).item()
         weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
     for other in weights[1:]:
         assert other[0] == pytest.approx(weights[0][0], rel=1e-5)

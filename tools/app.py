@@ -157,7 +157,6 @@ class Service:
 def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
     """The server; `host` is the name that it is opened by, beside localhost and addresses."""
     service = Service(captioner, max_megabytes)
-
     return Starlette(
         routes=[
             Route("/", service.page),
@@ -165,7 +164,7 @@ def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlett
             Route("/samples/{number}", service.sample),
             Route("/caption", service.caption, methods=["POST"]),
         ],
-        middleware=[Middleware(Guarded, host=host)],
+        middleware=[Middleware(guarded, host=host)],
         exception_handlers={
             HTTPException: lambda _, error: problem(error.status_code, error.detail, error.headers),
             UserError: lambda _, error: problem(400, str(error)),
@@ -179,20 +178,18 @@ def problem(status: int, text: str, headers: Mapping[str, str] | None = None) ->
     return JSONResponse({"error": text}, status, headers)
 
 
-class Guarded:
-    """Serves what `refuse` has nothing against."""
+def guarded(app: ASGIApp, host: str) -> ASGIApp:
+    """An application that serves what `refuse` has nothing against."""
 
-    def __init__(self, app: ASGIApp, host: str):
-        self.app, self.host = app, host
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        refusal = refuse(request.method, request.headers, self.host)
-        app = problem(403, refusal) if refusal else self.app
+        refusal = refuse(request.method, request.headers, host)
         try:
-            await app(scope, receive, send)
+            await (problem(403, refusal) if refusal else app)(scope, receive, send)
         except asyncio.CancelledError:  # the server ends
             await problem(503, "The server is ending.")(scope, receive, send)
+
+    return serve
 
 
 def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
@@ -209,21 +206,16 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
         foreign = origin is not None and urlsplit(origin).netloc != asked
     except ValueError:
         return "The address is not valid."
-    if name not in ("localhost", host.lower()) and not _is_address(name):
-        return "This page is not served under that name: open it by its address or by --host's."
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if name not in ("localhost", host.lower()):
+            return "This page is not served under that name: open it by its address or by --host's."
     elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     if (method != "GET" and foreign) or (elsewhere and not link):
         return "Requests from other pages are not served."
     return None
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def read_numbers(query: QueryParams) -> dict[str, Any]:
@@ -252,8 +244,6 @@ def write(captioner: Captioner, photo: bytearray, query: QueryParams) -> dict[st
     options |= {"sample": query.get("sample", "").lower() == "true", "groups": 1}
     if wanted and options["sample"]:
         options["beam_size"] = wanted + 1
-    if question is not None and not question.strip():
-        raise UserError("The question is empty.")
     try:
         image = captioner.encoder.open(io.BytesIO(photo))
     except ImageError:

@@ -46,9 +46,7 @@ def write_folder(
     checkpoint: Checkpoint, encoder: FrozenEncoder, folder: Path, weights: bool
 ) -> None:
     """Without the encoder's `weights` its name is written, from which it will be loaded."""
-    files = repository_files(
-        checkpoint, encoder.for_others(weights), encoder.processor.to_json_string()
-    )
+    files = repository_files(checkpoint, encoder.for_others(weights))
     tensors = checkpoint.tensors()
     if weights:
         tower = encoder.tower.state_dict()

@@ -52,7 +52,7 @@ class JoinedCache:
         return self.keys[layer], self.values[layer]
 
 
-class Step(nn.Module):
+class DecoderStep(nn.Module):
     """What is exported. The photo's memory is remembered as the tokens are: one graph does both."""
 
     def __init__(self, model: CaptionModel):
@@ -97,7 +97,7 @@ def to_onnx(checkpoint: Checkpoint) -> onnx.ModelProto:
     inputs[1:3] = (x.long() for x in inputs[1:3])
     axes = [{i: x for i, x in enumerate(shape) if x in EXAMPLE} for shape in shapes.values()]
     graph = _graph(
-        Step(checkpoint.model),
+        DecoderStep(checkpoint.model),
         (*inputs[:3], inputs[3:]),
         (*axes[:3], axes[3:]),
         list(shapes),
@@ -159,7 +159,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-class Eye(nn.Module):
+class EncodeStep(nn.Module):
     """The encoder's computation, without the inference mode that can't be exported."""
 
     def __init__(self, encoder: FrozenEncoder):
@@ -180,7 +180,7 @@ def export_encoder(encoder: FrozenEncoder, path: Path) -> float:
     if inputs.keys() != {"pixel_values"}:
         raise UserError(f"{encoder.source['name']} takes more than pixels: it can't be exported")
     pixels = inputs["pixel_values"]
-    graph = _graph(Eye(encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"])
+    graph = _graph(EncodeStep(encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"])
     onnx.helper.set_model_props(graph, {"preprocessing": encoder.processor.to_json_string()})
     pixels = torch.cat([pixels, pixels.flip(-1)])
     with atomic_write(path) as temporary:
