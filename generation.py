@@ -125,6 +125,31 @@ def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:
     return sorted(found, key=lambda hypothesis: -hypothesis.score)[:count]
 
 
+def largest(scores: Tensor, count: int, part: int = 100) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row (rows, any) and their places, largest first.
+
+    They lie in the parts with the largest maxima, which are found in a fraction of the time that
+    `topk` takes for the whole row on a CPU.
+    """
+    whole = scores.shape[1] - scores.shape[1] % part
+    parts = scores[:, :whole].unflatten(1, (whole // part, part))
+    likely = parts.amax(2).topk(min(count, parts.shape[1]), dim=1).indices
+    places = torch.arange(scores.shape[1], device=scores.device)
+    rest = places[whole:].expand(len(scores), -1)
+    places = torch.cat([(likely.unsqueeze(2) * part + places[:part]).flatten(1), rest], dim=1)
+    best = scores.gather(1, places).topk(count, dim=1)
+    return best.values, places.gather(1, best.indices)
+
+
+def fitting(rows: int) -> int:
+    """The next power of two or three halves of one, so that rows have few different numbers.
+
+    For each number and length a CPU's kernels are made anew, which takes time and memory.
+    """
+    power = 1 << max(0, rows - 1).bit_length()
+    return power * 3 // 4 if power * 3 // 4 >= rows else power
+
+
 class _Rows:
     """The photos that are being captioned, one a row, with the state of each of their beams."""
 
@@ -140,6 +165,7 @@ class _Rows:
         self.model, self.options, self.limit = model, options, limit
         self.found: list[list[Hypothesis]] = [[] for _ in range(count)]
         self.images = list(range(count))
+        self.done: set[int] = set()  # of these, whose rows stay a while, unheeded
         self.memory = model.memory(features)
         # (rows, beams) and (rows, beams, seen): the first step has one beam, which then forks.
         self._read_prefixes(prefixes, device, (limit - 1) * options.beam_size)
@@ -250,7 +276,7 @@ class _Rows:
             # In the first step all groups fork from the one beam that there is.
             start, stop = (0, 1) if beams == 1 else (group * size, (group + 1) * size)
             scores = self.log_probability[:, start:stop, None] + allowed[:, start:stop]
-            ranked = scores - self.options.diversity * taken.unsqueeze(1)
+            ranked = scores - self.options.diversity * taken.unsqueeze(1) if group else scores
             parents, tokens = self._best(scores, ranked, size, start, group == 0)
             taken.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=taken.dtype))
             chosen.append((parents + start, tokens))
@@ -260,10 +286,10 @@ class _Rows:
     def _best(self, scores, ranked, size: int, start: int, leads: bool) -> tuple[Tensor, Tensor]:
         vocab = ranked.shape[-1]
         width = min(2 * size, ranked.shape[1] * vocab)
-        best = ranked.flatten(1).topk(width, dim=1)  # twice as many: up to `size` may be END
-        parents, tokens = best.indices // vocab, best.indices % vocab
+        values, places = largest(ranked.flatten(1), width)  # twice as many: up to `size` may be END
+        parents, tokens = places // vocab, places % vocab
         ends = tokens == END_ID
-        possible = best.values > MINUS_INFINITY
+        possible = values > MINUS_INFINITY
         for row, rank in (ends & possible)[:, :size].nonzero().tolist():
             beam = parents[row, rank]
             self._found(row, beam + start, scores[row, beam, END_ID].item(), True)
@@ -305,16 +331,18 @@ class _Rows:
         self.tokens = tokens
 
     def _retire(self) -> None:
-        """Put aside what is complete, and drop its rows."""
-        done = self._complete()
-        for row in done:
+        """Put aside what is complete, and drop its rows, several at a time."""
+        for row in self._complete():
             # Cut captions count only where no other is to be had.
             if self.options.sample or not self.found[self.images[row]]:
                 scores, ended = self.log_probability[row].tolist(), self.ended[row].tolist()
                 for beam, score in enumerate(scores):
                     self._found(row, beam, score, ended[beam])
-        if done:
-            self._keep(sorted({*range(len(self.images))} - {*done}))
+            self.done.add(self.images[row])
+        rows = sorted(range(len(self.images)), key=lambda row: self.images[row] in self.done)
+        size = fitting(sum(image not in self.done for image in self.images))
+        if size < len(rows):
+            self._keep(rows[:size])
 
     def _complete(self) -> list[int]:
         """The rows where nothing better is to be expected, or there is no room for more."""
@@ -349,6 +377,6 @@ class _Rows:
         length = len(tokens) + ended
         score = log_probability / length**self.options.length_penalty
         found = Hypothesis(tokens, log_probability, score, ended)
-        group = self.found[self.images[row]]
+        group = self.found[self.images[row]] if self.images[row] not in self.done else []
         if self.options.sample or all(other.tokens != tokens for other in group):
             group.append(found)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from generation import generate
+from generation import generate, largest
 from options import GenerationOptions
 from tests.test_model import VOCAB, build_model, features, plain_logits
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID
@@ -136,6 +136,18 @@ def test_no_ngram_twice_and_no_token_twice_in_a_row():
     for way in ({}, {"beam_size": 3}, {"sample": True, "beam_size": 2}):
         chosen = GenerationOptions(no_repeat_ngram=2, **options, **way)
         assert repeats(generate(model, feature, chosen)) == (0, 0)
+
+
+@pytest.mark.parametrize("total", [3, 100, 250, 7669])
+def test_the_largest_are_those_that_topk_finds(total):
+    scores = torch.randn(5, total, generator=torch.Generator().manual_seed(0))
+    scores[0, 2:] = float("-inf")  # as most are of a row whose tokens are forbidden
+    for count in (1, 3, 20):
+        expected = scores.topk(min(count, total), dim=1)
+        values, places = largest(scores, min(count, total))
+        assert torch.equal(values, expected.values)
+        assert torch.equal(scores.gather(1, places), values)
+        assert torch.equal(places[1:], expected.indices[1:])
 
 
 def test_samples_follow_the_seed_and_the_distribution(ending):
