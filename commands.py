@@ -56,10 +56,22 @@ WITHOUT_EFFECT = (
     ("encoder", "without --with-encoder", lambda s: s.format != "onnx" or s.with_encoder),
     ("rerank", "on questions", lambda s: not (s.question or s.questions_file)),
     ("rerank", "on questions", lambda s: s.task == "captions"),
-    ("question_weight", "without questions", lambda s: "questions" in s.TASKS),
+    ("question_weight", "without both tasks", lambda s: all(task in s.TASKS for task in TASKS)),
     ("questions_file", "without questions", lambda s: "questions" in getattr(s, "task", s.TASKS)),
     ("captions_file", "without captions", lambda s: "captions" in getattr(s, "task", s.TASKS)),
+    (
+        "scst_epochs scst_beam_size scst_learning_rate beam_size length_penalty no_repeat_ngram "
+        "rerank",
+        "without captions",
+        lambda s: "captions" in s.TASKS,
+    ),
+    (
+        "scst_epochs scst_beam_size scst_learning_rate rerank",
+        "with --train_shards",
+        lambda s: not s.TRAIN_SHARDS,
+    ),
     ("preset", "with --demo", lambda s: not s.demo),
+    ("karpathy_file", "with --split ratio", lambda s: s.SPLIT != "ratio"),
     ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),
     ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),

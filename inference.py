@@ -39,7 +39,7 @@ from dataset import load_questions
 from device import autocast, choose_device, choose_dtype
 from encoder import FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
-from generation import Hypothesis, generate
+from generation import Hypothesis, generate, thrown
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from photo_names import is_photo, match_names
@@ -147,8 +147,9 @@ class Captioner:
         grouped = itertools.groupby(pairs, lambda pair: _key(pair[0]))
         photos = ([*group] for _, group in grouped)
         chunks = iter(lambda: list(itertools.islice(photos, batch_size)), [])
+        dice = thrown(chosen)
         for rows, inputs in prefetch(self._read, chunks, threads=2, ahead=2):
-            yield from self._write(rows, inputs, chosen)
+            yield from self._write(rows, inputs, chosen, dice)
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
@@ -181,18 +182,23 @@ class Captioner:
         rows: list[tuple[Picture, str, int, str]],
         inputs: list[dict[str, Tensor]],
         options: GenerationOptions,
+        dice: torch.Generator,
     ) -> Iterator[Written]:
         parts = (inputs[start : start + ENCODED] for start in range(0, len(inputs), ENCODED))
         features = torch.cat([*map(self._encode, parts)]) if inputs else None
         asked = [(question, place) for _, question, place, problem in rows if not problem]
-        found = self._search(asked, features, options)
+        found = self._search(asked, features, options, dice)
         for picture, question, _, problem in rows:
             group = [] if problem else next(found)
             texts = [self.tokenizer.decode(h.tokens) for h in group]
             yield Written(picture, question, texts, group, problem)
 
     def _search(
-        self, asked: list[tuple[str, int]], features: Tensor | None, options: GenerationOptions
+        self,
+        asked: list[tuple[str, int]],
+        features: Tensor | None,
+        options: GenerationOptions,
+        dice: torch.Generator,
     ) -> Iterator[list[Hypothesis]]:
         """What is found for each question (or caption, "") about a row of the features."""
         limit = self.model.config.max_length
@@ -201,7 +207,8 @@ class Captioner:
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
             with autocast(self.device, self.dtype):  # left before a caller goes on
-                found = generate(self.model, features[rows], options, prefixes, self.reranker)
+                seen = features[rows]
+                found = generate(self.model, seen, options, prefixes, self.reranker, dice)
             yield from found
 
     def _best(

@@ -241,11 +241,12 @@ def step_loss(
     if not batch.names:
         return no_loss(run.model), 0.0, 0
     scales = None
-    if "questions" in data.tasks and settings.QUESTION_WEIGHT != 1:
+    if len(data.tasks) > 1 and settings.QUESTION_WEIGHT != 1:
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
     with autocast(run.device, run.dtype):
         loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
-    share = 1 if scales is None else len(scales) / scales.sum()  # so that it is nats a token
+    # So that it is nats a token; questions alone may weigh 0.
+    share = 1 if scales is None else len(scales) / scales.sum().clamp(min=1e-9)
     return loss, loss.detach() * share, len(batch.targets)
 
 

@@ -77,6 +77,11 @@ NOTES = [
     ("tools.export --checkpoint x --encoder e", "--encoder", "--with-encoder"),
     ("train --questions_file q.json", "--questions_file", "without questions"),
     ("train --tasks captions,questions --questions_file q.json --seed 1", "", ""),
+    ("train --tasks questions --question_weight 2", "--question_weight", "without both tasks"),
+    ("train --tasks questions --scst_epochs 2", "--scst_epochs", "without captions"),
+    ("train --tasks questions --rerank 0.1 --beam_size 3", "--beam_size, --rerank", "captions"),
+    ("train --train_shards a.tar --rerank 0.1", "--rerank", "with --train_shards"),
+    ("train --split ratio --karpathy_file k.json", "--karpathy_file", "with --split ratio"),
     ("train --demo --preset small", "--preset", "--demo"),
     ("train --scst_epochs 0 --scst_beam_size 3", "--scst_beam_size", "--scst_epochs 0"),
     (
