@@ -77,6 +77,7 @@ WITHOUT_EFFECT = (
     ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),
     ("wandb_entity wandb_run_name", "without --wandb_project", lambda s: s.WANDB_PROJECT),
     ("start_checkpoint", "on resuming", lambda s: not resumes(s)),
+    ("vocab_size", "with --vocab_file", lambda s: not s.VOCAB_FILE),
     (
         "vocab_size vocab_file merges_file",
         "where a checkpoint brings its tokenizer",
@@ -94,6 +95,7 @@ def begin(read: Callable[[], Any]) -> None:
     # half as fast again, captioning several times as fast, and alone both are as fast as before
     # (docs/performance.md). It is read while PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is there only for who runs in it
     if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
         os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
     guard_output()
@@ -177,11 +179,11 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
             return config.presets.get(flags.preset, {})
         from demo.settings import DEMO  # what only the demo needs is loaded only for it
 
-        return DEMO
+        return dict.fromkeys(TEXTS_OR_NONE) | DEMO  # config.py may name data of one's own
 
     settings = load_settings(config, argv, parser, preset=preset)
     if settings.demo:
-        usual = vars(config) | preset(settings)
+        usual = preset(settings)
         for name in ("DATASET", "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "TRAIN_SHARDS"):
             if getattr(settings, name) != usual[name]:
                 raise UserError(f"--demo draws a data set of its own: leave out --{name.lower()}")

@@ -34,7 +34,7 @@ from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
 from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
-from utils import UserError, interpreter
+from utils import UserError, command
 
 
 @dataclass
@@ -177,8 +177,8 @@ def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: 
     for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
         if not splits[split]:
             raise UserError(
-                f"no photo of the split {split!r} {what}: see {interpreter()} prepare_dataset.py "
-                "--check"
+                f"no photo of the split {split!r} {what}: see "
+                f"{command('prepare_dataset.py', '--check')}"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import sys
@@ -30,7 +29,7 @@ from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
 from tracking import Tracker, memory
-from utils import Bar, UserError, atomic_write, interpreter, redact, shown, size_text
+from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
@@ -189,8 +188,8 @@ class Report(contextlib.AbstractContextManager):
                 del arguments[i : i + (1 if "=" in argument else 2)]
                 break
         arguments += ["--resume_checkpoint_path", str(self.run.output / "last.pt")]
-        command = [*self.run.team.command(), beside("train.py"), *arguments]
-        return redact(shlex.join(command))
+        words = [*self.run.team.command(), beside("train.py"), *arguments]
+        return redact(shlex.join(words))
 
     def finished(self) -> int:
         """Say where the result is and how to use it; returns the exit code."""
@@ -217,11 +216,10 @@ class Report(contextlib.AbstractContextManager):
         splits = self.data.splits
         name = (splits["test"] or splits["val"])[0]
         photo, question = self.data.paths.images / name, self._question([name])
-        command = [interpreter(), beside("inference.py"), "--image_path", photo]
-        command += ["--checkpoint", path]
-        command += ["--question", question] if question else []
+        flags = ["--image_path", photo, "--checkpoint", path]
+        flags += ["--question", question] if question else []
         act = "ask about" if question else "caption"
-        print(f"{act} a picture:\n  {shlex.join(map(str, command))}")
+        print(f"{act} a picture:\n  {command('inference.py', *flags)}")
         return 0
 
     def _question(self, names: Sequence[str]) -> str:
@@ -266,13 +264,6 @@ def dataset_name(settings: SimpleNamespace, shards: str = "TRAIN_SHARDS") -> str
 def without_folders(command: str) -> str:
     """A command without secrets, and without the folders of this machine's absolute paths."""
     return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
-
-
-def beside(script: str) -> str:
-    """A script of this project as a command from where we are names it."""
-    path = str(Path(__file__).with_name(script).resolve())
-    near = os.path.relpath(path)
-    return path if near.startswith("..") else near
 
 
 def say(text: str) -> None:

@@ -177,6 +177,8 @@ def open_output(
     if kind == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
+        if place:
+            check_output("--output", place / "photo.txt")
         return TextFiles(place, existing, photos, inputs)
     usual = "metadata.jsonl" if kind == "jsonl" else "captions.csv"
     path = place or folder or Path.cwd()
