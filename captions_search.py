@@ -33,7 +33,7 @@ from captions_file import (
 )
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
-from utils import UserError, files_in, read_json, read_text, to_run, write_changed
+from utils import UserError, command, files_in, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 DEPTH = 3  # of folders, in which lists of captions are looked for
@@ -348,7 +348,7 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = str(source)
     if changed:
-        remedy = f"{to_run('prepare_dataset.py')} makes it anew"
+        remedy = f"{command('prepare_dataset.py')} makes it anew"
         print(f"{changed} has changed, and {paths.captions} was made before: {remedy}")
 
 

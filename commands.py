@@ -56,15 +56,28 @@ WITHOUT_EFFECT = (
     ("encoder", "without --with-encoder", lambda s: s.format != "onnx" or s.with_encoder),
     ("rerank", "on questions", lambda s: not (s.question or s.questions_file)),
     ("rerank", "on questions", lambda s: s.task == "captions"),
-    ("question_weight", "without questions", lambda s: "questions" in s.TASKS),
+    ("question_weight", "without both tasks", lambda s: all(task in s.TASKS for task in TASKS)),
     ("questions_file", "without questions", lambda s: "questions" in getattr(s, "task", s.TASKS)),
     ("captions_file", "without captions", lambda s: "captions" in getattr(s, "task", s.TASKS)),
+    (
+        "scst_epochs scst_beam_size scst_learning_rate beam_size length_penalty no_repeat_ngram "
+        "rerank",
+        "without captions",
+        lambda s: "captions" in s.TASKS,
+    ),
+    (
+        "scst_epochs scst_beam_size scst_learning_rate rerank",
+        "with --train_shards",
+        lambda s: not s.TRAIN_SHARDS,
+    ),
     ("preset", "with --demo", lambda s: not s.demo),
+    ("karpathy_file", "with --split ratio", lambda s: s.SPLIT != "ratio"),
     ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),
     ("scst_beam_size scst_learning_rate", "with --scst_epochs 0", lambda s: s.SCST_EPOCHS),
     ("wandb_entity wandb_run_name", "without --wandb_project", lambda s: s.WANDB_PROJECT),
     ("start_checkpoint", "on resuming", lambda s: not resumes(s)),
+    ("vocab_size", "with --vocab_file", lambda s: not s.VOCAB_FILE),
     (
         "vocab_size vocab_file merges_file",
         "where a checkpoint brings its tokenizer",
@@ -85,9 +98,10 @@ def begin(read: Callable[[], Any]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
         os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
-    stop = Held() if "IPython" in sys.modules else lambda *_: os._exit(130)
-    if not isinstance(stop, Held):  # in a notebook's own process, matplotlib is its user's
-        os.environ.pop("MPLBACKEND", None)  # which it names to all programs, if they have it or not
+    notebook = "IPython" in sys.modules  # in whose own process matplotlib is its user's
+    if not notebook:  # which names its backend to all programs, if they have it or not
+        os.environ["MPLBACKEND"] = "agg"
+    stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
@@ -170,11 +184,11 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
             return config.presets.get(flags.preset, {})
         from demo.settings import DEMO  # what only the demo needs is loaded only for it
 
-        return DEMO
+        return dict.fromkeys(TEXTS_OR_NONE) | DEMO  # config.py may name data of one's own
 
     settings = load_settings(config, argv, parser, preset=preset)
     if settings.demo:
-        usual = vars(config) | preset(settings)
+        usual = preset(settings)
         for name in ("DATASET", "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "TRAIN_SHARDS"):
             if getattr(settings, name) != usual[name]:
                 raise UserError(f"--demo draws a data set of its own: leave out --{name.lower()}")

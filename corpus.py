@@ -34,7 +34,7 @@ from self_critical import Critic, critical_epochs
 from shards import Stock, StreamedRows, take_stock
 from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
-from utils import UserError, to_run
+from utils import UserError, command
 
 
 @dataclass
@@ -174,7 +174,7 @@ def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: 
         if not splits[split]:
             raise UserError(
                 f"no photo of the split {split!r} {what}: see "
-                f"{to_run('prepare_dataset.py')} --check"
+                f"{command('prepare_dataset.py', '--check')}"
             )
 
 

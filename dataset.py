@@ -26,7 +26,7 @@ from features import FeatureCache, ResidentFeatures
 from options import SPLITS
 from photo_names import LONGEST, by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import SURROGATES, UserError, files_in, read_json, read_text, to_run
+from utils import SURROGATES, UserError, command, files_in, read_json, read_text
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
@@ -110,7 +110,7 @@ def _table_of(path: Path, table: Any, form: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(
             f"{path} holds a {type(table).__name__}, not an object: write {form}, or "
-            f"have it converted by {to_run('prepare_dataset.py')}"
+            f"have it converted by {command('prepare_dataset.py')}"
         )
     if not table:
         raise UserError(f"{path} is empty: it needs at least one photo: {form}")
@@ -261,7 +261,7 @@ def find_images(
     """Return the names whose file is there, within the folder, links followed."""
     if not image_dir.is_dir():
         raise UserError(
-            f"the photo folder {image_dir} is missing: run {to_run('prepare_dataset.py')}"
+            f"the photo folder {image_dir} is missing: run {command('prepare_dataset.py')}"
         )
     root = os.path.realpath(image_dir) + os.sep
     resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
@@ -410,9 +410,11 @@ def load_splits(path: Path) -> dict[str, list[str]]:
     """Read splits.json as `prepare_dataset.py` wrote it: `{"train": [names], "val": ..., ...}`."""
     table = read_json(path)
     if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
-        raise UserError(f"{path} is not a table of splits: run {to_run('prepare_dataset.py')}")
+        raise UserError(f"{path} is not a table of splits: run {command('prepare_dataset.py')}")
     if not all(isinstance(name, str) for split in SPLITS for name in table[split]):
-        raise UserError(f"{path} holds what is no photo's name: run prepare_dataset.py again")
+        raise UserError(
+            f"{path} holds what is no photo's name: run {command('prepare_dataset.py')}"
+        )
     return {split: [*dict.fromkeys(table[split])] for split in SPLITS}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from device import choose_device
-from utils import UserError, interpreter
+from utils import UserError, interpreter, program
 
 T = TypeVar("T")
 OBJECT_TIMEOUT = timedelta(days=2)  # of those who wait for a download, or for another's photos
@@ -94,7 +94,7 @@ class Team:
             return [interpreter()]
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = [f"--nnodes={self.size // local}"] if local < self.size else []
-        return ["torchrun", *nodes, f"--nproc_per_node={local}"]
+        return [program("torchrun"), *nodes, f"--nproc_per_node={local}"]
 
     def device(self, name: str) -> torch.device:
         """The device named, or the best one here; of GPUs each process has its own."""

@@ -54,6 +54,7 @@ def generate(
     options: GenerationOptions,
     prefixes: Sequence[Sequence[int]] | None = None,
     reranker: Reranker | None = None,
+    dice: torch.Generator | None = None,
 ) -> list[list[Hypothesis]]:
     """Captions of photos, or answers about them, best first.
 
@@ -62,6 +63,7 @@ def generate(
         prefixes: what each row begins with, such as a question: ids from START to ANSWER, of any
             lengths. None: START alone, for a caption.
         reranker: has a say in which captions are best, as much as the options tell.
+        dice: what samples are drawn by, the same for all batches; None: new ones of the seed.
 
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
@@ -69,30 +71,36 @@ def generate(
     prefixes = prefixes or [[START_ID]] * len(features)
     longest = model.config.max_length - max(map(len, prefixes))
     limit = options.max_length or longest
-    if not 0 < limit <= longest:
-        raise UserError(f"max_length {limit} is too long: this decoder can write {longest} tokens")
+    if not options.min_length <= limit <= longest:
+        which = f"max_length {limit}" if options.max_length else f"min_length {options.min_length}"
+        raise UserError(f"{which} is too long: this decoder can write {longest} tokens")
     training = model.training
     model.eval()
     try:
-        rows = _Rows(model, features, options, limit, prefixes)
+        rows = _Rows(model, features, options, limit, prefixes, dice or thrown(options))
         while rows.images:
             rows.step()
         found = rows.found
     finally:
         model.train(training)
-    if options.rerank:
+    weights = [options.rerank if len(prefix) == 1 else 0.0 for prefix in prefixes]
+    if any(weights):  # of captions, not of answers
         if not reranker:
             raise UserError(
                 "--rerank needs a checkpoint that holds what people said of the training photos, "
                 "as training with RERANK makes it: leave it out"
             )
-        weights = [options.rerank if len(prefix) == 1 else 0.0 for prefix in prefixes]
         expected = reranker.expected(features, [[h.ids for h in group] for group in found])
         found = [
             [replace(h, score=h.score + weight * cider) for h, cider in zip(*each, strict=True)]
             for weight, *each in zip(weights, found, expected, strict=True)
         ]
     return [_ranked(group, options.beam_size) for group in found]
+
+
+def thrown(options: GenerationOptions) -> torch.Generator:
+    """What the samples of all batches are drawn by: one photo's chance is no other's."""
+    return torch.Generator().manual_seed(options.seed)
 
 
 def generate_cached(
@@ -112,12 +120,13 @@ def generate_cached(
     device = next(model.parameters()).device
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     loaded = prefetch(store.read, ([(name, 0) for name, _ in part] for part in parts))
+    dice = thrown(options)
     for part, features in zip(parts, loaded, strict=True):
         questions = [text.question for _, text in part]
         prefixes = tokenizer.prefixes(questions, model.config.max_length)
         with autocast(device, dtype):
             moved = features.to(device, torch.float32)
-            found = generate(model, moved, options, prefixes, reranker)
+            found = generate(model, moved, options, prefixes, reranker, dice)
         yield from (group[0] for group in found)
 
 
@@ -160,6 +169,7 @@ class _Rows:
         options: GenerationOptions,
         limit: int,
         prefixes: Sequence[Sequence[int]],
+        dice: torch.Generator,
     ):
         count, device = features.shape[0], features.device
         self.model, self.options, self.limit = model, options, limit
@@ -174,8 +184,8 @@ class _Rows:
         self.history = torch.zeros(count, 1, 0, dtype=torch.long, device=device)
         self.greedy = torch.zeros(count, dtype=torch.long, device=device)
         if options.sample:
-            dice = torch.Generator().manual_seed(options.seed)
-            draws = torch.rand(count, limit, options.beam_size, generator=dice, device="cpu")
+            most = model.config.max_length - 1  # whatever the batch: the next one's draws follow
+            draws = torch.rand(count, most, options.beam_size, generator=dice, device="cpu")
             self.draws = draws.to(device)
 
     def _read_prefixes(

@@ -45,7 +45,7 @@ from checkpoint import link_or_copy
 from utils import UserError, first_line, shown, write_error
 
 WEIGHTS = "model.safetensors"
-LOGIN = "run hf auth login"
+LOGIN = f"run {utils.program('hf')} auth login"
 
 # --- Download -------------------------------------------------------------------------------
 

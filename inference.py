@@ -39,7 +39,7 @@ from dataset import load_questions
 from device import autocast, choose_device, choose_dtype
 from encoder import FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
-from generation import Hypothesis, generate
+from generation import Hypothesis, generate, thrown
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from photo_names import is_photo, match_names
@@ -148,8 +148,9 @@ class Captioner:
         )
         groups = ([*group] for _, group in grouped)
         photos = prefetch(self._read, groups, threads=2, ahead=2 * batch_size)
+        dice = thrown(chosen)
         while chunk := list(itertools.islice(photos, batch_size)):
-            yield from self._write(chunk, chosen)
+            yield from self._write(chunk, chosen, dice)
 
     def _options(self, questions: Iterable[str] | None, given: dict[str, Any]) -> GenerationOptions:
         """How to write, if it has learned what is asked for."""
@@ -169,13 +170,15 @@ class Captioner:
         except ImageError as error:
             return group, None, str(error)
 
-    def _write(self, chunk: list[Read], options: GenerationOptions) -> Iterator[Written]:
+    def _write(
+        self, chunk: list[Read], options: GenerationOptions, dice: torch.Generator
+    ) -> Iterator[Written]:
         inputs = [inputs for _, inputs, _ in chunk if inputs]
         parts = (inputs[start : start + ENCODED] for start in range(0, len(inputs), ENCODED))
         features = torch.cat([*map(self._encode, parts)]) if inputs else None
         readable = enumerate(group for group, inputs, _ in chunk if inputs)
         asked = [(question, place) for place, group in readable for _, question in group]
-        found = self._search(asked, features, options)
+        found = self._search(asked, features, options, dice)
         for group, _, problem in chunk:
             for picture, question in group:
                 hypotheses = [] if problem else next(found)
@@ -183,7 +186,11 @@ class Captioner:
                 yield Written(picture, question, texts, hypotheses, problem)
 
     def _search(
-        self, asked: list[tuple[str, int]], features: Tensor | None, options: GenerationOptions
+        self,
+        asked: list[tuple[str, int]],
+        features: Tensor | None,
+        options: GenerationOptions,
+        dice: torch.Generator,
     ) -> Iterator[list[Hypothesis]]:
         """What is found for each question (or caption, "") about a row of the features."""
         limit = self.model.config.max_length
@@ -192,7 +199,8 @@ class Captioner:
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
             with autocast(self.device, self.dtype):  # left before a caller goes on
-                found = generate(self.model, features[rows], options, prefixes, self.reranker)
+                seen = features[rows]
+                found = generate(self.model, seen, options, prefixes, self.reranker, dice)
             yield from found
 
     def _best(

@@ -75,12 +75,12 @@ from shards import say_samples
 from tars import expand_shards, read_shard, shards_named
 from utils import (
     UserError,
+    command,
     files_in,
     lock,
     redact,
     require_room,
     run_script,
-    to_run,
     write_changed,
     write_file,
 )
@@ -381,7 +381,7 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         raise UserError(f"DATASET is {settings.DATASET!r}: use one of {', '.join(names)}")
     if settings.SPLIT not in ("karpathy", "ratio"):
         raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy or ratio")
-    paths = data_paths(settings)
+    paths, tasks = data_paths(settings), parse_tasks(settings.TASKS)
     with sole_preparer(paths.data_dir):
         if settings.VAL_SHARDS:
             unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
@@ -393,7 +393,7 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         vqa = settings.vqa_questions, settings.vqa_annotations
         if any(vqa):
             convert_vqa(*vqa, questions_source(settings, paths), paths.images)
-        tasks, note = parse_tasks(settings.TASKS), written_splits(paths).get("captions") or {}
+        note = written_splits(paths).get("captions") or {}
         known = note.get("splits", {})
         if "captions" in tasks:
             paths, note, known = ensure_captions(settings, paths)
@@ -461,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    print(f"next      {to_run('train.py')} {shlex.join(flags)}")
+    print(f"next      {command('train.py', *flags)}")
     return 0
 
 

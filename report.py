@@ -29,7 +29,7 @@ from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
 from tracking import Tracker, memory
-from utils import Bar, UserError, atomic_write, beside, interpreter, redact, shown, size_text
+from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
@@ -212,11 +212,10 @@ class Report(contextlib.AbstractContextManager):
         splits = self.data.splits
         name = (splits["test"] or splits["val"])[0]
         photo, question = self.data.paths.images / name, self._question([name])
-        command = [interpreter(), beside("inference.py"), "--image_path", photo]
-        command += ["--checkpoint", path]
-        command += ["--question", question] if question else []
+        flags = ["--image_path", photo, "--checkpoint", path]
+        flags += ["--question", question] if question else []
         act = "ask about" if question else "caption"
-        print(f"{act} a picture:\n  {shlex.join(map(str, command))}")
+        print(f"{act} a picture:\n  {command('inference.py', *flags)}")
         return 0
 
     def _question(self, names: Sequence[str]) -> str:

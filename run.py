@@ -31,6 +31,7 @@ from dataset import CaptionRows, Text, check_name
 from decoder import DecoderConfig
 from device import choose_dtype
 from distributed import Team, share_gradients
+from encoder import parse_layers
 from hub import locate_checkpoint
 from model import CaptionModel
 from options import GenerationOptions, fits, parse_tasks, typed
@@ -397,8 +398,20 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
     )
 
 
-def check_size(settings: SimpleNamespace, begun: Checkpoint | None) -> None:
-    """Refuse a size of the decoder that can't be, or isn't that of what training goes on from."""
+def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Team) -> None:
+    """Refuse what can't be, what isn't the same in all processes of a team, or a decoder's size
+    that isn't that of what training goes on from."""
+    values = constants(settings).items()
+    texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
+    own = {name: value for name, value in values if isinstance(value, int | float) or name in texts}
+    for name, value in team.on_rank0(lambda: own).items():
+        if own.get(name) != value:
+            raise UserError(
+                f"{name} is {own.get(name)!r} in one process and {value!r} in the first one: start "
+                "all with the same flags and config.py"
+            )
+    parse_layers(settings.ENCODER_LAYERS)
+    choose_dtype(settings.PRECISION, torch.device("cpu"))
     size = decoder_config(settings, vocab_size=len(begun.tokenizer) if begun else 1)
     if begun:
         check_same(asdict(begun.model.config), asdict(size))

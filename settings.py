@@ -119,8 +119,9 @@ def load_settings(
         )
     flags = parser.parse_args(argv)
     root = Path(config.__file__).resolve().parent
-    values = {name: _anchor(root, name, value) for name, value in defaults.items()}
-    settings = SimpleNamespace(**values | (preset(flags) if preset else {}) | vars(flags))
+    standing = defaults | (preset(flags) if preset else {})
+    values = {name: _anchor(root, name, value) for name, value in standing.items()}
+    settings = SimpleNamespace(**values | vars(flags))
     check_ranges(settings)  # also of what stands in the module
     return settings
 

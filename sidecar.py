@@ -166,6 +166,8 @@ def open_output(
     if args.write == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
+        if place:
+            check_output("--output", place / "photo.txt")
         return TextFiles(place, args.existing, photos, read)
     folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else Path.cwd()
     path = place or (folder if folder.is_dir() else folder.parent)

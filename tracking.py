@@ -16,7 +16,7 @@ import torch
 from checkpoint import link_for_others
 from device import resident_kilobytes
 from encoder import open_image
-from utils import first_line
+from utils import first_line, program
 
 OFFLINE = ("offline", "dryrun")  # two spellings of the library's for one mode
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
@@ -64,7 +64,8 @@ class Tracker:
                 return
             self.run_id = self._run.id
             if mode in OFFLINE:
-                report("tracking: Weights & Biases, offline (`wandb login` to see runs online)")
+                login = f"{program('wandb')} login"
+                report(f"tracking: Weights & Biases, offline (`{login}` to see runs online)")
             else:
                 report(
                     "tracking: Weights & Biases is sent the settings, figures, best checkpoints "
@@ -97,7 +98,7 @@ class Tracker:
         """The command that sends what is in the run's files, of this and earlier sessions."""
         files = Path(self._run.dir).parent
         session = re.sub(r"run-[\d_]+-", "run-*-", files.name)
-        return f"wandb sync {shlex.quote(str(files.parent))}/{session}"
+        return f"{program('wandb')} sync {shlex.quote(str(files.parent))}/{session}"
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Show values at an update of the training; steps must not fall."""
@@ -146,7 +147,7 @@ class Tracker:
         with self._careful():
             self._run.finish()
             if self._run.settings.mode in OFFLINE:
-                command = f"wandb login && {self.sync_command}"
+                command = f"{program('wandb')} login && {self.sync_command}"
                 self._report(f"tracking: to see this run online: {command}")
             self._run = None
 

@@ -38,7 +38,7 @@ from metrics import score, vqa_accuracy
 from model import CaptionModel
 from options import GenerationOptions
 from report import Ledger, Report, Update
-from run import MEASURES, Run, Written, check_size, find_checkpoint, keep_apart, output_dir
+from run import MEASURES, Run, Written, check_settings, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
 from shards import StreamedRows
 from tokenizer import ANSWER_ID
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         team.on_rank0(lambda: claim_folders(settings, lock))
         begun = find_checkpoint(settings, team)
         device = team.device(settings.DEVICE)
-        check_size(settings, begun)  # what doesn't fit is said before photos are encoded
+        check_settings(settings, begun, team)  # what doesn't fit is said before photos are encoded
         shards_to_train(settings)  # and before any are downloaded
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun)
@@ -241,11 +241,12 @@ def step_loss(
     if not batch.names:
         return no_loss(run.model), 0.0, 0
     scales = None
-    if "questions" in data.tasks and settings.QUESTION_WEIGHT != 1:
+    if len(data.tasks) > 1 and settings.QUESTION_WEIGHT != 1:
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
     with autocast(run.device, run.dtype):
         loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
-    share = 1 if scales is None else len(scales) / scales.sum()  # so that it is nats a token
+    # So that it is nats a token; questions alone may weigh 0.
+    share = 1 if scales is None else len(scales) / scales.sum().clamp(min=1e-9)
     return loss, loss.detach() * share, len(batch.targets)
 
 

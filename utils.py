@@ -50,27 +50,39 @@ def require_extra(module: str, requirements: str, use: str = "this") -> ModuleTy
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{use} needs {error.name}: run pip install -r {requirements}") from None
+        raise UserError(f"{use} needs {error.name}: run {pip_install(requirements)}") from None
 
 
 def interpreter() -> str:
     """What to write for the Python that runs, in a command to be copied."""
     if os.path.abspath(shutil.which("python") or "") == sys.executable:
         return "python"
-    near = os.path.relpath(sys.executable)
-    return sys.executable if near.startswith("..") else near
+    return _from_here(sys.executable)
 
 
-def beside(script: str) -> str:
-    """A script of this project as a command from where we are names it."""
-    path = str(Path(__file__).with_name(script).resolve())
+def program(name: str) -> str:
+    """What to write for a program that came with this Python, whose place may not be in PATH."""
+    path = os.path.join(os.path.dirname(interpreter()), name)
+    return path if os.path.isfile(path) else name
+
+
+def beside(name: str) -> str:
+    """What to write for a file of this project."""
+    return _from_here(os.path.join(os.path.dirname(os.path.realpath(__file__)), name))
+
+
+def command(script: str, *flags: object) -> str:
+    """A script of this project, as a command to be copied."""
+    return shlex.join([interpreter(), beside(script), *map(str, flags)])
+
+
+def pip_install(requirements: str) -> str:
+    return shlex.join([interpreter(), *"-m pip install -r".split(), beside(requirements)])
+
+
+def _from_here(path: str) -> str:
     near = os.path.relpath(path)
     return path if near.startswith("..") else near
-
-
-def to_run(script: str) -> str:
-    """The command, to be copied, that runs a script of this project."""
-    return shlex.join([interpreter(), beside(script)])
 
 
 # --- What is said ---------------------------------------------------------------------------
@@ -451,7 +463,7 @@ def read_text(path: Path, older: bool = False) -> str:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
         told = "name your data as in training (--data_dir, --questions_file, ...), or run"
-        raise UserError(f"{path} is missing: {told} {to_run('prepare_dataset.py')}") from None
+        raise UserError(f"{path} is missing: {told} {command('prepare_dataset.py')}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -25,6 +25,7 @@ from PIL import Image
 from inference import load_captioner
 from tests.conftest import paint, run, run_without
 from tests.forked import Forked
+from utils import pip_install
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -179,6 +180,7 @@ def test_questions_are_answered_where_they_were_learned(server, captions_only, p
         ({"temperature": "nan"}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"seed": -1}, "seed"),
+        ({"temperature": 0.5}, "temperature changes nothing without sample=true"),
         ({"question": " "}, "empty"),
         ({"sample": "yes"}, "sample=yes is no option"),
         ({"beams": 3}, "beams=3 is no option"),
@@ -386,7 +388,7 @@ def test_without_the_extra_it_says_what_to_install():
     result = run_without("uvicorn", "tools.app", "--checkpoint", "x.pt")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
-        "error: the page needs uvicorn: run pip install -r requirements-app.txt"
+        f"error: the page needs uvicorn: run {pip_install('requirements-app.txt')}"
     ]
 
 

@@ -12,9 +12,10 @@ import pytest
 
 import commands
 import config
+import train
 from corpus import first_photos
-from tests.conftest import REPO, run, small_flags
-from utils import UserError
+from tests.conftest import REPO, run, small_flags, write_photos
+from utils import UserError, pip_install, program
 
 SCRIPTS = ["train", "evaluate", "inference", "prepare_dataset"]
 TOOLS = ["tools.app", "tools.export", "tools.benchmark"]
@@ -78,6 +79,12 @@ NOTES = [
     ("tools.export --checkpoint x --encoder e", "--encoder", "--with-encoder"),
     ("train --questions_file q.json", "--questions_file", "without questions"),
     ("train --tasks captions,questions --questions_file q.json --seed 1", "", ""),
+    ("train --tasks questions --question_weight 2", "--question_weight", "without both tasks"),
+    ("train --tasks questions --scst_epochs 2", "--scst_epochs", "without captions"),
+    ("train --tasks questions --rerank 0.1 --beam_size 3", "--beam_size, --rerank", "captions"),
+    ("train --train_shards a.tar --rerank 0.1", "--rerank", "with --train_shards"),
+    ("train --vocab_size 9 --vocab_file v --merges_file m", "--vocab_size", "--vocab_file"),
+    ("train --split ratio --karpathy_file k.json", "--karpathy_file", "with --split ratio"),
     ("train --demo --preset small", "--preset", "--demo"),
     ("train --scst_epochs 0 --scst_beam_size 3", "--scst_beam_size", "--scst_epochs 0"),
     (
@@ -110,6 +117,29 @@ def test_the_demo_takes_no_other_data(flag, tmp_path):
     with pytest.raises(UserError, match=f"a data set of its own: leave out {flag}"):
         commands.train(["--demo", flag, str(tmp_path / "mine")])
     assert commands.train(["--demo", "--epochs", "1"]).demo
+
+
+def test_the_demo_is_not_of_the_data_that_the_configuration_names(tmp_path, monkeypatch):
+    for name in ("IMAGE_DIR", "CAPTIONS_FILE", "VOCAB_FILE", "START_CHECKPOINT", "OUTPUT_DIR"):
+        monkeypatch.setattr(config, name, str(tmp_path))
+    monkeypatch.setattr(config, "TRAIN_SHARDS", "0.tar")
+    assert str(tmp_path) not in vars(commands.train(["--demo"])).values()
+
+
+def test_commands_that_are_printed_can_be_run_from_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data", 24)
+    flags = ["--dataset", "custom", "--split", "ratio", "--data_dir", data]
+    told = run(REPO / "prepare_dataset.py", *flags, cwd=tmp_path).stdout
+    following = told.splitlines()[-1].removeprefix("next ")
+    for line in (following, pip_install("requirements.txt"), program("torchrun")):
+        assert subprocess.run(f"{line} --help", shell=True, capture_output=True).returncode == 0
+
+
+def test_what_is_mistyped_is_said_before_anything_is_downloaded(tmp_path):
+    for flag in ("--tasks=caption", "--precision=fp16", "--encoder_layers=a"):
+        with pytest.raises(UserError, match=f"{flag[2:].split('=')[0].upper()} is"):
+            train.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new"), flag])
 
 
 def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):

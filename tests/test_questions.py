@@ -390,3 +390,11 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
         # What is shown is nats a token, however much an answer's weigh.
         shown = (update.totals[0] / update.totals[1]).item()
         assert shown == pytest.approx(summed / tokens, rel=1e-3)
+        # A batch may hold questions alone, and where nothing else is learned they weigh 1.
+        rows = [[ids for ids in found.train.groups[n] if ANSWER_ID in ids] for n in batch.names]
+        alone = make_batch(batch.names, rows), feature
+        assert not train.update(state, found, [alone]).bad
+        found.tasks = ("questions",)
+        plain = state.model.loss(feature.float(), alone[0], 0.1).item()
+        loss, _, _ = train.step_loss(state, found, *alone)
+        assert loss.item() == pytest.approx(plain, rel=1e-3)

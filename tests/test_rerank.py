@@ -144,7 +144,7 @@ def test_reranking_moves_the_best_by_its_weight_and_spares_answers():
                 h.log_probability
             )
     prefixes = [[1, 7, 8, 4]] * 3
-    asked = generate(model, photos, options, prefixes, reranker)
+    asked = generate(model, photos, options, prefixes)
     assert [[h.tokens for h in g] for g in asked] == [
         [h.tokens for h in g] for g in generate(model, photos, plain, prefixes)
     ]

@@ -56,6 +56,8 @@ def test_values_are_typed_by_the_default(config):
 def test_configured_paths_stand_by_the_config_and_flags_by_the_user(config, tmp_path):
     assert load_settings(config, [], Parser("d")).DATA_DIR == str(tmp_path / "data")
     assert load_settings(config, ["--data_dir", "../x"], Parser("d")).DATA_DIR == "../x"
+    standing = {"preset": lambda _: {"DATA_DIR": "../y"}}  # in the configuration as well
+    assert load_settings(config, [], Parser("d"), **standing).DATA_DIR == str(tmp_path / "y")
     with pytest.raises(UserError, match="DATA_DIR is empty"):  # and not the folder one is in
         load_settings(config, ["--data_dir", ""], Parser("d"))
 

@@ -133,7 +133,7 @@ def test_the_best_checkpoint_is_an_artifact(tracked, tmp_path, encoder_dir):
 
 def test_the_command_that_it_names_finds_both_sessions(tracked, tmp_path):
     data, *said = tracked
-    command = re.search(r"wandb login && (wandb sync .*)", said[-1])[1]
+    command = re.search(r"wandb login && \S*(wandb sync .*)", said[-1])[1]
     arguments = command.removeprefix("wandb ")
     shown = subprocess.run(
         f"{sys.executable} -m wandb {arguments} --dry-run",

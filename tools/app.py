@@ -42,8 +42,10 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
+    from utils import pip_install
+
     raise SystemExit(
-        f"error: the page needs {error.name}: run pip install -r requirements-app.txt"
+        f"error: the page needs {error.name}: run {pip_install('requirements-app.txt')}"
     ) from None
 
 from demo import scenes
@@ -234,6 +236,10 @@ def read_numbers(query: QueryParams) -> dict[str, Any]:
         if not least <= numbers[name] <= most:
             number = "whole number" if kind is int else "number"
             raise UserError(f"{name} must be a {number} from {least} to {most}.")
+    if query.get("sample", "").lower() != "true":
+        for name in ("temperature", "top_p", "seed"):
+            if name in numbers:
+                raise UserError(f"{name} changes nothing without sample=true.")
     return numbers
 
 
