@@ -163,6 +163,7 @@ def test_ctrl_c_while_libraries_load_spares_a_notebook(tmp_path):
     code = (
         "import commands, os, signal, sys, utils\n"
         "sys.modules['IPython'] = sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
         "commands.begin(int)\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "print('loaded')\n"
