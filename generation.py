@@ -381,12 +381,14 @@ class _Rows:
 
     def _found(self, row: int, beam: int, log_probability: float, ended: bool) -> None:
         """Note the hypothesis that a beam holds, up to its END if it stands there already."""
+        if self.images[row] in self.done:
+            return
         tokens = self.history[row, beam].tolist()
         if END_ID in tokens:
             tokens = tokens[: tokens.index(END_ID)]
         length = len(tokens) + ended
         score = log_probability / length**self.options.length_penalty
         found = Hypothesis(tokens, log_probability, score, ended)
-        group = self.found[self.images[row]] if self.images[row] not in self.done else []
+        group = self.found[self.images[row]]
         if self.options.sample or all(other.tokens != tokens for other in group):
             group.append(found)

@@ -220,34 +220,35 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     return None
 
 
-def read_numbers(query: QueryParams) -> dict[str, Any]:
-    numbers: dict[str, Any] = {}
+def read_options(query: QueryParams) -> dict[str, Any]:
+    """The options that were given, within their limits, and whether to `sample` and draw `maps`."""
+    options: dict[str, Any] = {"sample": False, "maps": False}
     if len(query.multi_items()) > len(query):
         raise UserError("An option is given twice: ask each question in a request of its own.")
     for name in query.keys() - LIMITS.keys() - {"question"}:
-        if name not in ("sample", "maps") or query[name].lower() not in ("true", "false"):
+        said = query[name].lower()
+        if name not in options or said not in ("true", "false"):
             raise UserError(f"{name}={query[name]} is no option.")
+        options[name] = said == "true"
     for name in LIMITS.keys() & query.keys():
         kind, least, most = LIMITS[name]
         try:
-            numbers[name] = kind(query[name])
+            options[name] = kind(query[name])
         except ValueError:
-            numbers[name] = math.nan  # within no limits
-        if not least <= numbers[name] <= most:
+            options[name] = math.nan  # within no limits
+        if not least <= options[name] <= most:
             number = "whole number" if kind is int else "number"
             raise UserError(f"{name} must be a {number} from {least} to {most}.")
-    if query.get("sample", "").lower() != "true":
-        for name in ("temperature", "top_p", "seed"):
-            if name in numbers:
-                raise UserError(f"{name} changes nothing without sample=true.")
-    return numbers
+    for name in () if options["sample"] else ("temperature", "top_p", "seed"):
+        if name in options:
+            raise UserError(f"{name} changes nothing without sample=true.")
+    return options
 
 
 def write(captioner: Captioner, photo: bytearray, query: QueryParams) -> dict[str, Any]:
     """What is written about a photo, as JSON can hold it."""
-    options, question = read_numbers(query), query.get("question")
-    wanted = options.pop("others", 0)
-    options |= {"sample": query.get("sample", "").lower() == "true", "groups": 1}
+    options, question = read_options(query) | {"groups": 1}, query.get("question")
+    wanted, maps = options.pop("others", 0), options["maps"]
     if wanted and options["sample"]:
         options["beam_size"] = wanted + 1
     try:
@@ -257,7 +258,6 @@ def write(captioner: Captioner, photo: bytearray, query: QueryParams) -> dict[st
             "That file can't be read as a picture: it may be damaged, too large, or of another "
             "kind. Try a JPEG or a PNG."
         ) from None
-    options["maps"] = maps = query.get("maps", "").lower() == "true"
     grid, found = captioner.explain(image, question, **options)
     more = found[1:]
     if wanted and not options["sample"]:
