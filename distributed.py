@@ -180,6 +180,7 @@ class StopSignal:
     def __init__(self, team: Team) -> None:
         self.asked = False
         self.team = team
+        self.waits = True  # for the step under way
 
     def __enter__(self) -> StopSignal:
         # Of threads only the main one is told, and may ask to be.
@@ -200,7 +201,29 @@ class StopSignal:
         self.asked = True
         if self.team.leads:
             again = "" if self.team.job else "; once more stops at once"
-            print(f"\nstopping after this step{again}", file=sys.stderr)
+            print(f"\nstopping{' after this step' * self.waits}{again}", file=sys.stderr)
+        if not self.waits:
+            self.waits = True
+            raise KeyboardInterrupt
+
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives that may take minutes; None if asked to stop before it has ended.
+
+        In a team, whose processes wait for each other in it, it comes to its end.
+        """
+        if self.team.size > 1:
+            return work()
+        if self.asked:
+            return None
+        try:
+            self.waits = False
+            return work()
+        except KeyboardInterrupt:
+            if not self.asked:
+                raise
+            return None
+        finally:
+            self.waits = True
 
 
 class SharedGradients(nn.Module):

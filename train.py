@@ -65,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             while run.progress.epoch < run.epochs:
                 started = time.monotonic()
                 ended = train_epoch(run, data, report.ledger(), stop)
-                if ended:
-                    scores, written = validate(run, data)
+                found = stop.unless_asked(lambda: validate(run, data)) if ended else None
+                if found:
                     run.reranker = team.on_rank0(lambda: data.reranker) if settings.RERANK else None
-                    run.end_epoch(scores, written, learning_rate(run, data))
+                    run.end_epoch(*found, learning_rate(run, data))
                 run.progress.seconds += time.monotonic() - started
-                if not ended:
+                if not found:
                     run.save_training({})
                     return report.stopped()
+                scores, written = found
                 report.epoch(run.save(scores), written)
                 release_memory()
             return report.finished()

@@ -320,6 +320,36 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
 
 
 @pytest.mark.fault
+def test_stopped_while_it_validates_a_run_keeps_the_epoch(
+    tmp_path, encoder_dir, monkeypatch, capsys
+):
+    """It validates again when it goes on: at once, as no batch of the epoch is left."""
+    whole, cut = (write_photos(tmp_path / name, 24) for name in ("whole", "cut"))
+    flags = ("--epochs", 3, "--dropout", 0.1)
+    arguments = [*small_flags(cut, encoder_dir), *map(str, flags)]
+    assert run("train.py", *small_flags(whole, encoder_dir), *flags).returncode == 0
+    validate, calls = train.validate, itertools.count(1)
+
+    def stopped(*given):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("went on validating")
+        return validate(*given)
+
+    monkeypatch.setattr(train, "validate", stopped)
+    assert train.main(arguments) == 130
+    assert "stopped; go on with: " in capsys.readouterr().out
+    progress = load_checkpoint(cut / "last.pt").training["progress"]
+    assert progress["epoch"] == 1 and progress["batch"] == progress["step"] / 2 > 0
+    resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 3/3" in resumed.stdout
+    assert_same_weights(whole / "last.pt", cut / "last.pt")
+    one, two = (load_checkpoint(d / "last.pt").training["progress"] for d in (whole, cut))
+    assert one["history"] == two["history"] and one["step"] == two["step"]
+
+
+@pytest.mark.fault
 def test_two_trainings_in_one_folder(tmp_path, encoder_dir):
     data = write_photos(tmp_path / "data", 24)
     with sole_user(data):
