@@ -167,6 +167,7 @@ class FrozenEncoder(nn.Module):
                 after the tower's closing norm.
             flag: with which another one is given.
         """
+        name = os.path.expanduser(name)
         try:
             # A program may have set another default device, by `torch.set_default_device`.
             with quiet_library(), torch.device("cpu"):

@@ -14,6 +14,7 @@ from utils import UserError
 
 OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
+OR_ON_HUB = ("ENCODER_MODEL_NAME", "START_CHECKPOINT")  # which name what is here or there
 ANY = 2**31 - 1  # stands for: no upper bound
 
 # What settings (capitals), flags and a run's state may be, both ends allowed: whole if the first is
@@ -127,10 +128,13 @@ def load_settings(
 
 
 def _anchor(root: Path, name: str, value: object) -> object:
-    """A path in the configuration is meant from the configuration's folder; an address is none."""
+    """A path in the configuration is meant from the configuration's folder, and so is what may be
+    on the Hub, if it is there; an address is none."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if isinstance(value, str) and value and name.endswith(PATH_SUFFIXES) and ":" not in value:
-        return os.path.normpath(root / Path(value).expanduser())
+    if isinstance(value, str) and value and ":" not in value:
+        path = os.path.normpath(root / Path(value).expanduser())
+        if name.endswith(PATH_SUFFIXES) or (name in OR_ON_HUB and os.path.exists(path)):
+            return path
     return value
 
 

@@ -60,6 +60,13 @@ def test_layers_are_joined_along_the_width(family, tmp_path):
     assert not torch.allclose(joined[..., 32:], joined[..., :32])
 
 
+def test_an_encoder_in_the_home_folder_is_found(encoder_dir, monkeypatch):
+    """Written into config.py, or as `--encoder_model_name=~/...`, no shell finds it."""
+    monkeypatch.setenv("HOME", str(encoder_dir.parent))
+    identity = FrozenEncoder.load(f"~/{encoder_dir.name}").identity()
+    assert identity == FrozenEncoder.load(str(encoder_dir)).identity()
+
+
 def test_frozen_means_frozen(encoder_dir):
     encoder = FrozenEncoder.load(str(encoder_dir))
     encoder.train()

@@ -58,6 +58,10 @@ def test_configured_paths_stand_by_the_config_and_flags_by_the_user(config, tmp_
     assert load_settings(config, ["--data_dir", "../x"], Parser("d")).DATA_DIR == "../x"
     standing = {"preset": lambda _: {"DATA_DIR": "../y"}}  # in the configuration as well
     assert load_settings(config, [], Parser("d"), **standing).DATA_DIR == str(tmp_path / "y")
+    config.ENCODER_MODEL_NAME = "towers/clip"  # a folder beside config.py, or else of the Hub
+    assert load_settings(config, [], Parser("d")).ENCODER_MODEL_NAME == "towers/clip"
+    (folder := tmp_path / "project" / "towers" / "clip").mkdir(parents=True)
+    assert load_settings(config, [], Parser("d")).ENCODER_MODEL_NAME == str(folder)
     with pytest.raises(UserError, match="DATA_DIR is empty"):  # and not the folder one is in
         load_settings(config, ["--data_dir", ""], Parser("d"))
 
