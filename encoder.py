@@ -402,12 +402,14 @@ def _check_size(name: str, what: str, said: int) -> None:
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
-    if config.model_type == "blip_vision_model":
-        # AutoModel doesn't know it, nor does it know its weights' prefix in the whole model.
-        return transformers.BlipVisionModel, {"key_mapping": {r"^vision_model\.": ""}}
     if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
     if type(config) not in transformers.AutoModel._model_mapping:
+        # AutoModel doesn't know the towers of BLIP, BLIP-2 or MetaCLIP 2, nor do all of them know
+        # their weights' prefix in the whole model.
+        named = type(config).__name__.replace("Config", "Model")
+        if tower_class := getattr(transformers, named, None):
+            return tower_class, {"key_mapping": {r"^vision_model\.": ""}}
         raise UserError(f"the tower of {name!r}, a {config.model_type}, can't be loaded by itself")
     tower_class = transformers.AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters:

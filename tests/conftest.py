@@ -115,6 +115,10 @@ def build_encoder(family: str, folder: Path) -> Path:
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)
         processor = tf.BlipImageProcessorPil(size=size)
+    elif family == "metaclip_2":
+        config = tf.MetaClip2Config(text_config=text_sizes(), vision_config=vision_sizes())
+        model = tf.MetaClip2Model(config)
+        processor = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

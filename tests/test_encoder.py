@@ -36,7 +36,15 @@ from tests.forked import Forked
 from utils import UserError
 
 # The sequence of a 32-pixel picture in 8-pixel patches is 16 vectors, and one more with CLS.
-FAMILIES = {"vit": 17, "clip": 17, "siglip": 16, "siglip2": 16, "dinov2": 17, "blip": 17}
+FAMILIES = {
+    "vit": 17,
+    "clip": 17,
+    "siglip": 16,
+    "siglip2": 16,
+    "dinov2": 17,
+    "blip": 17,
+    "metaclip_2": 17,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
