@@ -11,17 +11,17 @@ from decoder import Decoder, DecoderConfig, Dropout
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, without the logits of all tokens at once.
+    """Summed cross-entropy of `hidden @ weight.T`, without the logits of all tokens in fp32.
 
-    A block of tokens at a time, the logits become probabilities and at once the gradient, while
-    they are in the processor's cache; after some blocks it is multiplied to the gradients of
+    They are multiplied a group of tokens at a time, and become the loss and their own gradient in
+    small parts, which stay in the processor's cache. It is multiplied at once to the gradients of
     `hidden` and `weight`, which alone are kept.
     """
 
-    BLOCK = 256  # tokens; their logits in fp32 take 10 MB at a vocabulary of 10,000
-    BLOCKS = 8  # whose gradients are multiplied at once, as sums over the whole `weight` are slow
-    ON_GPU = 8  # times as many tokens fill a GPU
-    ROUND = 64  # the last block is padded to a multiple of this: few shapes, as in `ROW_MULTIPLE`
+    GROUP = 2048  # tokens; fewer are slow, as each adds to the gradient of the whole `weight`
+    PART = 32  # tokens, whose logits in fp32 take 1.3 MB at a vocabulary of 10,000
+    ON_GPU = (8 * GROUP, GROUP)  # tokens of a group and of a part that fill a GPU
+    ROUND = 64  # the last group is padded to a multiple of this: few shapes, as in `ROW_MULTIPLE`
 
     @staticmethod
     def forward(
@@ -37,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         `scales` (tokens) is what each token's loss is multiplied with; None: 1.
         """
         kind, given = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(kind):  # cast once, not once a block
+        if torch.is_autocast_enabled(kind):  # cast once, not once a group
             hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
@@ -48,19 +48,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         more = -count % LinearCrossEntropy.ROUND
         hidden = F.pad(hidden, (0, 0, 0, more))
         targets, scales = F.pad(targets, (0, more)), F.pad(scales, (0, more))
-        block = LinearCrossEntropy.BLOCK * (1 if kind == "cpu" else LinearCrossEntropy.ON_GPU)
-        several = block * LinearCrossEntropy.BLOCKS
+        several, few = LinearCrossEntropy.GROUP, LinearCrossEntropy.PART
+        if kind != "cpu":
+            several, few = LinearCrossEntropy.ON_GPU
         for group in zip(*(x.split(several) for x in (hidden, targets, scales)), strict=True):
-            gradients = []
-            for part in zip(*(x.split(block) for x in group), strict=True):
-                loss, *found = block_loss(weight, smoothing, *part)
-                total += loss
-                if wanted:
-                    gradients.append(block_gradient(*found, smoothing, *part[1:]).to(weight.dtype))
-            if wanted:
-                gradient = torch.cat(gradients)
-                hidden_gradients.append(gradient @ weight)
-                share = (gradient.T @ group[0]).float()
+            logits = F.linear(group[0], weight)
+            for part in zip(*(x.split(few) for x in (logits, *group[1:])), strict=True):
+                total += part_loss(*part, smoothing, wanted)
+            if wanted:  # then the logits are their own gradient now
+                hidden_gradients.append(logits @ weight)
+                share = (logits.T @ group[0]).float()
                 weight_gradient = share if weight_gradient is None else weight_gradient.add_(share)
         if wanted:
             ctx.save_for_backward(torch.cat(hidden_gradients)[:count].to(given), weight_gradient)
@@ -73,33 +70,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         return hidden_gradient.mul_(scale), weight_gradient.mul_(scale), None, None, None
 
 
-def block_loss(
-    weight: Tensor, smoothing: float, hidden: Tensor, targets: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a block of tokens, a scalar; what e to the power of its logits is (tokens,
-    vocab), the largest 1; and the sums of that (tokens, 1), by which it becomes probabilities.
-
-    In place, as PyTorch's `log_softmax` takes longer than the product that makes the logits.
-    """
-    logits = F.linear(hidden, weight).float()
-    logits -= logits.amax(1, keepdim=True)
-    loss = (smoothing - 1) * logits.gather(1, targets.unsqueeze(1)).squeeze(1).dot(scales)
-    if smoothing:
-        loss -= smoothing * logits.mean(1).dot(scales)
-    powers = logits.exp_()
-    sums = powers.sum(1, keepdim=True)
-    return loss + sums.log().squeeze(1).dot(scales), powers, sums
-
-
-def block_gradient(
-    powers: Tensor, sums: Tensor, smoothing: float, targets: Tensor, scales: Tensor
+def part_loss(
+    logits: Tensor, targets: Tensor, scales: Tensor, smoothing: float, wanted: bool
 ) -> Tensor:
-    """The gradient of `block_loss` by the logits (tokens, vocab), in the place of `powers`."""
-    scales = scales.unsqueeze(1)
-    gradient = powers.mul_(scales / sums)
+    """The loss of some tokens, a scalar; if `wanted`, its gradient by their logits (tokens, vocab)
+    takes their place.
+
+    By steps in place, as PyTorch's `log_softmax` takes longer than the product that makes logits.
+    """
+    powers = logits.float()
+    powers -= powers.amax(1, keepdim=True)
+    targets = targets.unsqueeze(1)
+    loss = (smoothing - 1) * powers.gather(1, targets).squeeze(1).dot(scales)
     if smoothing:
-        gradient -= scales * (smoothing / powers.shape[1])
-    return gradient.scatter_add_(1, targets.unsqueeze(1), (smoothing - 1) * scales)
+        loss -= smoothing * powers.mean(1).dot(scales)
+    sums = powers.exp_().sum(1, keepdim=True)
+    loss += sums.log().squeeze(1).dot(scales)
+    if wanted:
+        scales = scales.unsqueeze(1)
+        gradient = powers.mul_(scales / sums)
+        if smoothing:
+            gradient -= scales * (smoothing / logits.shape[1])
+        logits.copy_(gradient.scatter_add_(1, targets, (smoothing - 1) * scales))
+    return loss
 
 
 class CaptionModel(nn.Module):
