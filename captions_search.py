@@ -243,6 +243,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
                 found.links.append(file)
             continue
         found.passed.append(f"{folder / name}: no caption beside it")
+    found.drop_nothing(place or folder)
     return found
 
 

@@ -171,7 +171,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
     found |= more
     lines = [
         table({"model": found, "human": human_ceiling(references)}, digits=2),
-        f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}",
+        f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
+        + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),
         *(f"{metric}: not computed, {reason}" for metric, reason in missing.items()),
     ]

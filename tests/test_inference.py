@@ -42,6 +42,8 @@ def folder(tmp_path) -> Path:
         paint("red", "left", i).save(root / name, kind)
     (root / "notes.txt").write_text("mine")
     (root / "._a.jpg").write_bytes(b"\0\5\26\7")  # what a Mac leaves beside a photo
+    (root / "@eaDir").mkdir()  # a Synology disk's previews
+    paint("red", "left", 0).save(root / "@eaDir" / "SYNOPHOTO_THUMB_M.jpg")
     return root
 
 

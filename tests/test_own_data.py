@@ -968,6 +968,13 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+def test_what_programs_write_for_no_caption_is_passed_over_beside_photos_too(tmp_path):
+    said = dict(zip(IDS, ["A dog", "nan", "None"], strict=False))
+    folder = lay_out(tmp_path, {f"images/{n[:-4]}.txt": text for n, text in said.items()})
+    found = captions_search.read_texts_beside(folder / "images")
+    assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == 2
+
+
 def written_by_hand(place: str, text: str) -> dict[str, str]:
     """Files that say `text` of 1.jpg and 2.jpg, which for metadata in a sub-folder lie there."""
     if place == "images/1.txt":
