@@ -102,6 +102,8 @@ class Scored:
         if not names:
             splits, split = self.paths.splits, settings.split
             raise UserError(f"{splits} has no photo to score in the split {split!r}")
+        if left := len(self.splits[settings.split]) - len(names):
+            print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
         self.dtype = choose_dtype(settings.PRECISION, self.device)
         self.clip = load_clip(settings.clip, self.device) if settings.clip else None
