@@ -124,6 +124,15 @@ class Captions:
             else:
                 self.passed.append(f"{where}: the caption {text!r} of {name!r} has no word")
 
+    def drop_nothing(self, where: object) -> None:
+        """Pass over what programs write where there is no caption."""
+        empty = [name for name, texts in self.texts.items() if {*texts} & {*NOTHING}]
+        for name in empty if len(empty) > 1 else ():  # one photo's may be somebody's caption
+            none = [text for text in self.texts[name] if text in NOTHING]
+            self.texts[name] = [text for text in self.texts[name] if text not in NOTHING]
+            self.passed.append(f"{where}: of {name!r} {none} are a program's words for none")
+        self.texts = {name: texts for name, texts in self.texts.items() if texts}
+
     def name_of(self, where: str, said: Any, usage: str, bare: bool, strict: bool = True) -> str:
         """The photo's name in a cell or value; nothing where it is passed over. A `bare` one may
         lack its suffix; what is no name is refused if `strict`."""
@@ -196,13 +205,7 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
             found = _read_json(path, content) if kind == "JSON" else _read_objects(content, kind)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
-    empty = [name for name, texts in found.texts.items() if {*texts} & {*NOTHING}]
-    if len(empty) > 1:  # one photo's may be somebody's caption
-        for name in empty:
-            none = [text for text in found.texts[name] if text in NOTHING]
-            found.texts[name] = [text for text in found.texts[name] if text not in NOTHING]
-            found.passed.append(f"{path}: of {name!r} {none} are a program's words for none")
-    found.texts = {name: texts for name, texts in found.texts.items() if texts}
+    found.drop_nothing(path)
     found.older = is_older(path)
     return found
 

@@ -43,12 +43,12 @@ BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
 
 def find_captions(
-    settings: SimpleNamespace, paths: DataPaths, changed: str
+    settings: SimpleNamespace, paths: DataPaths, changed: list[Path]
 ) -> tuple[list[Path], Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form: a
     file, a folder, or files that are parts of one.
 
-    captions.json counts no more where what it was made of has `changed`.
+    captions.json counts no more where what it was made of has `changed`, which is read again.
     """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
@@ -63,10 +63,12 @@ def find_captions(
         if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
         return [source], read_captions(source, paths.images)
-    table = find_table(paths.data_dir, paths.images)
     if changed:
-        print(f"{changed} has changed: captions.json is made anew")
-    elif usual.exists():
+        print(f"{', '.join(map(str, changed))} has changed: captions.json is made anew")
+        if (found := read_again(paths, changed)).texts:
+            return changed, found
+    table = find_table(paths.data_dir, paths.images)
+    if usual.exists() and not changed:
         if table and table.stat().st_mtime > usual.stat().st_mtime:
             remedy = "delete the latter to have it made anew"
             print(f"{table} is newer than {usual}, which is used: {remedy}")
@@ -79,10 +81,23 @@ def find_captions(
     for file in (*given, *karpathy_files(paths.data_dir)):
         if in_karpathys_form(file, CAPTION_KEY) and (found := read_captions(file)).texts:
             return [file], found
-    for read in (read_nested, read_texts_beside):
-        if (found := read(paths.images)).texts:
-            return [paths.images], found
+    if (found := read_folder(paths.images)).texts:
+        return [paths.images], found
     return read_parts(paths)
+
+
+def read_again(paths: DataPaths, sources: Iterable[Path]) -> Captions:
+    """Read the captions of these places alone, though another may come first by now, such as what
+    inference.py wrote about the photos."""
+    parts: dict[str, Captions] = {}
+    for place in sources:
+        if place.is_file():
+            parts[place_of(place, paths.data_dir)] = read_own(place, paths.images)
+        elif place.samefile(paths.images):
+            parts[""] = read_folder(place)
+        else:
+            parts[place_of(place, paths.data_dir)] = read_texts_beside(paths.images, place)
+    return merged(next(iter(parts.values())).form, parts)
 
 
 def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
@@ -228,6 +243,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
                 found.links.append(file)
             continue
         found.passed.append(f"{folder / name}: no caption beside it")
+    found.drop_nothing(place or folder)
     return found
 
 
@@ -240,10 +256,15 @@ def _lines(file: Path) -> list[str]:
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
 
+def read_folder(folder: Path) -> Captions:
+    """The captions that stand in the photos' folders: their metadata, or else texts beside them."""
+    return nested if (nested := read_nested(folder)).texts else read_texts_beside(folder)
+
+
 def read_nested(folder: Path) -> Captions:
     """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
     them."""
-    tables = sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")])
+    tables = sorted([*folder.rglob("*/metadata.jsonl"), *folder.rglob("*/metadata.csv")])
     parts = (read_own(table, folder) for table in tables)  # whose folders tell their split
     return merged("image folders with their metadata", dict(enumerate(parts)))
 
@@ -325,31 +346,32 @@ def written_splits(paths: DataPaths) -> dict[str, Any]:
     return table if isinstance(table, dict) and "method" in table else {}
 
 
-def captions_note(paths: DataPaths) -> tuple[dict[str, Any], str]:
+def captions_note(paths: DataPaths) -> tuple[dict[str, Any], list[Path]]:
     """From splits.json: what captions.json was made from, if it was and is as we made it, or else
-    only the splits that it told; and the names of these sources, if they are others now."""
+    only the splits that it told; and these sources, if they are others now."""
     note = written_splits(paths).get("captions") or {}
     made, images = paths.data_dir / "captions.json", place_of(paths.images, paths.data_dir)
     if "made" not in note or not made.exists() or note["made"] != state_of(made):
-        return {"splits": note["splits"]} if note.get("splits") else {}, ""
+        return {"splits": note["splits"]} if note.get("splits") else {}, []
     moved = note.get("images", images) != images
     if moved and any(read(paths.images).texts for read in (read_nested, read_texts_beside)):
-        return note, f"the folder of photos, now {paths.images} with texts of its own,"
+        return note, [paths.images]  # which have texts of their own
     sources = [paths.data_dir / place for place in note["source"].split("\n")]
     there = all(source.exists() for source in sources)
     changed = there and "\n".join(map(state_of, sources)) != note["state"]
-    return note, ", ".join(map(str, sources)) if changed else ""
+    return note, sources if changed else []
 
 
 def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     """Say which captions were made from a file that has changed since, for who doesn't prepare."""
     source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
-    changed = "" if settings.CAPTIONS_FILE else captions_note(paths)[1]
+    changed = [] if settings.CAPTIONS_FILE else captions_note(paths)[1]
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
-        changed = str(source)
+        changed = [source]
     if changed:
         remedy = f"{command('prepare_dataset.py')} makes it anew"
-        print(f"{changed} has changed, and {paths.captions} was made before: {remedy}")
+        names = ", ".join(map(str, changed))
+        print(f"{names} has changed, and {paths.captions} was made before: {remedy}")
 
 
 def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:
@@ -368,7 +390,8 @@ def state_of(source: Path) -> str:
     """What changes when the captions in a file, or in a folder's texts, do."""
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
-    there = [name for name in files_in(source) if name not in OURS]
+    # A table at the top is read as such, not as one of the texts of the photos there.
+    there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]

@@ -102,6 +102,8 @@ class Scored:
         if not names:
             splits, split = self.paths.splits, settings.split
             raise UserError(f"{splits} has no photo to score in the split {split!r}")
+        if left := len(self.splits[settings.split]) - len(names):
+            print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
         self.dtype = choose_dtype(settings.PRECISION, self.device)
         self.clip = load_clip(settings.clip, self.device) if settings.clip else None
@@ -171,7 +173,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
     found |= more
     lines = [
         table({"model": found, "human": human_ceiling(references)}, digits=2),
-        f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}",
+        f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
+        + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),
         *(f"{metric}: not computed, {reason}" for metric, reason in missing.items()),
     ]

@@ -23,7 +23,7 @@ import os
 import random
 import re
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -284,6 +284,9 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
 
 def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
     """The items without features of the file as it is now."""
+    digests = defaultdict(set)  # frames that were rendered at once are of one size and time
+    for each in entries.values():
+        digests[each.size, each.mtime].add(each.digest)
 
     @functools.cache
     def state(name: str) -> tuple[int, int] | None:
@@ -296,7 +299,7 @@ def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path)
         entry, there = entries.get(item), state(item[0])
         if not entry or not there:
             return False
-        same = there == (entry.size, entry.mtime)
+        same = there == (entry.size, entry.mtime) and len(digests[there]) == 1
         return same or file_digest(image_dir / item[0]) == entry.digest
 
     return [item for item in items if not made(item)]

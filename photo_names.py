@@ -66,6 +66,7 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
         _spelled,  # caf%C3%A9.JPG is café.jpg
         _bare,  # a.jpg is a.png, and img.v1 is img.v1.jpg
         _stem,  # 1.0 is 1.jpg
+        _unpadded,  # x/1.jpg is x/0001.jpg: spreadsheets drop zeros
     )
     # Photos of one name may stand in several folders: where any is there, theirs may be missing.
     if_none_is_there = (
@@ -143,6 +144,12 @@ def _bare(name: str) -> str:
 def _stem(name: str) -> str:
     """Without any suffix."""
     return os.path.splitext(_spelled(name))[0]
+
+
+def _unpadded(name: str) -> str:
+    """Without a number's leading zeros, where the name is one."""
+    folder, last = os.path.split(_stem(name))
+    return os.path.join(folder, last.lstrip("0") or "0") if last.isdecimal() else ""
 
 
 def _last_part(name: str) -> str:

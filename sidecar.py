@@ -62,7 +62,10 @@ class TextFiles:
         target = self.targets[photo]
         if self.existing == "error" and os.path.exists(target):
             raise UserError(f"{target} is there: use --existing skip or overwrite")
-        return self.existing != "skip" or not os.path.exists(target)
+        if self.existing != "skip":
+            return True
+        # An empty one is none of ours: other programs leave such for photos that have no text yet.
+        return not os.path.exists(target) or not os.path.getsize(target)
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from captions_file import has_word, texts_of, unescaped
+from captions_file import NOTHING, has_word, texts_of, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from photo_names import LONGEST
@@ -227,7 +227,8 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
         # Numbers don't matter, and Python refuses long ones.
         table = json.loads(decoded(files["json"][1]), parse_int=float)
         texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
-    captions = [caption for caption in map(_line, filter(None, texts)) if has_word(caption)]
+    lines = map(_line, filter(None, texts))
+    captions = [line for line in lines if has_word(line) and line not in NOTHING]
     if "photo" not in files:
         dotted = any(f".{kind.rpartition('.')[2]}" in PHOTO_SUFFIXES for kind in files)
         return "with a dot in the photo's name" if dotted else "without a photo"

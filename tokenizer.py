@@ -147,9 +147,10 @@ class CaptionTokenizer:
         return [[*prefix, *ids, END_ID][:max_length] for prefix, ids in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first END; special tokens are left out."""
+        """The text of ids up to the first END, in one line; special tokens are left out."""
         written = itertools.takewhile(lambda i: i != END_ID, map(int, ids))
-        return self._tokenizer.decode([i for i in written if i >= len(SPECIAL_TOKENS)]).strip()
+        text = self._tokenizer.decode([i for i in written if i >= len(SPECIAL_TOKENS)])
+        return " ".join(text.split())  # a decoder that has learned little writes line ends as well
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
         """The words of a text's ids, without special tokens, and at which places each stands;

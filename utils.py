@@ -321,15 +321,16 @@ def files_in(
     folder: Path, recursive: bool = True, passed: Counter[str] | None = None
 ) -> Iterator[str]:
     """The files in a folder, which need not exist, and in those below, by their names relative to
-    it, in order; hidden ones are passed over. With `passed`, folders that can't be read are said,
-    and links to folders counted in it."""
+    it, in order; hidden ones are passed over, and a Synology disk's previews. With `passed`,
+    folders that can't be read are said, and links to folders counted in it."""
 
     def unread(error: OSError) -> None:
         if passed is not None:
             print(shown(str(error)), file=sys.stderr)
 
     for place, folders, files in os.walk(folder, onerror=unread):
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        shown_ones = (name for name in folders if not name.startswith((".", "@eaDir")))
+        folders[:] = sorted(shown_ones) if recursive else []
         if passed is not None:
             links = sum(os.path.islink(os.path.join(place, name)) for name in folders)
             passed.update({"links to folders": links} if links else {})

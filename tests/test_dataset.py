@@ -175,6 +175,11 @@ def test_any_text_comes_back_normalised(text):
     assert tokenizer.decode(*tokenizer.encode([text])) == normalize(text).strip()
 
 
+def test_a_line_end_that_is_written_is_a_space(tokenizer):
+    ids = [tokenizer.vocab[letter] for letter in "\u010aa\u010d\u0120b\u010a"]  # bytes 10, 13, 32
+    assert tokenizer.decode(ids) == "a b"
+
+
 def test_captions_are_framed_and_cut_without_an_end(tokenizer):
     short, cut = tokenizer.encode_texts([("", "A brown dog ."), ("", "two children " * 20)], 8)
     assert short[0] == START_ID and short[-1] == END_ID and len(short) < 8

@@ -101,8 +101,12 @@ def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
     assert "note:" not in run(*flags).stdout
     splits = json.loads((data / "splits.json").read_text()) | {"source": "TRAIN_SPLIT_RATIO = 0.3"}
     (data / "splits.json").write_text(json.dumps(splits))
+    captions = json.loads((data / "captions.json").read_text())
+    del captions[splits["val"][0]]
+    (data / "captions.json").write_text(json.dumps(captions))
     said = run(*flags).stdout
     assert "note: the checkpoint learned from another split of these photos (TRAIN_" in said
+    assert "left out 1 photos of the split, for which there are no captions" in said
 
 
 def test_what_is_read_is_not_written_over(tmp_path, trained):

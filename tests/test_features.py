@@ -186,6 +186,18 @@ def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_
     assert again.folder == cache.folder and not said
 
 
+def test_renumbered_frames_of_one_size_and_time_are_told_apart(setting):
+    image_dir, encoder, _, build, _ = setting
+    frames = [(f"{number}.bmp", 0) for number in range(4)]
+    for number in range(1, 5):
+        Image.open(image_dir / f"{number:03d}.png").save(image_dir / f"{number}.bmp")
+        os.utime(image_dir / f"{number}.bmp", (1, 1))
+    build([(f"{number}.bmp", 0) for number in range(1, 5)])
+    for number in range(4):
+        os.rename(image_dir / f"{number + 1}.bmp", image_dir / f"{number}.bmp")
+    assert_fresh(build(frames)[0], encoder, image_dir, frames)
+
+
 @pytest.mark.fault(count=2)
 def test_names_that_no_file_can_have_are_left_out(setting):
     *_, build, said = setting

@@ -42,6 +42,8 @@ def folder(tmp_path) -> Path:
         paint("red", "left", i).save(root / name, kind)
     (root / "notes.txt").write_text("mine")
     (root / "._a.jpg").write_bytes(b"\0\5\26\7")  # what a Mac leaves beside a photo
+    (root / "@eaDir").mkdir()  # a Synology disk's previews
+    paint("red", "left", 0).save(root / "@eaDir" / "SYNOPHOTO_THUMB_M.jpg")
     return root
 
 
@@ -85,6 +87,7 @@ def test_one_photo_has_its_caption_alone_and_several_have_names(folder, caption)
 def test_text_files_stand_beside_the_photos(folder, caption):
     texts = [(folder / name).with_suffix(".txt") for name in NAMES]
     texts[0].write_text("mine\n")
+    texts[1].touch()  # as other programs leave it for a photo that has no caption yet
     result = caption(folder, "--write", "txt", "--prefix", "sks, ", "--suffix", ".")
     assert result.returncode == 0, result.stderr
     assert texts[0].read_text() == "mine\n"

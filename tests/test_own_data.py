@@ -455,6 +455,12 @@ def test_names_are_found_as_they_stand_on_disk(tmp_path, wanted, there, capsys):
     assert load_captions(paths_in(folder).captions) == {there: ["One"]}
 
 
+def test_numbers_that_lost_their_zeros_are_found_beside_others_that_had_none():
+    there = ["x/0007.jpg", "x/0070.jpg", "x/1000.jpg", "y/0007.jpg"]
+    found = {"x/7": there[0], "x/70.jpg": there[1], "x/1000.jpg": there[2]}
+    assert find_names([*found, "z/7.jpg"], there) == found
+
+
 def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
     said = [{"result": [{"value": {"text": ["A dog"]}}, {"value": {"choices": ["x"]}}]}]
     said += [{"was_cancelled": True, "result": [{"value": {"text": ["A draft"]}}]}]  # was skipped
@@ -960,6 +966,39 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     (folder / "captions.json").write_text(json.dumps(mine))
     (folder / file).write_text(old)
     assert prepared(folder) == mine  # what people wrote themselves is kept
+
+
+def test_what_programs_write_for_no_caption_is_passed_over_beside_photos_too(tmp_path):
+    said = dict(zip(IDS, ["A dog", "nan", "None"], strict=False))
+    folder = lay_out(tmp_path, {f"images/{n[:-4]}.txt": text for n, text in said.items()})
+    found = captions_search.read_texts_beside(folder / "images")
+    assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == 2
+
+
+def written_by_hand(place: str, text: str) -> dict[str, str]:
+    """Files that say `text` of 1.jpg and 2.jpg, which for metadata in a sub-folder lie there."""
+    if place == "images/1.txt":
+        return {place: text, "images/2.txt": text}
+    names = ("1.jpg", "2.jpg")
+    lines = [json.dumps({"file_name": name, "text": text}) for name in names]
+    table = "file_name,text\n" + "".join(f"{name},{text}\n" for name in names)
+    return {place: table if place.endswith("csv") else "\n".join(lines)}
+
+
+@pytest.mark.parametrize("written", ["images/captions.csv", "images/metadata.jsonl"])
+@pytest.mark.parametrize(
+    "place", ["images/1.txt", "images/x/metadata.jsonl", "mine.csv", "images/metadata.csv"]
+)
+def test_what_a_model_wrote_is_not_taken_for_what_people_wrote(tmp_path, place, written):
+    names = [f"{'x/' * ('x/' in place)}{n}.jpg" for n in (1, 2)]
+    folder = lay_out(tmp_path, {}, names)
+    for text in ("Said", "Said anew"):  # when theirs changes it is read again, and no other
+        for file, content in written_by_hand(place, text).items():
+            (folder / file).write_text(content)
+        assert prepared(folder) == {name: [text] for name in names}
+        machine = rows_of({name: ["Written"] for name in names})
+        (folder / written).write_text(machine[os.path.basename(written)])
+        assert prepared(folder) == {name: [text] for name in names}
 
 
 @pytest.mark.parametrize("column", ["", "split", "subset"])

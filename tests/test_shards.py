@@ -159,6 +159,8 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("null.jpg", b"P"),
         ("null.txt", b"!"),
         ("null.json", b'{"captions": [null, "one", "?"]}'),
+        ("pandas.jpg", b"Q"),
+        ("pandas.txt", b"nan"),
         ("z.WEBP", b"Z"),
         ("z.TXT", b"the &quot;last&quot;"),
     ]
@@ -177,7 +179,7 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("null", "jpg", b"P", ["one"]),
         ("z", "webp", b"Z", ['the "last"']),
     ]
-    assert passed == {"without a photo": 1, "without a caption": 5, "with another's name": 1}
+    assert passed == {"without a photo": 1, "without a caption": 6, "with another's name": 1}
     assert list(bad) == ["odd", "list", "broken", "deep", "large"]
     assert "odd.tar: large can't be read: its .jpg is larger than 67.1 MB" in bad["large"]
 
