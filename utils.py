@@ -25,6 +25,7 @@ from typing import IO, Any, NoReturn, TextIO
 from tqdm import tqdm
 
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+HIDDEN = (".", "@eaDir")  # folders that hold no photos of anybody's: how their names begin
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
 
 
@@ -329,8 +330,7 @@ def files_in(
             print(shown(str(error)), file=sys.stderr)
 
     for place, folders, files in os.walk(folder, onerror=unread):
-        shown_ones = (name for name in folders if not name.startswith((".", "@eaDir")))
-        folders[:] = sorted(shown_ones) if recursive else []
+        folders[:] = sorted(f for f in folders if recursive and not f.startswith(HIDDEN))
         if passed is not None:
             links = sum(os.path.islink(os.path.join(place, name)) for name in folders)
             passed.update({"links to folders": links} if links else {})
