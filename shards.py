@@ -14,7 +14,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -100,11 +99,9 @@ class Shard:
 def known_shard(path: Path, url: str) -> Shard:
     """The shard whose table is at `path`."""
     table = _read_table(path)
-    items, shape = table["items"], table["shape"]
-    counts = len(items), sum(len(texts) for _, texts, _ in items)
-    size = len(items) * math.prod(shape) * 2 if shape else 0
+    counts = len(table["items"]), sum(len(texts) for _, texts, _ in table["items"])
     left_out = table["passed"], list(table["bad"].values())
-    return Shard(url, shard_name(url), path, table["version"], *counts, size, *left_out)
+    return Shard(url, shard_name(url), path, table["version"], *counts, table["bytes"], *left_out)
 
 
 def take_stock(
@@ -137,7 +134,7 @@ def take_stock(
             write_pack(table.with_suffix(".bin"), parts, about)
         else:
             items = [(sample.key, sample.captions, 0) for sample in samples]
-            write_table(table, about | {"shape": None, "items": items})
+            write_table(table, about | {"bytes": 0, "shape": None, "items": items})
         return known_shard(table, url)
 
     with claimed(folder, team, look) as (known, missing):
@@ -205,12 +202,9 @@ def table_path(folder: Path, url: str) -> Path:
 def _read_table(path: Path) -> dict[str, Any]:
     """A shard's table: `items` are each photo's key, captions and checksum of features."""
     try:
-        table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
-        if "items" not in table:  # as earlier versions wrote it
-            sums = table["checksums"] or itertools.repeat(0)
-            table["items"] = zip(table["keys"], table["captions"], sums, strict=False)
+        table = json.loads(path.read_text(encoding="utf-8"))
         table["items"] = [(key, list(texts), number) for key, texts, number in table["items"]]
-        return {key: table[key] for key in ("version", "shape", "items", "passed", "bad")}
+        return {key: table[key] for key in ("version", "bytes", "shape", "items", "passed", "bad")}
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is gone or damaged: run the same command again, which makes it anew"

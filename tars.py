@@ -160,11 +160,13 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
     """The files of a tar: name up to the first dot after folders, kind, suffix, and content, which
     is None where it is larger than MOST_BYTES of its kind."""
     unpacked = 0
-    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+    # Names may be of any bytes, and in some headers hold a zero, which no file's may.
+    tar = tarfile.open(  # noqa: SIM115
+        fileobj=stream, mode="r|*", encoding="utf-8", errors="backslashreplace"
+    )
     for info in tar:
         tar.members = []  # or all stay in RAM
-        # Names may be of any bytes, and in some headers hold a zero, which no file's may.
-        name = re.sub("[\udc80-\udcff]", _older_letter, info.name).replace("\0", "_")
+        name = info.name.replace("\0", "_")
         if not info.isreg():
             continue
         if len(name) > LONGEST:
@@ -182,22 +184,6 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
                 raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
             pieces += [piece] if small else []
         yield found[1], kind, suffix, b"".join(pieces) if small else None
-
-
-def _older_letter(found: re.Match) -> str:
-    """What a byte that is not UTF-8 is in Windows' older encoding."""
-    return found[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
-
-
-class _Header(tarfile.TarInfo):
-    """A file's header, which may not be large itself: tarfile would take it into RAM."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuf(buf, encoding, errors)
-        if not header.isreg() and header.size > MOST_BYTES["json"]:
-            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
-        return header
 
 
 class _Tail:
