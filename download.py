@@ -87,7 +87,7 @@ def _download_one(url: str, target: Path) -> None:
             except requests.RequestException as error:
                 # Only the kind of error: its text may hold a signed address.
                 reason = type(error).__name__
-            reached = partial.stat().st_size if partial.exists() else 0
+            reached = _size_here(target)
             failures = 0 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
             if failures == ATTEMPTS:
@@ -115,18 +115,14 @@ def _fetch(url: str, partial: Path) -> str:
         # A header that is None is not sent.
         headers = UNPACKED | {"Range": f"bytes={have}-", "If-Range": state["validator"] or None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code in (206, 416):
-            total = _continues(response, have, state)
-            if total is None:
-                _forget(partial)
-                return "the file has changed in between"
-            if response.status_code == 416:
-                return ""
-            state["total"] = total
-        elif response.status_code == 429 or response.status_code >= 500:
-            return f"status {response.status_code}"
-        elif response.status_code != 200:
-            raise UserError(f"{url} answers with status {response.status_code}")
+        status = response.status_code
+        if status == 416 or (status == 206 and not _continues(response, have, state)):
+            _forget(partial)
+            return "the file has changed in between"
+        if status == 429 or status >= 500:
+            return f"status {status}"
+        if status not in (200, 206):
+            raise UserError(f"{url} answers with status {status}")
         return _receive(response, url, partial, state)
 
 
@@ -160,17 +156,15 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
     return "" if total in (None, size) else f"cut off after {size} of {total} bytes"
 
 
-def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> int | None:
-    """The whole size, if this 206 or 416 says that the bytes here are the start of that file."""
-    said = response.headers.get("Content-Range", "")
-    place = re.fullmatch(r"bytes (\*|\d+)(?:-\d+)?/(\d+)", said)
-    if not have or not place:
-        return None
-    begin, total = place[1], int(place[2])
-    goes_on = begin == str(have) if response.status_code == 206 else have == total
-    validator = _validator(response)
-    same_file = validator is None or state["validator"] in (None, validator)
-    return total if goes_on and same_file and state["total"] in (None, total) else None
+def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> bool:
+    """Does this 206 go on after the bytes here, with the same file? Then its size is noted."""
+    place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    if not have or not place or int(place[1]) != have:
+        return False
+    now = {"validator": _validator(response), "total": int(place[2])}
+    same = [None in (state[key], now[key]) or state[key] == now[key] for key in now]
+    state["total"] = now["total"]
+    return all(same)
 
 
 def _validator(response: requests.Response) -> str | None:

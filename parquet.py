@@ -29,12 +29,7 @@ from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ASKED, questions_in, read_entry
 from tables import plain_key
-from tars import MOST_BYTES
-from utils import UserError, bounded_memory, first_line, require_extra, size_text
-
-# Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
-# own: photos don't shrink, and pyarrow writes pages of a thousand.
-MOST_MEMORY = 2**29
+from utils import UserError, first_line, require_extra
 
 
 @dataclass(frozen=True)
@@ -64,9 +59,6 @@ def read_parquet(
     the same picture, as where each has one of its captions, are one photo, of its first split.
     """
     pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
-    import pyarrow  # without which there is no `pq`
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     taken: set[str] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
@@ -76,9 +68,8 @@ def read_parquet(
     for file in files:
         whole = called[file] if len({*called.values()}) > 1 else ""
         try:
-            opened = pq.ParquetFile(file, buffer_size=2**20)  # or it reads groups of rows whole
-            most = MOST_MEMORY + 4 * file.stat().st_size
-            with bounded_memory(most), opened as table:
+            # With a buffer it doesn't read groups of rows whole.
+            with pq.ParquetFile(file, buffer_size=2**20) as table:
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
                 unpacked = sum(group.total_byte_size for group in groups)
                 check_unpacked(file, file.stat().st_size, unpacked)
@@ -93,8 +84,6 @@ def read_parquet(
                     if content := image["bytes"]:
                         texts = texts_of([row[column] for column in columns.captions])
                         texts = [text for text in texts if isinstance(text, str)]
-                        if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
-                            raise ValueError(f"a row has captions of {size:,} characters")
                         own = "".join(split_in(row[column]) for column in columns.split) or whole
                         digest = hashlib.sha256(content).digest()[:16]
                         if digest not in names:
@@ -107,11 +96,6 @@ def read_parquet(
                         yield names[digest], content, texts, asked
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
             raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
-        except MemoryError:
-            raise UserError(
-                f"{file} has rows or pages that become more than {size_text(most)}: that is no "
-                "collection of photos, or it needs to be written in smaller pages"
-            ) from None
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)

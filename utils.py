@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -486,22 +485,6 @@ def read_json(path: Path, older: bool = False) -> Any:
         return json.loads(read_text(path, older), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-@contextlib.contextmanager
-def bounded_memory(size: int) -> Iterator[None]:
-    """Have MemoryError raised where more than so many bytes are needed beyond what is in use: what
-    a library unpacks is known only once it is there. Linux alone can."""
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data
-        most = pages * resource.getpagesize() + size
-        most = min([most, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
-        resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def size_text(size: int) -> str:

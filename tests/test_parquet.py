@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -215,21 +213,6 @@ def test_what_is_no_data_set_of_photos_is_refused_in_a_line(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install -r requirements-parquet.txt"):
         list(read_parquet([whole]))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's memory")
-def test_what_a_page_unpacks_to_is_refused_before_it_is_there(tmp_path, monkeypatch):
-    padding = os.urandom(3 * 2**20)  # so that the file's size doesn't tell
-    lists = pa.array([["a" * 2**20] * 100, ["b"]], pa.list_(pa.string()))  # stands there once
-    bombs = {"page": ["a" * 10**8, "b"], "nested": lists, "text": ["a " * 10**6, "b"]}
-    monkeypatch.setattr("parquet.MOST_MEMORY", 2**25)
-    for name, captions in bombs.items():
-        file = write(tmp_path / name, {"image": [photo(1), padding], "caption": captions})
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-        said = "captions of 2,0" if name == "text" else r"pages that become more than 4\d.\d MB"
-        with pytest.raises(UserError, match=said):
-            list(read_parquet([file]))
-        assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):
