@@ -150,12 +150,7 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
     lists = [name for name in lists_among(names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
     found = {name: captions for name, captions in texts.items() if captions.texts} | lists
-    unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
-    for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
-        with contextlib.suppress(UserError):
-            if file.stem not in ends and find_names(read_own(file, paths.images).texts, there):
-                unasked.append(f"{file}?")
-    return found, [*unasked, *map(str, refused.values()), *foreign]
+    return found, [*map(str, refused.values()), *foreign]
 
 
 def read_lists(

@@ -24,7 +24,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
 from options import SPLITS
-from photo_names import LONGEST, by_last_part, find_names, is_photo
+from photo_names import LONGEST, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, command, files_in, read_json, read_text
 
@@ -296,7 +296,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
     """Split photos by a hash of their name: adding photos never moves the others.
 
     A share `train_ratio` is for training; the rest is half for validation, half for testing. Of
-    so few photos that none falls to training or validation, the one nearest to it does.
+    so few photos that none falls to training or validation, the nearest do.
     """
     if not 0 < train_ratio < 1:
         raise UserError(f"TRAIN_SPLIT_RATIO is {train_ratio}: it must lie between 0 and 1")
@@ -305,20 +305,18 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
         name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
         for name in sorted(names)
     }
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, place in places.items():
-        splits["train" if place < train_ratio else "val" if place < middle else "test"].append(name)
-    for split, begin, end in (("train", 0, train_ratio), ("val", train_ratio, middle)):
-        givers = [splits[other] for other in SPLITS if len(splits[other]) > (other != "test")]
-        if not splits[split] and givers:
-            spare = itertools.chain(*givers)
-            name = min(spare, key=lambda n: max(begin - places[n], places[n] - end))
-            next(giver for giver in givers if name in giver).remove(name)
-            splits[split].append(name)
-            print(
-                f"so few photos leave none for {split} at TRAIN_SPLIT_RATIO = {train_ratio}: "
-                f"{name} is taken for it (--train_split_ratio changes the share)"
-            )
+    order = sorted(places, key=places.get)
+    # Where in this order training ends, and validation.
+    own = [sum(place < end for place in places.values()) for end in (train_ratio, middle)]
+    begin = max(1, min(own[0], len(order) - 1))
+    end = max(begin + 1, own[1])
+    if [begin, end] != own:
+        print(
+            "so few photos leave none to train or to validate on at TRAIN_SPLIT_RATIO = "
+            f"{train_ratio}: the nearest are taken (--train_split_ratio changes the share)"
+        )
+    parts = order[:begin], order[begin:end], order[end:]
+    splits = {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
     return _checked(splits, f"--train_split_ratio {train_ratio}")
 
 
@@ -326,8 +324,8 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """Split photos as a `dataset_*.json` in Karpathy's format says (`restval` is for training), or
     a folder with a list of names for each split.
 
-    Its names are matched as those of captions are; one that is left over, as a flat file's of
-    photos in folders, by its last part. Photos that the file doesn't know belong to no split.
+    Its names are matched as those of captions are. Photos that the file doesn't know belong to no
+    split.
     """
     table = _lists_in(path) if path.is_dir() else read_json(path)
     names = [*names]
@@ -343,9 +341,6 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
                 raise UserError(f"{path}: {name!r} stands in it twice")
             of[name] = OTHER_SPLITS.get(split, split)
         found = find_names(of, names)
-        taken = {*found.values()}
-        others = {n: file for n, file in by_last_part(of, names).items() if file not in taken}
-        found = others | found
         for name in of:
             if name in found:
                 splits[of[name]].append(found[name])

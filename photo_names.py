@@ -108,12 +108,6 @@ def match_names(texts: dict[str, list[Any]], folder: Path) -> dict[str, list[Any
     return {real.get(name, name): captions for name, captions in texts.items()}
 
 
-def by_last_part(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
-    """Which of the photos there the names mean by their last part alone, as far as no other name
-    and no other photo has the same: {name: photo}."""
-    return _alike(wanted, there, _last_part)
-
-
 # --- How names may be alike -------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     elif form == "table":
         content = _rows(table_of(content))
     rows = [(at, each) for at, row in read_objects(content, USAGE) for each in questions_in(row)]
-    keys = {key: key for _, row in rows for key in row}
+    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     photos, _, split = choose_columns(keys, [row for _, row in rows])
     photos = [key for n, key in enumerate(photos) if key != "id" or not n]
     questions: dict[str, list[dict[str, Any]]] = {}
@@ -163,7 +163,7 @@ def _rows(table: Table) -> list[Entry]:
                     f"that holds a {table.delimiter!r}"
                 )
             table.join(row, texts[0])
-        rows.append((where, {key: cell for key, (cell, _) in zip(names, row, strict=False)}))
+        rows.append((where, table.cells((where, row))))
     return rows
 
 

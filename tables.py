@@ -9,9 +9,8 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from photo_names import is_photo, is_there, plain_name
+from photo_names import is_photo, plain_name
 from utils import UserError
 
 MOST_LINES = 100  # of a quoted caption
@@ -32,6 +31,10 @@ class Table:
         header = [value for value, _ in self.rows[0][1]]
         self.rows = [row for row in self.rows if [value for value, _ in row[1]] != header]
 
+    def cells(self, row: Row) -> dict[str, str]:
+        """A row's values by the names of their columns."""
+        return {name: value for name, (value, _) in zip(self.names, row[1], strict=False)}
+
     def trim(self, row: list[tuple[str, str]]) -> None:
         """Take off the empty cells that spreadsheets write beyond the last column."""
         while len(row) > len(self.names) and not row[-1][0]:
@@ -44,16 +47,15 @@ class Table:
         row[column:end] = [(self.delimiter.join(s for _, s in row[column:end]).strip(), "")]
 
 
-def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
-    """A table of lines; its first row may call a photo of the `folder` without its suffix."""
-    first = lines[0][1]
-    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
-    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    name = plain_name(words[1]) if words else ""
-    if is_photo(name) or (name and folder and is_there(name, folder)):
-        delimiter = " "  # where tabs were lost
+def table_of(lines: list[tuple[str, str]]) -> Table:
+    """A table of lines; of columns of one name all but the first have their place after it."""
+    delimiter = next((mark for mark in lines[0][1] if mark in ",|\t;"), ",")
     rows = [*whole_rows(lines, delimiter)]
-    return Table(delimiter, [plain_key(value) for value, _ in rows[0][1]], rows)
+    names: list[str] = []
+    for place, (value, _) in enumerate(rows[0][1]):
+        name = plain_key(value)
+        names.append(f"{name}_{place}" if name and name in names else name)
+    return Table(delimiter, names, rows)
 
 
 def plain_key(name: str) -> str:
@@ -96,15 +98,10 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
         last = min(len(lines), place + MOST_LINES)
         while opened(row) and place < last:
             more = lines[place][1]
-            first, *rest = fields(more)
-            if names_photo(row) and names_photo([first, *rest]):
+            if names_photo(row) and names_photo(fields(more)):
                 break
             text, place = f"{text}\n{more}", place + 1
-            if '"' in more.replace('""', ""):
-                row = fields(text)
-            else:  # nothing is closed, and to read all anew for each line takes long
-                spelled = f"{row[-1][1]}\n{first[1]}"
-                row = [*row[:-1], (spelled.strip(), spelled), *rest]
+            row = fields(text)
         if opened(row) or any("\n" in s and s.lstrip()[:1] != '"' for _, s in row):
             row, place = alone
             if not names_photo(opened(row)[1:]):  # as a caption before its photo may have one

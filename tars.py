@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from captions_file import has_word, texts_of, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
-from photo_names import LONGEST
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
@@ -33,7 +32,6 @@ ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 MOST_SHARDS = 1_000_000  # that a pattern's braces may name
 MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
-TOO_LONG = "with too long a name"
 MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 
 
@@ -169,9 +167,6 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
         name = info.name.replace("\0", "_")
         if not info.isreg():
             continue
-        if len(name) > LONGEST:
-            yield name[:LONGEST], TOO_LONG, "", None
-            continue
         found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
         if not found:
             continue
@@ -203,8 +198,6 @@ class _Tail:
 def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
     """A photo with its captions, or what it lacks. A `.txt` is one caption; where there is none, a
     `.json` has it under a name of TEXT_KEYS."""
-    if TOO_LONG in files:
-        return TOO_LONG
     for kind, (suffix, content) in files.items():
         if content is None and kind in MOST_BYTES:
             raise ValueError(f"its .{suffix} is larger than {size_text(MOST_BYTES[kind])}")

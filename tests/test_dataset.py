@@ -125,12 +125,12 @@ def test_karpathy_split(tmp_path):
     path.write_text(json.dumps({"images": images}))
     found = split_by_karpathy(["0.jpg", "1.jpg", "2.jpg", "3.jpg", "unknown.jpg"], path)
     assert found == {"train": ["0.jpg", "1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
-    there = ["0.JPG", "1.png", "x/2.jpg", "y/2.jpg", "x/3.jpg"]  # and of which 2.jpg it speaks?
+    there = ["x/0.JPG", "x/1.png", "x/2.jpg", "y/2.jpg", "x/3.jpg"]  # of which 2.jpg does it speak?
     with pytest.raises(UserError, match="leaves no photo for val"):
         split_by_karpathy(there, path)
     del there[3]
     found = split_by_karpathy(there, path)
-    assert found == {"train": ["0.JPG", "1.png"], "val": ["x/2.jpg"], "test": ["x/3.jpg"]}
+    assert found == {"train": ["x/0.JPG", "x/1.png"], "val": ["x/2.jpg"], "test": ["x/3.jpg"]}
     path.write_text(json.dumps({"train": ["a/0.jpg", "a/1"], "val": ["b/0.jpg", "b/1"]}))
     for there in (["a/0.jpg", "a/1.jpg"], ["0.jpg", "1.jpg"]):  # a photo is of one split
         with pytest.raises(UserError, match="leaves no photo"):

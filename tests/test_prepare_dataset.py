@@ -127,7 +127,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("image,caption\na.jpg,2 dogs", {"a.jpg": ["2 dogs"]}),
         ("Image Name,Caption\na.jpg,A dog\n,\n ,\n", {"a.jpg": ["A dog"]}),
         ("sep=;\nimage-name;caption;;\na.jpg;A dog;;\n;;;\n", {"a.jpg": ["A dog"]}),
-        ("a.jpg#0 2 dogs , one red\na.jpg#1 B", {"a.jpg": ["2 dogs , one red", "B"]}),
         ("a.jpg#zhm#0\tEins\na.jpg#zhb#1\tZwei", {"a.jpg": ["Eins", "Zwei"]}),
         (
             "captioning,caption,id\nhttp://localhost:8080/data/local-files/?d=x/a.jpg,A dog,1",

@@ -219,14 +219,6 @@ def test_no_text_costs_a_shard(tmp_path, samples):
         assert all(text == " ".join(text.split()) and "\0" not in text for text in sample.captions)
 
 
-def test_names_that_are_too_long_are_counted(tmp_path):
-    files = [("a.jpg", b"photo"), ("a.txt", b"a dog")]
-    longer = [(f"{'b' * 5000}.{end}", content) for end, content in (("jpg", b"x"), ("txt", b"a"))]
-    (tmp_path / "0.tar").write_bytes(pack([*files, *longer]))
-    found, passed, bad = read(tmp_path / "0.tar")
-    assert len(found) == 1 and passed == {"with too long a name": 1} and not bad
-
-
 UNPACKS = "can't be read to its end (it unpacks to more than 100 times its size)"
 
 
