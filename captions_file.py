@@ -21,7 +21,7 @@ from typing import Any
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
 from options import SPLITS
-from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
+from photo_names import LONGEST, find_names, is_photo, is_unread, photos_in, plain_name
 from tables import Table, plain_key, table_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
 
@@ -510,9 +510,10 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     captions = caption_columns(table.names, captions)
     table.headed = bool(photos and captions)
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
+    first = plain_name(table.rows[0][1][0][0])
     if table.headed:
         table.drop_header()
-    elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
+    elif begun or (folder and find_names([first], photos_in(folder))):
         numbered = len(table.names) > 2 and table.names[1].isdigit()
         table.names = ["image", "comment_number", "caption"] if numbered else ["image", "caption"]
         photos, captions, split = ["image"], ["caption"], None

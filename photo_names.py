@@ -51,11 +51,6 @@ def photos_in(folder: Path) -> list[str]:
     return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
 
 
-def is_there(name: str, folder: Path) -> bool:
-    """Is it a photo's name in a folder, with or without its folders and suffix?"""
-    return bool(find_names([name], photos_in(folder)))
-
-
 def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
     """Which of the photos there the names mean: {name: photo}, of a photo one name at most.
 

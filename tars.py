@@ -12,7 +12,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import tarfile
@@ -30,7 +29,6 @@ from utils import UserError, decoded, first_line, hide_keys, redact, require_ext
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
-MOST_SHARDS = 1_000_000  # that a pattern's braces may name
 MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
 MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 
@@ -65,9 +63,6 @@ def shards_named(pattern: str) -> list[str]:
     """`"cc3m/{00000..00331}.tar"` or `"cc3m/*.tar"` -> the shards' paths or addresses, in order."""
     shardlists = require_extra("webdataset.shardlists", "requirements-shards.txt")
     try:
-        ranges = re.findall(r"\{(\d+)\.\.(\d+)", pattern)
-        if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MOST_SHARDS:
-            raise ValueError(f"more than {MOST_SHARDS:,} shards: correct the numbers in braces")
         expanded = shardlists.expand_urls(pattern)
     except (AssertionError, ValueError) as error:  # a variable that isn't set, a brace left open
         name = shard_name(pattern)
