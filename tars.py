@@ -1,8 +1,8 @@
 """Samples out of WebDataset tars, here or on a server: bounded, each one counted or named.
 
 `webdataset` opens a tar, `tarfile` reads it; what neither looks at is checked here: that it is
-whole, that nothing in it is larger than memory, and that what is wrong with one sample costs no
-other.
+whole, that no photo or text in it is larger than memory, and that what is wrong with one sample
+costs no other.
 """
 
 from __future__ import annotations
