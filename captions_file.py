@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
 from options import SPLITS
@@ -26,7 +26,6 @@ from tables import Table, plain_key, table_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
-Key = TypeVar("Key", int, str)  # of a column of a table, or of a value in an object
 
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
@@ -242,7 +241,7 @@ def read_file(path: Path) -> tuple[str, Any]:
     first = rows[0][1].lstrip()
     if path.suffix.lower() in JSON_LINES or first.startswith("{"):
         if first.strip() in ("{", "[") or first.startswith("[{"):  # an object over several lines
-            return "JSON", read_json(path, older=True)
+            return "JSON", _rows_named(read_json(path, older=True))
         return "JSON lines", rows
     return "table", rows
 
@@ -435,7 +434,7 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
-    keys = {key: key for _, row in rows for key in row}
+    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     photos, captions, split = choose_columns(keys, [row for _, row in rows])
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
@@ -463,9 +462,9 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
 
 
 def choose_columns(
-    names: Mapping[Key, str], rows: Sequence[Mapping[Key, Any]]
-) -> tuple[list[Key], list[Key], Key | None]:
-    """Which columns, or keys, hold the photo and its captions, the likeliest first, and which one
+    keys: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[str], str | None]:
+    """Which keys, or columns, hold the photo and its captions, the likeliest first, and which one
     tells photos to train on from those to validate.
 
     A usual name decides, and among several what stands below: names of photos rather than
@@ -473,43 +472,41 @@ def choose_columns(
     """
     sample = rows[:SAMPLE]
 
-    def called(usual: Iterable[str]) -> list[Key]:
-        return [key for each in usual for key, name in names.items() if name == each]
-
-    def share(key: Key, address: bool = False) -> float:
+    def share(key: str, address: bool = False) -> float:
         """Of the cells in which something stands, those with a photo's name, or address."""
         cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
         said = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
         good = [is_photo(name) and ("://" in name) == address for name in said]
         return sum(good) / max(1, len(good))
 
-    def words(key: Key) -> int:
+    def words(key: str) -> int:
         return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
 
-    def tells_split(key: Key) -> bool:
+    def tells_split(key: str) -> bool:
         said = {*map(split_in, {str(row.get(key)) for row in rows})}
         return "train" in said and bool(said & {"val", "test"})
 
-    usual, captions = called(NAME_KEYS), called(CAPTION_KEYS)
-    if "prompt" in map(PROMPTS.get, names.values()):  # then it asks for the caption
-        captions = [key for key in captions if names[key] != "prompt"]
+    usual, captions, splits = (
+        [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
+    )
+    if "prompt" in map(PROMPTS.get, keys):  # then it asks for the caption
+        captions = [key for key in captions if key != "prompt"]
     # A column without a name may be pandas' index.
-    others = [k for k in names if (usual or not names[k]) and k not in (*usual, *captions)]
+    others = [key for key in keys if (usual or not key) and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     # An `id` may count rows, which would be taken for 1.jpg and so on.
-    photos += [key for key in usual if names[key] != "id"]
+    photos += [key for key in usual if key != "id"]
     photos += [key for key in others if share(key, address=True) >= 0.5]
-    captions.sort(key=lambda key: (not (names[key] in PLAINLY and words(key)), -words(key)))
-    split = next(filter(tells_split, called(SPLIT_KEYS)), None)
-    return [*dict.fromkeys((*photos, *usual))], captions, split
+    captions.sort(key=lambda key: (not (key in PLAINLY and words(key)), -words(key)))
+    return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
 
 
-def caption_columns(names: Mapping[Key, str], captions: Sequence[Key]) -> list[Key]:
-    """All columns of captions: those of the likeliest one's name, or of it and a number."""
-    likeliest = names[captions[0]] if captions else ""
+def caption_columns(keys: Iterable[str], captions: Sequence[str]) -> list[str]:
+    """All columns of captions: the likeliest one, and those of its name and a number."""
+    likeliest = captions[0] if captions else ""
     stem = likeliest.rstrip("s")
-    numbered = [n for n in names.values() if NUMBERED.fullmatch(n) and n.startswith(stem)]
-    return [key for key, name in names.items() if name and name in (likeliest, *numbered)]
+    numbered = [key for key in keys if NUMBERED.fullmatch(key) and key.startswith(stem)]
+    return [key for key in keys if key and key in (likeliest, *numbered)]
 
 
 def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
@@ -520,19 +517,16 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     table = table_of(lines, folder)
-    names = dict(enumerate(table.names))
-    cells = [dict(enumerate(value for value, _ in row)) for _, row in table.rows[1:]]
-    photos, captions, split = choose_columns(names, cells)
-    captions = caption_columns(names, captions)
+    photos, captions, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
+    captions = caption_columns(table.names, captions)
     table.headed = bool(photos and captions)
     begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
     if table.headed:
         table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
-        numbered = len(names) > 2 and names[1].isdigit() and table.delimiter != " "
-        number = NUMBER_KEYS[:1] if numbered else ()
-        table.names = ["image", *number, "caption"]
-        photos, captions, split = [0], [len(table.names) - 1], None
+        numbered = len(table.names) > 2 and table.names[1].isdigit() and table.delimiter != " "
+        table.names = ["image", "comment_number", "caption"] if numbered else ["image", "caption"]
+        photos, captions, split = ["image"], ["caption"], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)
         raise UserError(
@@ -548,7 +542,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
 
 
 def _read_rows(
-    table: Table, photo: int, captions: Sequence[int], split: int | None, bare: bool
+    table: Table, photo: str, captions: Sequence[str], split: str | None, bare: bool
 ) -> Captions:
     """Rows of these columns; where there are more than photo and caption, what lacks one of these
     is passed over, and refused otherwise.
@@ -556,13 +550,13 @@ def _read_rows(
     Without a header the last column may hold several captions, by tabs or each in quotes. Names
     may be `bare` of their suffix.
     """
-    used, width, last = (photo, *captions), len(table.names), captions[-1]
-    others = [i for i, name in enumerate(table.names) if name and i not in (*used, split)]
-    ignored = [table.names[i] for i in others if table.names[i] not in NUMBER_KEYS]
+    width, last = len(table.names), table.names.index(captions[-1])
+    others = [name for name in table.names if name and name not in (photo, *captions, split)]
+    ignored = [name for name in others if name not in NUMBER_KEYS]
     columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
     found = Captions(f"a table{columns}")
     strict = not ignored and len(captions) == 1
-    ended = table.headed and width - 1 in used  # by what may not be empty
+    ended = table.headed and table.names[-1] in (photo, *captions)  # by what may not be empty
     for where, row in table.rows:
         if ended:
             table.trim(row)
@@ -574,13 +568,13 @@ def _read_rows(
         whole = row[last : last + more + 1]
         if more:
             table.join(row, last)
-        cells = [value for value, _ in row]
-        if not any(cells):
+        cells = table.cells((where, row))
+        if not any(cells.values()):
             continue
-        if wrong := [cells[i] for i in others if strict and not cells[i].isdigit()]:
+        if wrong := [cells[key] for key in others if strict and not cells[key].isdigit()]:
             raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")
         if name := found.name_of(where, cells[photo], ROW, bare, strict):
-            texts = [cells[i] for i in captions if cells[i]]
+            texts = [cells[key] for key in captions if cells[key]]
             if more and not table.headed:
                 apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
                 texts = [value for value, _ in whole] if apart else texts
@@ -591,5 +585,5 @@ def _read_rows(
                         f"such as image{table.delimiter}caption"
                     )
             texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
-            found.add(name, texts, where, "" if split is None else cells[split])
+            found.add(name, texts, where, cells.get(split))
     return found

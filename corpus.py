@@ -127,19 +127,8 @@ def load_data(
     elif critical_epochs(settings):
         references = references_of(texts, splits["train"])
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE)
-    return Data(
-        paths,
-        tasks,
-        texts,
-        splits,
-        identity,
-        encoder.for_others(weights=False),
-        cache,
-        tokenizer,
-        train,
-        val,
-        critic,
-    )
+    tower = encoder.for_others(weights=False)
+    return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
 
 
 def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]]:

@@ -296,7 +296,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
     """Split photos by a hash of their name: adding photos never moves the others.
 
     A share `train_ratio` is for training; the rest is half for validation, half for testing. Of
-    so few photos that none falls to training or validation, the one nearest to it does.
+    so few photos that none falls to training or validation, the nearest do.
     """
     if not 0 < train_ratio < 1:
         raise UserError(f"TRAIN_SPLIT_RATIO is {train_ratio}: it must lie between 0 and 1")
@@ -305,20 +305,18 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
         name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
         for name in sorted(names)
     }
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, place in places.items():
-        splits["train" if place < train_ratio else "val" if place < middle else "test"].append(name)
-    for split, begin, end in (("train", 0, train_ratio), ("val", train_ratio, middle)):
-        givers = [splits[other] for other in SPLITS if len(splits[other]) > (other != "test")]
-        if not splits[split] and givers:
-            spare = itertools.chain(*givers)
-            name = min(spare, key=lambda n: max(begin - places[n], places[n] - end))
-            next(giver for giver in givers if name in giver).remove(name)
-            splits[split].append(name)
-            print(
-                f"so few photos leave none for {split} at TRAIN_SPLIT_RATIO = {train_ratio}: "
-                f"{name} is taken for it (--train_split_ratio changes the share)"
-            )
+    order = sorted(places, key=places.get)
+    # Where in this order training ends, and validation.
+    own = [sum(place < end for place in places.values()) for end in (train_ratio, middle)]
+    begin = max(1, min(own[0], len(order) - 1))
+    end = max(begin + 1, own[1])
+    if [begin, end] != own:
+        print(
+            "so few photos leave none to train or to validate on at TRAIN_SPLIT_RATIO = "
+            f"{train_ratio}: the nearest are taken (--train_split_ratio changes the share)"
+        )
+    parts = order[:begin], order[begin:end], order[end:]
+    splits = {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
     return _checked(splits, f"--train_split_ratio {train_ratio}")
 
 

@@ -71,7 +71,7 @@ def read_parquet(
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
     passed: list[str] = []  # what questions lack
-    chosen: dict[tuple, Columns] = {}  # for files that are alike, the same
+    known: dict[str, str] = {}  # the columns of the file before, which files alike share
     called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
         whole = called[file] if len({*called.values()}) > 1 else ""
@@ -82,11 +82,9 @@ def read_parquet(
                 groups = map(table.metadata.row_group, range(table.num_row_groups))
                 unpacked = sum(group.total_byte_size for group in groups)
                 check_unpacked(file, file.stat().st_size, unpacked)
-                kinds = {field.name: str(field.type) for field in table.schema_arrow}
-                alike = tuple(kinds.items())
-                if alike not in chosen:
-                    chosen[alike] = _columns(file, table, kinds)
-                columns = chosen[alike]
+                kinds = {plain_key(field.name): str(field.type) for field in table.schema_arrow}
+                if kinds != known:
+                    known, columns = kinds, _columns(file, table, kinds)
                 for row in _rows(file, table, columns.all()):
                     image = row[columns.photo]
                     image = image if isinstance(image, dict) else {"bytes": image}
@@ -102,7 +100,7 @@ def read_parquet(
                             names[digest] = _name(own, [image.get("path") or "", *said], taken)
                         elif os.path.dirname(names[digest]) != own:
                             moved.add(names[digest])
-                        talk = {plain_key(key): row[key] for key in columns.asked}
+                        talk = {key: row[key] for key in columns.asked}
                         asked = [*_questions(str(file), talk, passed)]
                         yield names[digest], content, texts, asked
         except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
@@ -129,13 +127,16 @@ def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[d
                 passed.append(str(error))
 
 
-def _rows(file: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of an open file, refused where they become far more than the file holds."""
+def _rows(file: Path, table: Any, keys: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of an open file by their columns' plain names, refused where they become far more
+    than the file holds."""
     packed, unpacked = file.stat().st_size, 0
+    columns = [name for name in table.schema_arrow.names if plain_key(name) in keys]
     for part in table.iter_batches(batch_size=8, columns=columns, use_threads=False):
         unpacked += part.nbytes  # what repeats itself is in the file once
         check_unpacked(file, packed, unpacked)
-        yield from part.to_pylist()
+        for row in part.to_pylist():
+            yield {plain_key(name): cell for name, cell in row.items()}
 
 
 def _holds_photos(kind: str) -> bool:
@@ -156,19 +157,17 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     plain = [name for name in kinds if "binary" not in kinds[name]]
     texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]
     rows = [*itertools.islice(_rows(file, table, texts), SAMPLE)] if texts else []
-    names = {name: plain_key(name) for name in kinds}
-    found, captions, _ = choose_columns(names, rows)
-    likeliest = [name for name in captions if name in texts]
-    captions = caption_columns({name: names[name] for name in texts}, likeliest)
-    asked = [name for name in kinds if names[name] in ASKED]
-    if not photos or not (captions or "question" in names.values()):
+    found, captions, _ = choose_columns([*kinds], rows)
+    captions = caption_columns(texts, [name for name in captions if name in texts])
+    asked = [name for name in kinds if name in ASKED]
+    if not photos or not (captions or "question" in kinds):
         raise UserError(
             f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
             f"captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer"
         )
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
-    splits = [name for key in SPLIT_KEYS for name in names if names[name] == key]
+    splits = [name for name in SPLIT_KEYS if name in kinds]
     columns = Columns(photo, captions, asked, called[:1], splits[:1])
     if ignored := [name for name in kinds if name not in columns.all()]:
         parts = {"captions": captions, "questions": asked, "names": columns.names}
@@ -181,7 +180,7 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
 def _called(column: str, said: Any) -> str:
     """What a cell calls its photo, or nothing; a column of numbers may leave out the suffix."""
     name = plain_name(said) if isinstance(said, str) else ""
-    if plain_key(column) in NUMBERS and BARE.fullmatch(name) and not is_photo(name):
+    if column in NUMBERS and BARE.fullmatch(name) and not is_photo(name):
         return f"{name}.jpg"
     return name if is_photo(name) else ""
 

@@ -25,7 +25,6 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +43,6 @@ from captions_file import TABLES
 from captions_search import (
     ensure_captions,
     find_table,
-    held_or_converted,
     karpathy_files,
     lists_among,
     names_in,
@@ -62,15 +60,14 @@ from dataset import (
     split_by_karpathy,
     split_by_own,
     split_by_ratio,
-    split_in,
 )
 from download import download
 from encoder import PHOTO_SUFFIXES
 from features import check_bad
 from options import SPLITS, parse_tasks
 from parquet import read_parquet
-from photo_names import is_photo, match_names
-from questions_file import convert_vqa, find_questions
+from photo_names import is_photo
+from questions_file import convert_vqa, ensure_questions, questions_source
 from shards import say_samples
 from tars import expand_shards, read_shard, shards_named
 from utils import (
@@ -166,29 +163,6 @@ def photo_sizes(folder: Path) -> dict[str, int]:
     """The files in a folder, which need not exist, and in those below, with their sizes."""
     there = (name for name in files_in(folder) if os.path.exists(folder / name))
     return {name: os.path.getsize(folder / name) for name in there}
-
-
-# --- Captions -------------------------------------------------------------------------------
-
-
-def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
-    """The file that questions are read from, and that VQAv2's are written to."""
-    given = settings.QUESTIONS_FILE
-    return Path(given).expanduser() if given else paths.data_dir / "questions.json"
-
-
-def ensure_questions(
-    settings: SimpleNamespace, paths: DataPaths
-) -> tuple[DataPaths, dict[str, str]]:
-    """Have the questions by the photos' real names; say where, and the split they tell of each."""
-    place = questions_source(settings, paths)
-    source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
-    if not source.exists():
-        raise UserError(f"{source} is missing: --questions_file names a file or a folder")
-    texts = match_names(find_questions(source), paths.images)
-    told = [(name, each.get("split")) for name, group in texts.items() for each in group]
-    splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
-    return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
 # --- Photos ---------------------------------------------------------------------------------

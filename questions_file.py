@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
@@ -22,8 +24,8 @@ from captions_file import (
     speaker,
     texts_of,
 )
-from captions_search import are_alike, holds, lists_among, names_in, read_lists
-from dataset import OTHER_SPLITS, load_questions, read_question, split_in
+from captions_search import are_alike, held_or_converted, holds, lists_among, names_in, read_lists
+from dataset import OTHER_SPLITS, DataPaths, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
@@ -35,6 +37,26 @@ KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
+
+
+def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
+    """The file that questions are read from, and that VQAv2's are written to."""
+    given = settings.QUESTIONS_FILE
+    return Path(given).expanduser() if given else paths.data_dir / "questions.json"
+
+
+def ensure_questions(
+    settings: SimpleNamespace, paths: DataPaths
+) -> tuple[DataPaths, dict[str, str]]:
+    """Have the questions by the photos' real names; say where, and the split they tell of each."""
+    place = questions_source(settings, paths)
+    source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
+    if not source.exists():
+        raise UserError(f"{source} is missing: --questions_file names a file or a folder")
+    texts = match_names(find_questions(source), paths.images)
+    told = [(name, each.get("split")) for name, group in texts.items() for each in group]
+    splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
+    return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
 def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
@@ -86,7 +108,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     elif form == "table":
         content = _rows(table_of(content))
     rows = [(at, each) for at, row in read_objects(content, USAGE) for each in questions_in(row)]
-    keys = {key: key for _, row in rows for key in row}
+    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     photos, _, split = choose_columns(keys, [row for _, row in rows])
     photos = [key for n, key in enumerate(photos) if key != "id" or not n]
     questions: dict[str, list[dict[str, Any]]] = {}
@@ -163,7 +185,7 @@ def _rows(table: Table) -> list[Entry]:
                     f"that holds a {table.delimiter!r}"
                 )
             table.join(row, texts[0])
-        rows.append((where, {key: cell for key, (cell, _) in zip(names, row, strict=False)}))
+        rows.append((where, table.cells((where, row))))
     return rows
 
 
@@ -202,7 +224,7 @@ def _people(said: Any) -> list[Any]:
 
 
 def convert_vqa(
-    questions: Sequence[str], annotations: Sequence[str], target: Path, images: Path | None = None
+    questions: Sequence[str], annotations: Sequence[str], target: Path, images: Path
 ) -> None:
     """Write questions.json from VQAv2's pairs of files, with all ten answers of each question.
 
@@ -225,8 +247,7 @@ def convert_vqa(
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
     if not table:
         raise UserError("no annotation answers a question: are the pairs in the same order?")
-    if images:
-        table = match_names(table, images)
+    table = match_names(table, images)
     if target.suffix.lower() != ".json":
         raise UserError(f"--questions_file {target} is to be written: its name must end in .json")
     if not target.exists():

@@ -32,6 +32,10 @@ class Table:
         header = [value for value, _ in self.rows[0][1]]
         self.rows = [row for row in self.rows if [value for value, _ in row[1]] != header]
 
+    def cells(self, row: Row) -> dict[str, str]:
+        """A row's values by the names of their columns."""
+        return {name: value for name, (value, _) in zip(self.names, row[1], strict=False)}
+
     def trim(self, row: list[tuple[str, str]]) -> None:
         """Take off the empty cells that spreadsheets write beyond the last column."""
         while len(row) > len(self.names) and not row[-1][0]:
@@ -45,7 +49,8 @@ class Table:
 
 
 def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
-    """A table of lines; its first row may call a photo of the `folder` without its suffix."""
+    """A table of lines; its first row may call a photo of the `folder` without its suffix. Of
+    columns of one name all but the first have their place after it."""
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
@@ -53,7 +58,11 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     if is_photo(name) or (name and folder and is_there(name, folder)):
         delimiter = " "  # where tabs were lost
     rows = [*whole_rows(lines, delimiter)]
-    return Table(delimiter, [plain_key(value) for value, _ in rows[0][1]], rows)
+    names: list[str] = []
+    for place, (value, _) in enumerate(rows[0][1]):
+        key = plain_key(value)
+        names.append(f"{key}_{place}" if key and key in names else key)
+    return Table(delimiter, names, rows)
 
 
 def plain_key(name: str) -> str:

@@ -1462,7 +1462,8 @@ def test_vqa_files_of_two_sets_are_refused(tmp_path):
     )
     (tmp_path / "a").write_text(json.dumps({"annotations": [{"question_id": 2, "image_id": 1}]}))
     with pytest.raises(UserError, match="in the same order"):
-        convert_vqa([str(tmp_path / "q")], [str(tmp_path / "a")], tmp_path / "questions.json")
+        pair = [str(tmp_path / "q")], [str(tmp_path / "a")]
+        convert_vqa(*pair, tmp_path / "questions.json", tmp_path / "images")
     assert not (tmp_path / "questions.json").exists()
 
 

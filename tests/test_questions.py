@@ -87,18 +87,18 @@ def test_vqa_files_become_questions(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(asked))
     (tmp_path / "a.json").write_text(json.dumps(answered))
     pair = [str(tmp_path / "q.json")], [str(tmp_path / "a.json")]
-    convert_vqa(*pair, tmp_path / "questions.json")
+    convert_vqa(*pair, tmp_path / "questions.json", tmp_path / "images")
     found = load_questions(tmp_path / "questions.json")
     assert list(found) == ["COCO_val2014_000000000042.jpg"]
     first, second = found["COCO_val2014_000000000042.jpg"]
     assert (first.question, first.target, first.kind) == ("Is it raining?", "no", "is it")
     assert len(first.answers) == 10 and second.target == "2"
     with pytest.raises(UserError, match="pairs"):
-        convert_vqa(pair[0], [], tmp_path / "questions.json")
+        convert_vqa(pair[0], [], tmp_path / "questions.json", tmp_path / "images")
     with pytest.raises(UserError, match="no VQA pair"):
-        convert_vqa(pair[1], pair[0], tmp_path / "questions.json")
+        convert_vqa(pair[1], pair[0], tmp_path / "questions.json", tmp_path / "images")
     with pytest.raises(UserError, match="no.json is not there: --vqa_questions"):
-        convert_vqa(["no.json"], pair[1], tmp_path / "questions.json")
+        convert_vqa(["no.json"], pair[1], tmp_path / "questions.json", tmp_path / "images")
 
 
 def test_tasks():
