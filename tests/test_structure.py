@@ -20,7 +20,7 @@ ORDER = """
     photo_names tables dataset captions_file captions_search questions_file download tars shards
     model rerank modeling_captioner attention generation self_critical checkpoint corpus
     standalone hub tracking run report sidecar check_data archive parquet commands prepare_dataset
-    train evaluate inference tools.app tools.onnx_graph tools.export tools.rivals tools.benchmark
+    train evaluate inference tools.app tools.onnx_graph tools.export tools.benchmark
 """.split()
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
 MODULES = sorted(
