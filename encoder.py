@@ -354,15 +354,22 @@ def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
     """How a library's `from_pretrained` is to load `name`: without the code that it may bring, of
     which it would ask on standard input; from what was downloaded before if the Hub is silent."""
     options = {"trust_remote_code": False, "revision": revision}
-    if os.path.isdir(name) or huggingface_hub.is_offline_mode():
-        return options
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
-    except Exception as error:  # noqa: BLE001 - of whatever sort: the library would try for long
+    if not os.path.isdir(name) and (problem := hub_problem()):
         if not huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision):
-            raise OSError(f"the Hub doesn't answer ({first_line(error)})") from None
+            raise OSError(f"the Hub doesn't answer ({problem})")
         options["local_files_only"] = True
     return options
+
+
+def hub_problem() -> str:
+    """Why the Hub doesn't answer, or "". It is asked once, where the client would try for long."""
+    if huggingface_hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except Exception as error:  # noqa: BLE001 - of whatever sort
+        return first_line(error)
+    return ""
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of the client's own HTTP library, whose name depends on the client's version
     LocalEntryNotFoundError,
@@ -42,6 +41,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
 from checkpoint import link_or_copy
+from encoder import hub_problem
 from utils import UserError, first_line, shown, write_error
 
 WEIGHTS = "model.safetensors"
@@ -58,7 +58,7 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
     (
         LocalEntryNotFoundError,
         "the Hub can't be reached, and no copy was downloaded before: check the network "
-        "(and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local file",
+        "(and its proxy, HF_ENDPOINT, HF_HUB_OFFLINE), or give a local file",
     ),
 )
 
@@ -77,7 +77,7 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     name = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
         validate_repo_id(repo_id)
-        offline = constants.HF_HUB_OFFLINE or not _hub_answers(repo_id, revision)
+        offline = bool(hub_problem())
         return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, local_files_only=offline))
     except (HTTPError, LocalEntryNotFoundError, ImportError, ValueError) as error:
         # The last two: a name that is none, or a proxy in the environment that the client lacks.
@@ -85,17 +85,6 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
         raise UserError(f"checkpoint {name}: {next(known, _reason(error))}") from error
     except OSError as error:
         raise write_error(error, Path(constants.HF_HUB_CACHE)) from error
-
-
-def _hub_answers(repo_id: str, revision: str | None) -> bool:
-    """Ask once; the client alone would try for half a minute before saying that nothing answers."""
-    try:
-        HfApi().file_exists(repo_id, WEIGHTS, revision=revision)
-    except HfHubHTTPError as error:
-        return error.response.status_code < 500
-    except HTTPError:
-        return False
-    return True
 
 
 # --- Upload ---------------------------------------------------------------------------------
