@@ -267,7 +267,7 @@ def accuracy_by_kind(
     questions: Sequence[Text], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """Percent right: for "all" and for each type of question, by who answered."""
-    table: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for kind in ("all", *sorted({question.kind for question in questions} - {""})):
         places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
         for source, given in answers.items():
@@ -275,8 +275,8 @@ def accuracy_by_kind(
                 vqa_accuracy(given[i], questions[i].answers or [questions[i].target])
                 for i in places
             ]
-            table.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
-    return table
+            found.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
+    return found
 
 
 # --- Scorers that others made ----------------------------------------------------------------

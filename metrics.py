@@ -208,8 +208,14 @@ def score(
     Raises:
         ValueError: the two don't name the same images, or there is no reference (or no image).
     """
-    pairs = _tokenized_pairs(captions, references)
-    each = _cider_d(pairs)
+    if not captions or captions.keys() != references.keys() or not all(references.values()):
+        raise ValueError("a score needs at least one image, and of each a caption and a reference")
+    pairs = [
+        (tokenize(caption), [tokenize(reference) for reference in references[image]])
+        for image, caption in captions.items()
+    ]
+    cider = CiderD({i: [*map(_words, targets)] for i, (_, targets) in enumerate(pairs)})
+    each = cider.scores(range(len(pairs)), (_words(caption) for caption, _ in pairs))
     table = {f"BLEU-{n}": value for n, value in enumerate(_bleu(pairs), start=1)}
     table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(each.mean())}
     return table, dict(zip(captions, each.tolist(), strict=True))
@@ -303,22 +309,7 @@ class CiderD:
         return np.array([self.score(image, tokens) for image, tokens in pairs])
 
 
-_Pairs = list[tuple[list[str], list[list[str]]]]
-
-
-def _tokenized_pairs(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> _Pairs:
-    """Each caption's tokens with its references' tokens, in the order of `captions`."""
-    if captions.keys() != references.keys():
-        odd = sorted(captions.keys() ^ references.keys())
-        raise ValueError(f"captions and references differ in their images: {odd[:3]} ...")
-    if not captions or not all(references.values()):
-        raise ValueError("a score needs at least one image, and a reference for each")
-    return [
-        (tokenize(caption), [tokenize(reference) for reference in references[image]])
-        for image, caption in captions.items()
-    ]
+_Pairs = list[tuple[list[str], list[list[str]]]]  # a caption's tokens, and its references'
 
 
 def _words(tokens: list[str]) -> list[str]:
@@ -333,14 +324,6 @@ def _ngrams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]
 def _bigrams(tokens: Sequence[Hashable]) -> int:
     """The length that CIDEr-D compares: the original counts bigrams, not words."""
     return max(len(tokens) - 1, 0)
-
-
-def _cider_d(pairs: _Pairs) -> np.ndarray:
-    """CIDEr-D of each image (Vedantam et al. 2015)."""
-    scorer = CiderD(
-        {i: [_words(tokens) for tokens in references] for i, (_, references) in enumerate(pairs)}
-    )
-    return scorer.scores(range(len(pairs)), (_words(caption) for caption, _ in pairs))
 
 
 def _bleu(pairs: _Pairs) -> list[float]:
@@ -500,7 +483,7 @@ def _distinct(captions: list[list[str]], n: int) -> float:
 
 
 def diversity(captions: Sequence[str], training_captions: Iterable[str]) -> dict[str, float]:
-    """How varied a model's captions are, apart from being right.
+    """How varied a model's captions are, of which there must be some, apart from being right.
 
     Returns:
         `distinct-1`, `distinct-2`: different n-grams among all, in percent.
@@ -508,12 +491,7 @@ def diversity(captions: Sequence[str], training_captions: Iterable[str]) -> dict
         `repetitive`: percent of captions that say a word twice in a row or a trigram twice.
         `most_frequent`: percent of captions that are the most frequent one.
         `novel`: percent of captions that no training caption equals.
-
-    Raises:
-        ValueError: there are no captions.
     """
-    if not captions:
-        raise ValueError("diversity needs at least one caption")
     tokenized = [tokenize(caption) for caption in captions]
     counts = Counter(map(tuple, tokenized))
     known = {tuple(tokenize(caption)) for caption in training_captions}

@@ -92,12 +92,14 @@ def test_scores_worked_by_hand():
 
 
 def test_references_must_fit_the_captions():
-    with pytest.raises(ValueError, match="'b'"):
-        score({"a": "a dog"}, {"a": ["a dog"], "b": ["a cat"]})
-    with pytest.raises(ValueError, match="a reference for each"):
-        score({"a": "a dog"}, {"a": []})
-    with pytest.raises(ValueError, match="at least one image"):
-        score({}, {})
+    pairs = {"a": "a dog"}
+    for captions, references in (
+        (pairs, {"a": ["a dog"], "b": ["a cat"]}),
+        (pairs, {"a": []}),
+        ({}, {}),
+    ):
+        with pytest.raises(ValueError, match="of each a caption and a reference"):
+            score(captions, references)
 
 
 # --- CIDEr-D as a reward --------------------------------------------------------------------
@@ -176,8 +178,6 @@ def test_diversity_is_counted():
     assert found["most_frequent"] == pytest.approx(40)
     assert found["novel"] == pytest.approx(60)
     assert diversity(["a red dog and a red cat"], [])["repetitive"] == 0
-    with pytest.raises(ValueError, match="at least one caption"):
-        diversity([], [])
 
 
 @pytest.mark.parametrize("text", ["Một người đàn ông", "İki köpek", "un café"])
