@@ -16,7 +16,7 @@ from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
 from settings import BOUNDS, Parser, load_settings
-from utils import Held, UserError, first_line, guard_output, leave, say_error
+from utils import Held, UserError, first_line, guard_output, leave, require_extra, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -294,7 +294,10 @@ def app(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="the address to listen on [%(default)s]")
     add("--port", type=int, default=8000, help="0: any free one [%(default)s]")
     add("--max_megabytes", type=float, default=20.0, help="largest photo [%(default)s]")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for module in ("starlette", "uvicorn"):
+        require_extra(module, "requirements-app.txt", "the page")
+    return args
 
 
 def export(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ from typing import Any
 
 from utils import UserError
 
-OTHER_FLAGS = {"--epochs": "NUM_EPOCHS"}  # second names, as settings are called elsewhere
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
 OR_ON_HUB = ("ENCODER_MODEL_NAME", "START_CHECKPOINT")  # which name what is here or there
 ANY = 2**31 - 1  # stands for: no upper bound
@@ -111,7 +110,7 @@ def load_settings(
         default = defaults[name]
         group.add_argument(
             f"--{name.lower()}",
-            *(flag for flag, meant in OTHER_FLAGS.items() if meant == name),
+            *(["--epochs"] if name == "NUM_EPOCHS" else []),  # as others call it
             dest=name,
             type=_flag_type(name, default),
             default=argparse.SUPPRESS,
@@ -138,7 +137,7 @@ def _anchor(root: Path, name: str, value: object) -> object:
     return value
 
 
-def check_ranges(settings: SimpleNamespace | argparse.Namespace) -> None:
+def check_ranges(settings: object) -> None:
     """Refuse settings, or a script's own flags, of another kind or outside of `RANGES`."""
     for name, value in vars(settings).items():
         least, most = RANGES.get(name.upper(), (None, None))

@@ -28,25 +28,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-try:
-    import h11
-    import uvicorn
-    from anyio import to_thread
-    from starlette.applications import Starlette
-    from starlette.datastructures import QueryParams
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, Response
-    from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ModuleNotFoundError as error:
-    from utils import pip_install
-
-    raise SystemExit(
-        f"error: the page needs {error.name}: run {pip_install('requirements-app.txt')}"
-    ) from None
+import h11
+import uvicorn
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from demo import scenes
 from encoder import ImageError
