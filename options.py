@@ -44,13 +44,12 @@ class GenerationOptions:
     seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
-        if self.beam_size < 1 or self.groups < 1 or self.beam_size % self.groups:
+        check_ranges(self)
+        if self.beam_size % self.groups:
             sizes = f"beam_size is {self.beam_size}, and groups {self.groups}"
-            raise ValueError(f"{sizes}: it must be a multiple of groups, both at least 1")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError("temperature must be above 0, top_p in (0, 1], top_k 0 or more")
-        if self.min_length < 1 or (self.max_length or self.min_length) < self.min_length:
-            raise ValueError("min_length must be at least 1 and at most max_length")
+            raise UserError(f"{sizes}: it must be a multiple of groups")
+        if (self.max_length or self.min_length) < self.min_length:
+            raise UserError("min_length must be at most max_length")
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,11 +76,9 @@ def change_options(own: GenerationOptions, asked: bool, **given: Any) -> Generat
     if strange := [name for name in given if name not in usual]:
         raise UserError(f"{strange[0]} is no option: there are {', '.join(usual)}")
     try:
-        made = typed(GenerationOptions, usual | given)
-    except (ValueError, TypeError) as error:
+        return typed(GenerationOptions, usual | given)
+    except TypeError as error:
         raise UserError(str(error)) from None
-    check_ranges(made)
-    return made
 
 
 def typed(kind: type[T], values: dict[str, Any]) -> T:

@@ -184,7 +184,7 @@ def test_impossible_options_are_refused(ending):
         {"top_p": 0},
         {"min_length": 5, "max_length": 4},
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             GenerationOptions(**wrong)
     with pytest.raises(UserError, match="can write 15 tokens"):
         generate(ending, features(1), GenerationOptions(max_length=99))
