@@ -122,7 +122,8 @@ def draw_attention(photo: Image.Image, grid: PatchGrid, maps: Sequence[WordMap])
     """
     scale = TILE / max(photo.size)
     small = photo.resize([max(1, round(side * scale)) for side in photo.size])
-    font = _font("".join(shown.word for shown in maps), 20)
+    fonts = fonts_for("".join(shown.word for shown in maps))
+    font = ImageFont.truetype(fonts[-1].fname, 20)  # that of the rarest letters
     _, top, _, bottom = font.getbbox("Äg")
     across = min(len(maps), max(2, round((len(maps) * 1.6 * small.height / small.width) ** 0.5)))
     wide = max(small.width, *(round(font.getlength(shown.word)) for shown in maps))
@@ -155,13 +156,6 @@ def _span(start: float, end: float, side: int) -> tuple[int, int]:
     """A part of a side in whole pixels, at least one that is in the photo."""
     first = min(round(start * side), side - 1)
     return first, max(first + 1, round(end * side))
-
-
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.truetype(fonts_for(text)[-1].fname, size)  # that of the rarest letters
-    except OSError:
-        return ImageFont.load_default(size)
 
 
 def fonts_for(text: str) -> list[Any]:

@@ -28,7 +28,6 @@ from encoder import FrozenEncoder, public
 from model import CaptionModel
 from options import GenerationOptions, typed
 from rerank import Reranker
-from settings import check_ranges
 from tokenizer import CaptionTokenizer
 from utils import UserError, atomic_write, first_line, last_part, lfs_note, write_file
 
@@ -248,7 +247,6 @@ def _restored(
     model.requires_grad_(True).eval()
     reranker = Reranker.restored(held, model.feature_width) if held else None
     generation = typed(GenerationOptions, description["generation"])
-    check_ranges(generation)
     tasks = tuple(description.get("tasks", ["captions"]))
     tables = encoder, settings, scores = [description[x] for x in ("encoder", "settings", "scores")]
     kinds = {*map(type, tables)}, {type(text) for text in (*tasks, encoder["name"])}

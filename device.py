@@ -1,10 +1,9 @@
-"""Devices, the precision of matrix products, and the RAM that is held."""
+"""Devices, the precision of matrix products, and RAM that is given back."""
 
 from __future__ import annotations
 
 import ctypes
 import re
-from pathlib import Path
 
 import torch
 
@@ -39,12 +38,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which matrix products are done in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def resident_kilobytes() -> int | None:
-    """The RAM this process holds now, in units of 1,024 bytes; None where it isn't Linux."""
-    status = Path("/proc/self/status")  # `getrusage` tells of the peak, and of the parent's too
-    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) if status.exists() else None
 
 
 def release_memory() -> None:

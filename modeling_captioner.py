@@ -28,7 +28,6 @@ from .rerank import Reranker, layout
 
 logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
-ANSWER_ID = 3  # closes a question
 # The pipeline calls a model unsupported, aloud, whose class isn't listed here.
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MODEL_TYPE] = "VisionCaptioner"
 
@@ -245,7 +244,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         wanted = (settings.max_new_tokens or room) if wanted is None else wanted
         options["max_new_tokens"] = min(room, wanted)
         plain, learned = self.plain(input_ids), self.config.trained["tasks"]
-        asked = {"captions": plain, "questions": input_ids == ANSWER_ID}
+        asked = {"captions": plain, "questions": input_ids == self.config.answer_token_id}
         if strange := [task for task in asked if asked[task].any() and task not in learned]:
             raise ValueError(f"this captioner was trained for {learned[0]} only, not {strange[0]}")
         given = options.get("no_repeat_ngram_size")

@@ -28,7 +28,7 @@ from encoder import open_image
 from hub import HubPusher, model_card
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
-from tracking import Tracker, memory
+from tracking import Tracker
 from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
@@ -338,7 +338,7 @@ class Ledger:
         self.since, self.counted = now, 0
         values = {f"train/{kind}": loss, f"train/{unit}_per_s": rate}
         values |= {"train/learning_rate": update.rate, "train/grad_norm": update.norm.item()}
-        self.tracker.log(values | memory(self.run.device), update.step)
+        self.tracker.log(values, update.step)
 
     def _enter_bad(self, update: Update) -> None:
         """Say which photos gave a loss or gradient that is not finite; too many in a row end it."""

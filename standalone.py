@@ -58,6 +58,7 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str,
         "tie_word_embeddings": False,  # the output layer is the embedding itself
         "dtype": "float32",
         "trained": described,
+        "answer_token_id": ANSWER_ID,  # closes a question
         **special,
     }
     generation = {

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoint import link_for_others
-from device import resident_kilobytes
 from encoder import open_image
 from utils import first_line, program
 
@@ -170,12 +167,3 @@ class Tracker:
 
             with contextlib.suppress(Exception):
                 wandb.teardown()
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """What the process holds now, in GB: resident, and on a GPU the most since it began."""
-    kilobytes = resident_kilobytes()  # where there are none, the library's own panel has to do
-    used = {} if kilobytes is None else {"memory/resident_gb": kilobytes / 1e6}
-    if device.type == "cuda":
-        used["memory/gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return used

@@ -59,7 +59,6 @@ def test_figures_and_settings_of_a_run(tracked, encoder_dir):
     rows = history(sessions(data)[0])
     by_step = {row["_step"]: row for row in rows}
     assert by_step[20]["train/loss"] > 0 and by_step[20]["train/tokens_per_s"] > 0
-    assert 0.05 < by_step[20]["memory/resident_gb"] < 50
     progress = load_checkpoint(data / "last.pt").training["progress"]
     epochs = {row["epoch"]: row for row in rows if "epoch" in row}
     assert list(epochs) == [1, 2, 3, 4, 5]

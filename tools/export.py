@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from checkpoint import Checkpoint, load_checkpoint
 from encoder import FrozenEncoder
@@ -31,7 +31,6 @@ from standalone import repository_files
 from tokenizer import START_ID
 from utils import (
     UserError,
-    atomic_write,
     check_output,
     require_extra,
     run_script,
@@ -51,8 +50,7 @@ def write_folder(
     if weights:
         tower = encoder.tower.state_dict()
         tensors |= {f"tower.{name}": tensor.contiguous() for name, tensor in tower.items()}
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_file(folder / "model.safetensors", save(tensors, {"format": "pt"}))
     for name, text in files.items():
         write_file(folder / name, text)
 

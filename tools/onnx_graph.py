@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -183,15 +182,14 @@ def export_encoder(encoder: FrozenEncoder, path: Path) -> float:
     graph = _graph(EncodeStep(encoder), (pixels,), ({0: "batch"},), ["pixel_values"], ["features"])
     onnx.helper.set_model_props(graph, {"preprocessing": encoder.processor.to_json_string()})
     pixels = torch.cat([pixels, pixels.flip(-1)])
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(graph.SerializeToString())
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+    right = encoder({"pixel_values": pixels}).numpy()
+
+    def apart(file: Path) -> float:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"pixel_values": pixels.numpy()})
-        right = encoder({"pixel_values": pixels}).numpy()
-        difference = float(np.abs(found - right).max() / np.abs(right).max())
-        if not difference <= LIMIT:
-            raise UserError(f"{path} was not written: its features differ by {difference:.2g}")
-    return difference
+        return float(np.abs(found - right).max() / np.abs(right).max())
+
+    return write_checked(graph, path, apart)
 
 
 # --- The check ------------------------------------------------------------------------------
@@ -244,15 +242,20 @@ def largest_difference(path: Path, model: CaptionModel) -> float:
     return float(np.max(found))
 
 
-def export(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> float:
-    """Write the ONNX file, if it does what PyTorch does; returns the logits' largest difference."""
-    graph = to_onnx(checkpoint)
+def write_checked(graph: onnx.ModelProto, path: Path, apart: Callable[[Path], float]) -> float:
+    """Write an ONNX file, if it does what PyTorch does; returns how far `apart` they are."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(graph.SerializeToString())
-        difference = largest_difference(temporary, checkpoint.model)
+        difference = apart(temporary)
         if not difference <= LIMIT:  # so put, no number is refused too
             raise UserError(
-                f"{path} was not written: the exported decoder's logits differ from PyTorch's by "
+                f"{path} was not written: what the exported graph gives differs from PyTorch's by "
                 f"{difference:.2g}, more than {LIMIT:g}"
             )
     return difference
+
+
+def export(checkpoint: Checkpoint, path: Path) -> float:
+    """Write the decoder's ONNX file, checked; returns the logits' largest difference."""
+    model = checkpoint.model
+    return write_checked(to_onnx(checkpoint), path, lambda file: largest_difference(file, model))
