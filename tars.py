@@ -143,7 +143,8 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
     gopen = require_extra("webdataset.gopen", "requirements-shards.txt")
     # Closing it raises what a server's end hid.
     with contextlib.closing(gopen.gopen(url)) as opened:
-        stream = _Tail(opened)
+        # The library's own `read` drops what a program wrote once that has failed.
+        stream = _Tail(getattr(opened, "stream", opened))
         for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
             files: dict[str, tuple[str, bytes | None]] = {}
             for _, kind, suffix, content in group:
