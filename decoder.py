@@ -201,6 +201,9 @@ class Decoder(nn.Module):
             cache: keys and values of the tokens before; the new ones are added to it.
         """
         x = self.token_embedding(tokens) + self.position_embedding(positions)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # then blocks add up in it too: docs/performance.md
+            x = x.to(torch.get_autocast_dtype(kind))
         x = self.dropout(x)
         mask = mask.unsqueeze(1)  # (rows, 1, length, seen + length): the same for all heads
         for layer, block in enumerate(self.blocks):
