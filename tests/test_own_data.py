@@ -1345,6 +1345,9 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": "['blue', 'red']", "answer": "(B)"},
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
+                {"options": ["blue", "red"], "answer": "b"},
+                {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
+                {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
@@ -1411,6 +1414,9 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     rows = "/data/local-files/?d=1.jpg,Which?,red\nhttps://x.org/2.jpg?w=3,Which?,red\n"
     file.write_text(f"image,question,answer\n{rows}")
     assert [*read_questions(file)] == ["1.jpg", "https://x.org/2.jpg"]  # as captions call them
+    file.with_suffix(".json").write_text('[{"image": "1.jpg", "question": NaN}]')
+    with pytest.raises(UserError, match="names no photo and question, with image, question:"):
+        read_questions(file.with_suffix(".json"))
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
@@ -1437,6 +1443,12 @@ def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
         ({"answer": 0}, "0", []),
         ({"answer": "A", "choices": "A) a dog, B) a cat"}, "A", []),
         ({"answer": 2, "choices": [1, 2, 3]}, "2", []),
+        ({"answer": 0, "choices": ["2", "0"]}, "2", []),  # IconQA
+        ({"answer": "0", "choices": ["2", "0"]}, "0", []),
+        ({"answer": 2.0}, "2", []),
+        ({"answer": float("nan"), "answers": [float("nan"), 2.5]}, "2.5", ["2.5"]),
+        ({"answers": {"answer": ["red", "blue"], "answer_id": [1, 2]}}, "red", ["red", "blue"]),
+        ({"answers": ["no", "Yes", "no", "yes.", "yes"]}, "Yes", "no Yes no yes. yes".split()),
         ({"answers": ["", "red", None]}, "red", ["red"]),
         ({"answer": {"text": "red"}}, None, None),
         ({"answers": ["red", ["blue"]]}, None, None),

@@ -57,8 +57,11 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     assert question == Text("dark red", "what color?", tuple(answers))
     path.write_text(json.dumps({"a.jpg": [{"question": "how many?", "answer": 3}]}))
     assert load_questions(path)["a.jpg"] == [Text("3", "how many?")]
-    path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
+    path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answer": None}]}))
     assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
+    variants = ["", "no", "Yes", "no", "yes.", "yes"]
+    path.write_text(json.dumps({"a.jpg": [{"question": "is it?", "answers": variants}]}))
+    assert load_questions(path)["a.jpg"] == [Text("Yes", "is it?", tuple(variants[1:]))]
 
 
 def test_vqa_files_become_questions(tmp_path):
