@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,16 +47,23 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
 
 
 def ensure_questions(
-    settings: SimpleNamespace, paths: DataPaths
+    settings: SimpleNamespace, paths: DataPaths, known: Mapping[str, str]
 ) -> tuple[DataPaths, dict[str, str]]:
-    """Have the questions by the photos' real names; say where, and the split they tell of each."""
+    """Have the questions by the photos' real names; say where, and which split each photo is of:
+    the `known` one, or the first that they tell."""
     place = questions_source(settings, paths)
     source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
     if not source.exists():
         raise UserError(f"{source} is missing: --questions_file names a file or a folder")
     texts = match_names(find_questions(source), paths.images)
-    told = [(name, each.get("split")) for name, group in texts.items() for each in group]
-    splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
+    asked = [(name, split_in(each.get("split"))) for name in texts for each in texts[name]]
+    told = [(name, split) for name, split in asked if split]
+    splits = dict(reversed(told)) | known
+    if others := sum(splits[name] != split for name, split in told):
+        print(
+            f"{others:,} questions tell another split than their photo has by its captions or its "
+            "first question, which counts: splits are by photo"
+        )
     return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
@@ -116,8 +123,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     passed = []
     for where, row in rows:
         name = photo_in(next((row[key] for key in photos if row.get(key)), ""))
-        asked = _asked(row.get("question"))
-        question = asked and read_entry(where, row | {"question": asked})
+        question = _asked(row.get("question")) and read_entry(where, row)
         if not name or isinstance(name, list) or not question:
             passed.append(f"{where} names no photo and question, with {', '.join([*row][:9])}")
         elif answered and not question["answer"].strip():
@@ -207,7 +213,7 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     kind = next(filter(None, map(entry.get, KINDS)), "")
     lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
     choices = next(filter(None, map(entry.get, CHOICES)), lettered)
-    found = {"question": entry.get("question") or "", "answer": _chosen(answer, choices)}
+    found = {"question": _asked(entry.get("question")), "answer": _chosen(answer, choices)}
     found |= {"answers": answers, "type": kind}
     return found | {"answer": read_question(where, found, answered).target}
 

@@ -1379,6 +1379,22 @@ def test_a_split_that_questions_tell_is_kept(tmp_path, name):
     assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
 
 
+def test_what_tells_another_split_than_its_photo_has_is_counted(tmp_path, capsys):
+    rows = [("1.jpg", "train"), ("2.jpg", "val"), ("1.jpg", "val"), ("3.jpg", "test")]
+    table = "".join(f"{name},A dog,{split}\n" for name, split in rows)
+    asked = [{"image": name, "split": split} | ASKED for name, split in rows]
+    asked[1]["split"] = "test"
+    texts = {"captions.csv": f"image,caption,split\n{table}", "q.json": json.dumps(asked)}
+    folder = lay_out(tmp_path, texts)
+    flags = ["--tasks", "captions,questions", "--questions_file", folder / "q.json"]
+    assert check(folder, *flags, "--split", "karpathy") == 0
+    said = capsys.readouterr().out
+    assert "1 captions are of another split than their photo's first" in said
+    assert "2 questions tell another split than their photo has" in said
+    splits = load_splits(folder / "splits.json")
+    assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+
+
 def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, capsys):
     files = {f"{s}.json": [{"image": n} | ASKED] for s, n in zip(SPLITS, IDS, strict=True)}
     texts = {name: json.dumps(content) for name, content in files.items()}

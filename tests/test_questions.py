@@ -352,6 +352,21 @@ def test_questions_alone(tmp_path, encoder_dir):
     assert answered.returncode == 0 and answered.stdout, answered.stderr
 
 
+def test_a_split_without_questions_is_said(tmp_path, encoder_dir):
+    data = write_questions(write_photos(tmp_path / "data", 24))
+    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 1]
+    assert run("prepare_dataset.py", *flags[:8], *flags[-4:-2]).returncode == 0
+    asked = json.loads((data / "questions.json").read_text())
+    learned = json.loads((data / "splits.json").read_text())["train"]
+    (data / "questions.json").write_text(json.dumps({name: asked[name] for name in learned}))
+    result = run("train.py", *flags)
+    assert "none      of the questions are of the split 'val': they are not scored" in result.stdout
+    command = ["--checkpoint", data / "last.pt", "--data_dir", data, "--task", "questions"]
+    refused = run("evaluate.py", *command)
+    assert refused.returncode == 1
+    assert "no photo of the split 'val' in " in refused.stderr and "has questions" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("question", "answer"),
     [("what runs there?", "a small brown dog"), ("what is it that runs over there?", "dog")],
