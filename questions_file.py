@@ -283,11 +283,15 @@ def convert_vqa(
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {str(entry["question_id"]): entry["question"] for entry in asked["questions"]}
+    texts: dict[tuple[str, ...], Any] = {}
+    for entry in asked["questions"]:  # whose ids may count anew for each photo
+        key = str(entry["question_id"]), str(entry.get("image_id"))
+        texts[key] = texts[key[:1]] = entry["question"]
     passed = 0
     for entry in answered["annotations"]:
         try:
-            asked_of = {"question": texts.get(str(entry["question_id"]))}
+            key = str(entry["question_id"]), str(entry["image_id"])
+            asked_of = {"question": texts.get(key, texts.get(key[:1]))}
             question = read_entry("it", entry | asked_of, answered=True)
         except UserError:
             passed += 1

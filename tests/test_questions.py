@@ -70,20 +70,22 @@ def test_vqa_files_become_questions(tmp_path):
         "questions": [
             {"question_id": 7, "image_id": 42, "question": "Is it raining?"},
             {"question_id": 8, "image_id": 42, "question": "How many dogs?"},
+            {"question_id": 7, "image_id": 43, "question": "Is it day?"},
         ],
     }
     answered = {
         "annotations": [
             {
                 "question_id": q,
-                "image_id": 42,
+                "image_id": image,
                 "question_type": kind,
                 "multiple_choice_answer": best,
                 "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers)],
             }
-            for q, kind, best, answers in (
-                (7, "is it", "no", ["no"] * 8 + ["yes"] * 2),
-                (8, "how many", "2", ["2"] * 10),
+            for q, image, kind, best, answers in (
+                (7, 42, "is it", "no", ["no"] * 8 + ["yes"] * 2),
+                (8, 42, "how many", "2", ["2"] * 10),
+                (7, 43, "is it", "yes", ["yes"] * 10),
             )
         ]
     }
@@ -92,7 +94,8 @@ def test_vqa_files_become_questions(tmp_path):
     pair = [str(tmp_path / "q.json")], [str(tmp_path / "a.json")]
     convert_vqa(*pair, tmp_path / "questions.json", tmp_path / "images")
     found = load_questions(tmp_path / "questions.json")
-    assert list(found) == ["COCO_val2014_000000000042.jpg"]
+    assert list(found) == [f"COCO_val2014_0000000000{number}.jpg" for number in (42, 43)]
+    assert [text.question for text in found.popitem()[1]] == ["Is it day?"]  # ids count anew
     first, second = found["COCO_val2014_000000000042.jpg"]
     assert (first.question, first.target, first.kind) == ("Is it raining?", "no", "is it")
     assert len(first.answers) == 10 and second.target == "2"
