@@ -102,6 +102,7 @@ class Captions:
     mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
     older: int = 0  # files in another encoding than UTF-8
     splits: dict[str, str] = field(default_factory=dict)  # of photos, where the file says them
+    mixed: int = 0  # captions of another split than the first that their photo is said to be of
     links: list[Path] = field(default_factory=list)  # texts that lie outside their folder
 
     def add(self, name: str, captions: Iterable[str], where: object, split: object = "") -> None:
@@ -111,7 +112,7 @@ class Captions:
             return
         name = name_within(where, name)
         if split := split_in(split):
-            self.splits[name] = split
+            self.mixed += self.splits.setdefault(name, split) != split
         texts = [*captions] or [""]
         if odd := [text for text in texts if not isinstance(text, str)]:
             raise UserError(f"{where}: {name!r} has a caption that is no text: {odd[0]!r}")
@@ -161,6 +162,9 @@ class Captions:
             sample = next((text for text in texts if not text.isascii()), "")
             print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
             print("  if it is another, convert what was read by iconv -f ENCODING -t UTF-8")
+        if self.mixed:
+            print(f"  {self.mixed:,} captions are of another split than their photo's first, which")
+            print("  counts for all of them: splits are by photo")
         for line in self.passed[:10]:
             print(f"  passed over: {brief(line)}")
         if len(self.passed) > 10:
@@ -368,9 +372,11 @@ def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
     for called, part in parts.items():
         for photo, texts in part.texts.items():
             found.texts.setdefault(photo, []).extend(texts)
-        if split := split_in(called):
-            found.splits |= dict.fromkeys(part.texts, split)
-        found.splits |= part.splits
+        split = split_in(called)
+        told = (dict.fromkeys(part.texts, split) if split else {}) | part.splits
+        clash = [name for name in told if found.splits.get(name, told[name]) != told[name]]
+        found.splits = told | found.splits
+        found.mixed += part.mixed + sum(len(part.texts[name]) for name in clash)
         found.passed += part.passed
         found.links += part.links
         found.mended += part.mended

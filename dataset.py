@@ -174,20 +174,32 @@ def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict
 def read_question(where: str, entry: Mapping[str, Any], answered: bool = True) -> Text:
     """An entry of questions.json, and of other files brought to its form; refused where it lacks
     a question, or where it is to be `answered`, an answer."""
-    answers = entry.get("answers", [])
-    several = answers if isinstance(answers, list) else [None]
-    texts = [entry.get("question"), entry.get("answer", ""), entry.get("type", ""), *several]
-    texts[1:] = [str(each) if isinstance(each, int | float) else each for each in texts[1:]]
+    answers = entry.get("answers") or []
+    several = map(as_text, answers) if isinstance(answers, list) else [None]
+    question = entry.get("question")
+    texts = [question, as_text(entry.get("answer")), as_text(entry.get("type")), *several]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} has a question whose parts are no text: {entry!r}")
     question, answer, kind, *answers = (SURROGATES.sub("\ufffd", text) for text in texts)
     if not question.strip():
         raise UserError(f"{where} has an empty question")
+    answers = [each for each in answers if each.strip()]
     if not answer.strip() and answers:
-        answer = Counter(answers).most_common(1)[0][0]
+        counts = Counter(map(normalize, answers))  # "Yes." and "yes" are one answer
+        answer = max(answers, key=lambda each: counts[normalize(each)])
     if answered and not answer.strip():
         raise UserError(f"{where} has a question without an answer: {question!r}")
     return Text(answer, question, tuple(answers), kind)
+
+
+def as_text(value: Any) -> Any:
+    """A JSON value as a text, if it is a number (3.0 is "3", as pandas makes of whole ones where
+    some are missing) or nothing, as NaN is; what is neither stays as it is."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | float) else value
 
 
 def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:

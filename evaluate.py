@@ -101,7 +101,7 @@ class Scored:
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
             splits, split = self.paths.splits, settings.split
-            raise UserError(f"{splits} has no photo to score in the split {split!r}")
+            raise UserError(f"no photo of the split {split!r} in {splits} has {settings.task}")
         if left := len(self.splits[settings.split]) - len(names):
             print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)

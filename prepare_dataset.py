@@ -372,8 +372,7 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
         if "captions" in tasks:
             paths, note, known = ensure_captions(settings, paths)
         if "questions" in tasks:
-            paths, told = ensure_questions(settings, paths)
-            known = told | known
+            paths, known = ensure_questions(settings, paths, known)
         names = list(load_texts(paths, tasks))
         found = find_images(names, paths.images, settings.MAX_BAD_IMAGES, settings.follow_links)
         write_splits(settings, paths, found, note, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from captions_file import (
     texts_of,
 )
 from captions_search import are_alike, held_or_converted, holds, lists_among, names_in, read_lists
-from dataset import OTHER_SPLITS, DataPaths, load_questions, read_question, split_in
+from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
@@ -35,6 +35,7 @@ ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
+LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
@@ -46,16 +47,23 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
 
 
 def ensure_questions(
-    settings: SimpleNamespace, paths: DataPaths
+    settings: SimpleNamespace, paths: DataPaths, known: Mapping[str, str]
 ) -> tuple[DataPaths, dict[str, str]]:
-    """Have the questions by the photos' real names; say where, and the split they tell of each."""
+    """Have the questions by the photos' real names; say where, and which split each photo is of:
+    the `known` one, or the first that they tell."""
     place = questions_source(settings, paths)
     source = place if settings.QUESTIONS_FILE or place.is_file() else paths.data_dir
     if not source.exists():
         raise UserError(f"{source} is missing: --questions_file names a file or a folder")
     texts = match_names(find_questions(source), paths.images)
-    told = [(name, each.get("split")) for name, group in texts.items() for each in group]
-    splits = {name: split for name, said in reversed(told) if (split := split_in(said))}
+    asked = [(name, split_in(each.get("split"))) for name in texts for each in texts[name]]
+    told = [(name, split) for name, split in asked if split]
+    splits = dict(reversed(told)) | known
+    if others := sum(splits[name] != split for name, split in told):
+        print(
+            f"{others:,} questions tell another split than their photo has by its captions or its "
+            "first question, which counts: splits are by photo"
+        )
     return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
@@ -115,7 +123,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     passed = []
     for where, row in rows:
         name = photo_in(next((row[key] for key in photos if row.get(key)), ""))
-        question = row.get("question") and read_entry(where, row)
+        question = _asked(row.get("question")) and read_entry(where, row)
         if not name or isinstance(name, list) or not question:
             passed.append(f"{where} names no photo and question, with {', '.join([*row][:9])}")
         elif answered and not question["answer"].strip():
@@ -158,10 +166,16 @@ def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
             return [row | each for each in asked]
     turns = next((row[talk] for talk in TALKS if row.get(talk) in lists), [])
     said = [" ".join(map(str, texts_of(each.get("value", each.get("content"))))) for each in turns]
-    pairs = zip(turns[1:], (PLACE.sub("", text).strip() for text in said), said[1:], strict=False)
+    pairs = zip(turns[1:], map(_asked, said), said[1:], strict=False)
     told = [(asked, answer) for turn, asked, answer in pairs if speaker(turn) in ANSWERING]
     talked = [row | {"question": q, "answer": a} for q, a in told if not TO_CAPTION.search(q)]
     return talked if turns else [row]
+
+
+def _asked(said: Any) -> Any:
+    """A question, without the mark of where its photo stands; nothing for NaN."""
+    said = as_text(said)
+    return PLACE.sub("", said).strip() if isinstance(said, str) else said
 
 
 def _rows(table: Table) -> list[Entry]:
@@ -195,32 +209,38 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
     several = next(filter(None, lists), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
-    answer = next((text for text in own if text not in (None, "") and text is not several), "")
+    answer = next((each for each in own if as_text(each) != "" and each is not several), "")
     kind = next(filter(None, map(entry.get, KINDS)), "")
-    choices = next(filter(None, map(entry.get, CHOICES)), None)
-    found = {"question": entry.get("question") or "", "answer": _chosen(answer, choices)}
+    lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
+    choices = next(filter(None, map(entry.get, CHOICES)), lettered)
+    found = {"question": _asked(entry.get("question")), "answer": _chosen(answer, choices)}
     found |= {"answers": answers, "type": kind}
     return found | {"answer": read_question(where, found, answered).target}
 
 
 def _chosen(answer: Any, choices: Any) -> Any:
     """An answer; where it is the number (from 0), letter or key of one of the choices, that one."""
-    said = str(answer).strip(" .()")
-    if isinstance(choices, dict) and said in choices:  # {"A": "a dog", "B": "a cat"}
-        return choices[said]
+    said = str(as_text(answer)).strip(" .()")
+    if isinstance(choices, dict):  # {"A": "a dog", "B": "a cat"}
+        return choices.get(said, choices.get(said.upper(), answer))
     choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
-    if len(choices) < 2 or said in map(str, choices):
+    # Among texts a number is a place, as IconQA's 0 of ["2", "0"]; as a text it may be one of them.
+    counted = isinstance(answer, int | float) and all(isinstance(each, str) for each in choices)
+    if len(choices) < 2 or (said in map(str, choices) and not counted):
         return answer
-    place = int(said) if said.isdecimal() else ord(said) - ord("A") if len(said) == 1 else -1
+    letter = ord(said.upper()) - ord("A") if len(said) == 1 else -1
+    place = int(said) if said.isdecimal() else letter
     return choices[place] if 0 <= place < len(choices) else answer
 
 
 def _people(said: Any) -> list[Any]:
-    """Several people's answers, or a single one, each a value or an object that has it."""
+    """Several people's answers, or a single one, each a value or an object that has it, or all in
+    an object's list, as `datasets` writes them."""
+    if isinstance(said, dict) and isinstance(inner := said.get("answer", said.get("text")), list):
+        said = inner
     said = said if isinstance(said, list) else [said]
     answers = [each.get("answer") if isinstance(each, dict) else each for each in said]
-    answers = [str(each) if isinstance(each, int | float) else each for each in answers]
-    return [each for each in answers if str(each or "").strip()]
+    return [each for each in map(as_text, answers) if str(each or "").strip()]
 
 
 def convert_vqa(
@@ -263,11 +283,15 @@ def convert_vqa(
 def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts = {str(entry["question_id"]): entry["question"] for entry in asked["questions"]}
+    texts: dict[tuple[str, ...], Any] = {}
+    for entry in asked["questions"]:  # whose ids may count anew for each photo
+        key = str(entry["question_id"]), str(entry.get("image_id"))
+        texts[key] = texts[key[:1]] = entry["question"]
     passed = 0
     for entry in answered["annotations"]:
         try:
-            asked_of = {"question": texts.get(str(entry["question_id"]))}
+            key = str(entry["question_id"]), str(entry["image_id"])
+            asked_of = {"question": texts.get(key, texts.get(key[:1]))}
             question = read_entry("it", entry | asked_of, answered=True)
         except UserError:
             passed += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shlex
 import sys
@@ -104,6 +105,10 @@ class Report(contextlib.AbstractContextManager):
         scored = min(there, settings.SCORED_IMAGES)
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
             print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
+        for task, split in itertools.product(data.tasks, ("train", "val")):
+            if (names := data.splits[split]) and not prompts_about(data.texts, names, task):
+                what = "learned" if split == "train" else "scored"
+                print(f"none      of the {task} are of the split {split!r}: they are not {what}")
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         if 0 < updates < FEW_UPDATES and not settings.START_CHECKPOINT:
             print(

@@ -1345,6 +1345,9 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": "['blue', 'red']", "answer": "(B)"},
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
+                {"options": ["blue", "red"], "answer": "b"},
+                {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
+                {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
@@ -1372,6 +1375,22 @@ def test_a_split_that_questions_tell_is_kept(tmp_path, name):
     folder = lay_out(tmp_path, {name: text})
     flags = ["--tasks", "questions", "--questions_file", folder / name, "--split", "karpathy"]
     assert check(folder, *flags) == 0
+    splits = load_splits(folder / "splits.json")
+    assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
+
+
+def test_what_tells_another_split_than_its_photo_has_is_counted(tmp_path, capsys):
+    rows = [("1.jpg", "train"), ("2.jpg", "val"), ("1.jpg", "val"), ("3.jpg", "test")]
+    table = "".join(f"{name},A dog,{split}\n" for name, split in rows)
+    asked = [{"image": name, "split": split} | ASKED for name, split in rows]
+    asked[1]["split"] = "test"
+    texts = {"captions.csv": f"image,caption,split\n{table}", "q.json": json.dumps(asked)}
+    folder = lay_out(tmp_path, texts)
+    flags = ["--tasks", "captions,questions", "--questions_file", folder / "q.json"]
+    assert check(folder, *flags, "--split", "karpathy") == 0
+    said = capsys.readouterr().out
+    assert "1 captions are of another split than their photo's first" in said
+    assert "2 questions tell another split than their photo has" in said
     splits = load_splits(folder / "splits.json")
     assert splits == {"train": ["1.jpg"], "val": ["2.jpg"], "test": ["3.jpg"]}
 
@@ -1411,6 +1430,9 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     rows = "/data/local-files/?d=1.jpg,Which?,red\nhttps://x.org/2.jpg?w=3,Which?,red\n"
     file.write_text(f"image,question,answer\n{rows}")
     assert [*read_questions(file)] == ["1.jpg", "https://x.org/2.jpg"]  # as captions call them
+    file.with_suffix(".json").write_text('[{"image": "1.jpg", "question": NaN}]')
+    with pytest.raises(UserError, match="names no photo and question, with image, question:"):
+        read_questions(file.with_suffix(".json"))
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
@@ -1437,6 +1459,12 @@ def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
         ({"answer": 0}, "0", []),
         ({"answer": "A", "choices": "A) a dog, B) a cat"}, "A", []),
         ({"answer": 2, "choices": [1, 2, 3]}, "2", []),
+        ({"answer": 0, "choices": ["2", "0"]}, "2", []),  # IconQA
+        ({"answer": "0", "choices": ["2", "0"]}, "0", []),
+        ({"answer": 2.0}, "2", []),
+        ({"answer": float("nan"), "answers": [float("nan"), 2.5]}, "2.5", ["2.5"]),
+        ({"answers": {"answer": ["red", "blue"], "answer_id": [1, 2]}}, "red", ["red", "blue"]),
+        ({"answers": ["no", "Yes", "no", "yes.", "yes"]}, "Yes", "no Yes no yes. yes".split()),
         ({"answers": ["", "red", None]}, "red", ["red"]),
         ({"answer": {"text": "red"}}, None, None),
         ({"answers": ["red", ["blue"]]}, None, None),

@@ -57,8 +57,11 @@ def test_the_most_common_answer_is_learned_and_all_are_kept(tmp_path):
     assert question == Text("dark red", "what color?", tuple(answers))
     path.write_text(json.dumps({"a.jpg": [{"question": "how many?", "answer": 3}]}))
     assert load_questions(path)["a.jpg"] == [Text("3", "how many?")]
-    path.write_text(json.dumps({"a.jpg": [{"question": "what color?"}]}))
+    path.write_text(json.dumps({"a.jpg": [{"question": "what color?", "answer": None}]}))
     assert load_questions(path, answered=False)["a.jpg"] == [Text(question="what color?")]
+    variants = ["", "no", "Yes", "no", "yes.", "yes"]
+    path.write_text(json.dumps({"a.jpg": [{"question": "is it?", "answers": variants}]}))
+    assert load_questions(path)["a.jpg"] == [Text("Yes", "is it?", tuple(variants[1:]))]
 
 
 def test_vqa_files_become_questions(tmp_path):
@@ -67,20 +70,22 @@ def test_vqa_files_become_questions(tmp_path):
         "questions": [
             {"question_id": 7, "image_id": 42, "question": "Is it raining?"},
             {"question_id": 8, "image_id": 42, "question": "How many dogs?"},
+            {"question_id": 7, "image_id": 43, "question": "Is it day?"},
         ],
     }
     answered = {
         "annotations": [
             {
                 "question_id": q,
-                "image_id": 42,
+                "image_id": image,
                 "question_type": kind,
                 "multiple_choice_answer": best,
                 "answers": [{"answer": a, "answer_id": n} for n, a in enumerate(answers)],
             }
-            for q, kind, best, answers in (
-                (7, "is it", "no", ["no"] * 8 + ["yes"] * 2),
-                (8, "how many", "2", ["2"] * 10),
+            for q, image, kind, best, answers in (
+                (7, 42, "is it", "no", ["no"] * 8 + ["yes"] * 2),
+                (8, 42, "how many", "2", ["2"] * 10),
+                (7, 43, "is it", "yes", ["yes"] * 10),
             )
         ]
     }
@@ -89,7 +94,8 @@ def test_vqa_files_become_questions(tmp_path):
     pair = [str(tmp_path / "q.json")], [str(tmp_path / "a.json")]
     convert_vqa(*pair, tmp_path / "questions.json", tmp_path / "images")
     found = load_questions(tmp_path / "questions.json")
-    assert list(found) == ["COCO_val2014_000000000042.jpg"]
+    assert list(found) == [f"COCO_val2014_0000000000{number}.jpg" for number in (42, 43)]
+    assert [text.question for text in found.popitem()[1]] == ["Is it day?"]  # ids count anew
     first, second = found["COCO_val2014_000000000042.jpg"]
     assert (first.question, first.target, first.kind) == ("Is it raining?", "no", "is it")
     assert len(first.answers) == 10 and second.target == "2"
@@ -347,6 +353,21 @@ def test_questions_alone(tmp_path, encoder_dir):
     told = shlex.split(result.stdout.splitlines()[-1])  # the command that the end names
     answered = run(*told[1:])
     assert answered.returncode == 0 and answered.stdout, answered.stderr
+
+
+def test_a_split_without_questions_is_said(tmp_path, encoder_dir):
+    data = write_questions(write_photos(tmp_path / "data", 24))
+    flags = [*small_flags(data, encoder_dir), "--tasks", "captions,questions", "--epochs", 1]
+    assert run("prepare_dataset.py", *flags[:8], *flags[-4:-2]).returncode == 0
+    asked = json.loads((data / "questions.json").read_text())
+    learned = json.loads((data / "splits.json").read_text())["train"]
+    (data / "questions.json").write_text(json.dumps({name: asked[name] for name in learned}))
+    result = run("train.py", *flags)
+    assert "none      of the questions are of the split 'val': they are not scored" in result.stdout
+    command = ["--checkpoint", data / "last.pt", "--data_dir", data, "--task", "questions"]
+    refused = run("evaluate.py", *command)
+    assert refused.returncode == 1
+    assert "no photo of the split 'val' in " in refused.stderr and "has questions" in refused.stderr
 
 
 @pytest.mark.parametrize(
