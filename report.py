@@ -236,12 +236,17 @@ class Report(contextlib.AbstractContextManager):
             return
         curves, samples = run.output / "training_curves.png", run.output / "samples.png"
         try:
-            draw_curves(history, curves)
-            humans = references_of(self.data.texts, history[-1]["samples"])
-            drawn = draw_samples(history, self.data.paths.images, samples, humans)
+            from matplotlib import style  # takes a second
+
+            with style.context(
+                "default"
+            ):  # a matplotlibrc may want LaTeX, or fonts that aren't here
+                draw_curves(history, curves)
+                humans = references_of(self.data.texts, history[-1]["samples"])
+                drawn = draw_samples(history, self.data.paths.images, samples, humans)
             print(f"pictures: {curves}{f', {samples}' if drawn else ''}")
-        except (UserError, OSError) as error:
-            print(f"pictures can't be drawn: {error}")
+        except Exception as error:  # noqa: BLE001 - a broken matplotlibrc fails in any way
+            print(f"pictures can't be drawn: {shown(error)}")
 
 
 def scores_of(entry: Mapping[str, Any]) -> dict[str, float]:

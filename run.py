@@ -377,8 +377,10 @@ def keep_apart(run: Run) -> Progress:
     set_aside([run.output / name for name in standing if name not in progress.written])
     for measure in KEPT:
         bests = run.bests(measure)
-        if bests and run.file_of(measure, bests[-1]).name not in progress.written:
+        if bests and (file := run.file_of(measure, bests[-1])).name not in progress.written:
             progress.since[measure] = progress.epoch
+            best = f"the best so far in {MEASURES[measure].label} ({bests[-1][measure]:.4g})"
+            print(f"resumed   without {file}, {best}: what comes is not compared with it")
     return progress
 
 

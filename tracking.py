@@ -85,6 +85,10 @@ class Tracker:
             return wandb.init(**options, mode=None if known else "offline", settings=settings)
         except (wandb.Error, OSError) as error:
             reason = first_line(error)
+            wandb.teardown()  # or the run that didn't begin keeps its id, which a resumed one has
+            if options["id"] and "created and deleted" in reason:  # an id that is never taken again
+                self._report(f"tracking: in a new run, as {options['id']} was deleted there")
+                return self._begin(options | {"id": None})
             self._report(
                 f"tracking: Weights & Biases can't be reached ({reason}); tracking offline"
             )

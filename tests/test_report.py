@@ -171,6 +171,21 @@ def test_a_picture_that_can_not_be_written_spoils_nothing(tmp_path, encoder_dir,
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("settings", "drawn"), [(b"text.usetex: True\n", True), (b"font.family: caf\xe9\n", False)]
+)
+def test_what_its_user_has_set_for_matplotlib_spoils_nothing(
+    tmp_path, encoder_dir, settings, drawn
+):
+    (tmp_path / "matplotlibrc").write_bytes(settings)
+    data = write_photos(tmp_path / "data", 24)
+    flags = [*small_flags(data, encoder_dir), "--epochs", 1]
+    result = run("train.py", *flags, pictures=True, MATPLOTLIBRC=str(tmp_path))
+    assert result.returncode == 0 and "best checkpoint" in result.stdout, result.stderr
+    assert (data / "samples.png").exists() == drawn
+    assert ("pictures can't be drawn" in result.stdout) != drawn
+
+
 def test_a_command_names_a_script_that_is_found_from_where_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
     assert beside("train.py") == "train.py"

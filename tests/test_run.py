@@ -90,6 +90,7 @@ def test_resumed_again_and_again_no_more_checkpoints_stay_than_asked_for(six, tm
         more = ["--output_dir", output, "--keep_checkpoints", 1, "--epochs", epochs]
         resumed = run("train.py", *flags, *more, "--resume_checkpoint_path", output / "last.pt")
         assert resumed.returncode == 0, resumed.stderr
+        assert "the best so far" not in resumed.stdout
     kept = {path.stem for path in output.glob("captioner_epoch_*")}
     assert len(kept) == 1 and "epoch_3" in kept.pop()
 
@@ -115,6 +116,9 @@ def test_going_on_in_an_empty_folder_names_files_that_are_there(six, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     named = [word for word in resumed.stdout.split() if word.endswith(".safetensors")]
     assert named and all(Path(name).is_file() for name in named)
+    # Or a worse epoch would be called the best, and nobody knew why.
+    assert "captioner_best_cider.safetensors, the best so far in CIDEr-D" in resumed.stdout
+    assert "the best so far in cross-entropy" in resumed.stdout
 
 
 def test_scoring_other_photos_leaves_the_losses_comparable(six, tmp_path):

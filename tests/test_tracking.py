@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,17 +195,33 @@ def test_a_server_that_can_not_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2)
     said: list[str] = []
     started = time.monotonic()
-    tracker = tracking.Tracker(tmp_path, project="p", config={}, report=said.append)
+    # Resumed, whose id the attempt to reach the server must not keep.
+    tracker = tracking.Tracker(tmp_path, project="p", run_id="x1", config={}, report=said.append)
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     assert time.monotonic() - started < 80  # of 90 that the library would wait
-    assert "can't be reached" in said[0] and "offline" in said[0]
+    assert "can't be reached" in said[0] and "offline" in said[0] and tracker.run_id == "x1"
     assert "wandb sync" in said[-1]
     rows: list[dict] = []
     while not rows and time.monotonic() - started < 120:  # its process writes when it gets to it
         time.sleep(0.05)
         rows = [row for session in sessions(tmp_path) for row in history(session)]
     assert rows[0]["loss"] == 1.0
+
+
+def test_a_resumed_run_that_was_deleted_there_is_begun_anew(tmp_path, monkeypatch):
+    import wandb
+
+    def init(**options):
+        if options["id"]:
+            raise wandb.errors.CommError("HTTP 409: run me/p/x1 was previously created and deleted")
+        return SimpleNamespace(id="x2", url="", settings=SimpleNamespace(mode=options["mode"]))
+
+    for name, made in {"init": init, "login": lambda **_: True, "teardown": lambda: None}.items():
+        monkeypatch.setattr(wandb, name, made)
+    said: list[str] = []
+    tracker = tracking.Tracker(tmp_path, project="p", run_id="x1", report=said.append)
+    assert tracker.run_id == "x2" and "x1 was deleted there" in said[0] and "is sent" in said[1]
 
 
 # The library reads its environment once a process.
