@@ -238,9 +238,8 @@ class Report(contextlib.AbstractContextManager):
         try:
             from matplotlib import style  # takes a second
 
-            with style.context(
-                "default"
-            ):  # a matplotlibrc may want LaTeX, or fonts that aren't here
+            # A matplotlibrc may want LaTeX, or fonts that aren't here.
+            with style.context("default"):
                 draw_curves(history, curves)
                 humans = references_of(self.data.texts, history[-1]["samples"])
                 drawn = draw_samples(history, self.data.paths.images, samples, humans)
