@@ -233,8 +233,9 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     for name in names:
         ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
         photos = [place / end for end in ways] if place else [folder / name]
-        # Its own text counts before one that a photo of another suffix may share.
-        ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")
+        # Its own text counts before one that a photo of another suffix may share, unless that of
+        # photo.jpg may be photo.jpg.png's.
+        ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")[name in stems :]
         files = (photo.with_suffix(end) for photo in photos for end in ends)
         if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
             found.add(name, lines, file)

@@ -141,6 +141,7 @@ class Captioner:
         check_ranges(SimpleNamespace(batch_size=batch_size))
         asked = itertools.repeat(questions or "") if same else asked
         pictures = [pictures] if _is_one(pictures) else pictures
+        pictures = pictures if isinstance(pictures, Sequence) else map(_still, pictures)
         pairs = zip(pictures, asked, strict=not same)
         # By which picture it is: to compare them, Pillow would look at every pixel.
         grouped = itertools.groupby(
@@ -260,6 +261,13 @@ class Captioner:
         return self.encoder.open(picture)
 
 
+def _still(picture: Picture) -> Picture:
+    """A picture that stays: an animation's frames are one object, which Pillow changes."""
+    with contextlib.suppress(AttributeError, IndexError, OSError, ValueError, ImageError):
+        return as_rgb(picture) if picture.is_animated else picture
+    return picture
+
+
 def _is_one(pictures: object) -> bool:
     """Is it a picture (a Pillow image, a file's name, an open file) or nothing of the kind, and not
     several?"""
@@ -321,7 +329,9 @@ def write_all(
     writer = open_output(args, [photo for photo, _ in items], asked, files) if args.write else None
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
-        print(f"{len(items) - len(left)} of {len(items)} are written already", file=sys.stderr)
+        where = f" in {args.output}, by names that other folders' photos may have: name all at once"
+        said = f"{len(items) - len(left)} of {len(items)} are written already"
+        print(said + shown(where) * bool(args.output), file=sys.stderr)
     alone = len(items) == len(args.paths) == 1 and not Path(args.paths[0]).expanduser().is_dir()
     table: dict[str, Any] = {}
     bad: dict[str, str] = {}

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError, check_output, lock, shown, write_error, write_file
+from photo_names import is_photo
+from utils import UserError, check_output, files_in, lock, read_text, shown, write_error, write_file
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class TextFiles:
     def __init__(
         self, folder: Path | None, existing: str, photos: Sequence[Photo], inputs: Iterable[Path]
     ):
-        """Where `photo.txt` would be several photos', have `photo.jpg.txt` and `photo.png.txt`: one
-        that came later doesn't take another's text for its own. Refuse where that is not enough,
-        or one of the `inputs`."""
+        """Where `photo.txt` would be several photos', given or beside these, have `photo.jpg.txt`
+        and `photo.png.txt`: one that came later doesn't take another's text for its own. Refuse
+        where that is not enough, or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
         for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
@@ -46,9 +47,15 @@ class TextFiles:
             place = folder.joinpath(*parts) if folder else photo.file
             self.targets[photo] = Path(os.path.abspath(place.with_suffix(".txt")))
         sharing = Counter(self.targets.values())
+        beside = {
+            place: Counter(Path(name).stem for name in files_in(place, False) if is_photo(name))
+            for place in {photo.file.parent for photo in photos}
+        }
         taken = {Path(os.path.abspath(file)) for file in inputs}
+        shared = set()
         for photo, target in self.targets.items():
-            if sharing[target] > 1:
+            if sharing[target] > 1 or beside[photo.file.parent][photo.file.stem] > 1:
+                shared.add(target)
                 self.targets[photo] = target = target.with_name(f"{photo.file.name}.txt")
             if target in taken:
                 raise UserError(
@@ -56,27 +63,39 @@ class TextFiles:
                     "--output, or name folders one by one"
                 )
             taken.add(target)
+        if unclear := sorted(filter(os.path.isfile, shared - taken)):
+            said = (
+                f"{len(unclear)} texts may be of any of several photos, first {unclear[0]}: what is"
+            )
+            print(shown(f"{said} written counts before it, photo.jpg.txt, ..."), file=sys.stderr)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
         target = self.targets[photo]
         if self.existing == "error" and os.path.exists(target):
             raise UserError(f"{target} is there: use --existing skip or overwrite")
-        if self.existing != "skip":
-            return True
-        # An empty one is none of ours: other programs leave such for photos that have no text yet.
-        return not os.path.exists(target) or not os.path.getsize(target)
+        if self.existing == "append":
+            _text(target)  # one that can't be read is said before the work begins
+        # An empty one is none of ours: programs and people leave such where no text is yet.
+        there = self.existing == "skip" and os.path.isfile(target) and target.read_bytes().strip()
+        if not there:
+            check_output("--output", target)
+        return not there
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
         for photo, group in itertools.groupby(rows, lambda row: row[0]):
             target = self.targets[photo]
             lines = [text.encode(errors="backslashreplace") for _, _, text in group]
-            added = self.existing == "append" and target.exists()
-            if added and (there := target.read_bytes().rstrip(b"\r\n")):
-                lines.insert(0, there)
+            if self.existing == "append" and (there := _text(target)):
+                lines.insert(0, there.encode())
             content = b"\n".join([*lines, b""])
             write_file(target, content, "name another folder with --output")
+
+
+def _text(file: Path) -> str:
+    """What is in a text that is to be longer, in whatever encoding people's editors wrote it."""
+    return read_text(file, older=True).rstrip("\r\n") if file.exists() else ""
 
 
 class Table:
@@ -102,10 +121,12 @@ class Table:
         if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
         there = b"" if existing == "overwrite" else there
-        # An editor leaves a last line of JSON without its end, a killed run half of one.
-        whole = there.endswith(b"}") and not self.csv
-        self.keep = len(there) if whole else there.rfind(b"\n") + 1
-        if last := there[self.keep :].decode(errors="replace"):
+        # Editors and spreadsheets leave a last line without its end, a killed run half of one: a
+        # table is others' as long as its last line end is Windows', which is ours at the next.
+        end = there.rfind(b"\n") + 1
+        whole = there[:end].endswith(b"\r\n") if self.csv else there.endswith(b"}")
+        self.keep = len(there.rstrip(b"\r\n")) if whole else end
+        if last := there[self.keep :].decode(errors="replace").strip():
             print(
                 f"{path}: its last line has no end, and is dropped: {shown(last)}", file=sys.stderr
             )
@@ -127,8 +148,8 @@ class Table:
             return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             raise UserError(
-                f"{self.path} holds other rows than this run would write: give another --output, "
-                "or --existing overwrite"
+                f"{self.path} holds other rows than this run would write, or is not UTF-8 with "
+                "commas (Excel: save as CSV UTF-8): give another --output, or --existing overwrite"
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
@@ -169,8 +190,6 @@ def open_output(
     if args.write == "txt":
         if asked:
             raise UserError("--write txt is for captions: write answers with --write jsonl or csv")
-        if place:
-            check_output("--output", place / "photo.txt")
         return TextFiles(place, args.existing, photos, read)
     folder = Path(args.paths[0]).expanduser() if len(args.paths) == 1 else Path.cwd()
     path = place or (folder if folder.is_dir() else folder.parent)

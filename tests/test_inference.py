@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import inference
 from encoder import ImageError
@@ -143,7 +143,7 @@ def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption,
     (folder / "a.png.txt").unlink()  # as in a run that was killed between the two
     again = caption(folder, *kind, "skip")
     assert again.returncode == 0 and len((folder / "a.png.txt").read_text().splitlines()) == 1
-    assert b.read_bytes().startswith(b"caf\xe9\na ") and b.read_bytes().count(b"\n") == 3
+    assert b.read_text("utf-8").startswith("café\na ") and b.read_bytes().count(b"\n") == 3
     before = sorted(folder.rglob("*"))
     out = tmp_path / "out"
     result = caption(folder / "b.PNG", folder / "sub", *kind, "overwrite", "--output", out)
@@ -161,6 +161,39 @@ def test_a_namesake_that_comes_later_is_captioned_too(folder, caption):
     assert (folder / "a.png.txt").exists() and (folder / "a.jpg.txt").exists()
 
 
+def test_photos_given_one_by_one_take_no_text_of_anothers(folder, caption):
+    paint("blue", "right", 9).save(folder / "a.png")
+    for name in ("a.jpg", "a.png"):
+        result = caption(folder / name, "--write", "txt")
+        assert result.stdout and (folder / f"{name}.txt").read_text() == result.stdout
+    (folder / "a.txt").write_text("whose?\n")
+    result = caption(folder, "--write", "txt")
+    assert "1 texts may be of any of several photos" in result.stderr and "a.txt: " in result.stderr
+    for place in (folder, folder / "sub"):  # one folder after the other, into one place
+        paint("blue", "left", 7).save(place / "e.png")
+        result = caption(place / "e.png", "--write", "csv", "--output", folder / "all.csv")
+    assert (
+        "1 of 1" in result.stderr
+        and "by names that other folders' photos may have" in result.stderr
+    )
+
+
+def test_people_s_own_texts_are_added_to_in_any_encoding(folder, caption):
+    (folder / "a.txt").write_bytes("schön\r\n".encode("utf-16"))
+    (folder / "b.txt").write_bytes("schön".encode("cp1252"))
+    (folder / "sub/c.txt").write_bytes(b"\n")  # emptied by hand
+    assert caption(folder, "--write", "txt", "--existing", "append").returncode == 0
+    for name in ("a.txt", "b.txt"):
+        assert (folder / name).read_text("utf-8").startswith("schön\n")
+    (folder / "sub/c.txt").write_bytes(b"\n")
+    assert "3 of 4 are written" in caption(folder, "--write", "txt").stderr
+    foreign = "一只狗在草地上奔跑".encode("gb18030")
+    (folder / "b.txt").write_bytes(foreign)
+    result = caption(folder, "--write", "txt", "--existing", "append")
+    assert "b.txt is not UTF-8" in result.stderr and result.stdout == ""
+    assert (folder / "b.txt").read_bytes() == foreign
+
+
 @pytest.mark.fault
 def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
     def refused(*_):
@@ -171,6 +204,13 @@ def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
     with contextlib.ExitStack() as files:
         Table(tmp_path / "x.jsonl", "skip", False, files).write([(photo, "", "a dog")])
     assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
+
+
+def test_a_text_s_place_is_checked_before_the_work(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    photo = Photo(tmp_path / "a.jpg", "a.jpg")
+    with pytest.raises(UserError, match="a.txt is a folder"):
+        TextFiles(None, "skip", [photo], []).wanted(photo, "")
 
 
 @pytest.mark.fault
@@ -221,6 +261,7 @@ ROW, CELLS = '{"file_name": "a.jpg", "text": "mine"}\n', "file_name,text\na.jpg,
         ("jsonl", ROW.replace("text", "answer"), "holds other rows"),
         ("csv", "\ufeff" + CELLS.replace("\n", "\r\n"), "1 of 4 are written"),  # as Excel does
         ("csv", CELLS.strip(), "has no end, and is dropped: a.jpg,mine"),
+        ("csv", CELLS.strip().replace("\n", "\r\n"), "1 of 4 are written"),  # as Google Sheets
         ("csv", CELLS.replace("text", "question,answer"), "holds other rows"),
         ("csv", "text,file_name\nmine,a.jpg\n", "holds other rows"),
         ("csv", CELLS.replace("mine", '"mi'), "holds other rows"),
@@ -358,6 +399,10 @@ def test_from_python(trained, folder):
         assert captioner.caption(file) == single[0]
     assert [each.texts[0] for each in captioner.stream(str(paths[0]))] == single[:1]
     assert captioner.explain(paths[0])[1][0].text == single[0]
+    frames = [Image.open(path).convert("RGB").resize((32, 32)) for path in paths]
+    frames[0].save(folder / "frames.tiff", save_all=True, append_images=frames[1:])
+    with Image.open(folder / "frames.tiff") as film:
+        assert captioner.caption(ImageSequence.Iterator(film)) == captioner.caption(frames)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,14 @@ def test_photos_that_differ_in_their_suffix_have_each_its_own_text(tmp_path):
     assert prepared(folder) == {"1.jpg": ["A"], "1.png": ["B"]}
 
 
+def test_a_photo_that_is_called_like_anothers_text(tmp_path):
+    """A photo that was saved anew as PNG: `1.jpg.txt` is `1.jpg.png`'s, as inference.py writes."""
+    folder = lay_out(
+        tmp_path, {"images/1.txt": "A", "images/1.jpg.txt": "B"}, ["1.jpg", "1.jpg.png"]
+    )
+    assert prepared(folder) == {"1.jpg": ["A"], "1.jpg.png": ["B"]}
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
