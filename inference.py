@@ -329,9 +329,9 @@ def write_all(
     writer = open_output(args, [photo for photo, _ in items], asked, files) if args.write else None
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
-        where = f" in {args.output}, by names that other folders' photos may have: name all at once"
+        where = f" in {args.output}, by their names in their folder" if args.output else ""
         said = f"{len(items) - len(left)} of {len(items)} are written already"
-        print(said + shown(where) * bool(args.output), file=sys.stderr)
+        print(said + shown(where), file=sys.stderr)
     alone = len(items) == len(args.paths) == 1 and not Path(args.paths[0]).expanduser().is_dir()
     table: dict[str, Any] = {}
     bad: dict[str, str] = {}

@@ -64,10 +64,8 @@ class TextFiles:
                 )
             taken.add(target)
         if unclear := sorted(filter(os.path.isfile, shared - taken)):
-            said = (
-                f"{len(unclear)} texts may be of any of several photos, first {unclear[0]}: what is"
-            )
-            print(shown(f"{said} written counts before it, photo.jpg.txt, ..."), file=sys.stderr)
+            said = f"{len(unclear)} texts may be of any of several photos, such as {unclear[0]}"
+            print(shown(f"{said}: each gets photo.jpg.txt, which counts first"), file=sys.stderr)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
