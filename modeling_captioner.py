@@ -238,11 +238,12 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         room = self.config.max_position_embeddings - input_ids.shape[1]
         if room < 1:
             raise ValueError(f"a question of {input_ids.shape[1]} tokens leaves no room to answer")
-        wanted = options.pop("max_new_tokens", None)
-        if longest := options.pop("max_length", None):
+        set_by = options if {"max_length", "max_new_tokens"} & {*options} else vars(settings)
+        wanted, longest = set_by.get("max_new_tokens"), set_by.get("max_length")
+        options.pop("max_length", None)
+        if longest and wanted is None:
             wanted = longest - input_ids.shape[1]
-        wanted = (settings.max_new_tokens or room) if wanted is None else wanted
-        options["max_new_tokens"] = min(room, wanted)
+        options["max_new_tokens"] = min(room, room if wanted is None else wanted)
         plain, learned = self.plain(input_ids), self.config.trained["tasks"]
         asked = {"captions": plain, "questions": input_ids == self.config.answer_token_id}
         if strange := [task for task in asked if asked[task].any() and task not in learned]:

@@ -256,7 +256,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if not error.filename:
             raise
-        code = say_error(f"{error.filename}: {error.strerror}")
+        cache = error.errno in WRONG_PLACE and "/.cache" in str(error.filename)
+        remedy = ": set HF_HOME to a folder where you may write" * cache
+        code = say_error(f"{error.filename}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError that only its text tells from others.
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -360,7 +362,8 @@ def atomic_write(path: str | os.PathLike[str], elsewhere: str = "") -> Iterator[
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)
+        with contextlib.suppress(OSError):  # disks of networks may know no modes, or no owner
+            os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
         raise write_error(error, path, elsewhere) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -330,6 +331,47 @@ def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path):
     assert all(len(set(texts)) > 1 for texts in ours[:2])
     theirs = elsewhere(folder, tmp_path, ["", question, other, long], photos)
     assert theirs == [[texts, texts[0]] for texts in ours]
+
+
+def test_a_folder_that_was_not_compared_is_not_left(joint, tmp_path, monkeypatch):
+    from tools import export
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/.cache")
+
+    monkeypatch.setattr(export, "logits_difference", refuse)
+    flags = ["--checkpoint", str(joint / "captioner_best_cider.safetensors"), "--out"]
+    with pytest.raises(PermissionError):
+        export.main([*flags, str(tmp_path / "mine"), "--format", "transformers"])
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_pipeline_that_was_saved_is_whole(folder, joint, tmp_path):
+    """Of a processor of one's own it writes no file: the configuration names the class."""
+    task, photo = "image-text-to-text", str(joint / "images" / "000.png")
+    first = transformers.pipeline(task, str(folder), trust_remote_code=True)
+    first.save_pretrained(tmp_path / "saved")
+    again = transformers.pipeline(task, str(tmp_path / "saved"), trust_remote_code=True)
+    assert again(photo, text="") == first(photo, text="")
+
+
+def test_the_length_is_as_asked(folder, joint):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=[Image.open(joint / "images" / "000.png")])
+    never = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor(2), -1e9)]}
+    whole = transformers.GenerationConfig
+    for asked, length in (
+        ({}, 20),
+        ({"max_length": 6}, 6),
+        ({"max_new_tokens": 6}, 7),
+        ({"generation_config": whole(max_length=6)}, 6),
+        ({"generation_config": whole(max_new_tokens=6)}, 7),
+        ({"generation_config": whole(max_length=6), "max_new_tokens": 8}, 9),
+        ({"max_new_tokens": 1000}, 20),
+    ):
+        ids = model.generate(**inputs, **never, **asked, num_beams=1)
+        assert ids.shape[1] == length, asked
 
 
 def test_pictures_are_seen_there_as_here(folder, joint, tmp_path):

@@ -162,6 +162,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("x")
 
 
+@pytest.mark.fault
+def test_a_disk_that_knows_no_modes_takes_files(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.chmod", refuse)
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "file").read_text() == "x"
+
+
 @pytest.mark.fault(count=3)
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_not_replaced(tmp_path, kind):

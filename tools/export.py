@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,10 +89,14 @@ def as_folder(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     encoder = checkpoint.load_encoder(args.encoder)
     weights = args.with_encoder is not False
-    write_folder(checkpoint, encoder, out, weights)
-    difference = logits_difference(checkpoint, encoder, out, weights)
-    if not difference <= LIMIT:
-        raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
+    try:
+        write_folder(checkpoint, encoder, out, weights)
+        difference = logits_difference(checkpoint, encoder, out, weights)
+        if not difference <= LIMIT:
+            raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
+    except BaseException:  # Ctrl-C, too: what was not compared is not left to be used
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
     print(f"{out}: {size}, logits within {difference:.1g} of ours")
     name = encoder.source["name"]
