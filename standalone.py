@@ -17,8 +17,12 @@ from utils import UserError
 CODE = "modeling_captioner"
 TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-AUTO = {"AutoConfig": "Config", "AutoModelForImageTextToText": "", "AutoModel": ""}
-AUTO["AutoProcessor"] = "Processor"  # of which a pipeline that is saved keeps no file
+AUTO = {
+    "AutoConfig": "Config",
+    "AutoModelForImageTextToText": "",
+    "AutoModel": "",
+    "AutoProcessor": "Processor",  # of which a pipeline that is saved keeps no file
+}
 
 
 def refusal(tower: dict[str, Any]) -> str:
