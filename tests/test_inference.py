@@ -172,10 +172,7 @@ def test_photos_given_one_by_one_take_no_text_of_anothers(folder, caption):
     for place in (folder, folder / "sub"):  # one folder after the other, into one place
         paint("blue", "left", 7).save(place / "e.png")
         result = caption(place / "e.png", "--write", "csv", "--output", folder / "all.csv")
-    assert (
-        "1 of 1" in result.stderr
-        and "by names that other folders' photos may have" in result.stderr
-    )
+    assert "1 of 1" in result.stderr and "all.csv, by their names in their folder" in result.stderr
 
 
 def test_people_s_own_texts_are_added_to_in_any_encoding(folder, caption):
