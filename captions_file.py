@@ -531,7 +531,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(table.names) > 2 and table.names[1].isdigit() and table.delimiter != " "
-        table.names = ["image", "comment_number", "caption"] if numbered else ["image", "caption"]
+        table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         photos, captions, split = ["image"], ["caption"], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)

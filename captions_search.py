@@ -355,7 +355,7 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], list[Path]]:
     if "made" not in note or not made.exists() or note["made"] != state_of(made):
         return {"splits": note["splits"]} if note.get("splits") else {}, []
     moved = note.get("images", images) != images
-    if moved and any(read(paths.images).texts for read in (read_nested, read_texts_beside)):
+    if moved and read_folder(paths.images).texts:
         return note, [paths.images]  # which have texts of their own
     sources = [paths.data_dir / place for place in note["source"].split("\n")]
     there = all(source.exists() for source in sources)

@@ -69,6 +69,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """What autocast would make of `x` for a matrix product; without autocast `x` itself."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention; all (rows, heads, length, head width), mask True to attend.
 
@@ -201,10 +207,7 @@ class Decoder(nn.Module):
             cache: keys and values of the tokens before; the new ones are added to it.
         """
         x = self.token_embedding(tokens) + self.position_embedding(positions)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # then blocks add up in it too: docs/performance.md
-            x = x.to(torch.get_autocast_dtype(kind))
-        x = self.dropout(x)
+        x = self.dropout(as_autocast(x))  # blocks add up in it as well: docs/performance.md
         mask = mask.unsqueeze(1)  # (rows, 1, length, seen + length): the same for all heads
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, memory[layer], layer, cache)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from decoder import Decoder, DecoderConfig, Dropout
+from decoder import Decoder, DecoderConfig, Dropout, as_autocast
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -37,8 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         `scales` (tokens) is what each token's loss is multiplied with; None: 1.
         """
         kind, given = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(kind):  # cast once, not once a group
-            hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        hidden, weight = as_autocast(hidden), as_autocast(weight)  # once, not once a group
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad[:2])
         hidden_gradients, weight_gradient = [], None

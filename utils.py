@@ -25,8 +25,8 @@ from typing import IO, Any, NoReturn, TextIO
 from tqdm import tqdm
 
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
-HIDDEN = (".", "@eaDir")  # folders that hold no photos of anybody's: how their names begin
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
+HIDDEN = (".", "@eaDir")  # folders that hold no photos of anybody's: how their names begin
 
 
 class UserError(Exception):
