@@ -345,13 +345,15 @@ def model_card(
     scored: str = "",
     question: str = "",
     start: str | None = None,
+    language: str | None = None,
 ) -> str:
     """The README of a Hub repository: front matter for machines, then text for people.
 
     `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
     `scored`, or else of `dataset`, which it learned from; `samples` maps photos' names to the
     captions that the model gave them; `question` is one that it can answer, where it can do
-    nothing else; `start`, with whose weights its training began, if any.
+    nothing else; `start`, with whose weights its training began, if any; `language`, that of the
+    texts, where it is known ("en").
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")
@@ -360,7 +362,7 @@ def model_card(
     local = os.path.isabs(encoder) or Path(encoder).exists()
     encoder_name = Path(encoder).name if local else encoder
     data = ModelCardData(
-        language="en",
+        language=language,
         license="other",
         license_name="see-license-section",
         base_model=None if local else encoder,

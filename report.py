@@ -171,6 +171,7 @@ class Report(contextlib.AbstractContextManager):
             samples=entry["samples"],
             question=self._question(data.splits["val"]),
             start=on_record(settings)["START_CHECKPOINT"],
+            language="en" if settings.DATASET != "custom" and not settings.TRAIN_SHARDS else None,
         )
         checkpoint = run.checkpoint(scores_of(entry))
         files = repository_files(checkpoint, data.tower) | {"README.md": card}

@@ -519,6 +519,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_pa
     assert measured["CIDEr-D"] == pytest.approx(best["val_cider"])
     assert measured["cross-entropy"] == pytest.approx(best["val_loss"])
     assert read.data.eval_results[0].dataset_split == "ratio val"
+    assert read.data.language is None  # of one's own photos nobody knows it
     assert "metrics.py" in read.data.eval_results[0].metric_args["scorer"]
     for name, caption in best["samples"].items():
         assert f"- `{name}`: {caption}" in read.text
@@ -598,6 +599,7 @@ def test_card_invents_nothing(tmp_path):
     read = ModelCard(card(scores={}, samples={}))
     assert not read.data.eval_results
     assert "Not measured yet." in read.text
+    assert read.data.language is None and ModelCard(card(language="en")).data.language == "en"
     with pytest.raises(ValueError, match="not finite"):
         card(scores={"CIDEr": math.nan})
 
