@@ -1444,6 +1444,8 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
+    file.with_suffix(".json").write_text('[{"image_id": 0, "question": "Who?", "answer": "I"}]')
+    assert [*read_questions(file.with_suffix(".json"))] == ["0"]  # where photos count from there
 
 
 def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):
