@@ -173,6 +173,13 @@ def test_a_photo_that_is_called_like_anothers_text(tmp_path):
     assert prepared(folder) == {"1.jpg": ["A"], "1.jpg.png": ["B"]}
 
 
+def test_captions_count_before_tags_beside_the_same_photo(tmp_path, capsys):
+    """As kohya's scripts write both: BLIP's sentence to 1.caption, the tagger's words to 1.txt."""
+    texts = {"images/1.txt": "dog, red", "images/1.caption": "A red dog", "images/2.txt": "Two"}
+    assert prepared(lay_out(tmp_path, texts)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two"]}
+    assert "images/1.txt: 1.caption counts before it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
