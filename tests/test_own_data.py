@@ -724,6 +724,10 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
         ([{"image": {"path": "1.jpg"}, "text": "A"}, {"images": ["2.jpg"], "text": "B"}], AB),
         (
+            [{"image": [*AB], "text": "X"}, {"image": "1.jpg", "text": "A"}],
+            {"1.jpg": ["A"]},  # what is said of two photos is passed over, as a question is
+        ),
+        (
             [
                 {"image": "1.jpg", "conversations": talk("from", "value", "human", "gpt", "A")},
                 {"images": ["2.jpg"], "messages": talk("role", "content", "user", "model", "B")},
