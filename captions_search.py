@@ -217,7 +217,7 @@ def are_alike(files: Iterable[str]) -> bool:
 
 
 def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
-    """The captions in `photo.txt` (or `.caption`, `.json`) beside `photo.jpg`, or in `place`, there
+    """The captions in `photo.caption`, `.txt` or `.json` beside `photo.jpg`, or in `place`, there
     by the longest end of the photo's name that no other photo has; a `place` within the photos'
     folders, or in one with photos, is theirs alone."""
     found = Captions("a text beside each photo")
@@ -234,11 +234,13 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
         photos = [place / end for end in ways] if place else [folder / name]
         # Its own text counts before one that a photo of another suffix may share, unless that of
-        # photo.jpg may be photo.jpg.png's.
-        ends = (f"{photos[0].suffix}.txt", ".txt", ".caption", ".TXT", ".json")[name in stems :]
+        # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
+        ends = (f"{photos[0].suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
         files = (photo.with_suffix(end) for photo in photos for end in ends)
         if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
             found.add(name, lines, file)
+            if file.suffix == ".caption" and os.path.isfile(text := file.with_suffix(".txt")):
+                found.passed.append(f"{text}: {file.name} counts before it")
             found.older += is_older(file)
             if os.path.islink(file) and not Path(os.path.realpath(file)).is_relative_to(home):
                 found.links.append(file)

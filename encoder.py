@@ -178,9 +178,7 @@ class FrozenEncoder(nn.Module):
                 _check_size(name, "layers", config.num_hidden_layers)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
-                processor = transformers.AutoImageProcessor.from_pretrained(
-                    name, backend="pil", **where
-                )
+                processor = _load_processor(name, config, where)
                 for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
                     sides = [dict(size).get(side) or 0 for side in SIDES]
                     _check_size(name, "pixels along a side", max(sides))
@@ -406,6 +404,17 @@ def _check_size(name: str, what: str, said: int) -> None:
     """Refuse what a file of a few bytes says, but no machine has the time or memory for."""
     if said > MOST_SAID:
         raise UserError(f"the encoder {name!r} says that it has {said:,} {what}: choose another")
+
+
+def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
+    """The preprocessing that comes with an encoder, done by Pillow."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if os.path.isdir(name) and not any(map(os.path.isfile, (f"{name}/{each}" for each in files))):
+        # A folder of the library's Trainer, which saves only what it was given.
+        raise OSError(f"it has no {files[0]}: copy that of the model it was trained from into it")
+    if config.model_type == "dinov3_vit":  # its own needs torchvision, for the same steps
+        return transformers.ViTImageProcessorPil.from_pretrained(name, **where)
+    return transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **where)
 
 
 def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:

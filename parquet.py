@@ -71,6 +71,7 @@ def read_parquet(
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
     passed: list[str] = []  # what questions lack
+    bare = 0  # rows without a photo
     known: dict[str, str] = {}  # the columns of the file before, which files alike share
     called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
@@ -88,6 +89,7 @@ def read_parquet(
                 for row in _rows(file, table, columns.all()):
                     image = row[columns.photo]
                     image = image if isinstance(image, dict) else {"bytes": image}
+                    bare += not image["bytes"]
                     if content := image["bytes"]:
                         texts = texts_of([row[column] for column in columns.captions])
                         texts = [text for text in texts if isinstance(text, str)]
@@ -113,6 +115,8 @@ def read_parquet(
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
+    if bare:
+        tqdm.write(f"passed over: {bare:,} rows without a photo", file=sys.stdout)
     if passed:
         tqdm.write(f"passed over: {len(passed):,} questions, first: {passed[0]}", file=sys.stdout)
 

@@ -122,9 +122,10 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     questions: dict[str, list[dict[str, Any]]] = {}
     passed = []
     for where, row in rows:
-        name = photo_in(next((row[key] for key in photos if row.get(key)), ""))
+        said = (row[key] for key in photos if row.get(key) not in (None, ""))  # it may be 0
+        name = photo_in(next(said, ""))
         question = _asked(row.get("question")) and read_entry(where, row)
-        if not name or isinstance(name, list) or not question:
+        if name in (None, "") or isinstance(name, list) or not question:
             passed.append(f"{where} names no photo and question, with {', '.join([*row][:9])}")
         elif answered and not question["answer"].strip():
             passed.append(f"{where} has no answer")

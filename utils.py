@@ -261,16 +261,21 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = say_error(f"{error.filename}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError that only its text tells from others.
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        homeless = "determine home directory" in str(error)  # what pathlib says of `~nobody`
-        if not known and not homeless and "can't allocate memory" not in str(error):
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if full or "can't allocate memory" in str(error):
+            said = (
+                f"out of memory ({first_line(error)}): halve --batch_size and double "
+                "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as "
+                "before"
+            )
+        elif "determine home directory" in str(error):  # what pathlib says of `~nobody`
+            said = "a path begins with ~ and the name of a user who isn't there: write it out"
+        elif type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+            why = first_line(getattr(error, "inner_exception", error))
+            said = f"torch.compile fails ({why}): it needs g++, or leave out --compile"
+        else:
             raise
-        code = say_error(
-            "a path begins with ~ and the name of a user who isn't there: write it out"
-            if homeless
-            else f"out of memory ({first_line(error)}): halve --batch_size and double "
-            "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as before"
-        )
+        code = say_error(said)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130

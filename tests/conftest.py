@@ -111,6 +111,8 @@ def build_encoder(family: str, folder: Path) -> Path:
     elif family == "dinov2_with_registers":
         model = tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**vision_sizes()))
         processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
+    elif family == "dinov3":
+        model = tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**vision_sizes(num_register_tokens=4)))
     elif family == "blip":
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)
@@ -121,6 +123,9 @@ def build_encoder(family: str, folder: Path) -> Path:
         processor = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if family == "dinov3":  # whose own class can't be made here, as it needs torchvision
+        file = folder / "preprocessor_config.json"
+        file.write_text(file.read_text().replace('"ViTImage', '"DINOv3ViTImage'))
     return folder
 
 

@@ -42,6 +42,7 @@ FAMILIES = {
     "siglip": 16,
     "siglip2": 16,
     "dinov2": 17,
+    "dinov3": 21,  # with four registers
     "blip": 17,
     "metaclip_2": 17,
 }
@@ -105,6 +106,9 @@ def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
         FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="not a vision Transformer"):
+        FrozenEncoder.load(str(tmp_path))
+    (build_encoder("vit", tmp_path) / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="no preprocessor_config.json: copy that of the model"):
         FrozenEncoder.load(str(tmp_path))
 
 

@@ -173,6 +173,13 @@ def test_a_photo_that_is_called_like_anothers_text(tmp_path):
     assert prepared(folder) == {"1.jpg": ["A"], "1.jpg.png": ["B"]}
 
 
+def test_captions_count_before_tags_beside_the_same_photo(tmp_path, capsys):
+    """As kohya's scripts write both: BLIP's sentence to 1.caption, the tagger's words to 1.txt."""
+    texts = {"images/1.txt": "dog, red", "images/1.caption": "A red dog", "images/2.txt": "Two"}
+    assert prepared(lay_out(tmp_path, texts)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two"]}
+    assert "images/1.txt: 1.caption counts before it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -716,6 +723,10 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
         ([{"image": {"path": "1.jpg"}, "text": "A"}, {"images": ["2.jpg"], "text": "B"}], AB),
+        (
+            [{"image": [*AB], "text": "X"}, {"image": "1.jpg", "text": "A"}],
+            {"1.jpg": ["A"]},  # what is said of two photos is passed over, as a question is
+        ),
         (
             [
                 {"image": "1.jpg", "conversations": talk("from", "value", "human", "gpt", "A")},
@@ -1444,6 +1455,8 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
+    file.with_suffix(".json").write_text('[{"image_id": 0, "question": "Who?", "answer": "I"}]')
+    assert [*read_questions(file.with_suffix(".json"))] == ["0"]  # where photos count from there
 
 
 def test_a_comma_that_may_be_of_the_question_or_the_answer_is_refused(tmp_path):

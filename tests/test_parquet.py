@@ -110,6 +110,12 @@ def test_questions_that_lack_a_part_are_passed_over(tmp_path, capsys):
     assert "passed over: 2 questions" in capsys.readouterr().out
 
 
+def test_rows_without_a_photo_are_left_out_and_counted(tmp_path, capsys):
+    columns = {"image": [None, *images(1)], "caption": ["A", "B"]}
+    assert [row[2] for row in read_parquet([write(tmp_path / "a.parquet", columns)])] == [["B"]]
+    assert "passed over: 1 rows without a photo" in capsys.readouterr().out
+
+
 def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
     files = []
     for n, shortest in enumerate(("title", "text")):  # in each file another has more words

@@ -74,6 +74,13 @@ def test_a_program_trains_on_a_thread_of_its_own(tmp_path, trained, encoder_dir)
         assert pool.submit(train.main, flags).result() == 0
 
 
+def test_a_machine_without_a_compiler_is_told_so(tmp_path, trained, encoder_dir):
+    flags = [*small_flags(trained, encoder_dir), "--output_dir", tmp_path, "--compile", "true"]
+    result = run("train.py", *flags, CXX=str(tmp_path / "none"))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(r"error: torch.compile fails \(.*needs g\+\+, or leave out", result.stderr)
+
+
 def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
     again = build_encoder("vit", tmp_path / "same_seed")
     before, after = (load_file(d / "model.safetensors") for d in (again, encoder_dir))
