@@ -412,7 +412,8 @@ def split_by_own(
 def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
     for split in ("train", "val"):
         if not splits[split]:
-            raise UserError(f"{source} leaves no photo for {split}: more photos or another split")
+            remedy = "more photos, another split, or --split test to score a trained model on all"
+            raise UserError(f"{source} leaves no photo for {split}: {remedy}")
     return splits
 
 

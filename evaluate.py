@@ -52,7 +52,7 @@ from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
-from utils import UserError, check_output, first_line, run_script, write_file
+from utils import UserError, check_output, command, first_line, run_script, write_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,6 +94,12 @@ class Scored:
             if output := getattr(settings, flag):
                 check_output(f"--{flag}", output, *taken)
                 taken.append(output)
+        if not self.paths.splits.exists():
+            flags = ["--dataset", "custom", "--split", "test", "--data_dir", settings.DATA_DIR]
+            raise UserError(
+                f"{self.paths.splits} is missing: name --data_dir as in training, or, to score on "
+                f"photos of another source, run {command('prepare_dataset.py', *flags)}"
+            )
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
         say_other_split(self.paths, self.checkpoint.settings)
@@ -101,7 +107,12 @@ class Scored:
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
             splits, split = self.paths.splits, settings.split
-            raise UserError(f"no photo of the split {split!r} in {splits} has {settings.task}")
+            others = [
+                f"--split {s}" for s, group in self.splits.items() if {*group} & {*self.texts}
+            ]
+            remedy = f": {' or '.join(others)} has some" * bool(others)
+            said = f"no photo of the split {split!r} in {splits} has {settings.task}"
+            raise UserError(said + remedy)
         if left := len(self.splits[settings.split]) - len(names):
             print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
@@ -163,6 +174,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
     low, high = bootstrap_interval(list(values.values()), seed=0)
     training = references_of(scored.texts, scored.splits["train"]).values()
     other = diversity(said, {text for group in training for text in group})
+    if not training:  # of another source's photos
+        del other["novel"]
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
     more, missing = java_scores(captions, references)
     if scored.clip:
@@ -241,8 +254,9 @@ def score_answers(scored: Scored) -> dict[str, object]:
     answers = {
         "model": [decode(h.tokens) for h in scored.write(scored.prompts)],
         "wrong picture": [decode(h.tokens) for h in scored.write(swapped)],
-        "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
     }
+    if usual:  # not so of another source's photos
+        answers["common answer"] = [usual.get(q.kind, usual[""]) for q in questions]
     accuracies = accuracy_by_kind(questions, answers)
     columns = {
         source: {kind: row[source] for kind, row in accuracies.items()} for source in answers

@@ -18,7 +18,7 @@ import commands
 import evaluate
 from dataset import data_paths, load_texts
 from encoder import open_image
-from tests.conftest import build_encoder, run, write_photos
+from tests.conftest import build_encoder, run, write_photos, write_questions
 from utils import UserError
 
 
@@ -70,6 +70,24 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert wrong.returncode == 1 and "beam_size is 10, and groups 3" in wrong.stderr
     too_long = run(*flags, "--max_length", 99)
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
+
+
+def test_photos_of_another_source_are_scored_whole(tmp_path, joint):
+    data = write_questions(write_photos(tmp_path / "held_out", count=12))
+    scored = ["evaluate.py", "--checkpoint", joint / "captioner_best_cider.safetensors"]
+    scored += ["--data_dir", data]
+    assert re.search(r"splits.json is missing: .*--split test --data_dir", run(*scored).stderr)
+    prepared = ["prepare_dataset.py", "--dataset", "custom", "--data_dir", data, "--split"]
+    names = {"images": [{"filename": f"{i:03d}.png", "split": "test"} for i in range(12)]}
+    (data / "dataset_mine.json").write_text(json.dumps(names))
+    assert "or --split test to score" in run(*prepared, "karpathy").stderr
+    assert "evaluate.py --checkpoint CHECKPOINT" in run(*prepared, "test").stdout
+    assert "of the split 'val' in" in (said := run(*scored).stderr) and ": --split test has" in said
+    captions = scores_of(run(*scored, "--split", "test"))
+    assert captions["images"] == 12 and "novel" not in captions  # which nobody knows
+    answers = scores_of(run(*scored, "--split", "test", "--task", "questions"))
+    assert answers["questions"] == 24
+    assert set(answers["accuracies"]["all"]) == {"model", "wrong picture"}
 
 
 def test_reports_about_other_data_do_not_replace_each_other(tmp_path, monkeypatch):
