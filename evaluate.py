@@ -68,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {
         "split": settings.split,
         "images": len(scored.names),
+        "left out": scored.left_out,
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
         "checkpoint": file_digest(settings.file)[:16],
+        "precision": scored.precision,
     }
     print(json.dumps(scores | how))
 
@@ -117,6 +119,7 @@ class Scored:
             print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
         self.dtype = choose_dtype(settings.PRECISION, self.device)
+        self.precision = str(self.dtype).removeprefix("torch.")
         self.clip = load_clip(settings.clip, self.device) if settings.clip else None
         self.cache, bad = build_features(
             self.checkpoint.load_encoder(settings.encoder).to(self.device),
@@ -128,6 +131,7 @@ class Scored:
             max_bad=settings.MAX_BAD_IMAGES,
         )
         self.names = [name for name in names if name not in bad]
+        self.left_out = len(self.splits[settings.split]) - len(self.names)
         self.prompts = prompts_about(self.texts, self.names, settings.task)
 
     def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
@@ -184,7 +188,11 @@ def score_captions(scored: Scored) -> dict[str, object]:
     else:
         missing["CLIPScore"] = "needs --clip"
     found |= more
+    beams, data = scored.options.beam_size, scored.paths.data_dir.resolve().name
+    left = f" ({scored.left_out} left out)" * bool(scored.left_out)
     lines = [
+        f"{Path(settings.file).name}, split {settings.split!r} of {data}: "
+        f"{len(names)} photos{left}, beam {beams}, {scored.precision}",
         table({"model": found, "human": human_ceiling(references)}, digits=2),
         f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
         + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
@@ -194,8 +202,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
     summary = "\n".join(lines)
     print(summary)
     write_report(settings.report, images, captions, references, values, summary)
-    beams, rate = scored.options.beam_size, len(names) / seconds
-    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
+    print(f"{len(names) / seconds:.0f} captions/s")
     print(f"report: {settings.report}")
     return {
         **{metric: round(value, 4) for metric, value in found.items()},

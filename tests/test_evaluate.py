@@ -53,7 +53,7 @@ def test_evaluate_scores_and_reports(trained, clip_dir):
     assert report.count("data:image/jpeg;base64") >= scores["images"]
     assert "name=viewport" in report
     (terms,) = re.findall("<dl>.*</dl>", report)
-    for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[1:]:
+    for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[2:]:
         name = re.match("[^:, ]+", line)[0]
         assert name.rstrip("1234") in terms, f"{name} is not explained"
 
@@ -122,7 +122,10 @@ def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
     captions = json.loads((data / "captions.json").read_text())
     del captions[splits["val"][0]]
     (data / "captions.json").write_text(json.dumps(captions))
-    said = run(*flags).stdout
+    said = (scored := run(*flags)).stdout
+    scores, report = scores_of(scored), (tmp_path / "report.html").read_text()
+    assert scores["left out"] == 1 and scores["precision"] in ("float32", "bfloat16")
+    assert re.search(f"cider.safetensors, .*{scores['images']} photos .1 left out.,", report)
     assert "note: the checkpoint learned from another split of these photos (TRAIN_" in said
     assert "left out 1 photos of the split, for which there are no captions" in said
 
