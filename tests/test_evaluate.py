@@ -82,6 +82,8 @@ def test_photos_of_another_source_are_scored_whole(tmp_path, joint):
     (data / "dataset_mine.json").write_text(json.dumps(names))
     assert "or --split test to score" in run(*prepared, "karpathy").stderr
     assert "evaluate.py --checkpoint CHECKPOINT" in run(*prepared, "test").stdout
+    with pytest.raises(UserError, match="SPLIT is 'test', which leaves no photo to train on"):
+        commands.train(["--split", "test"])
     assert "of the split 'val' in" in (said := run(*scored).stderr) and ": --split test has" in said
     captions = scores_of(run(*scored, "--split", "test"))
     assert captions["images"] == 12 and "novel" not in captions  # which nobody knows
