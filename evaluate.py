@@ -190,10 +190,12 @@ def score_captions(scored: Scored) -> dict[str, object]:
     found |= more
     beams, data = scored.options.beam_size, scored.paths.data_dir.resolve().name
     left = f" ({scored.left_out} left out)" * bool(scored.left_out)
+    several = sum(len(group) > 1 for group in references.values())
     lines = [
         f"{Path(settings.file).name}, split {settings.split!r} of {data}: "
         f"{len(names)} photos{left}, beam {beams}, {scored.precision}",
         table({"model": found, "human": human_ceiling(references)}, digits=2),
+        *[f"human: of the {several} photos with several captions"] * (0 < several < len(names)),
         f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
         + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),

@@ -393,6 +393,9 @@ def no_photos(paths: DataPaths) -> str:
     said = f"{paths.images} is missing: put your photos there, or set --image_dir"
     if file := min(paths.data_dir.rglob("*.zip"), default=None):
         return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
+    if file := min(paths.data_dir.glob("*.t[ag][rz]*"), default=None):
+        unpack = shlex.join(["tar", "-xf", str(file), "-C", str(paths.data_dir)])
+        return f"{said}; {file} is unpacked by {unpack}"
     if file := min(paths.data_dir.rglob("*.arrow"), default=None):
         target = str(paths.data_dir / f"{file.parent.name}.parquet")
         code = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet({target!r})"
@@ -424,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    tested, flags = settings.SPLIT == "test", []
+    tested, flags = not splits["train"] and splits["test"], []
     for name in commands.SCORED if tested else commands.PREPARED:
         if (value := vars(settings)[name]) != vars(usual)[name]:
             flags += [f"--{name.lower()}", str(value)]

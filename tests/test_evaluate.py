@@ -122,11 +122,12 @@ def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
     splits = json.loads((data / "splits.json").read_text()) | {"source": "TRAIN_SPLIT_RATIO = 0.3"}
     (data / "splits.json").write_text(json.dumps(splits))
     captions = json.loads((data / "captions.json").read_text())
-    del captions[splits["val"][0]]
+    del captions[splits["val"][0]], captions[splits["val"][1]][1:]
     (data / "captions.json").write_text(json.dumps(captions))
     said = (scored := run(*flags)).stdout
     scores, report = scores_of(scored), (tmp_path / "report.html").read_text()
     assert scores["left out"] == 1 and scores["precision"] in ("float32", "bfloat16")
+    assert f"human: of the {scores['images'] - 1} photos with several captions" in report
     assert re.search(f"cider.safetensors, .*{scores['images']} photos .1 left out.,", report)
     assert "note: the checkpoint learned from another split of these photos (TRAIN_" in said
     assert "left out 1 photos of the split, for which there are no captions" in said
