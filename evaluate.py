@@ -98,9 +98,9 @@ class Scored:
                 taken.append(output)
         if not self.paths.splits.exists():
             flags = ["--dataset", "custom", "--split", "test", "--data_dir", settings.DATA_DIR]
+            how = f"for photos of another source, run {command('prepare_dataset.py', *flags)}"
             raise UserError(
-                f"{self.paths.splits} is missing: name --data_dir as in training, or, to score on "
-                f"photos of another source, run {command('prepare_dataset.py', *flags)}"
+                f"{self.paths.splits} is missing: name --data_dir as in training; {how}"
             )
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)

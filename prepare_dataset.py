@@ -441,12 +441,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    if tested:
-        given = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", "test"]
-        print(f"next      {command('evaluate.py', *given, *flags)}")
-    else:
-        flags += ["--follow_links"] * settings.follow_links
-        print(f"next      {command('train.py', *flags)}")
+    links = ["--follow_links"] * settings.follow_links
+    scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", "test"]
+    script = ("evaluate.py", *scored) if tested else ("train.py", *links)
+    print(f"next      {command(*script, *flags)}")
     return 0
 
 
