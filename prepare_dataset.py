@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    tested, flags = not splits["train"] and splits["test"], []
+    tested, flags = bool(not splits["train"] and splits["test"]), []
     for name in commands.SCORED if tested else commands.PREPARED:
         if (value := vars(settings)[name]) != vars(usual)[name]:
             flags += [f"--{name.lower()}", str(value)]
@@ -441,9 +441,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    links = ["--follow_links"] * settings.follow_links
+    flags += ["--follow_links"] * (settings.follow_links and not tested)
     scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", "test"]
-    script = ("evaluate.py", *scored) if tested else ("train.py", *links)
+    script = ("evaluate.py", *scored) if tested else ("train.py",)
     print(f"next      {command(*script, *flags)}")
     return 0
 
