@@ -267,7 +267,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         damaged = f"{path} is damaged or not a .safetensors file{lfs_note(path)}: {error}"
         raise UserError(damaged) from None
     if "captioner" not in metadata:
-        raise UserError(f"{path} holds weights, but not a captioner of this project")
+        raise UserError(f"{path} holds weights, but not a captioner of ours (an export is none)")
     if metadata.get("digest") != digest([metadata["captioner"], weights]):
         raise UserError(f"{path} is damaged: its content doesn't match its checksum")
     return {"captioner": metadata["captioner"], "model": weights}

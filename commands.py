@@ -187,6 +187,8 @@ def train(argv: Sequence[str] | None = None) -> SimpleNamespace:
         return dict.fromkeys(TEXTS_OR_NONE) | DEMO  # config.py may name data of one's own
 
     settings = load_settings(config, argv, parser, preset=preset)
+    if settings.SPLIT == "test":
+        raise UserError("SPLIT is 'test', which leaves no photo to train on: use karpathy or ratio")
     if settings.demo:
         usual = preset(settings)
         for name in ("DATASET", "DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "TRAIN_SHARDS"):

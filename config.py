@@ -16,7 +16,7 @@ TASKS = "captions"  # what is learned: captions, questions, or both: "captions,q
 QUESTION_WEIGHT = 1.0  # with both tasks: what an answer's tokens weigh beside a caption's
 VOCAB_FILE = None  # a BPE vocabulary of your own; None: learned, to vocab.json in DATA_DIR
 MERGES_FILE = None  # its merges; None: learned, to merges.txt in DATA_DIR
-SPLIT = "karpathy"  # karpathy (the field's split, or the data's own) or ratio (by file name)
+SPLIT = "karpathy"  # karpathy (the field's, or the data's own), ratio (by file name), test (all)
 KARPATHY_FILE = None  # his dataset_*.json, or a folder of lists; None: downloaded for flickr30k/8k
 TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
 MAX_IMAGES = 0  # photos used, of each split its share, for a first try; 0: all

@@ -124,7 +124,8 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     table = _table_of(path, read_json(path), PLAIN)
     for name, captions in table.items():
         if not isinstance(captions, list) or not captions:
-            raise UserError(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
+            form = f"{PLAIN}; {command('prepare_dataset.py')} converts others, with the same flags"
+            raise UserError(f"{path}: {name!r} needs a list of at least one caption: {form}")
         for caption in captions:
             if not isinstance(caption, str) or not caption.strip():
                 raise UserError(f"{path}: {name!r} has a caption that is no text: {caption!r}")
@@ -412,7 +413,8 @@ def split_by_own(
 def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
     for split in ("train", "val"):
         if not splits[split]:
-            raise UserError(f"{source} leaves no photo for {split}: more photos or another split")
+            remedy = "more photos, another split, or --split test to score a trained model on all"
+            raise UserError(f"{source} leaves no photo for {split}: {remedy}")
     return splits
 
 

@@ -48,12 +48,13 @@ class ImageError(UserError):
     """A picture that can't be read; the message names the file."""
 
 
-def open_image(path: str | os.PathLike[str] | BinaryIO, least: int | None = None) -> Image.Image:
+def open_image(path: str | os.PathLike[str] | BinaryIO, least: int = 1024) -> Image.Image:
     """Open a picture as `as_rgb` gives it; of an animation its first frame.
 
     Args:
         least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
-            of its size where both sides stay at least that long, which is several times as fast.
+            of its size where both sides stay at least that long, which is several times as fast,
+            and reads what is too large to be read whole; more than is shown anywhere.
     """
     is_name, name = isinstance(path, str | os.PathLike), shown(path)
     with _named(name):

@@ -52,7 +52,7 @@ from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
 from options import change_options, given_options
-from utils import UserError, check_output, first_line, run_script, write_file
+from utils import UserError, check_output, command, first_line, run_script, write_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = {
         "split": settings.split,
         "images": len(scored.names),
+        "left out": scored.left_out,
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
         "checkpoint": file_digest(settings.file)[:16],
+        "precision": scored.precision,
     }
     print(json.dumps(scores | how))
 
@@ -94,6 +96,12 @@ class Scored:
             if output := getattr(settings, flag):
                 check_output(f"--{flag}", output, *taken)
                 taken.append(output)
+        if not self.paths.splits.exists():
+            flags = ["--dataset", "custom", "--split", "test", "--data_dir", settings.DATA_DIR]
+            how = f"for photos of another source, run {command('prepare_dataset.py', *flags)}"
+            raise UserError(
+                f"{self.paths.splits} is missing: name --data_dir as in training; {how}"
+            )
         self.splits = load_splits(self.paths.splits)
         say_outdated(settings, self.paths)
         say_other_split(self.paths, self.checkpoint.settings)
@@ -101,11 +109,17 @@ class Scored:
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
             splits, split = self.paths.splits, settings.split
-            raise UserError(f"no photo of the split {split!r} in {splits} has {settings.task}")
+            others = [
+                f"--split {s}" for s, group in self.splits.items() if {*group} & {*self.texts}
+            ]
+            remedy = f": {' or '.join(others)} has some" * bool(others)
+            said = f"no photo of the split {split!r} in {splits} has {settings.task}"
+            raise UserError(said + remedy)
         if left := len(self.splits[settings.split]) - len(names):
             print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
         self.dtype = choose_dtype(settings.PRECISION, self.device)
+        self.precision = str(self.dtype).removeprefix("torch.")
         self.clip = load_clip(settings.clip, self.device) if settings.clip else None
         self.cache, bad = build_features(
             self.checkpoint.load_encoder(settings.encoder).to(self.device),
@@ -117,6 +131,7 @@ class Scored:
             max_bad=settings.MAX_BAD_IMAGES,
         )
         self.names = [name for name in names if name not in bad]
+        self.left_out = len(self.splits[settings.split]) - len(self.names)
         self.prompts = prompts_about(self.texts, self.names, settings.task)
 
     def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
@@ -163,6 +178,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
     low, high = bootstrap_interval(list(values.values()), seed=0)
     training = references_of(scored.texts, scored.splits["train"]).values()
     other = diversity(said, {text for group in training for text in group})
+    if not training:  # of another source's photos
+        del other["novel"]
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
     more, missing = java_scores(captions, references)
     if scored.clip:
@@ -171,8 +188,14 @@ def score_captions(scored: Scored) -> dict[str, object]:
     else:
         missing["CLIPScore"] = "needs --clip"
     found |= more
+    beams, data = scored.options.beam_size, scored.paths.data_dir.resolve().name
+    left = f" ({scored.left_out} left out)" * bool(scored.left_out)
+    several = sum(len(group) > 1 for group in references.values())
     lines = [
+        f"{Path(settings.file).name}, split {settings.split!r} of {data}: "
+        f"{len(names)} photos{left}, beam {beams}, {scored.precision}",
         table({"model": found, "human": human_ceiling(references)}, digits=2),
+        *[f"human: of the {several} photos with several captions"] * (0 < several < len(names)),
         f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
         + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),
@@ -181,8 +204,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
     summary = "\n".join(lines)
     print(summary)
     write_report(settings.report, images, captions, references, values, summary)
-    beams, rate = scored.options.beam_size, len(names) / seconds
-    print(f"{len(names)} photos, beam {beams}, {rate:.0f} captions/s")
+    print(f"{len(names) / seconds:.0f} captions/s")
     print(f"report: {settings.report}")
     return {
         **{metric: round(value, 4) for metric, value in found.items()},
@@ -241,8 +263,9 @@ def score_answers(scored: Scored) -> dict[str, object]:
     answers = {
         "model": [decode(h.tokens) for h in scored.write(scored.prompts)],
         "wrong picture": [decode(h.tokens) for h in scored.write(swapped)],
-        "common answer": [usual.get(text.kind, usual.get("", "")) for text in questions],
     }
+    if usual:  # not so of another source's photos
+        answers["common answer"] = [usual.get(q.kind, usual[""]) for q in questions]
     accuracies = accuracy_by_kind(questions, answers)
     columns = {
         source: {kind: row[source] for kind, row in accuracies.items()} for source in answers

@@ -279,7 +279,10 @@ def unpack_parquet(paths: DataPaths) -> bool:
 
 def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths) -> Path:
     """The file with Karpathy's split: the one given, or the data set's own, downloaded once."""
-    remedy = "use --split ratio, or name the file, or folder of lists, with --karpathy_file PATH"
+    remedy = (
+        "use --split ratio (or test, to score a trained model on all of these photos), or name the "
+        "file, or folder of lists, with --karpathy_file PATH"
+    )
     if settings.KARPATHY_FILE:
         path = Path(settings.KARPATHY_FILE).expanduser()
         if not path.exists():
@@ -320,9 +323,11 @@ def write_splits(
     """Split the photos as SPLIT says and write splits.json, if that changes it, with the `note`
     about captions.json; `known` are the splits that captions say photos to be of."""
     names, own = [*names], None
-    if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
+    if settings.DATASET == "custom" and not settings.KARPATHY_FILE and settings.SPLIT != "test":
         own = split_by_own(names, known, settings.TRAIN_SPLIT_RATIO)
-    if settings.SPLIT == "ratio":
+    if settings.SPLIT == "test":
+        source, splits = "all photos", {"train": [], "val": [], "test": names}
+    elif settings.SPLIT == "ratio":
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
         if own:
@@ -353,8 +358,8 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
     names = (*SOURCES, "custom")
     if settings.DATASET not in names:
         raise UserError(f"DATASET is {settings.DATASET!r}: use one of {', '.join(names)}")
-    if settings.SPLIT not in ("karpathy", "ratio"):
-        raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy or ratio")
+    if settings.SPLIT not in ("karpathy", "ratio", "test"):
+        raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy, ratio or test")
     paths, tasks = data_paths(settings), parse_tasks(settings.TASKS)
     with sole_preparer(paths.data_dir):
         if settings.VAL_SHARDS:
@@ -388,6 +393,9 @@ def no_photos(paths: DataPaths) -> str:
     said = f"{paths.images} is missing: put your photos there, or set --image_dir"
     if file := min(paths.data_dir.rglob("*.zip"), default=None):
         return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
+    if file := min(paths.data_dir.glob("*.t[ag][rz]*"), default=None):
+        unpack = shlex.join(["tar", "-xf", str(file), "-C", str(paths.data_dir)])
+        return f"{said}; {file} is unpacked by {unpack}"
     if file := min(paths.data_dir.rglob("*.arrow"), default=None):
         target = str(paths.data_dir / f"{file.parent.name}.parquet")
         code = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet({target!r})"
@@ -419,11 +427,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    flags = []
-    for name in commands.PREPARED:
+    tested, flags = bool(not splits["train"] and splits["test"]), []
+    for name in commands.SCORED if tested else commands.PREPARED:
         if (value := vars(settings)[name]) != vars(usual)[name]:
             flags += [f"--{name.lower()}", str(value)]
-    flags += ["--follow_links"] * settings.follow_links
     print(f"photos    {sum(map(len, splits.values()))} in {paths.images}")
     captions = load_captions(paths.captions) if "captions" in tasks else {}
     if captions:
@@ -434,7 +441,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"split     {', '.join(f'{s} {len(splits[s])}' for s in SPLITS)} ({settings.SPLIT})")
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
-    print(f"next      {command('train.py', *flags)}")
+    flags += ["--follow_links"] * (settings.follow_links and not tested)
+    scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", "test"]
+    script = ("evaluate.py", *scored) if tested else ("train.py",)
+    print(f"next      {command(*script, *flags)}")
     return 0
 
 

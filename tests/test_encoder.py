@@ -496,6 +496,8 @@ def test_large_jpegs_are_decoded_small(tmp_path, encoder_dir):
     ours, theirs = (encoder.preprocess([image])["pixel_values"] for image in (small, whole))
     # Of a range of 2: a few hundredths where strong colours meet, where JPEG halves their detail.
     assert (ours - theirs).abs().mean() < 0.02 and (ours - theirs).abs().max() < 0.1
+    Image.new("RGB", (9000, 8000)).save(file)  # too large to be read whole
+    assert open_image(file).size == (2250, 2000)
     photo.resize((100, 75)).save(file, quality=95)
     assert encoder.open(file).tobytes() == open_image(file).tobytes()
 

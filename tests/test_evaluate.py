@@ -18,7 +18,7 @@ import commands
 import evaluate
 from dataset import data_paths, load_texts
 from encoder import open_image
-from tests.conftest import build_encoder, run, write_photos
+from tests.conftest import build_encoder, run, write_photos, write_questions
 from utils import UserError
 
 
@@ -53,7 +53,7 @@ def test_evaluate_scores_and_reports(trained, clip_dir):
     assert report.count("data:image/jpeg;base64") >= scores["images"]
     assert "name=viewport" in report
     (terms,) = re.findall("<dl>.*</dl>", report)
-    for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[1:]:
+    for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[2:]:
         name = re.match("[^:, ]+", line)[0]
         assert name.rstrip("1234") in terms, f"{name} is not explained"
 
@@ -70,6 +70,26 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert wrong.returncode == 1 and "beam_size is 10, and groups 3" in wrong.stderr
     too_long = run(*flags, "--max_length", 99)
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
+
+
+def test_photos_of_another_source_are_scored_whole(tmp_path, joint):
+    data = write_questions(write_photos(tmp_path / "held_out", count=12))
+    scored = ["evaluate.py", "--checkpoint", joint / "captioner_best_cider.safetensors"]
+    scored += ["--data_dir", data]
+    assert re.search(r"splits.json is missing: .*--split test --data_dir", run(*scored).stderr)
+    prepared = ["prepare_dataset.py", "--dataset", "custom", "--data_dir", data, "--split"]
+    names = {"images": [{"filename": f"{i:03d}.png", "split": "test"} for i in range(12)]}
+    (data / "dataset_mine.json").write_text(json.dumps(names))
+    assert "or --split test to score" in run(*prepared, "karpathy").stderr
+    assert "evaluate.py --checkpoint CHECKPOINT" in run(*prepared, "test").stdout
+    with pytest.raises(UserError, match="SPLIT is 'test', which leaves no photo to train on"):
+        commands.train(["--split", "test"])
+    assert "of the split 'val' in" in (said := run(*scored).stderr) and ": --split test has" in said
+    captions = scores_of(run(*scored, "--split", "test"))
+    assert captions["images"] == 12 and "novel" not in captions  # which nobody knows
+    answers = scores_of(run(*scored, "--split", "test", "--task", "questions"))
+    assert answers["questions"] == 24
+    assert set(answers["accuracies"]["all"]) == {"model", "wrong picture"}
 
 
 def test_reports_about_other_data_do_not_replace_each_other(tmp_path, monkeypatch):
@@ -102,9 +122,13 @@ def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
     splits = json.loads((data / "splits.json").read_text()) | {"source": "TRAIN_SPLIT_RATIO = 0.3"}
     (data / "splits.json").write_text(json.dumps(splits))
     captions = json.loads((data / "captions.json").read_text())
-    del captions[splits["val"][0]]
+    del captions[splits["val"][0]], captions[splits["val"][1]][1:]
     (data / "captions.json").write_text(json.dumps(captions))
-    said = run(*flags).stdout
+    said = (scored := run(*flags)).stdout
+    scores, report = scores_of(scored), (tmp_path / "report.html").read_text()
+    assert scores["left out"] == 1 and scores["precision"] in ("float32", "bfloat16")
+    assert f"human: of the {scores['images'] - 1} photos with several captions" in report
+    assert re.search(f"cider.safetensors, .*{scores['images']} photos .1 left out.,", report)
     assert "note: the checkpoint learned from another split of these photos (TRAIN_" in said
     assert "left out 1 photos of the split, for which there are no captions" in said
 

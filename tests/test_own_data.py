@@ -491,7 +491,12 @@ def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("a b.zip", "--archive '.*a b.zip'"), ("x/1.arrow", "to_parquet")]
+    ("name", "says"),
+    [
+        ("a b.zip", "--archive '.*a b.zip'"),
+        ("x/1.arrow", "to_parquet"),
+        ("a b.tar.gz", "tar -xf '.*a b.tar.gz' -C "),
+    ],
 )
 def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
     folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n"}, [])
