@@ -119,8 +119,10 @@ def lfs_note(path: str | os.PathLike[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line and without secrets, for a message of ours."""
-    return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))
+    """What an error says, in one line and without secrets, for a message of ours. A line that ends
+    with a colon says nothing without the next one."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip() or repr(error))
+    return shown(redact(text.splitlines()[0]))
 
 
 def redact(text: str) -> str:
