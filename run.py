@@ -139,7 +139,7 @@ class Run:
         self.model = copy.deepcopy(self.average) if settings.EMA_DECAY else self.average
         if settings.COMPILE:
             self.model.hidden = torch.compile(self.model.hidden, dynamic=True)  # lengths differ
-        self.shared = share_gradients(self.model, team)
+        self.shared = share_gradients(self.model, team)  # through which `train.update` works
         self.optimizer = make_optimizer(self.model, settings)
         self.progress = Progress()
         self.reranker: Reranker | None = None  # chooses among captions found with the average
