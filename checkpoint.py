@@ -215,8 +215,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise
     except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
         # Its digest is right, so nobody changed it by accident: it was never one of ours.
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path} is not a checkpoint of this project ({reason})") from None
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        other = "or of another decoder.py or model.py"
+        raise UserError(f"{path} is not a checkpoint of this project, {other} ({reason})") from None
     if newer:
         raise UserError(f"{path} was written by a newer version: update this project")
     if bad := [name for name, tensor in made.tensors().items() if not tensor.isfinite().all()]:

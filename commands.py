@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from settings import BOUNDS, Parser, load_settings
+from settings import BOUNDS, Parser, constants, load_settings
 from utils import Held, UserError, first_line, guard_output, leave, require_extra, say_error
 
 PREPARED = (
@@ -154,8 +154,7 @@ def read_config() -> ModuleType:
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"config.py, line {line}, can't be run ({said})") from None
-    names = {*TEXTS, *TEXTS_OR_NONE, *NUMBERS}
-    if missing := sorted({*names, "presets"} - vars(config).keys()):
+    if missing := sorted({*TEXTS, *TEXTS_OR_NONE, *NUMBERS, "presets"} - vars(config).keys()):
         raise UserError(f"config.py lacks {', '.join(missing)}: put back what was taken out")
     presets = config.presets
     if not isinstance(presets, dict) or not all(isinstance(v, dict) for v in presets.values()):
@@ -166,7 +165,7 @@ def read_config() -> ModuleType:
                 said = f"{name} is {values[name]!r}: it must be a text"
                 raise UserError(f'config.py: {said}, in quotes ("...")')
     for preset, values in presets.items():
-        if unknown := sorted(values.keys() - names):
+        if unknown := sorted(values.keys() - constants(config).keys()):
             raise UserError(f"config.py: preset {preset!r} sets what is no setting: {unknown[0]}")
     return config
 

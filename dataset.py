@@ -172,7 +172,7 @@ def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict
     return questions
 
 
-def read_question(where: str, entry: Mapping[str, Any], answered: bool = True) -> Text:
+def read_question(where: str, entry: Mapping[str, Any], answered: bool) -> Text:
     """An entry of questions.json, and of other files brought to its form; refused where it lacks
     a question, or where it is to be `answered`, an answer."""
     answers = entry.get("answers") or []

@@ -77,7 +77,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        rows = _Rows(model, features, options, limit, prefixes, dice or thrown(options))
+        rows = _Rows(model, features, options, limit, prefixes, dice or dice_of(options))
         while rows.images:
             rows.step()
         found = rows.found
@@ -98,7 +98,7 @@ def generate(
     return [_ranked(group, options.beam_size) for group in found]
 
 
-def thrown(options: GenerationOptions) -> torch.Generator:
+def dice_of(options: GenerationOptions) -> torch.Generator:
     """What the samples of all batches are drawn by: one photo's chance is no other's."""
     return torch.Generator().manual_seed(options.seed)
 
@@ -120,7 +120,7 @@ def generate_cached(
     device = next(model.parameters()).device
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     loaded = prefetch(store.read, ([(name, 0) for name, _ in part] for part in parts))
-    dice = thrown(options)
+    dice = dice_of(options)
     for part, features in zip(parts, loaded, strict=True):
         questions = [text.question for _, text in part]
         prefixes = tokenizer.prefixes(questions, model.config.max_length)

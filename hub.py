@@ -338,11 +338,11 @@ def model_card(
     encoder_revision: str | None,
     dataset: str,
     split: str,
+    scored: str,
     scorer: str,
     scores: Mapping[str, float],
     command: str,
     samples: Mapping[str, str],
-    scored: str = "",
     question: str = "",
     start: str | None = None,
     language: str | None = None,
@@ -350,14 +350,13 @@ def model_card(
     """The README of a Hub repository: front matter for machines, then text for people.
 
     `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
-    `scored`, or else of `dataset`, which it learned from; `samples` maps photos' names to the
+    `scored`; it learned from `dataset`; `samples` maps photos' names to the
     captions that the model gave them; `question` is one that it can answer, where it can do
     nothing else; `start`, with whose weights its training began, if any; `language`, that of the
     texts, where it is known ("en").
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")
-    scored = scored or dataset
     # Someone's folder is no address, and its path is nobody's business.
     local = os.path.isabs(encoder) or Path(encoder).exists()
     encoder_name = Path(encoder).name if local else encoder

@@ -39,7 +39,7 @@ from dataset import load_questions
 from device import autocast, choose_device, choose_dtype
 from encoder import FrozenEncoder, ImageError, as_rgb, open_image
 from features import encode, prefetch
-from generation import Hypothesis, generate, thrown
+from generation import Hypothesis, dice_of, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
 from photo_names import is_photo, match_names
@@ -149,7 +149,7 @@ class Captioner:
         )
         groups = ([*group] for _, group in grouped)
         photos = prefetch(self._read, groups, threads=2, ahead=2 * batch_size)
-        dice = thrown(chosen)
+        dice = dice_of(chosen)
         while chunk := list(itertools.islice(photos, batch_size)):
             yield from self._write(chunk, chosen, dice)
 

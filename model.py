@@ -109,7 +109,10 @@ class CaptionModel(nn.Module):
         self.decoder = Decoder(config)
 
     def memory(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Features (images, patches, feature_width) -> each layer's memory keys and values."""
+        """Features (images, patches, feature_width) -> each layer's memory keys and values.
+
+        `modeling_captioner.py` has the same steps, for those who have `transformers` alone.
+        """
         memory = self.memory_norm(self.project(self.feature_norm(features)))
         return self.decoder.memory_keys_values(self.dropout(memory))
 

@@ -142,8 +142,8 @@ class Report(contextlib.AbstractContextManager):
             say(f"  {name}: {said}\n    (a human: {humans[name][0]})")
         for name, text, said in [each for each in written if each.text.question][:count]:
             say(f"  {name}: {text.question} {said} (a human: {text.target})")
-        shown = {k.replace("_", "/", 1): v for k, v in entry.items() if k.startswith(("tr", "val"))}
-        self.tracker.log(shown | {"epoch": progress.epoch}, progress.step)
+        figures = {name.replace("_", "/", 1): entry[name] for name in entry if name != "samples"}
+        self.tracker.log(figures, progress.step)
         rows = [(e["epoch"], *pair) for e in progress.history for pair in e["samples"].items()]
         if rows:
             self.tracker.log_captions(rows, self.data.paths.images, progress.step)

@@ -139,7 +139,7 @@ class Run:
         self.model = copy.deepcopy(self.average) if settings.EMA_DECAY else self.average
         if settings.COMPILE:
             self.model.hidden = torch.compile(self.model.hidden, dynamic=True)  # lengths differ
-        self.shared = share_gradients(self.model, team)
+        self.shared = share_gradients(self.model, team)  # through which `train.update` works
         self.optimizer = make_optimizer(self.model, settings)
         self.progress = Progress()
         self.reranker: Reranker | None = None  # chooses among captions found with the average
@@ -230,7 +230,9 @@ class Run:
             | {"samples": dict(itertools.islice(samples.items(), count))}
         )
 
-    def checkpoint(self, scores: dict[str, float], training: dict[str, Any] | None = None):
+    def checkpoint(
+        self, scores: dict[str, float], training: dict[str, Any] | None = None
+    ) -> Checkpoint:
         """The averaged weights as a `Checkpoint`, with what resuming needs or without it."""
         settings = self.settings
         options = GenerationOptions(
@@ -385,7 +387,11 @@ def keep_apart(run: Run) -> Progress:
 
 
 def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, not biases, norms or embeddings of positions."""
+    """AdamW that decays matrices, not biases, norms or embeddings of positions.
+
+    Another optimizer must skip a step where its `found_inf` is 1, as fused ones do: see
+    `train.update`. What `load_to_resume` asks of its state are AdamW's names.
+    """
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() == 2 and "position" not in n]
     others = [p for n, p in named.items() if p.dim() != 2 or "position" in n]
@@ -396,7 +402,7 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
         ],
         lr=settings.LEARNING_RATE,
         betas=(0.9, 0.98),
-        fused=True,  # and so able to skip a bad step by itself: see `train.update`
+        fused=True,
     )
 
 

@@ -80,7 +80,8 @@ class CaptionTokenizer:
             if missing := {*pre_tokenizers.ByteLevel.alphabet()} - made.vocab.keys():
                 raise UserError(f"{len(missing)} of the 256 bytes are not in the vocabulary")
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
-            raise UserError(f"{vocab_file} and {merges_file} are no BPE files: {error}") from None
+            said = f"{vocab_file} and {merges_file} are no BPE files of this project: {error}"
+            raise UserError(f"{said}; without them a vocabulary is learned") from None
         return made
 
     def save(self, vocab_file: Path, merges_file: Path) -> None:

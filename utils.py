@@ -119,8 +119,9 @@ def lfs_note(path: str | os.PathLike[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line and without secrets, for a message of ours."""
-    return shown(redact((str(error).strip() or repr(error)).splitlines()[0]))
+    """What an error says, without secrets: its first line, and the next after a colon."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip() or repr(error))
+    return shown(redact(text.splitlines()[0]))
 
 
 def redact(text: str) -> str:

@@ -132,6 +132,14 @@ def test_a_checkpoint_that_was_not_fetched_or_has_another_suffix(checkpoint, tmp
     assert load_checkpoint(path).description() == checkpoint.description()
 
 
+def test_a_decoder_that_was_changed_is_named_by_its_weights(checkpoint, tmp_path, monkeypatch):
+    save_for_use(tmp_path / "c.safetensors", checkpoint)
+    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+    with pytest.raises(UserError, match=r"of another decoder.py .*\"feature_norm.bias\"") as error:
+        load_checkpoint(tmp_path / "c.safetensors")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.fault(count=3)
 def test_others_weights_and_cut_files_are_refused(checkpoint, tmp_path):
     path = tmp_path / "c.safetensors"

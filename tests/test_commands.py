@@ -208,6 +208,12 @@ def test_a_preset_with_a_slip_is_refused(monkeypatch, tmp_path):
         commands.train(["--preset", "small"])
 
 
+def test_a_setting_that_somebody_added_is_a_flag_and_may_stand_in_a_preset(monkeypatch, tmp_path):
+    edit_config(monkeypatch, tmp_path, 'KV_HEADS = 2  # new\npresets["small"] = {"KV_HEADS": 1}')
+    assert commands.train(["--preset", "small"]).KV_HEADS == 1
+    assert commands.train(["--preset", "small", "--kv_heads", "4"]).KV_HEADS == 4
+
+
 def test_the_first_photos_are_of_each_split_its_share():
     splits = {"train": list("abcdefghijklmnop"), "val": list("qr"), "test": list("st")}
     few = first_photos(splits, 5)

@@ -541,6 +541,7 @@ def card(**changes) -> str:
         "split": "val",
         "scorer": "pycocoevalcap 1.2",
         "scores": {"CIDEr": 35.25, "BLEU-4": 15.5},
+        "scored": "Flickr8k",
         "command": "python train.py --dataset flickr8k --hf_repo_id me/captioner",
         "samples": {"1.jpg": "a {dog} runs: fast", "2.jpg": "two men talk"},
     }

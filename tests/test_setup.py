@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,16 @@ def test_every_pinned_package_is_looked_for():
     found = re.findall(r"\w+", (ROOT / "01_setup.sh").read_text())
     called = {"pillow": "PIL", "pytest-xdist": "xdist"}
     assert len(packages) > 15 and not {called.get(name, name) for name in packages} - {*found}
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    for path in ROOT.glob("requirements*.txt"):
+        for name, pin in re.findall(r"^([\w-]+)==(\S+)$", path.read_text(), re.M):
+            with contextlib.suppress(PackageNotFoundError):  # an optional one
+                here = metadata(name)
+                if here["Version"].partition("+")[0] == pin:
+                    newer = re.search(r">=\s*3\.(1[1-9])", here["Requires-Python"] or "")
+                    assert not newer, f"{name}=={pin} in {path.name} needs Python 3.{newer[1]}"
 
 
 def test_failed_install_is_not_taken_for_done(clone):

@@ -14,14 +14,9 @@ import config
 from settings import constant_comments, constants
 from tests.conftest import REPO, run
 
-# A file imports only from those before it: the rooms of the house, from the ground up.
-ORDER = """
-    utils settings options device tokenizer metrics pictures encoder decoder distributed features
-    photo_names tables dataset captions_file captions_search questions_file download tars shards
-    model rerank modeling_captioner attention generation self_critical checkpoint corpus
-    standalone hub tracking run report sidecar check_data archive parquet commands prepare_dataset
-    train evaluate inference tools.app tools.onnx_graph tools.export tools.benchmark
-""".split()
+# A file imports only from those above it: the rooms of the house, from the ground up.
+ROWS = re.findall(r"^\| `([\w/]+)\.py` \|", (REPO / "README.md").read_text(), re.M)
+ORDER = [row.replace("/", ".") for row in ROWS]
 SCRIPTS = set(ORDER[ORDER.index("commands") :])
 MODULES = sorted(
     ".".join(path.relative_to(REPO).with_suffix("").parts)
@@ -47,7 +42,7 @@ def imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    assert module in ORDER, f"{module} has no place in the order: is it worth a file?"
+    assert module in ORDER, f"{module} has no line in the README: is it worth a file?"
     ours = imports(module) & {*ORDER, "config", "demo", "tests"}
     if module not in SCRIPTS:
         assert "config" not in ours and "demo" not in ours
@@ -110,12 +105,6 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in REPO.glob("docs/*.
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
-
-
-def test_the_readme_has_a_line_for_each_file():
-    text = (REPO / "README.md").read_text()
-    for module in MODULES:
-        assert f"`{module.replace('.', '/')}.py`" in text, f"{module} has no line in the README"
 
 
 def test_the_readme_is_read_to_the_end():
