@@ -50,7 +50,16 @@ from encoder import loading_options, open_image, quiet_library
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
-from metrics import SCORER, TOKENIZER, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
+from metrics import (
+    SCORER,
+    TOKENIZER,
+    bootstrap_interval,
+    diversity,
+    score,
+    tokenize,
+    vqa_accuracy,
+    without_spaces,
+)
 from options import change_options, given_options
 from utils import UserError, check_output, command, first_line, run_script, write_file
 
@@ -196,6 +205,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
         f"{len(names)} photos{left}, beam {beams}, {scored.precision}",
         table({"model": found, "human": human_ceiling(references)}, digits=2),
         *[f"human: of the {several} photos with several captions"] * (0 < several < len(names)),
+        *filter(None, [without_spaces([x for group in references.values() for x in group])]),
         f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
         + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),

@@ -42,7 +42,7 @@ from features import encode, prefetch
 from generation import Hypothesis, dice_of, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
-from photo_names import is_photo, match_names
+from photo_names import OTHER_PICTURES, is_photo, match_names
 from questions_file import read_questions
 from settings import check_ranges
 from sidecar import Photo, open_output
@@ -399,7 +399,8 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
             found.setdefault(os.path.abspath(file), Photo(file, plain))
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-        print(f"passed over, as no photos: {kinds}", file=sys.stderr)
+        advice = "" if others.keys().isdisjoint(OTHER_PICTURES) else "; make JPEGs of the pictures"
+        print(f"passed over, as no photos: {kinds}{advice}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no photo in {', '.join(paths)}")
     return [*found.values()]

@@ -64,6 +64,8 @@ _MARKS = (
     "\u0981-\u09e3\u0a01-\u0a4d\u0a81-\u0acd\u0b82-\u0bcd\u0c01-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a"
     "\u0e47-\u0e4e\u0eb1-\u0ecd"
 )
+# A phrase in the script of Thai, Lao, Burmese, Khmer, Japanese or Chinese.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{8}")
 
 
 def _either(words: str) -> str:
@@ -180,6 +182,16 @@ def tokenize(text: str) -> list[str]:
         if token not in _PUNCTUATION and not re.fullmatch("-{2,4}", token):
             tokens.append(token)
     return tokens
+
+
+def without_spaces(captions: Sequence[str]) -> str:
+    """What is wrong with scores where most captions are in a script without spaces, or ""."""
+    if 2 * sum(bool(_UNSPACED.search(caption)) for caption in captions) <= len(captions):
+        return ""
+    return (
+        "these captions have no spaces between words, and whole phrases are scored as one: "
+        "segment them (jieba, MeCab) before scores are compared"
+    )
 
 
 def _spell(token: str) -> str:

@@ -28,6 +28,8 @@ from .rerank import Reranker, layout
 
 logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
+# What reaches the repository of an encoder that has one of its own, too.
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "token"}
 # The pipeline calls a model unsupported, aloud, whose class isn't listed here.
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MODEL_TYPE] = "VisionCaptioner"
 
@@ -79,7 +81,7 @@ def fingerprint(tower: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(tower.state_dict().items()):
         digest.update(key.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -159,13 +161,15 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         if model.tower is None:
             tower = model.config.tower
             name, revision = (given, None) if given else (tower["name"], tower["revision"])
-            auto = transformers.AutoConfig.from_pretrained(name, revision=revision)
-            vision = getattr(auto, "vision_config", auto)
-            how = tower["options"] | {"revision": revision, "config": vision}
+            hub = {key: options[key] for key in HUB_OPTIONS & options.keys()}
+            hub["revision"] = revision
+            auto = transformers.AutoConfig.from_pretrained(name, **hub)
+            how = tower["options"] | hub | {"config": getattr(auto, "vision_config", auto)}
             found = getattr(transformers, tower["class"]).from_pretrained(name, **how)
             if fingerprint(found.float()) != model.config.trained["encoder"]["weights"]:
                 logger.warning(f"{name} is another encoder than this captioner was trained with")
-            model.tower = found.to(model.device, model.dtype).eval()
+            placed = (each.device for each in model.parameters() if not each.is_meta)
+            model.tower = found.to(next(placed, "cpu"), model.dtype).eval()
             # `save_pretrained` writes its weights along.
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
             model.config.tower = {"class": tower["class"], "options": options}
@@ -217,7 +221,13 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         mask = (causal & real.unsqueeze(1)) | itself
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
         pairs = [pair.unbind(1) for pair in memory.unbind(1)]
-        logits = self.decoder.logits(self.decoder(input_ids, positions, mask, pairs, cache))
+        hidden = self.decoder(input_ids, positions, mask, pairs, cache)
+        embedding = self.decoder.token_embedding
+        if embedding.weight.is_meta:  # offloaded: there only while the embedding itself is called
+            ids = torch.arange(self.config.vocab_size, device=hidden.device)
+            logits = nn.functional.linear(hidden, embedding(ids))
+        else:
+            logits = self.decoder.logits(hidden)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from corpus import Data
 from dataset import prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
+from metrics import without_spaces
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
 from tracking import Tracker
@@ -101,8 +102,10 @@ class Report(contextlib.AbstractContextManager):
         )
         if settings.TRAIN_SHARDS and settings.SCST_EPOCHS:
             print("stages    cross-entropy only: self-critical training wants all captions at hand")
-        there = len(references_of(data.texts, data.splits["val"]))
-        scored = min(there, settings.SCORED_IMAGES)
+        there = references_of(data.texts, data.splits["val"])
+        scored = min(len(there), settings.SCORED_IMAGES)
+        if scored and (odd := without_spaces([x for group in there.values() for x in group])):
+            print(f"scores    {odd}")
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
             print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
         for task, split in itertools.product(data.tasks, ("train", "val")):

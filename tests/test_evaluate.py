@@ -131,6 +131,9 @@ def test_another_split_of_what_was_learned_from_is_said(tmp_path, trained):
     assert re.search(f"cider.safetensors, .*{scores['images']} photos .1 left out.,", report)
     assert "note: the checkpoint learned from another split of these photos (TRAIN_" in said
     assert "left out 1 photos of the split, for which there are no captions" in said
+    captions = dict.fromkeys(captions, ["一只棕色的狗在草地上奔跑。"])
+    (data / "captions.json").write_text(json.dumps(captions))
+    assert "no spaces between words" not in said and "no spaces between words" in run(*flags).stdout
 
 
 def test_what_is_read_is_not_written_over(tmp_path, trained):

@@ -30,6 +30,7 @@ from tests.conftest import (
     small_flags,
     write_photos,
 )
+from tests.hub_server import HubServer, Repo
 from tests.test_inference import odd_pictures
 from tools import export as tools_export
 from utils import UserError, pip_install
@@ -166,6 +167,16 @@ def test_every_weight_stands_once(exported, checkpoint):
     sizes = [np.prod(x.dims) for x in onnx.load(exported).graph.initializer]
     weights = sum(p.numel() for p in checkpoint.model.parameters())
     assert weights <= sum(sizes) < weights + 100
+
+
+def test_onnxruntime_quantizes_it(export, exported, checkpoint, tmp_path):
+    """Of a Gemm it turns the weight round, in place: the embedding's, which is read as it is."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(exported, tmp_path / "small.onnx")
+    features = random_features(checkpoint.model, 3, 9).numpy()
+    found = [export.greedy(session_of(x), features, 1) for x in (exported, tmp_path / "small.onnx")]
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=0.1)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan")])
@@ -496,6 +507,60 @@ def test_another_encoder_than_it_was_trained_with_is_said(joint, tmp_path):
         said = run("-c", code, out, encoder)
         assert said.returncode == 0
         assert said.stderr.count("is another encoder than") == count, said.stderr
+
+
+def test_the_encoder_is_asked_for_as_the_captioner_is(joint, tmp_path):
+    """With its token, and kept where that is kept: one that is gated was refused."""
+    checkpoint, token = joint / "captioner_best_cider.safetensors", "hf_" + 34 * "a"
+    flags = ["--checkpoint", checkpoint, "--format", "transformers", "--without-encoder"]
+    assert run("-m", "tools.export", *flags, "--out", tmp_path / "captioner").returncode == 0
+    config = json.loads((tmp_path / "captioner" / "config.json").read_text())
+    config["tower"] |= {"name": "me/encoder", "revision": "main"}
+    (tmp_path / "captioner" / "config.json").write_text(json.dumps(config))
+    places = {
+        "me/captioner": tmp_path / "captioner",
+        "me/encoder": Path(load_checkpoint(checkpoint).encoder["name"]),
+    }
+    code = (
+        "import sys, transformers\n"
+        "transformers.AutoModelForImageTextToText.from_pretrained("
+        "'me/captioner', trust_remote_code=True, token=sys.argv[1], cache_dir=sys.argv[2])"
+    )
+    with HubServer(token) as server:
+        for name, place in places.items():
+            server.repos[name] = Repo(gated=True)
+            server.repos[name].commit("all", {x.name: x.read_bytes() for x in place.iterdir()})
+        hub = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        loaded = subprocess.run(
+            [sys.executable, "-I", "-c", code, token, tmp_path / "kept"],
+            env=os.environ | hub,
+            text=True,
+            capture_output=True,
+        )
+    assert loaded.returncode == 0, loaded.stderr
+    assert {path.name for path in (tmp_path / "kept").glob("models--*")} == {
+        "models--me--captioner",
+        "models--me--encoder",
+    }
+    assert not (tmp_path / "home" / "hub").exists()
+
+
+def test_an_offloaded_embedding_gives_the_same_logits(folder, joint):
+    """accelerate's offloading: weights are there only while their own module is called."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    asked = processor(images=Image.open(joint / "images" / "000.png"))
+    right, embedding = model(**asked).logits, model.decoder.token_embedding
+    weight = embedding.weight
+
+    def place(there: torch.nn.Parameter) -> None:
+        embedding.weight = there
+
+    nowhere = torch.nn.Parameter(weight.to("meta"))
+    embedding.register_forward_pre_hook(lambda *_: place(weight))
+    embedding.register_forward_hook(lambda *_: place(nowhere))
+    place(nowhere)
+    assert torch.equal(model(**asked).logits, right)
 
 
 def test_an_encoder_that_takes_more_than_pixels_is_refused(tmp_path):

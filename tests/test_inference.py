@@ -61,9 +61,11 @@ def test_a_folder_is_told_line_by_line_with_its_sub_folders(folder, caption):
     table = json.loads(last)
     assert list(table) == NAMES
     assert lines == [f"{name}: {text}" for name, text in table.items()]
-    assert "passed over, as no photos: 1 .txt" in result.stderr
+    assert "passed over, as no photos: 1 .txt\n" in result.stderr
+    (folder / "e.HEIC").write_bytes(b"x")
     flat = caption(folder, "--no-recursive", "--json")
     assert list(json.loads(flat.stdout.splitlines()[-1])) == NAMES[:2]
+    assert "1 .heic, 1 .txt; make JPEGs of the pictures\n" in flat.stderr
 
 
 def test_progress_is_not_told_among_the_captions(folder, trained, monkeypatch, capsys):

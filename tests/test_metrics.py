@@ -11,7 +11,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metrics import CiderD, bootstrap_interval, diversity, score, tokenize, vqa_accuracy
+from metrics import (
+    CiderD,
+    bootstrap_interval,
+    diversity,
+    score,
+    tokenize,
+    vqa_accuracy,
+    without_spaces,
+)
 from tests.conftest import REPO
 from tokenizer import normalize
 
@@ -186,3 +194,11 @@ def test_people_s_spelling_of_letters_is_the_decoder_s(text):
         written = normalize(said)
         assert tokenize(written) == tokenize(said) == tokenize(text.replace("İ", "i"))
         assert vqa_accuracy(written, [said]) == vqa_accuracy(written, [said] * 3) == 1
+
+
+def test_a_script_without_spaces_is_said():
+    odd = ["一只棕色的狗在草地上奔跑。", "犬が草の上を走っている", "สุนัขวิ่งบนหญ้า"]
+    assert all(without_spaces([text, text, "a dog"]) for text in odd)
+    for text in ("一只 棕色 的 狗 在 草地 上 奔跑 。", "갈색 개가 풀밭을 달린다", "a dog", "狗"):
+        assert not without_spaces([text, text, odd[0]])
+    assert not without_spaces([])

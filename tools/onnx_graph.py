@@ -76,7 +76,9 @@ class DecoderStep(nn.Module):
         joined = [memory.append(layer, *pair) for layer, pair in fresh]
         hidden = self.model.decoder(tokens, positions, row_mask(whole)[:, seen:], joined, cache)
         present = zip(cache.keys, cache.values, memory.keys, memory.values, strict=True)
-        return self.model.decoder.logits(hidden[:, -1]), [x for layer in present for x in layer]
+        # By a MatMul, not by a Gemm: onnxruntime's quantizer spoils the tied embedding for that.
+        logits = self.model.decoder.logits(hidden[:, -1:])[:, 0]
+        return logits, [x for layer in present for x in layer]
 
 
 # --- To ONNX --------------------------------------------------------------------------------
