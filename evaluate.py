@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -197,15 +197,9 @@ def score_captions(scored: Scored) -> dict[str, object]:
     else:
         missing["CLIPScore"] = "needs --clip"
     found |= more
-    beams, data = scored.options.beam_size, scored.paths.data_dir.resolve().name
-    left = f" ({scored.left_out} left out)" * bool(scored.left_out)
-    several = sum(len(group) > 1 for group in references.values())
     lines = [
-        f"{Path(settings.file).name}, split {settings.split!r} of {data}: "
-        f"{len(names)} photos{left}, beam {beams}, {scored.precision}",
+        *what_is_scored(scored, references),
         table({"model": found, "human": human_ceiling(references)}, digits=2),
-        *[f"human: of the {several} photos with several captions"] * (0 < several < len(names)),
-        *filter(None, [without_spaces([x for group in references.values() for x in group])]),
         f"CIDEr-D, 95 % bootstrap interval: {low:.1f} to {high:.1f}"
         + " (it compares photos: that of one alone is 0)" * (len(names) == 1),
         *(f"{name}: {value:.4g}" for name, value in other.items()),
@@ -224,6 +218,21 @@ def score_captions(scored: Scored) -> dict[str, object]:
         "scorer": SCORER,
         "tokenizer": TOKENIZER,
     }
+
+
+def what_is_scored(scored: Scored, references: dict[str, list[str]]) -> Iterator[str]:
+    """Which captions of which photos, and what should be known of people's, a line each."""
+    count, data = len(references), scored.paths.data_dir.resolve().name
+    left = f" ({scored.left_out} left out)" if scored.left_out else ""
+    yield (
+        f"{Path(scored.settings.file).name}, split {scored.settings.split!r} of {data}: "
+        f"{count} photos{left}, beam {scored.options.beam_size}, {scored.precision}"
+    )
+    several = sum(len(group) > 1 for group in references.values())
+    if 0 < several < count:
+        yield f"human: of the {several} photos with several captions"
+    if odd := without_spaces([text for group in references.values() for text in group]):
+        yield odd
 
 
 def report_path(settings: SimpleNamespace) -> Path:
