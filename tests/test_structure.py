@@ -17,8 +17,8 @@ from tests.conftest import REPO, run
 # A file imports only from those before it: the rooms of the house, from the ground up.
 ORDER = """
     utils settings options device tokenizer metrics pictures encoder decoder distributed features
-    photo_names tables dataset captions_file captions_search questions_file download tars shards
-    model rerank modeling_captioner attention generation self_critical checkpoint corpus
+    photo_names tables dataset texts captions_file captions_search questions_file download tars
+    shards model rerank modeling_captioner attention generation self_critical checkpoint corpus
     standalone hub tracking run report sidecar check_data archive parquet commands prepare_dataset
     train evaluate inference tools.app tools.onnx_graph tools.export tools.benchmark
 """.split()
