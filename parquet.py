@@ -120,7 +120,7 @@ def _rows(file: Path, schema: Any, read: Any, keys: list[str]) -> Iterator[dict[
 
 def _holds_photos(kind: str) -> bool:
     """Is a column, by its type, one of bytes, or of objects, alone or in lists, with `bytes`?"""
-    return bool(re.match(r"\w*binary|(\w*list<\w+: )?struct<(.*\W)?bytes: \w*binary", kind))
+    return bool(re.match(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)", kind))
 
 
 def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Columns:

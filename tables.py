@@ -140,6 +140,12 @@ def opened_parquet(
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     most = memory + 4 * file.stat().st_size
+    with open(file, "rb") as begun:
+        note = begun.read(7) == b"version"
+    if note:
+        raise UserError(
+            f"{file} is Git LFS's note of a file that was not fetched: run git lfs pull"
+        )
     try:
         with bounded_memory(most), contextlib.ExitStack() as files:
             if file.suffix == ".arrow":
@@ -151,7 +157,8 @@ def opened_parquet(
                 few = {"batch_size": 8, "use_threads": False}
                 yield table.schema_arrow, lambda keys: table.iter_batches(columns=keys, **few)
     except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
-        raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
+        kind = "an Arrow stream" if file.suffix == ".arrow" else "parquet"
+        raise UserError(f"{file} can't be read as {kind}: {first_line(error)}") from None
     except MemoryError:
         raise UserError(
             f"{file} has rows or pages that become more than {size_text(most)}: that is no "

@@ -132,6 +132,8 @@ def test_lists_of_photos_count_where_they_have_one(tmp_path, capsys):
         {"user": "Which?", "assistant": "red", "source": "VQAv2"},
         {"user": "Describe the image.", "assistant": "A dog", "source": "x"},
     ]
+    listed = {"images": [[photo(0)], [photo(1)]], "text": ["A", "b"]}
+    assert len(list(read_parquet([write(tmp_path / "b.parquet", listed)]))) == 2
     shown = images(4)
     columns = {"images": [shown[:1], [], shown[1:3], shown[3:]], "texts": [talk] * 3 + [talk[:1]]}
     found = list(read_parquet([write(tmp_path / "train-00000.parquet", columns)]))
@@ -171,6 +173,9 @@ def test_what_is_to_be_done_with_other_columns_is_said(tmp_path, capsys):
     file = write(tmp_path / "a" / "1.parquet", {"url": ["https://x/1.jpg"], "caption": ["A"]})
     fetch = f"--url_list {file.parent} --input_format parquet --url_col url --caption_col caption"
     with pytest.raises(UserError, match=fetch):
+        list(read_parquet([file]))
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="not fetched: run git lfs pull"):
         list(read_parquet([file]))
     columns = {"image": images(2), "En": ["A dog", "b"], "de": ["Ein Hund", "b"]}
     file = write(tmp_path / "b" / "1.parquet", columns)
