@@ -45,7 +45,8 @@ NAME_KEYS = (
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
 LIKE_CAPTIONS = re.compile(
-    r"(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)|captions?_[a-z]\w*"
+    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
+    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix

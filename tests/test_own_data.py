@@ -787,6 +787,13 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        (
+            [
+                {"image": f"{n}.jpg", "question_text": "x y", "blip_caption": "AB"[n - 1]}
+                for n in (1, 2)
+            ],
+            AB,
+        ),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
