@@ -6,7 +6,6 @@ list or lines of JSON objects, a table with or without a header, or a text besid
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import html
 import itertools
@@ -14,15 +13,16 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, TEXT_KEYS, check_name, split_in
+from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
-from tables import Table, plain_key, table_of
+from tables import Table, parquet_rows, plain_key, table_of
+from texts import CAPTION_KEYS, TALKS, TO_CAPTION, listed, texts_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -30,7 +30,7 @@ Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that hol
 # Looked for in this order, in DATA_DIR and in the photo folder.
 TABLES = (
     "captions.txt results.csv captions.csv captions.tsv captions.jsonl metadata.jsonl metadata.csv "
-    "Flickr8k.token.txt results_20130124.token"
+    "metadata.parquet Flickr8k.token.txt results_20130124.token"
 ).split()
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 LISTS = (*".csv .tsv .xlsx .xls .ods .parquet .json".split(), *JSON_LINES)  # of other names
@@ -39,22 +39,17 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
     "image_file image_filename images img img_name img_path img_id photo imageid image_url "
-    "captioning name id"
+    "captioning name jpg png id"
 ).split()
-CAPTION_KEYS = (
-    *TEXT_KEYS,
-    *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text report findings productdisplayname prompt".split(),
-    *"conversations messages".split(),
-)
-TALKS = ("conversations", "messages")
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
-ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
+LIKE_CAPTIONS = re.compile(
+    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
+    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
+)
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix
-LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 SAMPLE = 1000  # rows by which it is decided what is what
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
@@ -64,7 +59,6 @@ OTHER_KINDS = {
     b"\xd0\xcf\x11\xe0": "an older spreadsheet",
     b"\x1f\x8b": "packed with gzip",
     b"7z\xbc\xaf": "packed with 7z",
-    b"PAR1": "a parquet file",
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
 # A number, an address or packed bytes, or a split: of another column than captions'.
@@ -75,7 +69,6 @@ TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
-TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
 NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
@@ -216,7 +209,7 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
 def is_older(path: Path) -> bool:
     """Is a text in Windows' older encoding, as it can be read and is not Unicode?"""
     try:
-        return not decoded(path.read_bytes(), older=False)
+        return path.suffix != ".parquet" and not decoded(path.read_bytes(), older=False)
     except UnicodeDecodeError:
         return True
 
@@ -229,6 +222,8 @@ def read_file(path: Path) -> tuple[str, Any]:
         start = file.read(64)
         if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):
             raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")
+        if start.startswith(b"PAR1"):
+            return "JSON", parquet_rows(path)
     if path.suffix.lower() == ".json":
         try:
             return "JSON", _rows_named(read_json(path, older=True))
@@ -318,45 +313,6 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return [table]
     columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
     return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def texts_of(said: Any) -> list[Any]:
-    """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
-    answer in a conversation that has one alone, unless a question has it in a word or three."""
-    if isinstance(said, list) and said and all(map(speaker, said)):
-        answers = [each for each in said if speaker(each) in ANSWERING]
-        if len(answers) != 1:
-            return []
-        asked = "?" in str([each for each in said if each is not answers[0]])
-        texts = texts_of(answers[0].get("value", answers[0].get("content")))
-        return [] if asked and len(" ".join(map(str, texts)).split()) < 4 else texts
-    if isinstance(said, list):
-        return [text for each in said for text in texts_of(each)]
-    if isinstance(said, dict):
-        return texts_of(next((said[key] for key in CAPTION_KEYS if said.get(key)), None))
-    return [] if said is None or said != said else [said]  # nor NaN
-
-
-def speaker(said: Any) -> str:
-    """Who speaks in a turn of a conversation, as LLaVA and chat models' data sets have them."""
-    return str(said.get("from") or said.get("role") or "") if isinstance(said, dict) else ""
-
-
-def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
-    """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
-    if len(text) > LONGEST_LIST or not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
-        return [text]
-    commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())
-    filled = re.sub(r"(?<=, )nan\b|(?<=\[)nan\b", "None", commas)
-    python = ast.literal_eval
-    for read, cell in ((json.loads, text), (python, commas), (python, filled)):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            values = read(cell)
-            values = [values] if isinstance(values, dict) else values  # as Label Studio has them
-            texts = texts_in([*values]) if isinstance(values, list | tuple) else [None]
-            if all(isinstance(each, str) for each in texts):
-                return texts
-    return [text]
 
 
 def photo_in(said: Any) -> Any:
@@ -500,8 +456,11 @@ def choose_columns(
     )
     if "prompt" in map(PROMPTS.get, keys):  # then it asks for the caption
         captions = [key for key in captions if key != "prompt"]
+    headed = usual or captions or "question" in keys
+    if not captions and usual:  # such as blip_caption, re_caption, sentences_raw
+        captions = [key for key in keys if LIKE_CAPTIONS.fullmatch(key)]
     # A column without a name may be pandas' index.
-    others = [key for key in keys if (usual or not key) and key not in (*usual, *captions)]
+    others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     # An `id` may count rows, which would be taken for 1.jpg and so on.
     photos += [key for key in usual if key != "id"]

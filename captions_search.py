@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
-    CAPTION_KEYS,
     LINE_END,
     TABLES,
     TEXT_SUFFIXES,
@@ -29,10 +28,10 @@ from captions_file import (
     may_list,
     merged,
     read_captions,
-    texts_of,
 )
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
+from texts import CAPTION_KEYS, texts_of
 from utils import UserError, command, files_in, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
@@ -109,6 +108,8 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
         form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
         return places, merged(form, others)
     seen = f" ({refused[0]})" if refused else ""
+    if paths.questions.is_file() and not others:
+        raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
         seen = f" (one of {', '.join(map(str, places))}?)"
     raise UserError(
@@ -181,7 +182,8 @@ def read_lists(
     """
     found, refused, copies = {}, {}, set()
     first = [name for name in names if re.search(likely, name.lower())]
-    for group in (first, [name for name in names if name not in first]):
+    packed = [name for name in names if name.endswith(".parquet")]  # often a copy of another
+    for group in (first, [n for n in names if n not in (*first, *packed)], packed):
         for name in () if found else group:
             try:
                 held = read(root / name)
@@ -265,9 +267,10 @@ def read_folder(folder: Path) -> Captions:
 
 
 def read_nested(folder: Path) -> Captions:
-    """The captions of `metadata.jsonl` or `.csv` in sub-folders, as image folders with splits have
-    them."""
-    tables = sorted([*folder.rglob("*/metadata.jsonl"), *folder.rglob("*/metadata.csv")])
+    """The captions of `metadata.jsonl`, `.csv` or `.parquet` in sub-folders, as image folders with
+    splits have them."""
+    ends = "jsonl", "csv", "parquet"
+    tables = sorted(file for end in ends for file in folder.rglob(f"*/metadata.{end}"))
     parts = (read_own(table, folder) for table in tables)  # whose folders tell their split
     return merged("image folders with their metadata", dict(enumerate(parts)))
 
@@ -396,7 +399,7 @@ def state_of(source: Path) -> str:
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
-    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl")
+    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     files = [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +16,14 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import (
-    BARE,
-    CAPTION_KEYS,
-    NUMBERS,
-    SAMPLE,
-    SPLIT_KEYS,
-    caption_columns,
-    choose_columns,
-    texts_of,
-)
+from captions_file import BARE, NUMBERS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns
 from dataset import split_in
 from photo_names import is_photo, plain_name
-from questions_file import ASKED, questions_in, read_entry
-from tables import plain_key
+from questions_file import ANSWERS, ASKED, questions_in, read_entry
+from tables import MOST_MEMORY, opened_parquet, plain_key
 from tars import MOST_BYTES
-from utils import UserError, bounded_memory, first_line, require_extra, size_text
-
-# Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
-# own: photos don't shrink, and pyarrow writes pages of a thousand.
-MOST_MEMORY = 2**29
+from texts import CAPTION_KEYS, TO_CAPTION, texts_of
+from utils import UserError, interpreter
 
 
 @dataclass(frozen=True)
@@ -63,60 +52,47 @@ def read_parquet(
     Their split, as a column or files of several splits say it, is the photo's folder. Rows with
     the same picture, as where each has one of its captions, are one photo, of its first split.
     """
-    pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
-    import pyarrow  # without which there is no `pq`
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     taken: set[str] = set()
     names: dict[bytes, str] = {}  # by what tells a picture from others
     moved: set[str] = set()
     passed: list[str] = []  # what questions lack
-    bare = 0  # rows without a photo
+    without: Counter[str] = Counter()  # rows without one photo, and why
     known: dict[str, str] = {}  # the columns of the file before, which files alike share
     called = {file: split_in(f"{file.parent.name}/{file.name}") for file in files}
     for file in files:
         whole = called[file] if len({*called.values()}) > 1 else ""
-        try:
-            opened = pq.ParquetFile(file, buffer_size=2**20)  # or it reads groups of rows whole
-            most = MOST_MEMORY + 4 * file.stat().st_size
-            with bounded_memory(most), opened as table:
-                groups = map(table.metadata.row_group, range(table.num_row_groups))
-                unpacked = sum(group.total_byte_size for group in groups)
-                check_unpacked(file, file.stat().st_size, unpacked)
-                kinds = {plain_key(field.name): str(field.type) for field in table.schema_arrow}
-                if kinds != known:
-                    known, columns = kinds, _columns(file, table, kinds)
-                for row in _rows(file, table, columns.all()):
-                    image = row[columns.photo]
-                    image = image if isinstance(image, dict) else {"bytes": image}
-                    bare += not image["bytes"]
-                    if content := image["bytes"]:
-                        texts = texts_of([row[column] for column in columns.captions])
-                        texts = [text for text in texts if isinstance(text, str)]
-                        if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
-                            raise ValueError(f"a row has captions of {size:,} characters")
-                        own = "".join(split_in(row[column]) for column in columns.split) or whole
-                        digest = hashlib.sha256(content).digest()[:16]
-                        if digest not in names:
-                            said = [_called(name, row[name]) for name in columns.names]
-                            names[digest] = _name(own, [image.get("path") or "", *said], taken)
-                        elif os.path.dirname(names[digest]) != own:
-                            moved.add(names[digest])
-                        talk = {key: row[key] for key in columns.asked}
-                        asked = [*_questions(str(file), talk, passed)]
-                        yield names[digest], content, texts, asked
-        except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
-            raise UserError(f"{file} can't be read as parquet: {first_line(error)}") from None
-        except MemoryError:
-            raise UserError(
-                f"{file} has rows or pages that become more than {size_text(most)}: that is no "
-                "collection of photos, or it needs to be written in smaller pages"
-            ) from None
+        with opened_parquet(file, MOST_MEMORY) as (schema, read):
+            kinds = {plain_key(field.name): str(field.type) for field in schema}
+            if kinds != known:
+                known, columns = kinds, _columns(file, schema, read, kinds)
+            for row in _rows(file, schema, read, columns.all()):
+                image = row[columns.photo]
+                shown = image if isinstance(image, list) else [image]
+                shown = [each if isinstance(each, dict) else {"bytes": each} for each in shown]
+                shown = [each for each in shown if each["bytes"]]
+                without["without a photo"] += not shown
+                without["with several photos"] += len(shown) > 1
+                if len(shown) == 1:
+                    content = shown[0]["bytes"]
+                    texts = texts_of([row[column] for column in columns.captions])
+                    texts = [text for text in texts if isinstance(text, str)]
+                    if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
+                        raise ValueError(f"a row has captions of {size:,} characters")
+                    own = "".join(split_in(row[column]) for column in columns.split) or whole
+                    digest = hashlib.sha256(content).digest()[:16]
+                    if digest not in names:
+                        said = [_called(name, row[name]) for name in columns.names]
+                        names[digest] = _name(own, [shown[0].get("path") or "", *said], taken)
+                    elif os.path.dirname(names[digest]) != own:
+                        moved.add(names[digest])
+                    talk = {key: row[key] for key in columns.asked}
+                    asked = [*_questions(str(file), talk, passed)]
+                    yield names[digest], content, texts, asked
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
-    if bare:
-        tqdm.write(f"passed over: {bare:,} rows without a photo", file=sys.stdout)
+    for why, count in (+without).items():
+        tqdm.write(f"passed over: {count:,} rows {why}", file=sys.stdout)
     if passed:
         tqdm.write(f"passed over: {len(passed):,} questions, first: {passed[0]}", file=sys.stdout)
 
@@ -131,12 +107,11 @@ def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[d
                 passed.append(str(error))
 
 
-def _rows(file: Path, table: Any, keys: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(file: Path, schema: Any, read: Any, keys: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of an open file by their columns' plain names, refused where they become far more
     than the file holds."""
     packed, unpacked = file.stat().st_size, 0
-    columns = [name for name in table.schema_arrow.names if plain_key(name) in keys]
-    for part in table.iter_batches(batch_size=8, columns=columns, use_threads=False):
+    for part in read([name for name in schema.names if plain_key(name) in keys]):
         unpacked += part.nbytes  # what repeats itself is in the file once
         check_unpacked(file, packed, unpacked)
         for row in part.to_pylist():
@@ -144,13 +119,11 @@ def _rows(file: Path, table: Any, keys: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _holds_photos(kind: str) -> bool:
-    """Is a column, by its type, one of bytes, or of objects that have them as `bytes`?"""
-    if kind.startswith("struct<"):
-        return bool(re.search(r"\bbytes: \w*binary", kind))
-    return "binary" in kind.split("list<")[0]
+    """Is a column, by its type, one of bytes, or of objects, alone or in lists, with `bytes`?"""
+    return bool(re.match(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)", kind))
 
 
-def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
+def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Columns:
     """Which columns count, by their names and, as in tables, by what stands in the first rows.
 
     Of several with pictures, one with a usual name for photos goes before a `control_image` or an
@@ -160,14 +133,31 @@ def _columns(file: Path, table: Any, kinds: Mapping[str, str]) -> Columns:
     # In one of the type `null` nothing stands.
     plain = [name for name in kinds if "binary" not in kinds[name]]
     texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]
-    rows = [*itertools.islice(_rows(file, table, texts), SAMPLE)] if texts else []
+    rows = [*itertools.islice(_rows(file, schema, read, texts), SAMPLE)] if texts else []
     found, captions, _ = choose_columns([*kinds], rows)
     captions = caption_columns(texts, [name for name in captions if name in texts])
     asked = [name for name in kinds if name in ASKED]
-    if not photos or not (captions or "question" in kinds):
+    asks = [str(row.get("question")) for row in rows]
+    if not captions and rows and all(TO_CAPTION.search(ask) and "?" not in ask for ask in asks):
+        captions, asked = [name for name in ANSWERS if name in kinds][:1], []
+    has = f"{file} has the columns {', '.join(kinds)}"
+    if not photos:
+        addresses = [key for key in texts if any("://" in str(row[key]) for row in rows)]
+        fetched = (
+            f" (img2dataset --url_list {file.parent} --input_format parquet --url_col {url}"
+            f" --caption_col {caption} --output_folder DATA_DIR/images)"
+            for url, caption in zip(addresses, captions, strict=False)
+        )
+        remedy = f"no photos: put those that it is about into DATA_DIR/images{next(fetched, '')}"
+        raise UserError(f"{has}, and {remedy}")
+    if not (captions or "question" in kinds):
+        code = (
+            "import pathlib, pyarrow.parquet as p; [p.write_table(p.read_table(f).rename_columns("
+            f"{{'COLUMN': 'caption'}}), f) for f in pathlib.Path('{file.parent}').iterdir()]"
+        )
         raise UserError(
-            f"{file} has the columns {', '.join(kinds)}: it needs one with the photos' bytes, and "
-            f"captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer"
+            f"{has}: it needs captions in one of {', '.join(CAPTION_KEYS)}, or a question and an "
+            f'answer; COLUMN becomes such by {interpreter()} -c "{code}"'
         )
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]

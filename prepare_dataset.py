@@ -50,6 +50,7 @@ from captions_search import (
 )
 from check_data import check
 from dataset import (
+    SPLIT_WORD,
     DataPaths,
     data_paths,
     find_images,
@@ -248,7 +249,9 @@ def unpack_parquet(paths: DataPaths) -> bool:
     begun = marker and marker["dataset"].startswith("parquet ")
     if not begun and (paths.captions.exists() or paths.images.is_dir()):
         return paths.images.is_dir()  # before folders of many photos are looked through
-    files = sorted(paths.data_dir.rglob("*.parquet"))
+    files = sorted(paths.data_dir.rglob("*.parquet")) or [
+        file for file in sorted(paths.data_dir.rglob("*.arrow")) if "cache-" not in file.name
+    ]
     sizes = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
     label = f"parquet {sizes}"
     if not files or (marker and marker["dataset"] == label and marker["photos"]):
@@ -264,6 +267,10 @@ def unpack_parquet(paths: DataPaths) -> bool:
         if asked:
             questions.setdefault(name, []).extend(asked)
     print(f"{len(captions):,} photos of {len(files)} parquet files are in {paths.images}")
+    names = (str(file.relative_to(paths.data_dir)) for file in files)
+    heads = (re.split(r"[-_.]\d|\d{4}", name)[0] for name in names)
+    if len(parts := sorted({SPLIT_WORD.sub("", head).strip("/-_") for head in heads})) > 1:
+        print(f"  of {', '.join(parts)}: move away what is not to be learned, and run it again")
     if any(captions.values()) or not questions:
         captions = {name: texts or [""] for name, texts in captions.items()}
         write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
@@ -391,15 +398,15 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
 def no_photos(paths: DataPaths) -> str:
     """That there are no photos, and how they come of what is there, where that is known."""
     said = f"{paths.images} is missing: put your photos there, or set --image_dir"
-    if file := min(paths.data_dir.rglob("*.zip"), default=None):
+    if file := max(paths.data_dir.rglob("*.zip"), key=os.path.getsize, default=None):
         return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
-    if file := min(paths.data_dir.glob("*.t[ag][rz]*"), default=None):
-        unpack = shlex.join(["tar", "-xf", str(file), "-C", str(paths.data_dir)])
-        return f"{said}; {file} is unpacked by {unpack}"
-    if file := min(paths.data_dir.rglob("*.arrow"), default=None):
-        target = str(paths.data_dir / f"{file.parent.name}.parquet")
-        code = f"datasets.load_from_disk({str(file.parent)!r}).to_parquet({target!r})"
-        return f"{said}; {file} becomes parquet by `import datasets; {code}` in Python"
+    root, files = shlex.quote(str(paths.data_dir)), sorted(paths.data_dir.glob("*.t[ag][rz]*"))
+    if len(files) > 1:  # whose photos may have the same names
+        each = 'd="${f%.t*}"; mkdir -p "$d"; tar -xf "$f" -C "$d"'
+        unpack = f"for f in {root}/*.t[ag][rz]*; do {each}; done"
+        return f"{said}; {len(files)} tars are unpacked by {unpack} (or use --train_shards)"
+    if files:
+        return f"{said}; {files[0]} is unpacked by tar -xf {shlex.quote(str(files[0]))} -C {root}"
     return said
 
 

@@ -11,24 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
-    ANSWERING,
-    TALKS,
-    TO_CAPTION,
     Entry,
     choose_columns,
-    listed,
     name_within,
     photo_in,
     read_file,
     read_objects,
-    speaker,
-    texts_of,
 )
 from captions_search import are_alike, held_or_converted, holds, lists_among, names_in, read_lists
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
+from texts import TALKS, TO_CAPTION, listed, talk_in, texts_of
 from utils import UserError, brief, read_json, write_file
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
@@ -165,12 +160,10 @@ def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     for asked in lists:
         if all(each.get("question") for each in asked):
             return [row | each for each in asked]
-    turns = next((row[talk] for talk in TALKS if row.get(talk) in lists), [])
-    said = [" ".join(map(str, texts_of(each.get("value", each.get("content"))))) for each in turns]
-    pairs = zip(turns[1:], map(_asked, said), said[1:], strict=False)
-    told = [(asked, answer) for turn, asked, answer in pairs if speaker(turn) in ANSWERING]
+    talk = next(filter(None, (talk_in(row.get(key)) for key in TALKS)), [])
+    told = [(_asked(asked), answer) for asked, answer in talk]
     talked = [row | {"question": q, "answer": a} for q, a in told if not TO_CAPTION.search(q)]
-    return talked if turns else [row]
+    return talked if talk else [row]
 
 
 def _asked(said: Any) -> Any:

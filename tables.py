@@ -1,19 +1,26 @@
-"""The rows of a table as people write them, with quotes of several kinds and line ends within.
+"""The rows of a table as people write them, with quotes of several kinds and line ends within, and
+of parquet and Arrow files.
 
 The csv module would need to be told the delimiter, and a stray quote swallows what follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from photo_names import is_photo, is_there, plain_name
-from utils import UserError
+from utils import UserError, bounded_memory, first_line, require_extra, size_text
 
+# Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
+# own: photos don't shrink, and pyarrow writes pages of a thousand.
+MOST_MEMORY = 2**29
+MOST_TEXTS = 2**31  # bytes that a parquet file's rows may take without photos
 MOST_LINES = 100  # of a quoted caption
 Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
 
@@ -119,3 +126,48 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             if not names_photo(opened(row)[1:]):  # as a caption before its photo may have one
                 raise UserError(f"{where}: a quoted caption isn't closed before the next")
         yield where, row
+
+
+@contextlib.contextmanager
+def opened_parquet(
+    file: Path, memory: int
+) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iterator[Any]]]]:
+    """A parquet file, or an Arrow file as `save_to_disk` of the library `datasets` writes it: its
+    schema, and what gives some columns' rows, few at a time. What can't be read, or becomes more
+    bytes than `memory` and four times its own, is refused."""
+    pq = require_extra("pyarrow.parquet", "requirements-parquet.txt", "reading parquet")
+    import pyarrow  # without which there is no `pq`
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
+    most = memory + 4 * file.stat().st_size
+    with open(file, "rb") as begun:
+        note = begun.read(7) == b"version"
+    if note:
+        raise UserError(
+            f"{file} is Git LFS's note of a file that was not fetched: run git lfs pull"
+        )
+    try:
+        with bounded_memory(most), contextlib.ExitStack() as files:
+            if file.suffix == ".arrow":
+                stream = pyarrow.ipc.open_stream(files.enter_context(pyarrow.memory_map(str(file))))
+                whole = stream.read_all()  # which stays on the disk
+                yield whole.schema, lambda keys: whole.select(keys).to_batches(max_chunksize=8)
+            else:  # without a buffer it reads groups of rows whole
+                table = files.enter_context(pq.ParquetFile(file, buffer_size=2**20))
+                few = {"batch_size": 8, "use_threads": False}
+                yield table.schema_arrow, lambda keys: table.iter_batches(columns=keys, **few)
+    except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
+        kind = "an Arrow stream" if file.suffix == ".arrow" else "parquet"
+        raise UserError(f"{file} can't be read as {kind}: {first_line(error)}") from None
+    except MemoryError:
+        raise UserError(
+            f"{file} has rows or pages that become more than {size_text(most)}: that is no "
+            "collection of photos, or it needs to be written in smaller pages"
+        ) from None
+
+
+def parquet_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file, without the photos in it."""
+    with opened_parquet(file, MOST_TEXTS) as (schema, read):
+        columns = [field.name for field in schema if "binary" not in str(field.type)]
+        return [row for part in read(columns) for row in part.to_pylist()]

@@ -22,10 +22,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from captions_file import NOTHING, has_word, texts_of, unescaped
+from captions_file import NOTHING, has_word, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from photo_names import LONGEST
+from texts import texts_of
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin

@@ -398,7 +398,7 @@ def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path)
     folder = lay_out(tmp_path / "b", {"captions.csv": "1.jpg,A\n"}, ["a/1.jpg", "b/1.jpg"])
     with pytest.raises(UserError, match=r"'1\.jpg' is wanted.*'a/1\.jpg' and more of that name"):
         check(folder)
-    folder = lay_out(tmp_path / "c", {"captions.csv": "foto,caption\n1.jpg,A\n"})
+    folder = lay_out(tmp_path / "c", {"captions.csv": "foto,caption\n1,A\n"})
     with pytest.raises(UserError, match="none is known to name photos: call it image"):
         check(folder)
 
@@ -494,14 +494,14 @@ def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
     ("name", "says"),
     [
         ("a b.zip", "--archive '.*a b.zip'"),
-        ("x/1.arrow", "to_parquet"),
         ("a b.tar.gz", "tar -xf '.*a b.tar.gz' -C "),
+        ("1.tar 2.tar", "2 tars are unpacked by for f in "),  # each into a folder of its own
     ],
 )
 def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
     folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n"}, [])
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).touch()
+    for each in name.split(" ") if name[0] == "1" else [name]:
+        (folder / each).touch()
     shutil.rmtree(folder / "images", ignore_errors=True)
     with pytest.raises(UserError, match=f"images is missing: .*{says}"):
         check(folder)
@@ -662,6 +662,10 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
     return [{who: one, what: "<image>\nDescribe it."}, {who: other, what: answer}]
 
 
+TWICE = [*talk("from", "value", "x", "gpt", "C"), *talk("from", "value", "x", "gpt", "D")]
+TWICE[2]["value"] = "Can you describe its colour?"
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
@@ -736,10 +740,10 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
             [
                 {"image": "1.jpg", "conversations": talk("from", "value", "human", "gpt", "A")},
                 {"images": ["2.jpg"], "messages": talk("role", "content", "user", "model", "B")},
-                {"image": "3.jpg", "conversations": 2 * talk("from", "value", "x", "gpt", "C")},
+                {"image": "3.jpg", "conversations": TWICE},
                 {"id": "1", "messages": talk("role", "content", "user", "model", "Hi")},
             ],
-            AB,  # whoever is asked twice describes no photo, nor who is shown none
+            AB | {"3.jpg": ["C"]},  # of several answers those to who asks for a caption
         ),
         (
             [
@@ -783,6 +787,13 @@ def talk(who: str, what: str, one: str, other: str, answer: str) -> list[dict]:
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        (
+            [
+                {"image": f"{n}.jpg", "question_text": "x y", "blip_caption": "AB"[n - 1]}
+                for n in (1, 2)
+            ],
+            AB,
+        ),
     ],
 )
 def test_json_of_other_people(tmp_path, table, expected):
@@ -1323,6 +1334,10 @@ CHAT = turns("user", "assistant", "content", "role")
             "a.csv",
             "image,question,answers\n"
             + "".join(f"{n},Which?,\"[{{'answer': 'red'}}]\"\n" for n in (1, 2, 3)),
+        ),
+        (
+            "a.csv",  # PMC-VQA
+            "Figure_path,Question,Answer\n" + "".join(f"{n}.jpg,Which?,red\n" for n in (1, 2, 3)),
         ),
         ("a.csv", "1.jpg,Which?,red\n2.jpg,Which?,red\n3.jpg,Which?,red\n"),  # without a header
         ("a.json", json.dumps({"info": {"split": "val"}, "questions": QUESTIONS})),  # CLEVR

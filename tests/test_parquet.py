@@ -55,6 +55,17 @@ def images(count: int, first: int = 0) -> list[dict]:
         ({"image": images(2), "Caption Text": ["A dog", "b"]}, ["A dog"]),
         ({"image": images(2), "sentences": [[{"raw": "A dog"}], [{"raw": "b"}]]}, ["A dog"]),
         ({"image": images(2), "title": ["No", "x"], "description": ["A dog", "b"]}, ["A dog"]),
+        ({"image": images(2), "annotations_captions": [["A dog"], ["b"]]}, ["A dog"]),
+        ({"image": images(2), "en_text": ["A dog", "b"], "zh_text": ["\u72d7", "b"]}, ["A dog"]),
+        ({"jpg": images(2), "txt": ["A dog", "b"], "__key__": ["0", "1"]}, ["A dog"]),
+        (
+            {
+                "image": images(2),
+                "question": ["Please come up with a caption for the image"] * 2,
+                "answer": [["A dog", "Two dogs"], ["b"]],
+            },
+            ["A dog", "Two dogs"],
+        ),
         ({"image": images(2), "caption": ["", ""], "text": ["A dog", "b"]}, ["A dog"]),
         ({"image": images(2), "caption": [3, 4], "text": ["A dog", "b"]}, ["A dog"]),
         ({"control_image": images(2, 9), "image": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
@@ -75,7 +86,7 @@ def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts
 def test_objects_without_bytes_are_no_photos(tmp_path):
     columns = {"image": [{"data": photo(0), "name": "0.jpg"}], "caption": ["a"]}
     file = write(tmp_path / "a.parquet", columns)
-    with pytest.raises(UserError, match="the columns image, caption: it needs one with the photos"):
+    with pytest.raises(UserError, match="the columns image, caption, and no photos: put"):
         list(read_parquet([file]))
     both = write(tmp_path / "b.parquet", columns | {"img": images(1)})
     assert [name for name, *_ in read_parquet([both])] == ["0.jpg"]
@@ -114,6 +125,75 @@ def test_rows_without_a_photo_are_left_out_and_counted(tmp_path, capsys):
     columns = {"image": [None, *images(1)], "caption": ["A", "B"]}
     assert [row[2] for row in read_parquet([write(tmp_path / "a.parquet", columns)])] == [["B"]]
     assert "passed over: 1 rows without a photo" in capsys.readouterr().out
+
+
+def test_lists_of_photos_count_where_they_have_one(tmp_path, capsys):
+    talk = [
+        {"user": "Which?", "assistant": "red", "source": "VQAv2"},
+        {"user": "Describe the image.", "assistant": "A dog", "source": "x"},
+    ]
+    listed = {"images": [[photo(0)], [photo(1)]], "text": ["A", "b"]}
+    assert len(list(read_parquet([write(tmp_path / "b.parquet", listed)]))) == 2
+    shown = images(4)
+    columns = {"images": [shown[:1], [], shown[1:3], shown[3:]], "texts": [talk] * 3 + [talk[:1]]}
+    found = list(read_parquet([write(tmp_path / "train-00000.parquet", columns)]))
+    question = {"question": "Which?", "answer": "red", "answers": [], "type": ""}
+    assert [row[:1] + row[2:] for row in found] == [
+        ("0.jpg", ["A dog"], [question]),
+        ("3.jpg", [], [question]),
+    ]
+    said = capsys.readouterr().out
+    assert "1 rows without a photo" in said and "1 rows with several photos" in said
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    for n, split in enumerate(("train", "validation")):
+        table = pa.table({"image": images(9, 9 * n), "text": ["a red one"] * 9})
+        (tmp_path / split).mkdir()
+        with pa.OSFile(f"{tmp_path / split}/data-00000-of-00001.arrow", "wb") as file:
+            with pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--split", "karpathy"])
+    splits = json.loads((tmp_path / "splits.json").read_text())
+    assert (len(splits["train"]), len(splits["val"])) == (9, 9)
+
+
+def test_a_parquet_file_may_be_a_table_of_photos_in_a_folder(tmp_path):
+    for split in ("train", "validation"):
+        columns = {"file_name": ["1.jpg", "2.jpg"], "text": ["a red one"] * 2}
+        write(tmp_path / split / "metadata.parquet", columns)
+        for n in (1, 2):
+            (tmp_path / split / f"{n}.jpg").write_bytes(photo(n))
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--split", "karpathy"])
+    captions = load_captions(tmp_path / "captions.json")
+    assert captions["train/1.jpg"] == ["a red one"] and len(captions) == 4
+
+
+def test_what_is_to_be_done_with_other_columns_is_said(tmp_path, capsys):
+    file = write(tmp_path / "a" / "1.parquet", {"url": ["https://x/1.jpg"], "caption": ["A"]})
+    fetch = f"--url_list {file.parent} --input_format parquet --url_col url --caption_col caption"
+    with pytest.raises(UserError, match=fetch):
+        list(read_parquet([file]))
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="not fetched: run git lfs pull"):
+        list(read_parquet([file]))
+    columns = {"image": images(2), "En": ["A dog", "b"], "de": ["Ein Hund", "b"]}
+    file = write(tmp_path / "b" / "1.parquet", columns)
+    with pytest.raises(UserError, match="COLUMN becomes such by") as error:
+        list(read_parquet([file]))
+    code = str(error.value).split(' -c "')[1].rstrip('"').replace("COLUMN", "En")
+    assert run("-c", code).returncode == 0
+    assert [row[2] for row in read_parquet([file])] == [["A dog"], ["b"]]
+
+
+def test_parts_are_named_and_questions_alone_want_their_task(tmp_path, capsys):
+    for n, part in enumerate(("ar", "de-train")):
+        columns = {"image": images(9, n * 9), "question": ["Red?"] * 9, "answer": ["yes"] * 9}
+        write(tmp_path / "data" / f"{part}-00000-of-00001.parquet", columns)
+    with pytest.raises(UserError, match="but no captions: use --tasks questions"):
+        prepare_dataset.main([*FLAGS, str(tmp_path)])
+    assert "of data/ar, data/de: move away" in capsys.readouterr().out
+    prepare_dataset.main([*FLAGS, str(tmp_path), "--tasks", "questions"])
 
 
 def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
@@ -211,7 +291,7 @@ def test_what_is_no_data_set_of_photos_is_refused_in_a_line(tmp_path, monkeypatc
         for i, each in enumerate((zeros, zeros[:1] * 99))
     ]
     for file, says in (
-        (plain, "has the columns caption, label: it needs one with the photos' bytes"),
+        (plain, "has the columns caption, label, and no photos: put"),
         (cut, "can't be read as parquet"),
         *((bomb, "that is no collection of photos") for bomb in bombs),
     ):

@@ -167,7 +167,7 @@ def test_tables_in_the_wild(tmp_path: Path, text: str, expected: dict[str, list[
         ("image,caption\na.jpg\n", 2),
         ('image,caption\na.jpg,""\n', 2),
         ('image,caption\na.jpg,"not closed\nb.jpg,B"\n', 2),
-        ("file,text\na.jpg,A\n", 1),
+        ("file,text\na,A\n", 1),
         ("image_name|comment_number|comment\na.jpg|0|A\na.jpg| 4   A dog .\n", 3),
         ("image_name|comment_number|comment\na.jpg|zero|A\n", 2),
         ("image,caption\n../a.jpg,A\n", 2),
