@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -101,6 +102,8 @@ def begin(read: Callable[[], Any]) -> None:
     notebook = "IPython" in sys.modules  # in whose own process matplotlib is its user's
     if not notebook:  # which names its backend to all programs, if they have it or not
         os.environ["MPLBACKEND"] = "agg"
+    # A photo of more pixels is decoded small, or refused by name.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

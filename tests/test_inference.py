@@ -68,6 +68,12 @@ def test_a_folder_is_told_line_by_line_with_its_sub_folders(folder, caption):
     assert "1 .heic, 1 .txt; make JPEGs of the pictures\n" in flat.stderr
 
 
+def test_a_photo_of_90_megapixels_is_captioned_without_a_warning(tmp_path, caption):
+    Image.new("L", (9500, 9500)).save(tmp_path / "a.jpg")
+    result = caption(tmp_path / "a.jpg")
+    assert result.returncode == 0 and result.stdout and not result.stderr, result.stderr
+
+
 def test_progress_is_not_told_among_the_captions(folder, trained, monkeypatch, capsys):
     monkeypatch.setattr(Bar, "PAUSE", -1.0)
     checkpoint = trained / "captioner_best_cider.safetensors"
