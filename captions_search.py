@@ -222,7 +222,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     """The captions in `photo.caption`, `.txt` or `.json` beside `photo.jpg`, or in `place`, there
     by the longest end of the photo's name that no other photo has; a `place` within the photos'
     folders, or in one with photos, is theirs alone."""
-    found = Captions("a text beside each photo")
+    found, tags = Captions("a text beside each photo"), []
     names = photos_in(folder)
     for root in (place, place.parent) if place else ():
         within = f"{root}{os.sep}"
@@ -239,15 +239,20 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
         ends = (f"{photos[0].suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
         files = (photo.with_suffix(end) for photo in photos for end in ends)
-        if (file := next(filter(os.path.isfile, files), None)) and (lines := _lines(file)):
+        told = ((file, lines) for file in files if os.path.isfile(file) and (lines := _lines(file)))
+        file, lines = next(told, ("", []))  # a blank one doesn't hide another
+        if lines:
             found.add(name, lines, file)
             if file.suffix == ".caption" and os.path.isfile(text := file.with_suffix(".txt")):
-                found.passed.append(f"{text}: {file.name} counts before it")
+                tags.append(text)
             found.older += is_older(file)
             if os.path.islink(file) and not Path(os.path.realpath(file)).is_relative_to(home):
                 found.links.append(file)
             continue
         found.passed.append(f"{folder / name}: no caption beside it")
+    if tags:
+        said = f"{len(tags):,} texts beside a .caption, which counts before them, first: {tags[0]}"
+        found.passed.insert(0, said)
     found.drop_nothing(place or folder)
     return found
 
@@ -375,7 +380,7 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = [source]
     if changed:
-        remedy = f"{command('prepare_dataset.py')} makes it anew"
+        remedy = f"{command('prepare_dataset.py')} with the flags of before makes it anew"
         names = ", ".join(map(str, changed))
         print(f"{names} has changed, and {paths.captions} was made before: {remedy}")
 

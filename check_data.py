@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from dataset import DataPaths, Texts, answers_by_kind
 from encoder import ImageError, open_image
 from features import file_digest, prefetch
+from metrics import without_spaces
 from options import SPLITS
 from photo_names import is_photo, is_unread
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
-
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{5}")
 
 
 def check(
@@ -88,11 +86,8 @@ def describe_captions(
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
     mean, known = sum(lengths) / len(texts), f"{len(words):,} different ones"
     print(f"a caption {lengths[0]} to {lengths[-1]} words, {mean:.1f} mean, {known}")
-    if sum(map(bool, map(UNSPACED.search, texts))) > len(texts) / 2:
-        print(
-            "words     stand without spaces: counts and scores take each run of them for one word"
-        )
-        print("          (captions with spaces between words, as jieba or MeCab sets, do not)")
+    if odd := without_spaces(texts):
+        print(f"words     {odd}")
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.
     learned = [text for name in splits["train"] or captions for text in captions.get(name, ())]
     longest = settings.MAX_CAPTION_LENGTH

@@ -106,7 +106,10 @@ class Scored:
                 check_output(f"--{flag}", output, *taken)
                 taken.append(output)
         if not self.paths.splits.exists():
-            flags = ["--dataset", "custom", "--split", "test", "--data_dir", settings.DATA_DIR]
+            flags = ["--dataset", "custom", "--split", "test", "--tasks", settings.task]
+            for name in ("DATA_DIR", "IMAGE_DIR", "CAPTIONS_FILE", "QUESTIONS_FILE"):
+                if value := vars(settings)[name]:
+                    flags += [f"--{name.lower()}", value]
             how = f"for photos of another source, run {command('prepare_dataset.py', *flags)}"
             raise UserError(
                 f"{self.paths.splits} is missing: name --data_dir as in training; {how}"

@@ -64,8 +64,10 @@ _MARKS = (
     "\u0981-\u09e3\u0a01-\u0a4d\u0a81-\u0acd\u0b82-\u0bcd\u0c01-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a"
     "\u0e47-\u0e4e\u0eb1-\u0ecd"
 )
-# A phrase in the script of Thai, Lao, Burmese, Khmer, Japanese or Chinese.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{8}")
+# A phrase of Chinese or Japanese, or of Thai, Lao, Burmese or Khmer, whose words are longer.
+_UNSPACED = re.compile(
+    "[\u3040-\u30ff\u3400-\u9fff]{5}|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{8}"
+)
 
 
 def _either(words: str) -> str:

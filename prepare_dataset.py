@@ -330,16 +330,16 @@ def write_splits(
     """Split the photos as SPLIT says and write splits.json, if that changes it, with the `note`
     about captions.json; `known` are the splits that captions say photos to be of."""
     names, own = [*names], None
-    if settings.DATASET == "custom" and not settings.KARPATHY_FILE and settings.SPLIT != "test":
+    if settings.DATASET == "custom" and not settings.KARPATHY_FILE:
         own = split_by_own(names, known, settings.TRAIN_SPLIT_RATIO)
+    if own and settings.SPLIT != "karpathy":
+        told = ", ".join(f"{split} {len(group)}" for split, group in own.items())
+        print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
     if settings.SPLIT == "test":
         source, splits = "all photos", {"train": [], "val": [], "test": names}
     elif settings.SPLIT == "ratio":
         source = f"TRAIN_SPLIT_RATIO = {settings.TRAIN_SPLIT_RATIO}"
         splits = split_by_ratio(names, settings.TRAIN_SPLIT_RATIO)
-        if own:
-            told = ", ".join(f"{split} {len(group)}" for split, group in own.items())
-            print(f"these photos have a split of their own ({told}): --split karpathy keeps to it")
     else:
         source, splits, says = "the data set itself", own, "columns, files or folders say"
         if not own or len(karpathy_files(paths.data_dir)) == 1:
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = prepare(SimpleNamespace(**vars(settings) | lenient))
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)
-    tested, flags = bool(not splits["train"] and splits["test"]), []
+    tested, flags = settings.SPLIT == "test", []
     for name in commands.SCORED if tested else commands.PREPARED:
         if (value := vars(settings)[name]) != vars(usual)[name]:
             flags += [f"--{name.lower()}", str(value)]
@@ -449,7 +449,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.check and (problems := check(settings, paths, splits, captions, questions)):
         raise UserError("training would refuse this data set: " + "; ".join(problems))
     flags += ["--follow_links"] * (settings.follow_links and not tested)
-    scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", "test"]
+    whole = max(SPLITS, key=lambda split: len(splits[split]))  # that of VAL_SHARDS is val
+    scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", whole]
     script = ("evaluate.py", *scored) if tested else ("train.py",)
     print(f"next      {command(*script, *flags)}")
     return 0

@@ -117,7 +117,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     questions: dict[str, list[dict[str, Any]]] = {}
     passed = []
     for where, row in rows:
-        said = (row[key] for key in photos if row.get(key) not in (None, ""))  # it may be 0
+        said = (row[key] for key in photos if row.get(key) or type(row.get(key)) is int)  # as 0 is
         name = photo_in(next(said, ""))
         question = _asked(row.get("question")) and read_entry(where, row)
         if name in (None, "") or isinstance(name, list) or not question:

@@ -76,7 +76,9 @@ def test_photos_of_another_source_are_scored_whole(tmp_path, joint):
     data = write_questions(write_photos(tmp_path / "held_out", count=12))
     scored = ["evaluate.py", "--checkpoint", joint / "captioner_best_cider.safetensors"]
     scored += ["--data_dir", data]
-    assert re.search(r"splits.json is missing: .*--split test --data_dir", run(*scored).stderr)
+    lost = run(*scored, "--task", "questions", "--questions_file", data / "questions.json").stderr
+    assert re.search(r"splits.json is missing: .*--split test --tasks questions --data_dir", lost)
+    assert f"--questions_file {data / 'questions.json'}" in lost
     prepared = ["prepare_dataset.py", "--dataset", "custom", "--data_dir", data, "--split"]
     names = {"images": [{"filename": f"{i:03d}.png", "split": "test"} for i in range(12)]}
     (data / "dataset_mine.json").write_text(json.dumps(names))

@@ -197,8 +197,8 @@ def test_people_s_spelling_of_letters_is_the_decoder_s(text):
 
 
 def test_a_script_without_spaces_is_said():
-    odd = ["一只棕色的狗在草地上奔跑。", "犬が草の上を走っている", "สุนัขวิ่งบนหญ้า"]
+    odd = ["一只狗在跑。", "犬が走っている", "สุนัขวิ่งบนหญ้า"]
     assert all(without_spaces([text, text, "a dog"]) for text in odd)
-    for text in ("一只 棕色 的 狗 在 草地 上 奔跑 。", "갈색 개가 풀밭을 달린다", "a dog", "狗"):
+    for text in ("一只 棕色 的 狗 在 草地 上 奔跑 。", "สุนัข วิ่ง บน หญ้า", "갈색 개가", "狗"):
         assert not without_spaces([text, text, odd[0]])
     assert not without_spaces([])

@@ -176,8 +176,10 @@ def test_a_photo_that_is_called_like_anothers_text(tmp_path):
 def test_captions_count_before_tags_beside_the_same_photo(tmp_path, capsys):
     """As kohya's scripts write both: BLIP's sentence to 1.caption, the tagger's words to 1.txt."""
     texts = {"images/1.txt": "dog, red", "images/1.caption": "A red dog", "images/2.txt": "Two"}
+    texts["images/2.caption"] = " "  # a photo that BLIP was not asked about
     assert prepared(lay_out(tmp_path, texts)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two"]}
-    assert "images/1.txt: 1.caption counts before it" in capsys.readouterr().out
+    said = "1 texts beside a .caption, which counts before them, first: .*images/1.txt"
+    assert re.search(said, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +368,8 @@ def test_a_split_of_ones_own_is_kept(tmp_path, form, capsys):
     said = capsys.readouterr().out
     assert "split of their own (train 4, val 1, test 1): --split karpathy keeps to it" in said
     assert "split are ignored" not in said.lower()
+    assert check(folder, "--split", "test") == 0  # which scores those of the others, too
+    assert "split of their own (train 4, val 1, test 1): --split" in capsys.readouterr().out
     for _ in range(2):  # from what was prepared, too
         assert check(folder, "--split", "karpathy") == 0
         splits = load_splits(folder / "splits.json")
@@ -890,7 +894,7 @@ def test_check_describes_a_sound_data_set(photos, capsys):
 def test_check_says_where_words_are_not_apart(tmp_path, capsys):
     texts = {"1.jpg": ["红色的狗在草地上奔跑"], "2.jpg": ["犬が走っている"], "3.jpg": ["a dog"]}
     prepared(lay_out(tmp_path, {"captions.json": json.dumps(texts)}))
-    assert "words     stand without spaces" in capsys.readouterr().out
+    assert "words     these captions have no spaces between words" in capsys.readouterr().out
 
 
 def test_check_describes_questions(tmp_path, capsys):
@@ -1475,7 +1479,8 @@ def test_questions_without_an_answer_are_passed_over_and_said(tmp_path, capsys):
     file.write_text("image,question,answer\n1.jpg,Which?,\n")
     with pytest.raises(UserError, match="line 2 has no answer"):
         read_questions(file)
-    file.with_suffix(".json").write_text('[{"image_id": 0, "question": "Who?", "answer": "I"}]')
+    entry = '[{"image": [], "image_id": 0, "question": "Who?", "answer": "I"}]'
+    file.with_suffix(".json").write_text(entry)
     assert [*read_questions(file.with_suffix(".json"))] == ["0"]  # where photos count from there
 
 

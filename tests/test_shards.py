@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import commands
+import prepare_dataset
 import shards
 from corpus import shards_to_train
 from dataset import Batch, data_paths, load_captions
@@ -719,6 +720,12 @@ def test_what_validates_is_not_learned_from(tmp_path):
         shards_to_train(commands.train(words))
     with pytest.raises(UserError, match="name those to train on"):
         named(None, "00002.tar")
+
+
+def test_tars_may_hold_photos_to_score_a_trained_model_on(tmp_path, capsys):
+    flags = f"--data_dir {tmp_path}/data --split test --val_shards {write_shards(tmp_path, [3])}"
+    assert prepare_dataset.main(flags.split()) == 0
+    assert re.search(r"next .*evaluate.py .*--split val --data_dir", capsys.readouterr().out)
 
 
 def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):
