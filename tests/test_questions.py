@@ -356,6 +356,7 @@ def test_questions_alone(tmp_path, encoder_dir):
         data / "captioner_best_accuracy.safetensors",
     )
     assert refused.returncode == 1 and "not trained for captions" in refused.stderr
+    assert "ask it by --question (evaluate.py: --task questions), or train" in refused.stderr
     told = shlex.split(result.stdout.splitlines()[-1])  # the command that the end names
     answered = run(*told[1:])
     assert answered.returncode == 0 and answered.stdout, answered.stderr
