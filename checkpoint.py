@@ -61,9 +61,10 @@ class Checkpoint:
     def require(self, task: str) -> None:
         """Refuse a task that it never learned."""
         if task not in self.tasks:
+            ask = "ask it by --question (evaluate.py: --task questions), or " * (task == "captions")
             raise UserError(
                 f"this checkpoint was not trained for {task}, only for {' and '.join(self.tasks)}: "
-                f'train one with --tasks "captions,questions"'
+                f'{ask}train one with --tasks "captions,questions"'
             )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ def load_data(
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
     train = CaptionRows(encode_rows(tokenizer, texts, splits["train"], length), features, views)
     val = CaptionRows(encode_rows(tokenizer, texts, splits["val"], length), features)
-    say_cut(tokenizer, texts, train, length)
+    say_cut(tokenizer, texts, train, length, fixed=begun is not None)
     critic = None
     if stock:
         train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
@@ -137,8 +137,11 @@ def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]
     return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
 
 
-def say_cut(tokenizer: CaptionTokenizer, texts: Texts, rows: CaptionRows, length: int) -> None:
-    """Say how many texts are longer than what is learned of them, a question or what is said."""
+def say_cut(
+    tokenizer: CaptionTokenizer, texts: Texts, rows: CaptionRows, length: int, fixed: bool = False
+) -> None:
+    """Say how many texts are longer than what is learned of them, a question or what is said;
+    `fixed`: by the checkpoint that training goes on from."""
     pairs = [(t.question, t.target) for name in rows.names for t in texts[name]]
     learned = [ids for name in rows.names for ids in rows.groups[name]]
     likely = [
@@ -151,10 +154,11 @@ def say_cut(tokenizer: CaptionTokenizer, texts: Texts, rows: CaptionRows, length
     if cut:
         asked = (2 * ids.index(ANSWER_ID) + 2 for ids in cut if ANSWER_ID in ids)
         longest = max(*map(len, cut), *asked, 0)
+        anew = "a decoder begun anew with " * fixed
         print(
             f"cut       {len(cut):,} of {len(pairs):,} texts, to MAX_CAPTION_LENGTH = {length} "
             "tokens, of which a question takes half at most; "
-            f"--max_caption_length {longest} would keep all"
+            f"{anew}--max_caption_length {longest} would keep all"
         )
 
 

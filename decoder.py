@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MOST_SCORES = 1 << 28  # of an attention, all in memory at once: half a GB in bf16
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -79,9 +81,11 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None =
     """Scaled dot-product attention; all (rows, heads, length, head width), mask True to attend.
 
     On a CPU in bf16 the plain products are 3 times as fast as PyTorch's fused kernel, which
-    converts block by block (docs/performance.md); everywhere else the fused one is used.
+    converts block by block (docs/performance.md); everywhere else the fused one is used, and where
+    all scores at once would take gigabytes, as the beams of long captions in one row do.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+    large = query.shape[:-1].numel() * keys.shape[-2] > MOST_SCORES
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or large:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
     if mask is not None:

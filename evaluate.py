@@ -61,6 +61,7 @@ from metrics import (
     without_spaces,
 )
 from options import change_options, given_options
+from tokenizer import normalize
 from utils import UserError, check_output, command, first_line, run_script, write_file
 
 
@@ -304,7 +305,7 @@ def score_answers(scored: Scored) -> dict[str, object]:
 
 def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
     """The most frequent answer to each type of question, and under "" to all."""
-    counts = answers_by_kind(text for _, text in prompts)
+    counts = answers_by_kind((text for _, text in prompts), normalize)
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
 
 

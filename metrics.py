@@ -457,9 +457,10 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     which VQA's script, made for ten answers, doesn't know. As there, answers are normalised only
     if people don't agree to the letter; where they do, only case and a closing full stop, which
     the decoder never writes, don't count. With a single answer, for which the script has no
-    formula: whether it is the same, normalised.
+    formula: whether it is the same, normalised, or as written where nothing is left ("+", "A").
     """
-    alike = len(answers) > 1 and len({_plain(other) for other in answers}) == 1
+    alike = len({_plain(other) for other in answers}) == 1
+    alike = alike and (len(answers) > 1 or not normalize_answer(answers[0]))
     read = _as_written if alike else normalize_answer
     given = read(answer)
     agree = [read(other) == given for other in answers]

@@ -113,7 +113,8 @@ class Report(contextlib.AbstractContextManager):
                 what = "learned" if split == "train" else "scored"
                 print(f"none      of the {task} are of the split {split!r}: they are not {what}")
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
-        if 0 < updates < FEW_UPDATES and not settings.START_CHECKPOINT:
+        begun = settings.START_CHECKPOINT or run.progress.epoch >= run.epochs
+        if 0 < updates < FEW_UPDATES and not begun:
             print(
                 f"few       only {updates} updates: what it writes will be poor "
                 '("a man is a the a"); raise --num_epochs, or lower --batch_size'

@@ -27,6 +27,11 @@ class Critic:
         self, tokenizer: CaptionTokenizer, references: Mapping[str, Sequence[str]], beam_size: int
     ):
         """Args: `references`, people's captions of the training photos; beams searched a photo."""
+        if not references:
+            raise UserError(
+                "no photo to train on has a caption, which self-critical training wants: use "
+                "--tasks questions or --scst_epochs 0"
+            )
         self.tokenizer = tokenizer
         self.references = references
         self.options = GenerationOptions(beam_size=beam_size)

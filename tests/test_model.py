@@ -235,3 +235,16 @@ def test_dropout_keeps_its_rate_and_its_mean():
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient, y)
     assert layer.eval()(x) is x
+
+
+def test_scores_that_would_fill_the_memory_are_not_made_at_once(monkeypatch):
+    query, keys, values = (torch.randn(2, 2, 40, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    plain = attention(query, keys, values, mask)
+    monkeypatch.setattr("decoder.MOST_SCORES", 1000)
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k)
+    )
+    torch.testing.assert_close(attention(query, keys, values, mask), plain, atol=0.03, rtol=0.03)
+    assert calls

@@ -125,6 +125,10 @@ def test_vqa_accuracy_by_hand():
     assert vqa_accuracy("the dog", ["a dog!"]) == 1
     assert vqa_accuracy("yes", ["Yes."] * 3) == vqa_accuracy("no", ["no", "no"]) == 1
     assert vqa_accuracy("no", ["no", "yes"]) == 0.5
+    # A single answer of which normalising leaves nothing is no other such answer, nor silence.
+    for said in ("+", "<", "A", "the", "?"):
+        assert vqa_accuracy(said.lower(), [said]) == 1
+        assert vqa_accuracy("", [said]) == vqa_accuracy("-", [said]) == 0
     # Where all agree to the letter, nothing is normalised.
     assert (
         vqa_accuracy("the dog", ["dog"] * 10) == 0 < vqa_accuracy("the dog", ["dog", *["Dog"] * 9])
@@ -172,6 +176,8 @@ def test_baselines_by_hand():
     pairs = (("color", "red"), ("color", "red"), ("color", "blue"), ("count", "two"))
     training = [("a.jpg", Text(answer, "?", kind=kind)) for kind, answer in pairs]
     assert common_answers(training) == {"color": "red", "count": "two", "": "red"}
+    spelled = [("a.jpg", Text(said, "is it?")) for said in ("No", "no.", "yes", "yes", "NO")]
+    assert common_answers(spelled) == {"": "no"}
     asked = [Text("red", "?", kind="color"), Text("two", "?", kind="count")]
     table = accuracy_by_kind(asked, {"model": ["red", "three"]})
     assert table == {"all": {"model": 50}, "color": {"model": 100}, "count": {"model": 0}}
@@ -350,6 +356,7 @@ def test_questions_alone(tmp_path, encoder_dir):
         data / "captioner_best_accuracy.safetensors",
     )
     assert refused.returncode == 1 and "not trained for captions" in refused.stderr
+    assert "ask it by --question (evaluate.py: --task questions), or train" in refused.stderr
     told = shlex.split(result.stdout.splitlines()[-1])  # the command that the end names
     answered = run(*told[1:])
     assert answered.returncode == 0 and answered.stdout, answered.stderr
@@ -381,8 +388,12 @@ def test_the_length_that_is_named_keeps_whole_questions_and_answers(capsys, ques
     for cut in (True, False):
         rows = CaptionRows(encode_rows(tokenizer, texts, ["a.jpg"], length), None)
         assert cut != (rows.groups["a.jpg"][0].tolist() == whole[0])
+        say_cut(tokenizer, texts, rows, length, fixed=True)
+        said = capsys.readouterr().out
+        assert said.count("a decoder begun anew with --max_caption_length") == cut
         say_cut(tokenizer, texts, rows, length)
         said = capsys.readouterr().out
+        assert "begun anew" not in said
         assert ("1 of 2 texts" in said) == cut
         length = int(said.split("--max_caption_length ")[1].split()[0]) if said else 0
 

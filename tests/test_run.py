@@ -47,6 +47,15 @@ def test_a_score_of_nought_throughout_chooses_nothing(tmp_path):
     history = [{"epoch": e, "val_loss": 3.0 - e, "val_cider": 0.0} for e in (1, 2)]
     path, entry = state_of(history, tmp_path).best()
     assert (path.name, entry) == ("captioner_epoch_2_val_loss_1.0000.safetensors", history[1])
+    # The file of the best captions is then of the newest epoch, not of the one that learned least.
+    for later, bests in (
+        ([0.0], [1, 2, 3]),
+        ([5.0, 0.0], [1, 2, 3]),
+        ([5.0, 5.0, 6.0], [1, 2, 3, 5]),
+    ):
+        more = [{"epoch": 3 + n, "val_cider": score} for n, score in enumerate(later)]
+        found = state_of(history + more, tmp_path).bests("val_cider")
+        assert [entry["epoch"] for entry in found] == bests
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +186,7 @@ def test_the_files_of_the_best_losses_may_be_gone(six, tmp_path):
     again = run("train.py", *flags, *more, "--resume_checkpoint_path", tmp_path / "last.pt")
     assert again.returncode == 0, again.stderr
     assert "nothing to train" in again.stdout and "best checkpoint" not in again.stdout
+    assert "only 12 updates" not in again.stdout
     assert again.stdout.split()[-1] == str(tmp_path / BEST)
 
 

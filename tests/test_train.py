@@ -29,7 +29,7 @@ from inference import load_captioner
 from options import GenerationOptions
 from report import Ledger
 from run import Run
-from self_critical import advantages
+from self_critical import Critic, advantages
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tests.forked import Forked
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
@@ -278,6 +278,8 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     assert whole > cut > poor
     assert advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
     assert advantages([7.0]) == [0.0]
+    with pytest.raises(UserError, match="no photo to train on has a caption.* --scst_epochs 0"):
+        Critic(data.tokenizer, {}, beam_size=2)
 
 
 def start_and_stop(flags: list[str], when: str, *signals: int) -> subprocess.CompletedProcess:
