@@ -66,6 +66,7 @@ NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNOREC
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
+ENDS = re.compile(r"^\s*(startseq|<start>|<bos>|<s>)\s|\s(endseq|<end>|<eos>|</s>)\s*$")
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
 PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
@@ -92,7 +93,7 @@ class Captions:
     form: str
     texts: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
-    mended: int = 0  # captions with half an emoji, or `&amp;`, which is replaced
+    mended: int = 0  # captions with half an emoji, `&amp;` or marks, which is replaced
     older: int = 0  # files in another encoding than UTF-8
     splits: dict[str, str] = field(default_factory=dict)  # of photos, where the file says them
     mixed: int = 0  # captions of another split than the first that their photo is said to be of
@@ -150,7 +151,7 @@ class Captions:
         if count > 3 * len(self.texts) and all(t.isascii() and " " not in t for t in texts):
             print("  every caption is one word: if they are the words of one, join them by spaces")
         if self.mended:
-            print(f"  mended: {self.mended:,} captions that held half a character, or HTML")
+            print(f"  mended: {self.mended:,} captions that held half a character, HTML or marks")
         if self.older:
             sample = next((text for text in texts if not text.isascii()), "")
             print(f"  not UTF-8: {self.older:,} read in Windows' Western encoding ({sample!r});")
@@ -177,11 +178,12 @@ def name_within(where: object, name: str) -> str:
 
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean, escaped up to ten times; without its semicolon
-    `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, and a page's tags,
-    such as `<br>`."""
+    `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, other programs' of
+    a caption's start and end, and a page's tags, such as `<br>`."""
     text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
     for _ in range(10 if "&" in text else 0):
         text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
+    text = ENDS.sub("", text)
     return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
 
 

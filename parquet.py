@@ -16,7 +16,15 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import BARE, NUMBERS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns
+from captions_file import (
+    BARE,
+    NUMBERS,
+    SAMPLE,
+    SPLIT_KEYS,
+    caption_columns,
+    choose_columns,
+    unescaped,
+)
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, questions_in, read_entry
@@ -75,7 +83,7 @@ def read_parquet(
                 if len(shown) == 1:
                     content = shown[0]["bytes"]
                     texts = texts_of([row[column] for column in columns.captions])
-                    texts = [text for text in texts if isinstance(text, str)]
+                    texts = [unescaped(text) for text in texts if isinstance(text, str)]
                     if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
                         raise ValueError(f"a row has captions of {size:,} characters")
                     own = "".join(split_in(row[column]) for column in columns.split) or whole

@@ -423,6 +423,7 @@ LONG = {
     "backslashes": lambda _: redact("'pipe:" + "\\a" * MANY),
     "escaped": lambda _: unescaped("&" + "amp;" * MANY),
     "marks": lambda _: unescaped("[/EN#1" * MANY),
+    "ends": lambda _: unescaped("startseq " * MANY + " " * MANY + "endseq" * MANY),
     "digits": lambda _: BOX.match("1" * MANY),
     "photos": lambda _: SHOWN.findall("<img>" * MANY) + [PLACE.sub("", "<img>" * MANY)],
     "numbers of captions": lambda _: plain_name("#a" * MANY + "!"),

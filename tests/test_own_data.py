@@ -1094,10 +1094,13 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
     assert prepared(folder) == {name: [said[name][1]] for name in ("2.jpg", "3.jpg")}
 
 
-def test_marks_of_phrases_are_no_words(tmp_path):
+def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
-    folder = lay_out(tmp_path, {f"images/{n}.txt": marked for n in (1, 2, 3)})
-    assert prepared(folder)["1.jpg"] == ["Two young guys with shaggy hair ."]
+    ends = "startseq a dog endseq", "<start> a startseq <end> "  # as Keras' and PyTorch's lessons
+    texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
+    found = prepared(lay_out(tmp_path, texts))
+    assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
+    assert (found["2.jpg"], found["3.jpg"]) == (["a dog"], ["a startseq"])
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
