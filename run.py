@@ -182,14 +182,12 @@ class Run:
     # --- what was best ---
 
     def bests(self, measure: str) -> list[dict[str, Any]]:
-        """The epochs in the history that were the best so far when they ended; while a score is 0,
-        which tells none apart, each epoch follows the one before, which had learned less."""
+        """The epochs in the history that were the best so far when they ended."""
         found: list[dict[str, Any]] = []
         sign = -1 if measure == "val_loss" else 1
         for entry in self.progress.history:
             counts = measure in entry and entry["epoch"] > self.progress.since.get(measure, 0)
-            last = found[-1][measure] if found else 0
-            if counts and (not last or sign * entry[measure] > sign * last):
+            if counts and (not found or sign * entry[measure] > sign * found[-1][measure]):
                 found.append(entry)
         return found
 
