@@ -350,10 +350,9 @@ def model_card(
     """The README of a Hub repository: front matter for machines, then text for people.
 
     `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
-    `scored`; it learned from `dataset`; `samples` maps photos' names to the
-    captions that the model gave them; `question` is one that it can answer, where it can do
-    nothing else; `start`, with whose weights its training began, if any; `language`, that of the
-    texts, where it is known ("en").
+    `scored`; it learned from `dataset`; `samples` maps photos' names to the captions that the model
+    gave them; `question` is one that it can answer, where it can do nothing else; `start`, with
+    whose weights its training began, if any; `language`, that of the texts, where it is known.
     """
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"a score is not finite: {dict(scores)}")

@@ -74,35 +74,39 @@ def read_parquet(
             if kinds != known:
                 known, columns = kinds, _columns(file, schema, read, kinds)
             for row in _rows(file, schema, read, columns.all()):
-                image = row[columns.photo]
-                shown = image if isinstance(image, list) else [image]
-                shown = [each if isinstance(each, dict) else {"bytes": each} for each in shown]
-                shown = [each for each in shown if each["bytes"]]
-                without["without a photo"] += not shown
-                without["with several photos"] += len(shown) > 1
-                if len(shown) == 1:
-                    content = shown[0]["bytes"]
-                    texts = texts_of([row[column] for column in columns.captions])
-                    texts = [unescaped(text) for text in texts if isinstance(text, str)]
-                    if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
-                        raise ValueError(f"a row has captions of {size:,} characters")
-                    own = "".join(split_in(row[column]) for column in columns.split) or whole
-                    digest = hashlib.sha256(content).digest()[:16]
-                    if digest not in names:
-                        said = [_called(name, row[name]) for name in columns.names]
-                        names[digest] = _name(own, [shown[0].get("path") or "", *said], taken)
-                    elif os.path.dirname(names[digest]) != own:
-                        moved.add(names[digest])
-                    talk = {key: row[key] for key in columns.asked}
-                    asked = [*_questions(str(file), talk, passed)]
-                    yield names[digest], content, texts, asked
+                pictures = _pictures(row[columns.photo])
+                if len(pictures) != 1:
+                    without["with several photos" if pictures else "without a photo"] += 1
+                    continue
+                content, path = pictures[0]
+                texts = texts_of([row[column] for column in columns.captions])
+                texts = [text for text in texts if isinstance(text, str)]
+                if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
+                    raise ValueError(f"a row has captions of {size:,} characters")
+                own = "".join(split_in(row[column]) for column in columns.split) or whole
+                digest = hashlib.sha256(content).digest()[:16]
+                if digest not in names:
+                    said = [_called(name, row[name]) for name in columns.names]
+                    names[digest] = _name(own, [path, *said], taken)
+                elif os.path.dirname(names[digest]) != own:
+                    moved.add(names[digest])
+                talk = {key: row[key] for key in columns.asked}
+                asked = [*_questions(str(file), talk, passed)]
+                yield names[digest], content, [*map(unescaped, texts)], asked
     if moved:
         example = f"each counts in the first alone, as {min(moved)!r}"
         tqdm.write(f"{len(moved):,} photos stand in several splits: {example}", file=sys.stdout)
-    for why, count in (+without).items():
+    for why, count in without.items():
         tqdm.write(f"passed over: {count:,} rows {why}", file=sys.stdout)
     if passed:
         tqdm.write(f"passed over: {len(passed):,} questions, first: {passed[0]}", file=sys.stdout)
+
+
+def _pictures(cell: Any) -> list[tuple[bytes, str]]:
+    """The files of the pictures in a cell, each with its path, if it tells one."""
+    each = cell if isinstance(cell, list) else [cell]
+    each = [part if isinstance(part, dict) else {"bytes": part} for part in each]
+    return [(part["bytes"], part.get("path") or "") for part in each if part["bytes"]]
 
 
 def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[dict[str, Any]]:
@@ -151,22 +155,9 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     has = f"{file} has the columns {', '.join(kinds)}"
     if not photos:
         addresses = [key for key in texts if any("://" in str(row[key]) for row in rows)]
-        fetched = (
-            f" (img2dataset --url_list {file.parent} --input_format parquet --url_col {url}"
-            f" --caption_col {caption} --output_folder DATA_DIR/images)"
-            for url, caption in zip(addresses, captions, strict=False)
-        )
-        remedy = f"no photos: put those that it is about into DATA_DIR/images{next(fetched, '')}"
-        raise UserError(f"{has}, and {remedy}")
+        raise UserError(f"{has}, and {_how_to_fetch(file, addresses, captions)}")
     if not (captions or "question" in kinds):
-        code = (
-            "import pathlib, pyarrow.parquet as p; [p.write_table(p.read_table(f).rename_columns("
-            f"{{'COLUMN': 'caption'}}), f) for f in pathlib.Path('{file.parent}').iterdir()]"
-        )
-        raise UserError(
-            f"{has}: it needs captions in one of {', '.join(CAPTION_KEYS)}, or a question and an "
-            f'answer; COLUMN becomes such by {interpreter()} -c "{code}"'
-        )
+        raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
     splits = [name for name in SPLIT_KEYS if name in kinds]
@@ -177,6 +168,29 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
         used += "".join(f", {what} in {', '.join(there)}" for what, there in parts.items() if there)
         tqdm.write(f"{file}: {used}; ignored: {', '.join(ignored)}", file=sys.stdout)
     return columns
+
+
+def _how_to_fetch(file: Path, addresses: Sequence[str], captions: Sequence[str]) -> str:
+    """What to do where there are no photos, but perhaps columns of their addresses."""
+    said = "no photos: put those that it is about into DATA_DIR/images"
+    if not (addresses and captions):
+        return said
+    return (
+        f"{said} (img2dataset --url_list {file.parent} --input_format parquet --url_col "
+        f"{addresses[0]} --caption_col {captions[0]} --output_folder DATA_DIR/images)"
+    )
+
+
+def _how_to_rename(file: Path) -> str:
+    """What to do where no column is called as captions or questions are."""
+    code = (
+        "import pathlib, pyarrow.parquet as p; [p.write_table(p.read_table(f).rename_columns("
+        f"{{'COLUMN': 'caption'}}), f) for f in pathlib.Path('{file.parent}').iterdir()]"
+    )
+    return (
+        f"it needs captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer; "
+        f'COLUMN becomes such by {interpreter()} -c "{code}"'
+    )
 
 
 def _called(column: str, said: Any) -> str:

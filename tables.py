@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from photo_names import is_photo, is_there, plain_name
-from utils import UserError, bounded_memory, first_line, require_extra, size_text
+from utils import UserError, bounded_memory, first_line, lfs_note, require_extra, size_text
 
 # Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
 # own: photos don't shrink, and pyarrow writes pages of a thousand.
@@ -140,9 +140,7 @@ def opened_parquet(
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     most = memory + 4 * file.stat().st_size
-    with open(file, "rb") as begun:
-        note = begun.read(7) == b"version"
-    if note:
+    if lfs_note(file):
         raise UserError(
             f"{file} is Git LFS's note of a file that was not fetched: run git lfs pull"
         )
