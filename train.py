@@ -163,7 +163,8 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + figure)).float()
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
-    run.optimizer.step()
+    if run.device.type != "mps" or not bad:  # whose kernel may not look: PyTorch #186360
+        run.optimizer.step()
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1

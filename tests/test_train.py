@@ -161,6 +161,33 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, encode
         ledger.note(train.update(state, data, [(batch, features)]))
 
 
+class Mps(str):
+    """The CPU, which says that it is Apple's GPU."""
+
+    type = "mps"
+
+
+def test_a_step_that_is_not_finite_is_left_out_where_the_optimizer_does_not_look(
+    tmp_path, encoder_dir, monkeypatch
+):
+    state, data = start_state(tmp_path, encoder_dir)
+    (pair,) = first_batches(state, data, 1)
+    state.device, step = Mps("cpu"), state.optimizer.step
+
+    def blind() -> None:
+        del state.optimizer.found_inf
+        step()
+
+    monkeypatch.setattr(state.optimizer, "step", blind)
+    before = snapshot(state)
+    train.update(state, data, [pair])
+    assert not all(torch.equal(*each) for each in zip(before, snapshot(state), strict=True))
+    before = snapshot(state)
+    pair[1][0, 0, 0] = math.nan
+    train.update(state, data, [pair])
+    assert all(torch.equal(*each) for each in zip(before, snapshot(state), strict=True))
+
+
 class OneOfTwo(Team):
     """A process of a team whose other one has five photos in each update."""
 
