@@ -331,6 +331,7 @@ def test_parquet_is_read_where_the_system_takes_no_limits(tmp_path, monkeypatch)
 def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):
     columns = {"image": images(40), "caption": [[f"photo {i}", "a red one"] for i in range(40)]}
     write(tmp_path / "data" / "train-00000-of-00001.parquet", columns)
+    (tmp_path / "data" / "._train-00000-of-00001.parquet").write_bytes(b"of a Mac")
     first = run("prepare_dataset.py", *FLAGS, tmp_path, "--check")
     assert first.returncode == 0, first.stderr
     assert "40 photos of 1 parquet files are in" in first.stdout
