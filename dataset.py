@@ -454,8 +454,9 @@ class Batch:
     asked: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned RAM, without waiting for it to arrive."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device; on CUDA from pinned RAM, without waiting for it to arrive."""
+        # What else MPS has yet to fetch may be freed or written over: PyTorch #189690.
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin(self) -> Batch:
         """The batch in RAM that a GPU can fetch from by itself."""

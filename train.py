@@ -216,10 +216,10 @@ def with_features(
 
     def load(batch: Batch) -> tuple[Batch, Tensor]:
         batch, features = rows.load(batch, epoch)
-        if device.type == "cuda":  # so that no step waits for them to arrive
+        if cuda := device.type == "cuda":  # so that no step waits for them to arrive
             batch = batch.pin()
             features = features if features.is_cuda else features.pin_memory()
-        return batch.to(device), features.to(device, non_blocking=True)
+        return batch.to(device), features.to(device, non_blocking=cuda)
 
     return prefetch(load, batches)
 

@@ -188,6 +188,19 @@ def test_a_step_that_is_not_finite_is_left_out_where_the_optimizer_does_not_look
     assert all(torch.equal(*each) for each in zip(before, snapshot(state), strict=True))
 
 
+def test_batches_for_a_mac_are_waited_for(tmp_path, encoder_dir, monkeypatch):
+    state, data = start_state(tmp_path, encoder_dir)
+    state.device, move, how = Mps("cpu"), torch.Tensor.to, []
+
+    def spy(tensor: torch.Tensor, *to: object, **options: object) -> torch.Tensor:
+        how.append(options.get("non_blocking"))
+        return move(tensor, *to, **options)
+
+    monkeypatch.setattr("torch.Tensor.to", spy)
+    first_batches(state, data, 1)
+    assert how and not any(how)
+
+
 class OneOfTwo(Team):
     """A process of a team whose other one has five photos in each update."""
 
