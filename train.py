@@ -216,12 +216,15 @@ def with_features(
 
     def load(batch: Batch) -> tuple[Batch, Tensor]:
         batch, features = rows.load(batch, epoch)
-        if cuda := device.type == "cuda":  # so that no step waits for them to arrive
+        if cuda:  # so that no step waits for them to arrive
             batch = batch.pin()
             features = features if features.is_cuda else features.pin_memory()
-        return batch.to(device), features.to(device, non_blocking=cuda)
+        return batch, features
 
-    return prefetch(load, batches)
+    cuda = device.type == "cuda"
+    for batch, features in prefetch(load, batches):
+        # Here, as MPS crashes where two threads use it (PyTorch #197805).
+        yield batch.to(device), features.to(device, non_blocking=cuda)
 
 
 # --- The loss -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,12 +194,12 @@ def test_batches_for_a_mac_are_waited_for(tmp_path, encoder_dir, monkeypatch):
     state.device, move, how = Mps("cpu"), torch.Tensor.to, []
 
     def spy(tensor: torch.Tensor, *to: object, **options: object) -> torch.Tensor:
-        how.append(options.get("non_blocking"))
+        how.append((options.get("non_blocking"), threading.current_thread()))
         return move(tensor, *to, **options)
 
     monkeypatch.setattr("torch.Tensor.to", spy)
     first_batches(state, data, 1)
-    assert how and not any(how)
+    assert {*how} == {(False, threading.main_thread())}
 
 
 class OneOfTwo(Team):
