@@ -221,9 +221,10 @@ def with_features(
             features = features if features.is_cuda else features.pin_memory()
         return batch, features
 
-    cuda = device.type == "cuda"
-    for batch, features in prefetch(load, batches):
-        # Here, as MPS crashes where two threads use it (PyTorch #197805).
+    cuda, streamed = device.type == "cuda", isinstance(rows, StreamedRows)  # which may encode
+    # MPS crashes where two threads use it (PyTorch #197805).
+    ahead = map if streamed and device.type == "mps" else prefetch
+    for batch, features in ahead(load, batches):
         yield batch.to(device), features.to(device, non_blocking=cuda)
 
 

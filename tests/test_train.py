@@ -31,6 +31,7 @@ from options import GenerationOptions
 from report import Ledger
 from run import Run
 from self_critical import Critic, advantages
+from shards import StreamedRows
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tests.forked import Forked
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
@@ -200,6 +201,14 @@ def test_batches_for_a_mac_are_waited_for(tmp_path, encoder_dir, monkeypatch):
     monkeypatch.setattr("torch.Tensor.to", spy)
     first_batches(state, data, 1)
     assert {*how} == {(False, threading.main_thread())}
+
+
+def test_photos_of_a_stream_are_encoded_on_a_macs_only_thread():
+    rows, on = object.__new__(StreamedRows), []
+    rows.load = lambda batch, _: (on.append(threading.current_thread()), (batch, torch.ones(1)))[1]
+    batches = [make_batch(["a"], [[[1, 2, 3]]])] * 3
+    assert len([*train.with_features(Mps("cpu"), rows, batches, 0)]) == 3
+    assert {*on} == {threading.main_thread()}
 
 
 class OneOfTwo(Team):
