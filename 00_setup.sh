@@ -32,7 +32,11 @@ case "$(uname -s)-$(uname -m)" in
     Linux-x86_64) platform=Linux-x86_64 ;;
     Linux-aarch64 | Linux-arm64) platform=Linux-aarch64 ;;
     Darwin-arm64) platform=MacOSX-arm64 ;;
-    Darwin-x86_64) platform=MacOSX-x86_64 ;;
+    Darwin-x86_64)
+        echo "error: PyTorch has no build for Macs with Intel: use another machine" \
+            "(on Apple silicon, run arch -arm64 bash $here/00_setup.sh)" >&2
+        exit 1
+        ;;
     *)
         echo "error: no Miniconda for $(uname -s) on $(uname -m):" \
             "install Python 3.10 to 3.13 yourself, then run bash $here/01_setup.sh" >&2

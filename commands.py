@@ -118,8 +118,8 @@ def begin(read: Callable[[], Any]) -> None:
 def _read_silently(read: Callable[[], Any]) -> Any:
     """What all but torchrun's first process on a machine do: that one says what is wrong."""
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            with contextlib.redirect_stderr(nowhere):
+        with open(os.devnull, "w", errors="replace") as nowhere:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                 return read()
     except (UserError, SystemExit) as end:
         if code := getattr(end, "code", 1):  # a UserError has none

@@ -371,9 +371,9 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
 def _lists_in(folder: Path) -> dict[str, list[str]]:
     """The names, one a line, in texts called after splits, as `Flickr_8k.trainImages.txt`."""
     lists: dict[str, list[str]] = {}
-    for file in sorted(folder.glob("*.txt")):
-        if split := split_in(file.name):
-            lines = read_text(file).split("\n")
+    for name in files_in(folder, recursive=False):
+        if name.endswith(".txt") and (split := split_in(name)):
+            lines = read_text(folder / name).split("\n")
             names = [line.strip() for line in lines if len(line.split()) == 1]
             lists.setdefault(split, []).extend(names)
     if not any(lists.values()):
@@ -454,8 +454,9 @@ class Batch:
     asked: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned RAM, without waiting for it to arrive."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device; on CUDA from pinned RAM, without waiting for it to arrive."""
+        # What else MPS has yet to fetch may be freed or written over: PyTorch #189690.
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin(self) -> Batch:
         """The batch in RAM that a GPU can fetch from by itself."""

@@ -81,11 +81,14 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None =
     """Scaled dot-product attention; all (rows, heads, length, head width), mask True to attend.
 
     On a CPU in bf16 the plain products are 3 times as fast as PyTorch's fused kernel, which
-    converts block by block (docs/performance.md); everywhere else the fused one is used, and where
-    all scores at once would take gigabytes, as the beams of long captions in one row do.
+    converts block by block (docs/performance.md), and on MPS that of many versions is wrong for
+    what isn't contiguous, and for such masks (PyTorch #163597, #181133, #184180); everywhere else
+    the fused one is used, and where all scores at once would take gigabytes, as the beams of long
+    captions in one row do.
     """
     large = query.shape[:-1].numel() * keys.shape[-2] > MOST_SCORES
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or large:
+    plain = (query.device.type, query.dtype) == ("cpu", torch.bfloat16)
+    if large or not (plain or query.device.type == "mps"):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
     if mask is not None:

@@ -12,8 +12,9 @@ from utils import UserError
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device named, or the best one here: CUDA, else MPS, else the CPU."""
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    count["cpu"] = 1
+    # Counted are also those whose driver is too old for this PyTorch, which `is_available` tells.
+    count = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    count |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind, there in count.items() if there)
     kind, _, number = name.partition(":")
@@ -30,7 +31,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         raise UserError(f"PRECISION is {precision!r}: use auto, bf16 or fp32")
     fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # of several GPUs this one is meant
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     chosen = precision == "bf16" or (precision == "auto" and fast)
     return torch.bfloat16 if chosen else torch.float32
 

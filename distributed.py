@@ -133,7 +133,7 @@ def joined(device: str) -> Iterator[Team]:
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     with contextlib.ExitStack() as stack:
         if not team.leads:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
             yield replace(team, objects=_connect(store, team, team.device(device)))

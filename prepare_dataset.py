@@ -249,8 +249,9 @@ def unpack_parquet(paths: DataPaths) -> bool:
     begun = marker and marker["dataset"].startswith("parquet ")
     if not begun and (paths.captions.exists() or paths.images.is_dir()):
         return paths.images.is_dir()  # before folders of many photos are looked through
-    files = sorted(paths.data_dir.rglob("*.parquet")) or [
-        file for file in sorted(paths.data_dir.rglob("*.arrow")) if "cache-" not in file.name
+    there = sorted(paths.data_dir / name for name in files_in(paths.data_dir))
+    files = [file for file in there if file.suffix == ".parquet"] or [
+        file for file in there if file.suffix == ".arrow" and "cache-" not in file.name
     ]
     sizes = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
     label = f"parquet {sizes}"

@@ -172,7 +172,7 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
         if len(name) > LONGEST:
             yield name[:LONGEST], TOO_LONG, "", None
             continue
-        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^.]+)\.([^/]*)", name, re.DOTALL)
+        found = re.fullmatch(r"(?!__[^/]*__/)((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
         if not found:
             continue
         suffix = found[2].lower()

@@ -163,7 +163,8 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + figure)).float()
     run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
-    run.optimizer.step()
+    if run.device.type != "mps" or not bad:  # whose kernel may not look: PyTorch #186360
+        run.optimizer.step()
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
@@ -215,12 +216,16 @@ def with_features(
 
     def load(batch: Batch) -> tuple[Batch, Tensor]:
         batch, features = rows.load(batch, epoch)
-        if device.type == "cuda":  # so that no step waits for them to arrive
+        if cuda:  # so that no step waits for them to arrive
             batch = batch.pin()
             features = features if features.is_cuda else features.pin_memory()
-        return batch.to(device), features.to(device, non_blocking=True)
+        return batch, features
 
-    return prefetch(load, batches)
+    cuda, streamed = device.type == "cuda", isinstance(rows, StreamedRows)  # which may encode
+    # MPS crashes where two threads use it (PyTorch #197805).
+    ahead = map if streamed and device.type == "mps" else prefetch
+    for batch, features in ahead(load, batches):
+        yield batch.to(device), features.to(device, non_blocking=cuda)
 
 
 # --- The loss -------------------------------------------------------------------------------

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import importlib
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -23,6 +21,12 @@ from types import ModuleType
 from typing import IO, Any, NoReturn, TextIO
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ModuleNotFoundError:
+    sys.exit("error: this does not run on Windows itself: use WSL (wsl --install)")
 
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
@@ -261,13 +265,18 @@ def run_script(main: Callable[[], int | None]) -> None:
         remedy = ": set HF_HOME to a folder where you may write" * cache
         code = say_error(f"{error.filename}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a plain RuntimeError that only its text tells from others.
-        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if full or "can't allocate memory" in str(error):
+        # Torch's are plain RuntimeErrors, but for CUDA's: their text alone tells them from others.
+        full = r"can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+        if isinstance(error, MemoryError) or re.search(full, str(error)):
             said = (
-                f"out of memory ({first_line(error)}): halve --batch_size and double "
-                "--gradient_accumulation_steps, or take a smaller decoder; checkpoints are as "
-                "before"
+                f"out of memory ({first_line(error)}): halve --batch_size (where it trains, double "
+                "--gradient_accumulation_steps), or --feature_batch_size while photos are encoded, "
+                "or take a smaller decoder; checkpoints are as before"
+            )
+        elif "no kernel image" in str(error):
+            said = (
+                f"this PyTorch is not made for this GPU ({first_line(error)}): use --device cpu, "
+                "or install a build for it (pytorch.org)"
             )
         elif "determine home directory" in str(error):  # what pathlib says of `~nobody`
             said = "a path begins with ~ and the name of a user who isn't there: write it out"
@@ -501,13 +510,15 @@ def read_json(path: Path, older: bool = False) -> Any:
 @contextlib.contextmanager
 def bounded_memory(size: int) -> Iterator[None]:
     """Have MemoryError raised where more than so many bytes are needed beyond what is in use: what
-    a library unpacks is known only once it is there. Linux alone can."""
+    a library unpacks is known only once it is there. Linux alone can; macOS refuses any limit."""
+    if sys.platform != "linux":
+        yield
+        return
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data
-        most = pages * resource.getpagesize() + size
-        most = min([most, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
-        resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data
+    most = pages * resource.getpagesize() + size
+    most = min([most, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     try:
         yield
     finally:

@@ -146,6 +146,7 @@ def test_karpathy_split(tmp_path):
 def test_a_folder_may_hold_a_list_of_names_for_each_split(tmp_path):
     for split, names in {"train": "0.jpg\n1\n", "dev": "2.jpg", "test": "3.jpg\n"}.items():
         (tmp_path / f"Flickr_8k.{split}Images.txt").write_text(names)
+        (tmp_path / f"._Flickr_8k.{split}Images.txt").write_text("of_a_Mac.jpg\n")
     (tmp_path / "Flickr8k.token.txt").write_text("0.jpg#0\tA dog\n")
     (tmp_path / "train_captions.txt").write_text("2.jpg,A dog\n")
     found = split_by_karpathy(["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"], tmp_path)

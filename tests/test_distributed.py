@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import load_checkpoint
-from tests.conftest import run, small_flags, write_photos, write_questions
+from tests.conftest import REPO, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.test_kills import assert_equal, epochs_said, state
 
@@ -135,6 +135,18 @@ def test_what_each_process_finds_in_its_own_share_is_said_by_one(tmp_path, encod
     result = torchrun(2, "train.py", *small_flags(data, encoder_dir), "--max_bad_images", 2)
     assert result.returncode != 0
     assert result.stderr.count("more than MAX_BAD_IMAGES = 2") == 1, result.stderr
+
+
+def test_what_the_others_say_to_nobody_may_be_in_any_script(tmp_path):
+    """In a locale without UTF-8, as on clusters, files have no other encoding by default either."""
+    program = tmp_path / "says.py"
+    program.write_text(
+        "import commands, distributed\ncommands.begin(lambda: print('\\u72d7'))\n"
+        "with distributed.joined('cpu'):\n    print('\\u72d7')\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = run(*TORCHRUN, "--nproc_per_node=2", program, PYTHONPATH=str(REPO), **plain)
+    assert result.returncode == 0, result.stderr
 
 
 def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):

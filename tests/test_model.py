@@ -225,6 +225,21 @@ def test_attention_in_bf16_on_a_cpu_equals_the_library_s():
         torch.testing.assert_close(attention(query, keys, values, chosen), expected)
 
 
+class OnMac(torch.Tensor):
+    device = torch.device("mps")
+
+
+def test_on_a_mac_attention_is_plain_as_the_fused_kernel_may_be_wrong(monkeypatch):
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, n, 4, 8).transpose(1, 2) for n in (3, 5, 5))
+    mask = torch.rand(2, 1, 3, 5) < 0.7
+    mask[..., 0] = True
+    expected = attention(query, keys, values, mask)
+    monkeypatch.delattr("torch.nn.functional.scaled_dot_product_attention")
+    got = attention(query.as_subclass(OnMac), keys, values, mask).as_subclass(torch.Tensor)
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
 def test_dropout_keeps_its_rate_and_its_mean():
     torch.manual_seed(0)
     layer, x = Dropout(0.2), torch.ones(400, 1003, requires_grad=True)

@@ -318,9 +318,20 @@ def test_what_a_page_unpacks_to_is_refused_before_it_is_there(tmp_path, monkeypa
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+def test_parquet_is_read_where_the_system_takes_no_limits(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:  # as macOS does
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("resource.setrlimit", refuse)
+    file = write(tmp_path / "some.parquet", {"image": images(2), "caption": ["a", "b"]})
+    assert len(list(read_parquet([file]))) == 2
+
+
 def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):
     columns = {"image": images(40), "caption": [[f"photo {i}", "a red one"] for i in range(40)]}
     write(tmp_path / "data" / "train-00000-of-00001.parquet", columns)
+    (tmp_path / "data" / "._train-00000-of-00001.parquet").write_bytes(b"of a Mac")
     first = run("prepare_dataset.py", *FLAGS, tmp_path, "--check")
     assert first.returncode == 0, first.stderr
     assert "40 photos of 1 parquet files are in" in first.stdout

@@ -16,7 +16,7 @@ import torch
 import commands
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
 from distributed import ALONE
-from run import Progress, Run, find_checkpoint
+from run import Progress, Run, find_checkpoint, random_state, set_random_state
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError
 
@@ -248,6 +248,16 @@ def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, va
     settings = commands.train([*map(str, [*flags, *more])])
     with pytest.raises(UserError, match=r"last\.pt holds (no state of a training|weights)"):
         find_checkpoint(settings, ALONE)
+
+
+def test_chance_on_a_mac_is_kept_and_goes_on(monkeypatch):
+    kept, device = torch.arange(3, dtype=torch.uint8), torch.device("mps")
+    monkeypatch.setattr("torch.mps.get_rng_state", lambda: kept)
+    restored = []
+    monkeypatch.setattr("torch.mps.set_rng_state", restored.append)
+    run_there = SimpleNamespace(team=ALONE, device=device)
+    set_random_state(run_there, {"random": random_state(device)})
+    assert restored == [kept]
 
 
 def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):

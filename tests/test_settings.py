@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -142,6 +143,23 @@ def test_devices_and_precisions_are_checked():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="auto"):
             choose_device("cuda")
+
+
+def test_a_gpu_whose_driver_is_too_old_is_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # NVML counts it all the same
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto").type != "cuda"
+    with pytest.raises(UserError, match="--device auto"):
+        choose_device("cuda")
+
+
+def test_of_several_gpus_the_one_that_is_meant_tells_its_precision(monkeypatch):
+    chosen = []
+    at = chosen.append
+    monkeypatch.setattr("torch.cuda.device", lambda x: contextlib.nullcontext(at(x.index)))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: chosen[-1] == 0)
+    found = [choose_dtype("auto", torch.device("cuda", number)) for number in (0, 1)]
+    assert found == [torch.bfloat16, torch.float32]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -333,6 +351,28 @@ def test_a_users_mistake_gets_a_message_and_no_traceback(name):
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        ("MPS backend out of memory (MPS allocated: 5.5 GB)", "out of memory (MPS"),
+        ("CUDA error: no kernel image is available for execution", "use --device cpu"),
+    ],
+)
+def test_what_a_gpu_lacks_is_said_without_a_traceback(error, says):
+    program = f"import utils\ndef main(): raise RuntimeError({error!r})\nutils.run_script(main)"
+    result = run("-c", program)
+    assert result.returncode == 1 and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_windows_is_told_what_to_install():
+    without = "import sys, runpy; sys.modules['fcntl'] = None; sys.argv = ['train.py', '--help']"
+    program = f"{without}; runpy.run_path('train.py', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "WSL" in result.stderr
 
 
 def test_a_bar_turns_into_lines_where_output_is_no_terminal(capsys, monkeypatch):

@@ -240,7 +240,6 @@ def test_python_that_is_there_is_enough(clone):
         ("Linux", "x86_64", "Linux-x86_64"),
         ("Linux", "aarch64", "Linux-aarch64"),
         ("Darwin", "arm64", "MacOSX-arm64"),
-        ("Darwin", "x86_64", "MacOSX-x86_64"),
     ],
 )
 @pytest.mark.parametrize("downloader", ["curl", "wget"])
@@ -272,6 +271,9 @@ def test_unknown_machine_or_no_downloader_is_an_error(clone, tools, tmp_path):
     script(tools / "uname", "[[ $1 == -s ]] && echo Linux || echo riscv64")
     result = bash(clone / "00_setup.sh", path=tools, HOME=str(tmp_path))
     assert result.returncode == 1 and "no Miniconda for Linux on riscv64" in result.stderr
+    script(tools / "uname", "[[ $1 == -s ]] && echo Darwin || echo x86_64")
+    result = bash(clone / "00_setup.sh", path=tools, HOME=str(tmp_path))
+    assert result.returncode == 1 and "PyTorch has no build for Macs with Intel" in result.stderr
     script(tools / "uname", "[[ $1 == -s ]] && echo Linux || echo x86_64")
     result = bash(clone / "00_setup.sh", path=tools, HOME=str(tmp_path))
     assert result.returncode == 1 and "neither curl nor wget" in result.stderr

@@ -117,6 +117,7 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
     half, deep = '"half \\ud83d of an emoji"', "[" * 100_000
     files = [
         ("in/a.jpg", b"A"),
+        ("in/._a.txt", b"of a Mac"),
         ("in/a.txt", b" two \n lines "),
         ("b.jpg", b"B"),
         ("b.json", json.dumps({"captions": ["one", "another"]}).encode()),

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from options import GenerationOptions
 from report import Ledger
 from run import Run
 from self_critical import Critic, advantages
+from shards import StreamedRows
 from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
 from tests.forked import Forked
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
@@ -159,6 +161,54 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path, encode
     ledger.note(train.update(state, data, [(batch, features)]))
     with pytest.raises(UserError, match="2 steps in a row"):
         ledger.note(train.update(state, data, [(batch, features)]))
+
+
+class Mps(str):
+    """The CPU, which says that it is Apple's GPU."""
+
+    type = "mps"
+
+
+def test_a_step_that_is_not_finite_is_left_out_where_the_optimizer_does_not_look(
+    tmp_path, encoder_dir, monkeypatch
+):
+    state, data = start_state(tmp_path, encoder_dir)
+    (pair,) = first_batches(state, data, 1)
+    state.device, step = Mps("cpu"), state.optimizer.step
+
+    def blind() -> None:
+        del state.optimizer.found_inf
+        step()
+
+    monkeypatch.setattr(state.optimizer, "step", blind)
+    before = snapshot(state)
+    train.update(state, data, [pair])
+    assert not all(torch.equal(*each) for each in zip(before, snapshot(state), strict=True))
+    before = snapshot(state)
+    pair[1][0, 0, 0] = math.nan
+    train.update(state, data, [pair])
+    assert all(torch.equal(*each) for each in zip(before, snapshot(state), strict=True))
+
+
+def test_batches_for_a_mac_are_waited_for(tmp_path, encoder_dir, monkeypatch):
+    state, data = start_state(tmp_path, encoder_dir)
+    state.device, move, how = Mps("cpu"), torch.Tensor.to, []
+
+    def spy(tensor: torch.Tensor, *to: object, **options: object) -> torch.Tensor:
+        how.append((options.get("non_blocking"), threading.current_thread()))
+        return move(tensor, *to, **options)
+
+    monkeypatch.setattr("torch.Tensor.to", spy)
+    first_batches(state, data, 1)
+    assert {*how} == {(False, threading.main_thread())}
+
+
+def test_photos_of_a_stream_are_encoded_on_a_macs_only_thread():
+    rows, on = object.__new__(StreamedRows), []
+    rows.load = lambda batch, _: (on.append(threading.current_thread()), (batch, torch.ones(1)))[1]
+    batches = [make_batch(["a"], [[[1, 2, 3]]])] * 3
+    assert len([*train.with_features(Mps("cpu"), rows, batches, 0)]) == 3
+    assert {*on} == {threading.main_thread()}
 
 
 class OneOfTwo(Team):

@@ -64,8 +64,8 @@ def interleaved(
     """Time each piece of work `repeats` times, in turn, after one pass that doesn't count."""
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what was queued is done
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # what was queued is done
         return time.perf_counter()
 
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = choose_dtype(args.precision, device)
     result = shown(
         {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
             "dtype": str(dtype),
