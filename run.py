@@ -102,7 +102,8 @@ class Progress:
         saved = {name: value for name, value in saved.items() if name in known}
         if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
             names = [f"{stem}{s}" for stem in saved["written"] for s in (".pt", ".safetensors")]
-            saved["written"] = dict.fromkeys(names, "")
+            # Without a history, what comes can't be compared with them: they are set aside.
+            saved["written"] = dict.fromkeys(names if saved.get("history") else (), "")
         progress = typed(cls, saved)
         check_ranges(progress)
         for entry in progress.history:
@@ -347,7 +348,10 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
                 raise ValueError(f"a tensor of {there.dtype} {[*there.shape]} is none of its own")
     except Exception as error:  # noqa: BLE001 - a made-up state can be wrong in any way
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path} holds no state of a training to go on from ({reason})") from None
+        raise UserError(
+            f"{path} holds no state of a training to go on from ({reason}): to begin with its "
+            f"weights, give --resume_checkpoint_path none --start_checkpoint {path}"
+        ) from None
     return checkpoint
 
 

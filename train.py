@@ -92,7 +92,8 @@ def take_place(run: Run, data: Data) -> None:
     texts = [(name, data.texts[name]) for name in data.val.names]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     by = order_name(data.tasks, texts)  # which is all that the loss depends on
-    if progress.judged not in ("", judged) and progress.epoch < run.epochs:
+    # Older versions noted the photos and texts alone.
+    if progress.judged not in ("", judged, by) and progress.epoch < run.epochs:
         measures = [*MEASURES]
         if progress.by == by:
             measures.remove("val_loss")

@@ -198,6 +198,29 @@ def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):
     assert stored_digest(kept) == stored_digest(data / BEST) != stored_digest(tmp_path / BEST)
 
 
+@pytest.mark.fault(count=2)
+def test_what_older_versions_noted_of_a_run_loses_no_best(six, tmp_path):
+    data, flags = six
+    for number, compared in enumerate([True, False]):
+        shutil.copytree(data, folder := tmp_path / str(number))
+        checkpoint = load_checkpoint(folder / "last.pt")
+        progress = checkpoint.training["progress"]
+        progress["judged"] = progress.pop("by")
+        if not compared:  # the first versions kept no history, and no digests
+            del progress["history"]
+            progress["written"] = [path.stem for path in folder.glob("captioner_epoch*.pt")]
+        save_for_training(folder / "last.pt", checkpoint)
+        go_on = ["--resume_checkpoint_path", folder / "last.pt", "--epochs", 7]
+        result = run("train.py", *flags, "--output_dir", folder, *go_on)
+        assert result.returncode == 0 and "not compared" not in result.stdout, result.stderr
+        if compared:
+            assert load_checkpoint(folder / "last.pt").training["progress"]["since"] == {}
+        else:
+            kept = folder / f"previous_1_{BEST}"
+            assert f"kept as {kept.name}" in result.stdout
+            assert stored_digest(kept) == stored_digest(data / BEST)
+
+
 @pytest.mark.fault
 def test_beginning_with_weights_that_are_no_numbers_is_refused(six, tmp_path):
     data, flags = six
@@ -246,7 +269,8 @@ def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, va
     save_for_training(tmp_path / "last.pt", checkpoint)
     more = ["--output_dir", tmp_path, "--resume_checkpoint_path", tmp_path / "last.pt"]
     settings = commands.train([*map(str, [*flags, *more])])
-    with pytest.raises(UserError, match=r"last\.pt holds (no state of a training|weights)"):
+    says = r"last\.pt holds (no state of a training.*--start_checkpoint .*last\.pt|weights)"
+    with pytest.raises(UserError, match=says):
         find_checkpoint(settings, ALONE)
 
 
