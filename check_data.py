@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
 
 from dataset import DataPaths, Texts, answers_by_kind
 from encoder import ImageError, open_image
@@ -14,6 +18,10 @@ from options import SPLITS
 from photo_names import is_photo, is_unread
 from tokenizer import CaptionTokenizer, normalize
 from utils import Bar, files_in
+
+ALIKE = 0.96  # correlation of small pictures: few photos of different scenes reach it
+MANY_SAME = 0.3  # of captions: as many as that are chosen wherever the photo tells little
+MANY_ALIKE = 0.05  # of photos to score on, which no collection of scenes taken once has
 
 
 def check(
@@ -42,10 +50,11 @@ def check(
     split_of = {name: split for split in SPLITS for name in splits[split]}
     bad: dict[str, str] = {}
     copies: dict[str, list[str]] = {}
+    small: dict[str, np.ndarray] = {}
 
     def look(name: str) -> tuple[str, str, str]:
         try:
-            open_image(paths.images / name, least=64)
+            small[name] = in_small(open_image(paths.images / name, least=64))
             return name, file_digest(paths.images / name), ""
         except ImageError as error:
             return name, "", str(error)
@@ -62,6 +71,14 @@ def check(
     shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
     lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
     print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
+    scored = [name for name in small if split_of[name] != "train"]
+    pairs = look_alike({n: small[n] for n in small if split_of[n] == "train"}, small, scored)
+    if len(pairs) > MANY_ALIKE * len(scored):
+        print(
+            f"alike     {len(pairs)} of {len(scored)} photos to validate or test on look like one "
+            f"to train on, as {' and '.join(pairs[0])}: if they are of one scene, scores say too "
+            "much; --split karpathy --karpathy_file FILE keeps scenes together (docs/data.md)"
+        )
     limit = settings.MAX_BAD_IMAGES
     met = sum(split_of[name] != "test" for name in bad)  # by training
     problems = [
@@ -71,6 +88,22 @@ def check(
     ]
     dark = [s for s in ("train", "val") if splits[s] and bad.keys() >= {*splits[s]}]
     return problems + [f"no photo of the split {split!r} can be read" for split in dark]
+
+
+def in_small(image: Image.Image) -> np.ndarray:
+    """A picture as 8 by 8 colours about their mean, of length 1, or 0 where it has one colour."""
+    pixels = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).ravel()
+    pixels -= pixels.mean()
+    return pixels / max(1.0, float(np.linalg.norm(pixels)))
+
+
+def look_alike(
+    train: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray], names: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Those of the photos that look like one to train on, each with the one most like it."""
+    known, stacked = [*train], np.stack([*train.values()]) if train else np.zeros((1, 192))
+    likest = [(name, stacked @ small[name]) for name in names]
+    return [(name, known[found.argmax()]) for name, found in likest if found.max() > ALIKE]
 
 
 def describe_captions(
@@ -86,6 +119,9 @@ def describe_captions(
     print(f"a photo   {counts[0]} to {counts[-1]} captions, {len(texts) / len(captions):.1f} mean")
     mean, known = sum(lengths) / len(texts), f"{len(words):,} different ones"
     print(f"a caption {lengths[0]} to {lengths[-1]} words, {mean:.1f} mean, {known}")
+    usual, times = Counter(texts).most_common(1)[0]
+    if times > MANY_SAME * len(texts):
+        print(f"same      {times} captions are {usual!r}: what is learned may be to say just that")
     if odd := without_spaces(texts):
         print(f"words     {odd}")
     # VAL_SHARDS leave nothing to train on here: the tokenizer of other captions will be much alike.

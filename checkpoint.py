@@ -204,7 +204,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         folder = f"{path} is a folder: name the .safetensors or .pt in it"
-        raise UserError(folder if path.is_dir() else f"there is no checkpoint {path}")
+        files = (path if path.is_dir() else path.parent).glob("*.safetensors")
+        newest = max(files, key=os.path.getmtime, default=None)
+        there = f"; the newest there is {newest}" if newest else ""
+        raise UserError((folder if path.is_dir() else f"there is no checkpoint {path}") + there)
     # One that got another suffix on its way is known by its content.
     packed = path.suffix == ".pt" or (path.suffix != ".safetensors" and zipfile.is_zipfile(path))
     content = _read_pt(path) if packed else _read_safetensors(path)

@@ -21,7 +21,7 @@ from features import FeatureCache, ResidentFeatures, prefetch
 from model import CaptionModel
 from options import GenerationOptions
 from rerank import Reranker
-from tokenizer import ANSWER_ID, END_ID, PAD_ID, START_ID, CaptionTokenizer
+from tokenizer import ANSWER_ID, END_ID, MERGED_IDS, PAD_ID, START_ID, CaptionTokenizer
 from utils import UserError
 
 MINUS_INFINITY = float("-inf")
@@ -240,7 +240,9 @@ class _Rows:
             allowed[..., END_ID] = MINUS_INFINITY
         size = self.options.no_repeat_ngram
         if size and length > 1:
-            allowed.scatter_(2, self.history[:, :, -1:], MINUS_INFINITY)
+            last = self.history[:, :, -1:]
+            last = last.masked_fill(last < MERGED_IDS, PAD_ID)  # a byte is no word: "400", "!!"
+            allowed.scatter_(2, last, MINUS_INFINITY)
         if size and length > size:
             grams = self.history.unfold(2, size, 1)  # (rows, beams, starts, size)
             tail = self.history[:, :, length - size :].unsqueeze(2)

@@ -121,7 +121,9 @@ class NoRepeat:
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         written = ids[:, self.start :]
-        ruled = self.rule(written, scores).scatter(1, written[:, -1:], float("-inf"))
+        last = written[:, -1:]
+        last = last.masked_fill(last < 4 + 256, 0)  # special tokens and bytes, as in "400"
+        ruled = self.rule(written, scores).scatter(1, last, float("-inf"))
         beams = len(ids) // len(self.rows)
         return torch.where(self.rows.repeat_interleave(beams, dim=0), ruled, scores)
 

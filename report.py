@@ -35,6 +35,7 @@ from utils import Bar, UserError, atomic_write, beside, command, redact, shown, 
 
 FEW_UPDATES = 300  # fewer teach a decoder words, but hardly what follows what
 FEW_PHOTOS = 15_000
+FEW_SCORED = 20  # captions of fewer photos are better in one epoch than in another by chance
 GREY = "#718096"
 BLUE = "#2b6cb0"
 COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
@@ -106,8 +107,11 @@ class Report(contextlib.AbstractContextManager):
         scored = min(len(there), settings.SCORED_IMAGES)
         if scored and (odd := without_spaces([x for group in there.values() for x in group])):
             print(f"scores    {odd}")
-        if "captions" in data.tasks and settings.SCORED_IMAGES and scored < 2:
-            print("scores    none: CIDEr compares photos, and under 2 are scored; the loss chooses")
+        if "captions" in data.tasks and settings.SCORED_IMAGES and scored < FEW_SCORED:
+            none = "none: CIDEr compares photos, and under 2 are scored; the loss chooses"
+            said = none if scored < 2 else f"of {scored} photos hardly tell which epoch is best"
+            more = " (a lower --train_split_ratio leaves more)" * (settings.SPLIT == "ratio")
+            print(f"scores    {said}{more}")
         for task, split in itertools.product(data.tasks, ("train", "val")):
             if (names := data.splits[split]) and not prompts_about(data.texts, names, task):
                 what = "learned" if split == "train" else "scored"

@@ -19,6 +19,7 @@ from utils import SURROGATES, UserError, write_changed
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
 PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
+MERGED_IDS = len(SPECIAL_TOKENS) + 256  # ids from here on are of several bytes
 
 
 def composed(text: str) -> str:

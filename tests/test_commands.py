@@ -226,6 +226,7 @@ def test_a_first_try_trains_on_few_and_says_that_it_is_little(photos, encoder_di
     assert result.returncode == 0, result.stderr
     assert "data      7 photos with 14 captions to train on, 3 to validate" in result.stdout
     assert "updates: what it writes will be poor" in result.stdout
+    assert "of 3 photos hardly tell which epoch is best (a lower --train_split" in result.stdout
 
 
 @pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "x"}, "x")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -895,6 +896,25 @@ def test_check_says_where_words_are_not_apart(tmp_path, capsys):
     texts = {"1.jpg": ["红色的狗在草地上奔跑"], "2.jpg": ["犬が走っている"], "3.jpg": ["a dog"]}
     prepared(lay_out(tmp_path, {"captions.json": json.dumps(texts)}))
     assert "words     these captions have no spaces between words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_check_says_where_frames_of_a_scene_are_in_several_splits(tmp_path, capsys, frames):
+    (tmp_path / "images").mkdir()
+    captions = {}
+    for number in range(24):
+        dice = random.Random(number // frames)
+        colours = Image.frombytes("RGB", (8, 8), dice.randbytes(192)).resize((80, 80))
+        name = f"scene_{number:02d}.png"
+        colours.crop((number % frames, 0, 76 + number % frames, 76)).save(
+            tmp_path / "images" / name
+        )
+        captions[name] = [f"a scene {number}" if number % 2 else "A scene."]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert ("photos to validate or test on look like one to train on" in said) == (frames > 1)
+    assert "same      12 captions are 'a scene'" in said
 
 
 def test_check_describes_questions(tmp_path, capsys):
