@@ -196,7 +196,13 @@ def test_people_s_spelling_of_letters_is_the_decoder_s(text):
         assert vqa_accuracy(written, [said]) == vqa_accuracy(written, [said] * 3) == 1
 
 
-def test_a_script_without_spaces_is_said():
+def test_a_script_without_spaces_is_scored_sign_by_sign_and_that_is_said():
+    assert tokenize("一个穿着T恤的人") == [*"一个穿着t恤的人"]
+    assert tokenize("男の子がスケートボードに乗る") == [*"男の子が", "スケートボード", *"に乗る"]
+    assert tokenize("สุนัขวิ่ง") == ["สุ", "นั", "ข", "วิ่", "ง"]
+    references = {"1": ["一只狗在草地上跑"], "2": ["一个男人在骑自行车"]}
+    written = {"1": "一只狗在跑步", "2": "一个女人骑车"}
+    assert score(written, references)[0]["CIDEr-D"] > 30
     odd = ["一只狗在跑。", "犬が走っている", "สุนัขวิ่งบนหญ้า"]
     assert all(without_spaces([text, text, "a dog"]) for text in odd)
     for text in ("一只 棕色 的 狗 在 草地 上 奔跑 。", "สุนัข วิ่ง บน หญ้า", "갈색 개가", "狗"):
