@@ -62,8 +62,8 @@ OTHER_KINDS = {
     b"7z\xbc\xaf": "packed with 7z",
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
-# A number, an address or packed bytes, or a split: of another column than captions'.
-NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
+# A number or a date, an address or packed bytes, or a split: of another column than captions'.
+NO_CAPTION = re.compile(rf"[\d.:/-]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)

@@ -67,6 +67,9 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     sign = next((begin[n] for n in signs if is_photo(plain_name(begin[:n]))), "")
     if is_photo(name) or (name and not sign and folder and is_there(name, folder)):
         delimiter = " "
+        if dash := re.match(r"\S+ +([-#=>:~–—]{1,3}) ", first):  # 1.jpg - A dog
+            apart = re.compile(rf"^(\S+) +{re.escape(dash[1])} ")
+            lines = [(where, apart.sub(r"\1 ", text)) for where, text in lines]
     elif sign:
         delimiter = sign
     rows = [*whole_rows(lines, delimiter)]

@@ -588,6 +588,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", '1.jpg,"A dog",train\n'),
         ("captions.csv", "1.jpg\tA dog\ttrain\n"),
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
+        ("captions.csv", "1.jpg\t2021-11-06\tA dog\n"),
         ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
@@ -658,6 +659,7 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("# image: caption\n# 2 rows\n\n1.jpg: A, B: C\n", {"1.jpg": ["A, B: C"]}),
         ("a b.jpg: A\nc.jpg:B", {"a b.jpg": ["A"], "c.jpg": ["B"]}),
         ("C:/1.jpg A dog: B\n", {"1.jpg": ["A dog: B"]}),
+        ("1.jpg ### A - B\n2.jpg C ### D", {"1.jpg": ["A - B"], "2.jpg": ["C ### D"]}),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
