@@ -22,7 +22,7 @@ from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, parquet_rows, plain_key, table_of
-from texts import CAPTION_KEYS, TALKS, TO_CAPTION, listed, texts_of
+from texts import CAPTION_KEYS, TALKS, TO_CAPTION, listed, talk_in, texts_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -51,6 +51,7 @@ LIKE_CAPTIONS = re.compile(
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix
 SAMPLE = 1000  # rows by which it is decided what is what
+QUESTION = "asks a question: --tasks questions learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
 # What is no text, by how it begins.
@@ -61,8 +62,8 @@ OTHER_KINDS = {
     b"7z\xbc\xaf": "packed with 7z",
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
-# A number, an address or packed bytes, or a split: of another column than captions'.
-NO_CAPTION = re.compile(rf"[\d.]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
+# A number or a date, an address or packed bytes, or a split: of another column than captions'.
+NO_CAPTION = re.compile(rf"[\d.:/-]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
@@ -236,7 +237,8 @@ def read_file(path: Path) -> tuple[str, Any]:
     text = re.sub(r"\Asep=.\n", "\n", text)  # which Excel begins with
     text = MISSING_DELIMITER.sub(r"\1|", text)
     lines = enumerate(text.split("\n"), 1)
-    rows = [(f"{path}, line {n}", row) for n, row in lines if row.strip(" \t,;|\x1a")]
+    full = ((f"{path}, line {n}", row) for n, row in lines if row.strip(" \t,;|\x1a"))
+    rows = [*itertools.dropwhile(lambda row: row[1].startswith("# "), full)]  # but comments
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     first = rows[0][1].lstrip()
@@ -307,7 +309,14 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return tables[0]
     if entries is not None and not isinstance(entries, list):
         raise TypeError(f"a {type(entries).__name__}")
-    if all(isinstance(v, dict) and set(v) & {*NAME_KEYS} for v in values):  # by pandas' index
+
+    def is_row(v: Any) -> bool:
+        """One by pandas' index, or by a photo with captions of a less usual name?"""
+        if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
+            return isinstance(v, dict)
+        return not texts_of(v) and any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+
+    if all(map(is_row, values)):
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
         return None
@@ -383,6 +392,8 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                 results = [each for said in done for each in said["result"]]
                 row = {**task, "caption": [each["value"].get("text") for each in results]}
             row = {plain_key(key): value for key, value in row.items()}
+            if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
+                row["question"] = row.pop("text", None)
             for answer, prompt in PROMPTS.items():
                 if answer in row and isinstance(asked := row.get(prompt), str):
                     asks = {} if TO_CAPTION.search(asked) else {"question": asked}
@@ -411,7 +422,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         told = [row[key] for key in (*columns, *captions) if key in row]
         shown = photo_in(row.get(photo))
         if row.get("question") and not told:
-            found.passed.append(f"{where} asks a question: --tasks questions learns from it")
+            found.passed.append(f"{where} {QUESTION}")
         elif photo is None and any(row.get(talk) for talk in TALKS):
             found.passed.append(f"{where} shows no photo")
         elif photo is None or not told:
@@ -421,7 +432,10 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         elif name := found.name_of(where, shown, OBJECT, bare=photo in NUMBERS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
             texts = texts or texts_of(next(filter(None, told), None))
-            found.add(name, texts, where, row.get(split))
+            if texts or not any(map(talk_in, told)):
+                found.add(name, texts, where, row.get(split))
+            else:
+                found.passed.append(f"{where} {QUESTION}")
     return found
 
 
@@ -480,7 +494,8 @@ def caption_columns(keys: Iterable[str], captions: Sequence[str]) -> list[str]:
 
 
 def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:
-    """A table: one row a line, `name, caption` or `name, number, caption`, or as its header says.
+    """A table: one row a line, `name, caption` or `name, number, caption` or `caption, name`, or as
+    its header says.
 
     The delimiter is a comma, `|`, `;` or a tab, the one that comes first in the first row. Fields
     may be quoted, and hold line ends then; a delimiter within an unquoted caption belongs to it; a
@@ -490,12 +505,15 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     photos, captions, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
     captions = caption_columns(table.names, captions)
     table.headed = bool(photos and captions)
-    begun = not captions and any(is_photo(plain_name(name)) for name in table.names)
+    shown = [is_photo(plain_name(value)) for value, _ in table.rows[0][1]]
+    begun = not captions and any(shown)
     if table.headed:
         table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
         numbered = len(table.names) > 2 and table.names[1].isdigit() and table.delimiter != " "
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
+        if shown[-1] and not shown[0]:
+            table.names = ["caption", "image"]
         photos, captions, split = ["image"], ["caption"], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)

@@ -27,7 +27,7 @@ from texts import TALKS, TO_CAPTION, listed, talk_in, texts_of
 from utils import UserError, brief, read_json, write_file
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "choice")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
@@ -102,7 +102,9 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if form == "JSON" and isinstance(content, dict):
         content = _objects(content)
         if isinstance(content, dict):
-            load_questions(path, answered, content)  # our own form: it says what is wrong with it
+            load_questions(path, False, content)  # our own form: it says what is wrong with it
+            content = {n: [_own(f"{path}: {n!r}", e) for e in v] for n, v in content.items()}
+            load_questions(path, answered, content)
             return content
     if not isinstance(content, list):
         raise UserError(f"{path} holds no questions: {USAGE}")
@@ -132,6 +134,12 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     if passed:
         print(f"  passed over: {len(passed):,} questions, the first as {brief(passed[0])}")
     return questions
+
+
+def _own(where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of our own form, with what others call its parts; as it is where it has its own."""
+    others = {*ASKED} - {"question", "answer", "answers", "type"}
+    return entry | read_entry(where, entry) if {*entry} & others else entry
 
 
 def _objects(table: dict[str, Any]) -> Any:

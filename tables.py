@@ -62,8 +62,16 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
     name = plain_name(words[1]) if words else ""
-    if is_photo(name) or (name and folder and is_there(name, folder)):
-        delimiter = " "  # where tabs were lost
+    begin = re.split(r"[,|\t;]", first)[0]  # where tabs were lost, or became `:` or `@`
+    signs = [sign.start() for sign in re.finditer("[:@]", begin)]
+    sign = next((begin[n] for n in signs if is_photo(plain_name(begin[:n]))), "")
+    if is_photo(name) or (name and not sign and folder and is_there(name, folder)):
+        delimiter = " "
+        if dash := re.match(r"\S+ +([-#=>:~–—]{1,3}) ", first):  # 1.jpg - A dog
+            apart = re.compile(rf"^(\S+) +{re.escape(dash[1])} ")
+            lines = [(where, apart.sub(r"\1 ", text)) for where, text in lines]
+    elif sign:
+        delimiter = sign
     rows = [*whole_rows(lines, delimiter)]
     names: list[str] = []
     for place, (value, _) in enumerate(rows[0][1]):

@@ -19,19 +19,24 @@ CAPTION_KEYS = (
 )
 TALKS = ("conversations", "messages", "texts")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
-TO_CAPTION = re.compile(r"caption|descri|summar|^\W*$", re.IGNORECASE)  # a prompt that asks for one
+TO_CAPTION = re.compile(  # a prompt that asks for one
+    r"caption|descr[ei]|décri|beschr|summar|опиши|mô tả|描述|描写|描绘|概括|説明して|설명|^\W*$",
+    re.IGNORECASE,
+)
+ASKS = re.compile("[?？؟]")
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 
 
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answers in a conversation to who asks for a caption, or the only one, unless it answers a
-    question in a word or three."""
+    question in a word or three, or with places (`<loc_92>`)."""
     if talk := talk_in(said):
-        asks = [bool(TO_CAPTION.search(asked)) and "?" not in asked for asked, _ in talk]
+        asks = [bool(TO_CAPTION.search(asked)) and not ASKS.search(asked) for asked, _ in talk]
         if len(talk) == 1:
-            asks = ["?" not in talk[0][0] or len(talk[0][1].split()) > 3]
-        return [answer for (_, answer), wanted in zip(talk, asks, strict=True) if wanted]
+            asks = [not ASKS.search(talk[0][0]) or len(talk[0][1].split()) > 3]
+        told = [answer for (_, answer), wanted in zip(talk, asks, strict=True) if wanted]
+        return [answer for answer in told if "<loc" not in answer]
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):

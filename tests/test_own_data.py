@@ -32,6 +32,7 @@ from photo_names import find_names
 from questions_file import convert_vqa, find_questions, read_questions
 from settings import Parser, load_settings
 from tests.conftest import run, small_flags, write_photos
+from texts import texts_of
 from utils import UserError, decoded
 
 
@@ -588,6 +589,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", '1.jpg,"A dog",train\n'),
         ("captions.csv", "1.jpg\tA dog\ttrain\n"),
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
+        ("captions.csv", "1.jpg\t2021-11-06\tA dog\n"),
         ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
@@ -651,6 +653,14 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("image,caption_1,caption_2\n1.jpg,A, B,C\n2.jpg,D,E", {"2.jpg": ["D", "E"]}),
         ("image,caption\n1.jpg,A,,\n2.jpg,B, C,\n", {"1.jpg": ["A"], "2.jpg": ["B, C"]}),
         ("image,caption,note\n1.jpg,A, B,\n", {"1.jpg": ["A, B"]}),
+        # As people keep them: the photo last, and other signs after its name, or comments first.
+        ('"A, B",x (1).png\nC,x (2).png', {"x (1).png": ["A, B"], "x (2).png": ["C"]}),
+        ("A, B,1.jpg\nC,2.jpg\n", {"1.jpg": ["A, B"], "2.jpg": ["C"]}),
+        ("1.jpg#0@Two@dogs\n1.jpg#1@A: B , C", {"1.jpg": ["Two@dogs", "A: B , C"]}),
+        ("# image: caption\n# 2 rows\n\n1.jpg: A, B: C\n", {"1.jpg": ["A, B: C"]}),
+        ("a b.jpg: A\nc.jpg:B", {"a b.jpg": ["A"], "c.jpg": ["B"]}),
+        ("C:/1.jpg A dog: B\n", {"1.jpg": ["A dog: B"]}),
+        ("1.jpg ### A - B\n2.jpg C ### D", {"1.jpg": ["A - B"], "2.jpg": ["C ### D"]}),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
@@ -792,6 +802,8 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
+        ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         (
             [
                 {"image": f"{n}.jpg", "question_text": "x y", "blip_caption": "AB"[n - 1]}
@@ -1100,6 +1112,8 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
         "2.jpg": ("What is this about?", "Two dogs run off"),
     }
     said["3.jpg"] = ("Describe it.", "Dogs")
+    said["4.jpg"] = ("这是谁？", "他是来自拜仁慕尼黑的托马斯")
+    said["5.jpg"] = ("<OD>", "table<loc_92><loc_84><loc_911><loc_245>")
     entries = [
         {
             "image": name,
@@ -1112,6 +1126,24 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
     ]
     folder = lay_out(tmp_path, {"llava.json": json.dumps(entries)})
     assert prepared(folder) == {name: [said[name][1]] for name in ("2.jpg", "3.jpg")}
+    told = read_captions(folder / "llava.json").passed
+    assert len(told) == 3 and all("asks a question: --tasks questions" in line for line in told)
+
+
+@pytest.mark.parametrize("asked", ["请描述这张图片", "Décrivez l'image", "画像を説明してください"])
+def test_who_asks_to_describe_in_another_language_gets_a_caption(asked):
+    asked_twice = [asked, "A", "他取得过哪些成就？", "B"]
+    who = ["user", "assistant"] * 2
+    talk = [{"role": r, "content": c} for r, c in zip(who, asked_twice, strict=True)]
+    assert texts_of(talk) == ["A"]
+
+
+def test_choices_in_our_own_form_are_what_is_learned(tmp_path):
+    entry = {"question": "Which?", "choice": {"A": "a dog", "B": "a cat"}, "answer": "B"}
+    plain = {"question": "Is it?", "answer": "yes", "note": 1}
+    (tmp_path / "q.json").write_text(json.dumps({"1": [entry, plain], "2": [plain]}))
+    chosen, same = read_questions(tmp_path / "q.json")["1"]
+    assert chosen["answer"] == "a cat" and same == plain
 
 
 def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
