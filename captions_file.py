@@ -566,8 +566,9 @@ def _read_rows(
             if more and not table.headed:
                 apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
                 texts = [value for value, _ in whole] if apart else texts
-                quoted = whole[0][0] != whole[0][1].strip()  # and another column follows
-                if any(map(NO_CAPTION.fullmatch, texts)) if apart else quoted:
+                # Quoted, and another column follows; or a number of the row, or of the caption.
+                odd = whole[0][0] != whole[0][1].strip() or whole[0][0].isdigit()
+                if any(map(NO_CAPTION.fullmatch, texts)) if apart else odd:
                     raise UserError(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

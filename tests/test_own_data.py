@@ -590,6 +590,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", "1.jpg\tA dog\ttrain\n"),
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
         ("captions.csv", "1.jpg\t2021-11-06\tA dog\n"),
+        ("captions.csv", "1,A dog,1.jpg\n"),
         ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
