@@ -187,6 +187,8 @@ def name_again(path: Path, file: Path) -> str | None:
 
 def stored_digest(path: Path) -> str | None:
     """The digest that a checkpoint bears, its content unread; None where it is no checkpoint."""
+    if not path.is_file():
+        return None  # a pipe would be waited for
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

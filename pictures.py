@@ -12,6 +12,8 @@ from PIL import Image
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners put into 16
 PHOTOMETRIC = 262  # the TIFF tag, which is 0 where 0 is white
+BITS = 258  # the TIFF tag, bits of each colour
+SIGNED = 339  # the TIFF tag, of which 1, or none, is for whole numbers without a sign
 MOST_EXIF = 70_000  # bytes; each of its 6,000 tags may be as long as all of it, and take a copy
 ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
 TURNS = {
@@ -27,7 +29,11 @@ TURNS = {
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A picture as 8-bit RGB, upright, on white; raises what Pillow does where it can't be read."""
+    deep = ";16" in str(getattr(image, "tile", ""))
     image.load()
+    if deep and image.mode in ("RGB", "RGBA", "LA"):  # of whose colours Pillow keeps eight bits
+        if max(high for _, high in image.convert("RGB").getextrema()) < 16:
+            raise ValueError("its colours fill at most 12 of 16 bits: save it in 8 bits a colour")
     check_exif(len(image.info.get("exif") or b""))
     check_exif(len(image.info.get("Raw profile type exif") or "") // 2)  # in hexadecimal digits
     turn = TURNS.get(image.getexif().get(ORIENTATION))
@@ -52,7 +58,9 @@ def check_exif(size: int) -> None:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey in more than 8 bits, or in floats, by its bit depth or else its own range: Pillow's
     conversion would clip it to white, or round it to black."""
-    values = np.asarray(image)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if values.dtype == np.int32 and tags.get(BITS) == (32,) and tags.get(SIGNED, (1,)) == (1,):
+        values = values.view(np.uint32)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(high - low):
         raise ValueError("it holds values that are no numbers")
@@ -67,8 +75,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         grey = values * (255 if high <= 1 else 1)
     else:
         low = min(low, 0)
-        grey = (values - np.float32(low)) * (255 / (high - low))
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # Pillow turns only eight bits over
+        grey = (values - np.float32(low)) * (255 / (high - low or 1))
+    if tags.get(PHOTOMETRIC) == 0:  # Pillow turns only eight bits over
         grey = 255 - grey
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -108,6 +108,12 @@ def shown(text: object, spared: str = "") -> str:
     return CONTROLS.sub(escaped, str(text))
 
 
+def print_json(value: object) -> None:
+    """A line of JSON for programs, in which is escaped as JSON has it what `shown` would escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
 def brief(text: str) -> str:
     """A text without the midst of lines that nobody could read, such as a photo in base64."""
     return re.sub(r"(?m)^(.{900}).{300,}$", lambda line: f"{line[1]} ... {line[0][-300:]}", text)
@@ -396,7 +402,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes, elsewhere: st
 
 def write_changed(path: Path, text: str) -> None:
     """Write a file of DATA_DIR, if that changes it: where nobody may write, what is there does."""
-    if not path.exists() or path.read_bytes() != text.encode():
+    if not path.is_file() or path.read_bytes() != text.encode():
         write_file(path, text, "choose another --data_dir, and give --image_dir, --captions_file")
 
 
@@ -478,6 +484,8 @@ def decoded(content: bytes, older: bool = True) -> str:
 
 def read_text(path: Path, older: bool = False) -> str:
     """Read a text file as `decoded` does; what is missing or in another encoding is refused."""
+    if path.is_fifo():
+        raise UserError(f"{path} is a pipe, no file")  # to read it may never end
     try:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:

@@ -12,11 +12,20 @@ taken for what red things of that size usually are.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: its folder is on the path, the project's is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import commands
+
+if __name__ == "__main__":
+    commands.begin(commands.pretrain_encoder)
+
 import argparse
 import random
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,10 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-if __package__ in (None, ""):  # run as a script: its folder is on the path, the project's is not
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from demo.scenes import (  # noqa: E402
+from demo.scenes import (
     COLOURS,
     IMAGE_SIZE,
     NUMBERS,
@@ -45,7 +51,7 @@ from demo.scenes import (  # noqa: E402
     paint,
 )
 from device import autocast, choose_device, choose_dtype
-from utils import run_script  # noqa: E402
+from utils import run_script
 
 PATCH = 12  # pixels
 GRID = IMAGE_SIZE // PATCH
@@ -75,14 +81,7 @@ COVERED = 0.06  # share of a patch that a shape must cover to be asked for there
 
 def main() -> None:
     """Draw scenes, pretrain, report the heads' accuracy on fresh scenes, save the encoder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "encoder")
-    parser.add_argument("--scenes", type=int, default=40000, help="scenes drawn [%(default)s]")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over them [%(default)s]")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = commands.pretrain_encoder()
     torch.manual_seed(options.seed)
     rng = random.Random(f"pretraining {options.seed}")
     start = time.perf_counter()

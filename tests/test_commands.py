@@ -18,7 +18,7 @@ from tests.conftest import REPO, run, small_flags, write_photos
 from utils import UserError, pip_install, program
 
 SCRIPTS = ["train", "evaluate", "inference", "prepare_dataset"]
-TOOLS = ["tools.app", "tools.export", "tools.benchmark"]
+TOOLS = ["tools.app", "tools.export", "tools.benchmark", "demo.pretrain_encoder"]
 
 # A process that would notice if PyTorch were loaded: it would break off.
 LIGHT = """
@@ -27,7 +27,7 @@ for heavy in ("torch", "transformers", "numpy"):
     sys.modules[heavy] = None
 name, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = name
-if name.startswith("tools."):
+if "." in name:
     runpy.run_module(name, run_name="__main__")
 else:
     runpy.run_path(f"{name}.py", run_name="__main__")

@@ -300,12 +300,13 @@ def tags_that_are_all_of_it(size: int) -> bytes:
     return b"".join([b"II*\0", head, *tags, bytes(4 + size)])
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(kind + content)
+    return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", check)
+
+
 @pytest.mark.fault(count=6)
 def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content)
-        return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", check)
-
     bomb = tags_that_are_all_of_it(400_000)
     (tmp_path / "tags.tif").write_bytes(bomb)
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
@@ -416,6 +417,34 @@ def test_deep_greys_keep_their_shades(tmp_path, name):
     for picture in (open_image(tmp_path / "deep.tif"), as_rgb(Image.fromarray(DEEP[name]))):
         shades = np.asarray(picture)[..., 0].astype(float)
         assert np.abs(shades - RAMP * 255).max() < 2
+
+
+def test_numbers_without_a_sign_are_read_as_such(tmp_path):
+    shades = (RAMP * (2**32 - 256)).astype(np.uint32)
+    Image.fromarray(shades.view(np.int32)).save(tmp_path / "deep.tif")
+    content = (tmp_path / "deep.tif").read_bytes()
+    signed, plain = (struct.pack("<HHIHH", 339, 3, 1, sign, 0) for sign in (2, 1))
+    assert content.count(signed) == 1
+    (tmp_path / "deep.tif").write_bytes(content.replace(signed, plain))
+    read = np.asarray(open_image(tmp_path / "deep.tif"))[..., 0].astype(float)
+    assert np.abs(read - RAMP * 255).max() < 2
+
+
+@pytest.mark.fault
+def test_colours_in_the_lower_of_16_bits_are_refused_and_not_black(tmp_path):
+    def png(most):
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+        shades = np.repeat(RAMP[..., None] * most, 3, -1).astype(">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in shades)
+        (tmp_path / "deep.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        )
+        return tmp_path / "deep.png"
+
+    assert np.abs(np.asarray(open_image(png(65535)))[..., 0] - RAMP * 255).max() < 2
+    for most in (255, 4095):
+        with pytest.raises(ImageError, match="at most 12 of 16 bits"):
+            open_image(png(most))
 
 
 def test_a_picture_is_turned_once(tmp_path):

@@ -230,6 +230,8 @@ def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatc
     checkpoint = str(trained / "captioner_best_cider.safetensors")
     with pytest.raises(UserError, match="is a folder"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="must end in .onnx"):
+        tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "photo.jpg")])
     with pytest.raises(UserError, match="no checkpoint"):
         tools_export.main(["--checkpoint", str(tmp_path / "absent.pt")])
     monkeypatch.setattr(export, "LARGEST", 1000)

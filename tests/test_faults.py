@@ -32,7 +32,7 @@ import config
 import prepare_dataset
 from captions_file import SHOWN, read_captions, unescaped
 from captions_search import BOX
-from checkpoint import Checkpoint, digest, load_checkpoint
+from checkpoint import Checkpoint, digest, load_checkpoint, stored_digest
 from dataset import load_captions, load_questions
 from encoder import FrozenEncoder
 from metrics import tokenize
@@ -43,7 +43,7 @@ from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
-from utils import UserError, redact, run_script
+from utils import UserError, read_json, redact, run_script, write_changed
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 
@@ -568,3 +568,9 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     os.mkfifo(data / "my_captions.csv")
     with pytest.raises(UserError, match="no file"):
         read_captions(data / "my_captions.csv")
+    os.mkfifo(data / "last.pt")
+    assert stored_digest(data / "last.pt") is None
+    os.mkfifo(data / "splits.json")
+    for use in (read_json, lambda path: write_changed(path, "{}")):
+        with pytest.raises(UserError, match="no file"):
+            use(data / "splits.json")

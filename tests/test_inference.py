@@ -293,11 +293,13 @@ def test_what_a_table_holds_already_is_kept_or_said(folder, caption, kind, there
 def test_a_table_goes_on_whatever_the_names(tmp_path, caption, kind):
     photo = tmp_path / "a.png"
     paint("red", "left", 1).save(photo)
-    for name in (b"caf\xe9.png", "a\u2028b.png".encode(), b"two\nlines.png"):
+    for name in (b"caf\xe9.png", "a\u2028\x9b\x7fb.png".encode(), b"two\nlines.png"):
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).symlink_to(photo)
     first = caption(tmp_path, "--write", kind)
     assert first.returncode == 0 and len(first.stdout.splitlines()) == 4, first.stderr
     assert "4 of 4 are written" in caption(tmp_path, "--write", kind).stderr
+    told = caption(tmp_path, "--json").stdout
+    assert "a\u2028\x9b\x7fb.png" in json.loads(told.splitlines()[-1]) and "\x7f" not in told
     alone = caption(photo, "--write", kind)  # its table stands beside it
     assert "1 of 1 are written" in alone.stderr and alone.stdout == ""
 

@@ -111,6 +111,8 @@ def as_onnx(args: argparse.Namespace) -> None:
     """The decoder as an ONNX file, and if wanted the encoder as another."""
     out = Path(args.out).expanduser()
     check_output("--out", out, args.checkpoint)
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out}: the name must end in .onnx")
     graphs = require_extra("tools.onnx_graph", "requirements-export.txt", "the export")
     checkpoint = checkpoint_of(args)
     graphs.check_size(checkpoint.model, "decoder")
