@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from tokenizer import composed
+from tokenizer import FULL_STOPS, composed
 
 SCORER = "BLEU, ROUGE-L, CIDEr-D as in pycocoevalcap 1.2"
 TOKENIZER = "PTB as in Stanford CoreNLP 3.4.1, lower case, punctuation removed"
@@ -64,14 +65,14 @@ _MARKS = (
     "\u0981-\u09e3\u0a01-\u0a4d\u0a81-\u0acd\u0b82-\u0bcd\u0c01-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a"
     "\u0e47-\u0e4e\u0eb1-\u0ecd"
 )
-# Runs of signs in scripts without spaces, and how many signs of a run are too many for words that
-# stand apart: Chinese and Japanese, whose loan words count as one; Thai, Lao, Burmese and Khmer.
-_RUNS = (
-    (re.compile("[\u3040-\u30ff\u3400-\u9fff]+"), 3),
-    (re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+"), 5),
+# Scripts without spaces, and how many signs between two spaces are too many for words that stand
+# apart: Chinese and Japanese, whose loan words count as one; Thai, Lao, Burmese and Khmer.
+_UNSPACED = (
+    (re.compile("[\u3005\u3040-\u30ff\u3400-\u9fff]"), 3),
+    (re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"), 5),
 )
 _SIGN = re.compile(
-    "[\u30a0-\u30ff]+|[\u3040-\u309f\u3400-\u9fff]"
+    "[\u30a0-\u30ff]+|[\u3005\u3040-\u309f\u3400-\u9fff]"
     rf"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{_MARKS}]*"
 )
 
@@ -169,13 +170,18 @@ def tokenize(text: str) -> list[str]:
 
     That is Stanford CoreNLP 3.4.1 with -preserveLines -lowerCase, minus 17 punctuation tokens. The
     rules here were checked against its output. Brackets become words ("-lrb-"), as they do there,
-    and a few tokens hold a no-break space ("1 1/2"). One thing differs: of a caption in a script
-    without spaces each sign is a token, where PTB takes phrases for words, which no two people
-    share.
+    and a few tokens hold a no-break space ("1 1/2"). Two things differ: another script's closing
+    full stop, which the decoder doesn't write, is no token; and of a caption in a script without
+    spaces each sign is one, in its usual width, where PTB takes phrases for words, which no two
+    people share.
     """
-    text = _UNKNOWN.sub(" ", composed(text).replace("\xad", ""))
-    if not text.isascii() and _lacks_spaces(text):
-        text = _SIGN.sub(r" \g<0> ", text)
+    text = composed(text).replace("\xad", "")
+    if not text.isascii():
+        text = text.rstrip(f" {FULL_STOPS}")
+        wide = unicodedata.normalize("NFKC", text)
+        if _lacks_spaces(wide):
+            text = _SIGN.sub(r" \g<0> ", wide)
+    text = _UNKNOWN.sub(" ", text)
     tokens = []
     position = 0
     while position < len(text):
@@ -198,9 +204,10 @@ def tokenize(text: str) -> list[str]:
 
 def _lacks_spaces(text: str) -> bool:
     """Does it run on without spaces between its words?"""
-    for pattern, most in _RUNS:
-        runs = pattern.findall(text)
-        if runs and len(_SIGN.findall("".join(runs))) >= most * len(runs):
+    parts = text.split()
+    for script, most in _UNSPACED:
+        runs = [part for part in parts if script.search(part)]
+        if runs and len(_SIGN.findall(" ".join(runs))) >= most * len(runs):
             return True
     return False
 
@@ -441,7 +448,7 @@ _MENDED = {
     for place, sign in enumerate(word)
     if sign == "'"
 } | {"somebody'd": "somebodyd"}
-_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!؟،؛、「」『』«»„“”¿¡]")
 
 
 def normalize_answer(answer: str) -> str:
@@ -461,7 +468,8 @@ def normalize_answer(answer: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    return composed(answer).replace("\n", " ").replace("\t", " ").strip()
+    usual_width = unicodedata.normalize("NFKC", composed(answer))
+    return usual_width.replace("\n", " ").replace("\t", " ").strip(f" {FULL_STOPS}")
 
 
 def _as_written(answer: str) -> str:

@@ -20,6 +20,23 @@ PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
 PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
 MERGED_IDS = len(SPECIAL_TOKENS) + 256  # ids from here on are of several bytes
+FULL_STOPS = "。．｡।॥۔։።།။។"  # as scripts other than Latin have them
+# GPT-2's, in which a letter's marks part words: of Hindi and Thai no piece had two letters.
+_PIECES = (
+    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}[\p{L}\p{M}\u200c\u200d]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?!\S)|\s+"
+)
+# Of a script without spaces a piece is a sign, or the same one twice, or all there is between two
+# spaces if that may be a word: pieces of any length would be phrases, each too rare to be learned.
+_LONE, _ENDS = r"(?<![\p{L}\p{M}\p{N}])", r"(?![\p{L}\p{M}\p{N}])"
+_SIGNS = "|".join(
+    rf" ?{_LONE}[{script}]{{1,{most}}}{_ENDS}"
+    rf"| ?(?<s{most}>[{script}]\p{{M}}*+)(?:\k<s{most}>(?!\p{{M}}))?"
+    for script, most in (
+        (r"\u3005\u3040-\u309f\u3400-\u9fff", 4),
+        (r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff", 16),
+    )
+)
 
 
 def composed(text: str) -> str:
@@ -29,12 +46,12 @@ def composed(text: str) -> str:
 
 
 def normalize(caption: str) -> str:
-    """Lower case, single spaces, no closing full stop: what the decoder learns to write.
+    """Lower case, single spaces, no closing full stop of any script: what the decoder learns.
 
     The scorers of the field drop case and punctuation as well, and a vocabulary without them
     sees each word more often.
     """
-    return " ".join(composed(caption).lower().split()).rstrip(" .")
+    return " ".join(composed(caption).lower().split()).rstrip(f" .{FULL_STOPS}")
 
 
 class CaptionTokenizer:
@@ -53,6 +70,8 @@ class CaptionTokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
         """Learn a vocabulary of at most `vocab_size` entries from captions."""
         tokenizer = _byte_level(models.BPE())
+        signs = pre_tokenizers.Split(Regex(_SIGNS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([signs, tokenizer.pre_tokenizer])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -99,10 +118,10 @@ class CaptionTokenizer:
         """
         alone = _byte_level(models.BPE(vocab=self.vocab, merges=self.merges))
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        ending = normalizers.Replace(Regex("[ .]+$"), "")
+        ending = normalizers.Replace(Regex(f"[ .{FULL_STOPS}]+$"), "")
         lower = [normalizers.Replace("\u0130", "i"), normalizers.Lowercase()]
         steps = [normalizers.NFC(), *lower, spaces, normalizers.Strip(), ending]
-        alone.normalizer = normalizers.Sequence(steps)  # as `normalize` does
+        alone.normalizer = normalizers.Sequence([*steps, alone.normalizer])  # as `normalize` does
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"pad_token": PAD, "bos_token": START, "eos_token": END}
         return {
@@ -169,6 +188,11 @@ class CaptionTokenizer:
 
 def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    steps = [
+        pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -176,6 +176,23 @@ def test_any_text_comes_back_normalised(text):
     assert tokenizer.decode(*tokenizer.encode([text])) == normalize(text).strip()
 
 
+@pytest.mark.parametrize("text", ["एक आदमी सड़क पर साइकिल चला रहा है", "สุนัขสองตัว วิ่งเล่น", "می‌دود"])
+def test_a_word_is_one_piece_whatever_marks_its_letters_have(text):
+    tokenizer = CaptionTokenizer.train([text] * 3, 1000)
+    assert len(*tokenizer.encode([text])) == len(text.split())
+
+
+def test_without_spaces_pieces_are_signs_and_with_them_words():
+    for text, pieces in (
+        ("一个穿着T恤的妈妈在慢慢跑", [*"一个穿着t恤的", "妈妈", "在", "慢慢", "跑"]),
+        ("一只 棕色 的 狗", ["一只", "棕色", "的", "狗"]),
+        ("男の子がスケートボードに乗る", [*"男の子が", "スケートボード", *"に乗る"]),
+        ("สุนัขสองตัววิ่งเล่นบนหญ้า", "สุ นั ข ส อ ง ตั ว วิ่ ง เ ล่ น บ น ห ญ้ า".split()),
+    ):
+        tokenizer = CaptionTokenizer.train([text] * 3, 1000)
+        assert [tokenizer.decode([i]) for i in tokenizer.encode([text])[0]] == pieces
+
+
 def test_a_line_end_that_is_written_is_a_space(tokenizer):
     ids = [tokenizer.vocab[letter] for letter in "\u010aa\u010d\u0120b\u010a"]  # bytes 10, 13, 32
     assert tokenizer.decode(ids) == "a b"

@@ -490,7 +490,7 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_pa
     checkpoint = load_checkpoint(tmp_path / "model.safetensors")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     again = CaptionTokenizer.load(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    for text in ("A red square  on the LEFT .", "É, what else?", "on <the> left"):
+    for text in ("A red square  on the LEFT .", "É, what else?", "on <the> left", "कुत्ता है।"):
         [ids] = checkpoint.tokenizer.encode([text])
         assert [theirs(text).input_ids] == again.encode([text]) == [ids]
         assert theirs.decode(ids).strip() == checkpoint.tokenizer.decode(ids)

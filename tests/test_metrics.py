@@ -188,6 +188,14 @@ def test_diversity_is_counted():
     assert diversity(["a red dog and a red cat"], [])["repetitive"] == 0
 
 
+@pytest.mark.parametrize("said", ["一只 狗 在 跑 。", "一只狗在跑。", "कुत्ता है।", "کتا ہے۔", "Да."])
+def test_no_script_s_closing_full_stop_is_learned_or_scored(said):
+    bare = said.rstrip(" .。।۔")
+    assert normalize(said) == bare.lower()
+    assert tokenize(said) == tokenize(bare)
+    assert vqa_accuracy(bare, [said]) == vqa_accuracy(bare, [said] * 3) == 1
+
+
 @pytest.mark.parametrize("text", ["Một người đàn ông", "İki köpek", "un café"])
 def test_people_s_spelling_of_letters_is_the_decoder_s(text):
     for said in (text, unicodedata.normalize("NFD", text)):
@@ -199,6 +207,8 @@ def test_people_s_spelling_of_letters_is_the_decoder_s(text):
 def test_a_script_without_spaces_is_scored_sign_by_sign_and_that_is_said():
     assert tokenize("一个穿着T恤的人") == [*"一个穿着t恤的人"]
     assert tokenize("男の子がスケートボードに乗る") == [*"男の子が", "スケートボード", *"に乗る"]
+    assert tokenize("「犬」と猫が２匹、ﾎﾞｰﾙで遊ぶ。") == [*"犬と猫が2匹、", "ボール", *"で遊ぶ"]
+    assert tokenize("2只狗和3只猫") == [*"2只狗和3只猫"]  # a number parts no words
     assert tokenize("สุนัขวิ่ง") == ["สุ", "นั", "ข", "วิ่", "ง"]
     references = {"1": ["一只狗在草地上跑"], "2": ["一个男人在骑自行车"]}
     written = {"1": "一只狗在跑步", "2": "一个女人骑车"}

@@ -146,6 +146,9 @@ def test_vqa_accuracy_by_hand():
         ("3.5", "3.5"),
         ("none", "0"),
         ("left, right", "left right"),
+        ("«да»", "да"),
+        ("نعم؟", "نعم"),
+        ("「２匹！」", "2匹"),
     ],
 )
 def test_answers_are_compared_as_vqa_does(answer, same):
