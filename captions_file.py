@@ -63,7 +63,7 @@ OTHER_KINDS = {
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
 # A number or a date, an address or packed bytes, or a split: of another column than captions'.
-NO_CAPTION = re.compile(rf"[\d.:/-]+|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
+NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
@@ -238,7 +238,7 @@ def read_file(path: Path) -> tuple[str, Any]:
     text = MISSING_DELIMITER.sub(r"\1|", text)
     lines = enumerate(text.split("\n"), 1)
     full = ((f"{path}, line {n}", row) for n, row in lines if row.strip(" \t,;|\x1a"))
-    rows = [*itertools.dropwhile(lambda row: row[1].startswith("# "), full)]  # but comments
+    rows = [*itertools.dropwhile(lambda row: is_comment(row[1]), full)]
     if not rows:
         raise UserError(f"{path} is empty: it needs rows like photo.jpg,A caption")
     first = rows[0][1].lstrip()
@@ -247,6 +247,12 @@ def read_file(path: Path) -> tuple[str, Any]:
             return "JSON", _rows_named(read_json(path, older=True))
         return "JSON lines", rows
     return "table", rows
+
+
+def is_comment(line: str) -> bool:
+    """Is it a comment before the rows, and no header, which numpy writes so as well?"""
+    keys = [plain_key(cell) for cell in re.split(r"[,|\t;]", line.lstrip("# "))]
+    return line.startswith("# ") and not (keys[1:] and {*keys} & {*CAPTION_KEYS, "question"})
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -510,9 +516,9 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     if table.headed:
         table.drop_header()
     elif begun or (folder and is_there(plain_name(table.rows[0][1][0][0]), folder)):
-        numbered = len(table.names) > 2 and table.names[1].isdigit() and table.delimiter != " "
+        numbered = len(table.names) > 2 and table.names[1].isdigit() and table.delimiter in ",|;\t"
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
-        if shown[-1] and not shown[0]:
+        if shown[-1] and not (shown[0] or NO_CAPTION.fullmatch(table.rows[0][1][0][0])):
             table.names = ["caption", "image"]
         photos, captions, split = ["image"], ["caption"], None
     else:
@@ -566,8 +572,8 @@ def _read_rows(
             if more and not table.headed:
                 apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
                 texts = [value for value, _ in whole] if apart else texts
-                # Quoted, and another column follows; or a number of the row, or of the caption.
-                odd = whole[0][0] != whole[0][1].strip() or whole[0][0].isdigit()
+                # Quoted, and another column follows; or a row's number before `caption, name`.
+                odd = whole[0][0] != whole[0][1].strip() or (last == 0 and whole[0][0].isdigit())
                 if any(map(NO_CAPTION.fullmatch, texts)) if apart else odd:
                     raise UserError(
                         f"{where} has {width + more} columns: say which is what in a first row, "

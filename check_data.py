@@ -101,9 +101,14 @@ def look_alike(
     train: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray], names: Sequence[str]
 ) -> list[tuple[str, str]]:
     """Those of the photos that look like one to train on, each with the one most like it."""
-    known, stacked = [*train], np.stack([*train.values()]) if train else np.zeros((1, 192))
-    likest = [(name, stacked @ small[name]) for name in names]
-    return [(name, known[found.argmax()]) for name, found in likest if found.max() > ALIKE]
+    known, stacked = [*train], np.stack([*train.values()] or [np.zeros(192, np.float32)])
+    pairs = []
+    for start in range(0, len(names), 64):  # as all of COCO's at once take gigabytes
+        part = names[start : start + 64]
+        found = np.stack([small[name] for name in part]) @ stacked.T
+        best = zip(part, found.argmax(1), found.max(1), strict=True)
+        pairs += [(name, known[place]) for name, place, most in best if most > ALIKE]
+    return pairs
 
 
 def describe_captions(

@@ -207,7 +207,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.is_file():
         folder = f"{path} is a folder: name the .safetensors or .pt in it"
         files = (path if path.is_dir() else path.parent).glob("*.safetensors")
-        newest = max(files, key=os.path.getmtime, default=None)
+        newest = max(filter(Path.is_file, files), key=os.path.getmtime, default=None)
         there = f"; the newest there is {newest}" if newest else ""
         raise UserError((folder if path.is_dir() else f"there is no checkpoint {path}") + there)
     # One that got another suffix on its way is known by its content.

@@ -83,7 +83,7 @@ SCORED_IMAGES = 1000  # validation photos captioned greedily and scored (CIDEr) 
 BEAM_SIZE = 10  # beams of the search; 1: greedy
 LENGTH_PENALTY = 1.0  # scores are divided by length ** LENGTH_PENALTY; higher: longer captions
 RERANK = 0.04  # what a point of the CIDEr that a photo's look promises adds to a score; 0: no say
-NO_REPEAT_NGRAM = 3  # no n-gram of this size twice, nor a token twice in a row; 0: allowed
+NO_REPEAT_NGRAM = 3  # no n-gram of this size twice, nor a word twice in a row; 0: allowed
 
 # --- Tracking and sharing -------------------------------------------------------------------
 WANDB_PROJECT = "multimodal-image-transformer"  # Weights & Biases project; empty: no tracking

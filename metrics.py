@@ -450,11 +450,14 @@ _MENDED = {
 } | {"somebody'd": "somebodyd"}
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!؟،؛、「」『』«»„“”¿¡]")
 
+_WIDE = re.compile("[\uff01-\uff9f]+")  # full-width Latin, and half-width kana
+
 
 def normalize_answer(answer: str) -> str:
     """An answer as VQA's evaluation compares it: without case, articles and punctuation.
 
-    Number words become digits, and contractions get their apostrophe.
+    Number words become digits, and contractions get their apostrophe. Beyond VQA's script, whose
+    answers are English, other scripts' punctuation and full-width letters are alike.
     """
     given = _plain(answer).lower()
     text, thousands = given, re.search(r"\d,\d", given)
@@ -468,7 +471,7 @@ def normalize_answer(answer: str) -> str:
 
 
 def _plain(answer: str) -> str:
-    usual_width = unicodedata.normalize("NFKC", composed(answer))
+    usual_width = _WIDE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), composed(answer))
     return usual_width.replace("\n", " ").replace("\t", " ").strip(f" {FULL_STOPS}")
 
 

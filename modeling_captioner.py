@@ -111,7 +111,7 @@ class Seen:
 
 
 class NoRepeat:
-    """Forbids n-grams, and a token right after itself, in what is written after the prompt: an
+    """Forbids n-grams, and a word right after itself, in what is written after the prompt: an
     answer may say what the question did."""
 
     def __init__(self, size: int, start: int, rows: Tensor):
@@ -238,7 +238,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
 
         Captions that a beam search finds are ordered by their score and, `config.rerank` times,
         the CIDEr that the photo promises them. `no_repeat_ngram_size` holds for what is written,
-        the configuration's for captions only; nor is a token written twice in a row. Questions are
+        the configuration's for captions only; nor is a word written twice in a row. Questions are
         answered greedily, unless the call or its `generation_config` gives another `num_beams`.
         """
         features = self.features(pixel_values)

@@ -33,7 +33,7 @@ class GenerationOptions:
     length_penalty: float = 1.0  # scores are divided by length ** this; higher: longer captions
     min_length: int = 1  # fewest tokens of a caption, END counted
     max_length: int | None = None  # most tokens of a caption, END counted; None: all that fit
-    no_repeat_ngram: int = 0  # no n-gram of this size twice, no token twice in a row; 0: allowed
+    no_repeat_ngram: int = 0  # no n-gram of this size twice, no word twice in a row; 0: allowed
     rerank: float = 0.0  # what a point of the CIDEr that a photo's look promises adds to a score
     groups: int = 1  # diverse beam search (Vijayakumar et al. 2016): beams in this many groups
     diversity: float = 0.5  # what a token loses per earlier group that took it at the same step

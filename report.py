@@ -110,7 +110,8 @@ class Report(contextlib.AbstractContextManager):
         if "captions" in data.tasks and settings.SCORED_IMAGES and scored < FEW_SCORED:
             none = "none: CIDEr compares photos, and under 2 are scored; the loss chooses"
             said = none if scored < 2 else f"of {scored} photos hardly tell which epoch is best"
-            more = " (a lower --train_split_ratio leaves more)" * (settings.SPLIT == "ratio")
+            left = settings.SPLIT == "ratio" and scored < settings.SCORED_IMAGES
+            more = " (a lower --train_split_ratio leaves more)" * left
             print(f"scores    {said}{more}")
         for task, split in itertools.product(data.tasks, ("train", "val")):
             if (names := data.splits[split]) and not prompts_about(data.texts, names, task):

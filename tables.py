@@ -62,10 +62,11 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
     name = plain_name(words[1]) if words else ""
-    begin = re.split(r"[,|\t;]", first)[0]  # where tabs were lost, or became `:` or `@`
-    signs = [sign.start() for sign in re.finditer("[:@]", begin)]
-    sign = next((begin[n] for n in signs if is_photo(plain_name(begin[:n]))), "")
-    if is_photo(name) or (name and not sign and folder and is_there(name, folder)):
+    begin, *rest = first.split(delimiter)  # where tabs were lost, or became `:` or `@`
+    signs = [] if rest and is_photo(plain_name(begin)) else re.finditer("[:@]", begin)
+    sign = next((at[0] for at in signs if is_photo(plain_name(begin[: at.start()]))), "")
+    bare = name and not sign and not (rest and is_photo(plain_name(rest[-1])))
+    if is_photo(name) or (bare and folder and is_there(name, folder)):
         delimiter = " "
         if dash := re.match(r"\S+ +([-#=>:~–—]{1,3}) ", first):  # 1.jpg - A dog
             apart = re.compile(rf"^(\S+) +{re.escape(dash[1])} ")
@@ -75,7 +76,7 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     rows = [*whole_rows(lines, delimiter)]
     names: list[str] = []
     for place, (value, _) in enumerate(rows[0][1]):
-        key = plain_key(value)
+        key = plain_key(value.lstrip("# "))
         names.append(f"{key}_{place}" if key and key in names else key)
     return Table(delimiter, names, rows)
 

@@ -120,6 +120,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
     with pytest.raises(UserError, match="is a folder: name the .safetensors or .pt in it"):
         load_checkpoint(tmp_path)
     (tmp_path / "captioner_epoch_2.safetensors").write_bytes(b"")
+    (tmp_path / "gone.safetensors").symlink_to("absent")
     for named in (tmp_path, tmp_path / "captioner_best_cider.safetensors"):
         with pytest.raises(UserError, match="the newest there is .*/captioner_epoch_2.safetensors"):
             load_checkpoint(named)

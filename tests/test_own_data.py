@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +21,7 @@ import commands
 import config
 import prepare_dataset
 from captions_file import read_captions
+from check_data import look_alike
 from dataset import (
     DataPaths,
     data_paths,
@@ -591,6 +594,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.csv", "7\t1.jpg\tA dog\t0.87\n"),
         ("captions.csv", "1.jpg\t2021-11-06\tA dog\n"),
         ("captions.csv", "1,A dog,1.jpg\n"),
+        ("captions.csv", "7,1.jpg\n8,2.jpg\n"),
         ("captions.csv", "1.jpg\tA dog\tdog&&cat\t" + 9 * "/9j/4AAQ" + "\n"),
         ("captions.csv", "PK\3\4 a workbook"),
         ("captions.csv", "version https://git-lfs.github.com/spec/v1\n"),
@@ -662,6 +666,13 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("a b.jpg: A\nc.jpg:B", {"a b.jpg": ["A"], "c.jpg": ["B"]}),
         ("C:/1.jpg A dog: B\n", {"1.jpg": ["A dog: B"]}),
         ("1.jpg ### A - B\n2.jpg C ### D", {"1.jpg": ["A - B"], "2.jpg": ["C ### D"]}),
+        ("1.jpg 10 dogs\n2.jpg 2 cats", {"1.jpg": ["10 dogs"], "2.jpg": ["2 cats"]}),
+        ("1.jpg,A\n2.jpg,10,000 dogs", {"1.jpg": ["A"], "2.jpg": ["10,000 dogs"]}),
+        ("1.jpg: 10:30 A\n2.jpg: B", {"1.jpg": ["10:30 A"], "2.jpg": ["B"]}),
+        ("1.jpg\tA\t-\n2.jpg\tB\tC", {"1.jpg": ["A"], "2.jpg": ["B", "C"]}),
+        ("1.jpg@2x.jpg,A\n", {"1.jpg@2x.jpg": ["A"]}),
+        ("# ,image,caption,split\n0,1.jpg,A,train\n", {"1.jpg": ["A"]}),
+        ("# caption,image\nA,1.jpg\n", {"1.jpg": ["A"]}),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
@@ -928,6 +939,18 @@ def test_check_says_where_frames_of_a_scene_are_in_several_splits(tmp_path, caps
     said = capsys.readouterr().out
     assert ("photos to validate or test on look like one to train on" in said) == (frames > 1)
     assert "same      12 captions are 'a scene'" in said
+
+
+def test_many_photos_are_compared_without_much_memory():
+    pictures = np.random.default_rng(0).normal(size=(3000, 192)).astype(np.float32)
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    small = {f"{number}.jpg": picture for number, picture in enumerate(pictures)}
+    train = {f"train/{name}": picture for name, picture in small.items()}
+    tracemalloc.start()
+    pairs = look_alike(train, small, [*small])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pairs == [(name, f"train/{name}") for name in small] and peak < 10e6  # all at once: 36e6
 
 
 def test_check_describes_questions(tmp_path, capsys):

@@ -194,6 +194,7 @@ def test_figures_of_other_validation_photos_are_not_compared(six, tmp_path):
     shutil.copy(data / BEST, tmp_path)
     fewer = run("train.py", *flags, "--output_dir", tmp_path, *resume, "--scored_images", 3)
     assert fewer.returncode == 0 and "earlier scores are not compared" in fewer.stdout
+    assert "of 3 photos hardly tell which epoch is best\n" in fewer.stdout  # as was asked for
     kept = tmp_path / f"previous_1_{BEST}"  # which may be better than the best from here
     assert stored_digest(kept) == stored_digest(data / BEST) != stored_digest(tmp_path / BEST)
 
