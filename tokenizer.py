@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,15 +29,15 @@ _PIECES = (
 )
 # Of a script without spaces a piece is a sign, or the same one twice, or all there is between two
 # spaces if that may be a word: pieces of any length would be phrases, each too rare to be learned.
+_HAN = r"\u3005\u3040-\u309f\u3400-\u9fff"
+_THAI = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _LONE, _ENDS = r"(?<![\p{L}\p{M}\p{N}])", r"(?![\p{L}\p{M}\p{N}])"
 _SIGNS = "|".join(
     rf" ?{_LONE}[{script}]{{1,{most}}}{_ENDS}"
     rf"| ?(?<s{most}>[{script}]\p{{M}}*+)(?:\k<s{most}>(?!\p{{M}}))?"
-    for script, most in (
-        (r"\u3005\u3040-\u309f\u3400-\u9fff", 4),
-        (r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff", 16),
-    )
+    for script, most in ((_HAN, 4), (_THAI, 16))
 )
+_UNSPACED = re.compile(f"[{_HAN}{_THAI}]")
 
 
 def composed(text: str) -> str:
@@ -174,12 +175,17 @@ class CaptionTokenizer:
         return " ".join(text.split())  # a decoder that has learned little writes line ends as well
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """The words of a text's ids, without special tokens, and at which places each stands;
-        joined by spaces, they are the text that `decode` gives."""
+        """The words of a text's ids, without special tokens, and at which places each stands; of
+        a script without spaces the pieces, as soon as their bytes make whole signs."""
         groups: list[list[int]] = []
         for place, i in enumerate(ids):
             # Every word begins with a space, which byte-level BPE writes as this letter.
-            if not groups or self._tokenizer.id_to_token(i).startswith("\u0120"):
+            begins = not groups or self._tokenizer.id_to_token(i).startswith("\u0120")
+            if not begins:
+                before, piece = self.decode([ids[p] for p in groups[-1]])[-1:], self.decode([i])[:1]
+                mark = piece and unicodedata.category(piece).startswith("M")
+                begins = before != "\ufffd" and not mark and _UNSPACED.search(before + piece)
+            if begins:
                 groups.append([])
             groups[-1].append(place)
         words = [(self.decode([ids[place] for place in group]), group) for group in groups]

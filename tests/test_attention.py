@@ -124,6 +124,8 @@ def test_words_of_a_text_and_their_pieces():
         assert [word for word, _ in words] == text.split()
         assert [place for _, group in words for place in group] == list(range(len(ids)))
     assert len(tokenizer.words(tokenizer.encode(["a zebra"])[0])[1][1]) > 1
+    [ids] = tokenizer.encode(["红T恤, 狗"])  # never seen, so of three pieces each
+    assert [word for word, _ in tokenizer.words(ids)] == ["红", "t恤", ",", "狗"]
 
 
 # --- From patches to places -----------------------------------------------------------------
