@@ -113,7 +113,7 @@ def as_rgb(image: Image.Image, name: str = "the picture", least: int | None = No
         if pixels > most:
             raise ImageError(
                 f"{name} is too large a picture: it has {pixels / 1e6:.0f} megapixels, at most "
-                f"{most / 1e6:.0f} are read; make it smaller, or a JPEG"
+                f"{most / 1e6:.0f} are read; make it smaller, or a JPEG (not progressive)"
             )
         return upright_rgb(image)
 

@@ -58,6 +58,7 @@ from utils import (
 
 ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
+BEAMS = 1024  # of all that are searched for at a time: more take gigabytes
 
 Picture = str | os.PathLike | Image.Image
 # What is asked about a picture, the picture preprocessed, or what is wrong with it.
@@ -203,8 +204,9 @@ class Captioner:
     ) -> Iterator[list[Hypothesis]]:
         """What is found for each question (or caption, "") about a row of the features."""
         limit = self.model.config.max_length
-        for start in range(0, len(asked), ROWS):
-            part = asked[start : start + ROWS]
+        step = max(1, min(ROWS, BEAMS // options.beam_size))
+        for start in range(0, len(asked), step):
+            part = asked[start : start + step]
             prefixes = self.tokenizer.prefixes([question for question, _ in part], limit)
             rows = torch.tensor([place for _, place in part], device=self.device)
             with autocast(self.device, self.dtype):  # left before a caller goes on

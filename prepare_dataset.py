@@ -292,10 +292,7 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths) -> Path:
         "file, or folder of lists, with --karpathy_file PATH"
     )
     if settings.KARPATHY_FILE:
-        path = Path(settings.KARPATHY_FILE).expanduser()
-        if not path.exists():
-            raise UserError(f"KARPATHY_FILE {path} is not there: {remedy}")
-        return path
+        return Path(settings.KARPATHY_FILE).expanduser()
     if settings.DATASET == "custom":
         if len(found := karpathy_files(paths.data_dir)) == 1:
             return found[0]
@@ -369,6 +366,11 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
     if settings.SPLIT not in ("karpathy", "ratio", "test"):
         raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy, ratio or test")
     paths, tasks = data_paths(settings), parse_tasks(settings.TASKS)
+    given = [settings.KARPATHY_FILE, *settings.vqa_questions, *settings.vqa_annotations]
+    for file in filter(None, given):  # said before gigabytes are downloaded
+        if not os.path.exists(os.path.expanduser(file)):
+            correct = "correct --karpathy_file (or use --split ratio) or --vqa_..."
+            raise UserError(f"{file} is not there: {correct}")
     with sole_preparer(paths.data_dir):
         if settings.VAL_SHARDS:
             unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
-from utils import UserError
+from utils import UserError, redact
 
 PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
+# How flags and settings are called that name a file or a folder, or what is on the Hub.
+NO_ADDRESS = ("_DIR", "_FILE", "CHECKPOINT", "CHECKPOINT_PATH", "ENCODER", "CLIP", "OUTPUT")
+NO_ADDRESS += ("ENCODER_MODEL_NAME", "REPORT", "OUT", "SAVE_CAPTIONS", "ATTENTION", "ARCHIVE")
 OR_ON_HUB = ("ENCODER_MODEL_NAME", "START_CHECKPOINT")  # which name what is here or there
 ANY = 2**31 - 1  # stands for: no upper bound
 
@@ -79,6 +82,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **parts)
         self._negative_number_matcher = re.compile(r"-[\d.][\d.,e+-]*$")  # -1,-4 is no flag
 
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))  # it quotes what was given
+
     def parse_args(self, *given: Any) -> argparse.Namespace:
         flags = super().parse_args(*given)
         check_ranges(flags)
@@ -139,8 +145,12 @@ def _anchor(root: Path, name: str, value: object) -> object:
 
 
 def check_ranges(settings: object) -> None:
-    """Refuse settings, or a script's own flags, of another kind or outside of `RANGES`."""
+    """Refuse settings, or a script's own flags, of another kind or outside of `RANGES`, and
+    addresses where a file is meant."""
     for name, value in vars(settings).items():
+        if "://" in str(value) and name.upper().endswith(NO_ADDRESS):
+            use = "give a file or folder here, or of what is on the Hub user/repo"
+            raise UserError(f"{name} is {value}, an address: {use}")
         least, most = RANGES.get(name.upper(), (None, None))
         if least is None or (value is None and name.islower()):  # a flag that isn't given
             continue

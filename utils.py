@@ -141,7 +141,7 @@ def redact(text: str) -> str:
     text = hide_keys(text)
     text = re.sub(r"""'pipe:(?:'"'"'|\\.|[^'\\\n])*'|"pipe:(?:\\.|[^"\\\n])*\"""", _program, text)
     text = re.sub(r"\bpipe:(?!\s?\S{0,300} \*\*\*)[^\n'\"][^\n]*", _program, text)
-    return re.sub(r"(\w[\w+.-]{0,30}://)([^\s\"<>]*)", _address, text)
+    return re.sub(r"(\w[\w+.-]{0,30}://|https?:/)([^\s\"<>]*)", _address, text)
 
 
 def last_part(path: str) -> str:

@@ -140,6 +140,32 @@ def test_what_is_mistyped_is_said_before_anything_is_downloaded(tmp_path):
     for flag in ("--tasks=caption", "--precision=fp16", "--encoder_layers=a"):
         with pytest.raises(UserError, match=f"{flag[2:].split('=')[0].upper()} is"):
             train.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new"), flag])
+    for flag in ("--karpathy_file", "--vqa_questions", "--vqa_annotations"):
+        with pytest.raises(UserError, match="no.json is not there: "):
+            flags = ["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new")]
+            train.main([*flags, flag, str(tmp_path / "no.json")])
+    assert not (tmp_path / "new" / "temp_download").exists()
+
+
+ADDRESS = "https://me:hunter2@host/x?key=hunter2"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("inference a.jpg --checkpoint", "an address: give a file"),
+        ("evaluate --checkpoint a.pt --report", "an address: give a file"),
+        ("train --start_checkpoint", "an address: give a file"),
+        ("prepare_dataset --archive a.zip", "an address: give a file"),
+        ("train --epochs", "invalid int value"),
+    ],
+)
+def test_an_address_in_place_of_a_file_is_refused_without_its_secret(line, says):
+    script, *flags = line.split()
+    said = light(script, *flags, ADDRESS)
+    assert said.returncode in (1, 2) and says in said.stderr, said.stderr
+    assert "hunter2" not in said.stdout + said.stderr and "https://***@host/x?***" in said.stderr
 
 
 def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):

@@ -345,6 +345,7 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
         *(f"https://host/a.tar?{name}=c0ffee" for name in ("password", "auth", "code", "x")),
         "https://host/a#access_token=c0ffee",
         "https://me:hun@c0ffee@host/",
+        "https:/me:c0ffee@host/x?c0ffee",  # as pathlib spells it
         "https://me:hun/c0ffee@host/",
         "(see https://me:c0ffee?x@host/a)",
     ):
