@@ -71,8 +71,9 @@ def check(
     shared = [names for names in copies.values() if len({split_of[name] for name in names}) > 1]
     lines = [", ".join(f"{name} ({split_of[name]})" for name in names) for names in shared]
     print("\n  ".join([f"copies    {len(shared)} photos are in several splits", *lines]))
-    scored = [name for name in small if split_of[name] != "train"]
-    pairs = look_alike({n: small[n] for n in small if split_of[n] == "train"}, small, scored)
+    learned = {name: small[name] for name in small if split_of[name] == "train"}
+    scored = {name: small[name] for name in small if name not in learned}
+    pairs = look_alike(learned, scored)
     if len(pairs) > MANY_ALIKE * len(scored):
         print(
             f"alike     {len(pairs)} of {len(scored)} photos to validate or test on look like one "
@@ -98,14 +99,14 @@ def in_small(image: Image.Image) -> np.ndarray:
 
 
 def look_alike(
-    train: Mapping[str, np.ndarray], small: Mapping[str, np.ndarray], names: Sequence[str]
+    train: Mapping[str, np.ndarray], scored: Mapping[str, np.ndarray]
 ) -> list[tuple[str, str]]:
-    """Those of the photos that look like one to train on, each with the one most like it."""
+    """Those of the scored photos that look like one to train on, with the one most like it."""
     known, stacked = [*train], np.stack([*train.values()] or [np.zeros(192, np.float32)])
-    pairs = []
+    names, pairs = [*scored], []
     for start in range(0, len(names), 64):  # as all of COCO's at once take gigabytes
         part = names[start : start + 64]
-        found = np.stack([small[name] for name in part]) @ stacked.T
+        found = np.stack([scored[name] for name in part]) @ stacked.T
         best = zip(part, found.argmax(1), found.max(1), strict=True)
         pairs += [(name, known[place]) for name, place, most in best if most > ALIKE]
     return pairs

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tokenizer import FULL_STOPS, composed
+from tokenizer import FULL_STOPS, HAN, THAI, composed
 
 SCORER = "BLEU, ROUGE-L, CIDEr-D as in pycocoevalcap 1.2"
 TOKENIZER = "PTB as in Stanford CoreNLP 3.4.1, lower case, punctuation removed"
@@ -66,15 +66,10 @@ _MARKS = (
     "\u0e47-\u0e4e\u0eb1-\u0ecd"
 )
 # Scripts without spaces, and how many signs between two spaces are too many for words that stand
-# apart: Chinese and Japanese, whose loan words count as one; Thai, Lao, Burmese and Khmer.
-_UNSPACED = (
-    (re.compile("[\u3005\u3040-\u30ff\u3400-\u9fff]"), 3),
-    (re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"), 5),
-)
-_SIGN = re.compile(
-    "[\u30a0-\u30ff]+|[\u3005\u3040-\u309f\u3400-\u9fff]"
-    rf"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{_MARKS}]*"
-)
+# apart; a Japanese loan word counts as one.
+_LOANS = r"\u30a0-\u30ff"
+_UNSPACED = ((re.compile(f"[{HAN}{_LOANS}]"), 3), (re.compile(f"[{THAI}]"), 5))
+_SIGN = re.compile(rf"[{_LOANS}]+|[{HAN}]|[{THAI}][{_MARKS}]*")
 
 
 def _either(words: str) -> str:
@@ -449,7 +444,6 @@ _MENDED = {
     if sign == "'"
 } | {"somebody'd": "somebodyd"}
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!؟،؛、「」『』«»„“”¿¡]")
-
 _WIDE = re.compile("[\uff01-\uff9f]+")  # full-width Latin, and half-width kana
 
 

@@ -366,7 +366,8 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
     if settings.SPLIT not in ("karpathy", "ratio", "test"):
         raise UserError(f"SPLIT is {settings.SPLIT!r}: use karpathy, ratio or test")
     paths, tasks = data_paths(settings), parse_tasks(settings.TASKS)
-    given = [settings.KARPATHY_FILE, *settings.vqa_questions, *settings.vqa_annotations]
+    split = settings.KARPATHY_FILE if settings.SPLIT == "karpathy" else ""
+    given = [split, *settings.vqa_questions, *settings.vqa_annotations]
     for file in filter(None, given):  # said before gigabytes are downloaded
         if not os.path.exists(os.path.expanduser(file)):
             correct = "correct --karpathy_file (or use --split ratio) or --vqa_..."

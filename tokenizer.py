@@ -27,17 +27,18 @@ _PIECES = (
     r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}[\p{L}\p{M}\u200c\u200d]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?!\S)|\s+"
 )
-# Of a script without spaces a piece is a sign, or the same one twice, or all there is between two
-# spaces if that may be a word: pieces of any length would be phrases, each too rare to be learned.
-_HAN = r"\u3005\u3040-\u309f\u3400-\u9fff"
-_THAI = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+# Scripts without spaces: Chinese and Japanese, but for loan words; Thai, Lao, Burmese and Khmer.
+HAN = r"\u3005\u3040-\u309f\u3400-\u9fff"
+THAI = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+# Of these a piece is a sign, or the same one twice, or all there is between two spaces if that may
+# be a word: pieces of any length would be phrases, each too rare to be learned.
 _LONE, _ENDS = r"(?<![\p{L}\p{M}\p{N}])", r"(?![\p{L}\p{M}\p{N}])"
 _SIGNS = "|".join(
     rf" ?{_LONE}[{script}]{{1,{most}}}{_ENDS}"
     rf"| ?(?<s{most}>[{script}]\p{{M}}*+)(?:\k<s{most}>(?!\p{{M}}))?"
-    for script, most in ((_HAN, 4), (_THAI, 16))
+    for script, most in ((HAN, 4), (THAI, 16))
 )
-_UNSPACED = re.compile(f"[{_HAN}{_THAI}]")
+_UNSPACED = re.compile(f"[{HAN}{THAI}]")
 
 
 def composed(text: str) -> str:
