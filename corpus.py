@@ -18,6 +18,7 @@ from dataset import (
     CaptionRows,
     DataPaths,
     Texts,
+    data_paths,
     encode_rows,
     load_splits,
     load_texts,
@@ -91,7 +92,7 @@ def load_data(
     if settings.MAX_IMAGES:
         splits = first_photos(splits, settings.MAX_IMAGES)
     check_splits(settings, splits, f"has any {' or '.join(tasks)}")
-    tokenizer = begun.tokenizer if begun else given_tokenizer(settings, paths)
+    tokenizer = given_tokenizer(settings, begun)
     name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
     layers = parse_layers(settings.ENCODER_LAYERS)
     encoder = FrozenEncoder.load(name, revision, layers).to(device)
@@ -202,10 +203,13 @@ def texts_to_learn(texts: Texts, names: Sequence[str], stock: Stock | None) -> I
         yield from stock.first_texts()
 
 
-def given_tokenizer(settings: SimpleNamespace, paths: DataPaths) -> CaptionTokenizer | None:
-    """The tokenizer that the user gave, if any."""
+def given_tokenizer(settings: SimpleNamespace, begun: Checkpoint | None) -> CaptionTokenizer | None:
+    """The tokenizer of what training goes on from, or else that which the user gave, if any."""
+    if begun:
+        return begun.tokenizer
     if bool(settings.VOCAB_FILE) != bool(settings.MERGES_FILE):
         raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
+    paths = data_paths(settings)
     return CaptionTokenizer.load(paths.vocab, paths.merges) if settings.VOCAB_FILE else None
 
 

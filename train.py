@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import prepare_dataset
-from corpus import Data, load_data, shards_to_train
+from corpus import Data, given_tokenizer, load_data, shards_to_train
 from dataset import Batch, CaptionRows, Text, make_batch, order_name, prompts_about, references_of
 from device import autocast, release_memory
 from distributed import StopSignal, joined
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = team.device(settings.DEVICE)
         check_settings(settings, begun, team)  # what doesn't fit is said before photos are encoded
         shards_to_train(settings)  # and before any are downloaded
+        given_tokenizer(settings, begun)
         paths = team.on_rank0(lambda: prepare_dataset.prepare(settings))
         data = load_data(settings, paths, device, team, begun)
         run = Run(settings, team, device, data, begun)

@@ -144,6 +144,9 @@ def test_what_is_mistyped_is_said_before_anything_is_downloaded(tmp_path):
         with pytest.raises(UserError, match="no.json is not there: "):
             flags = ["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new")]
             train.main([*flags, flag, str(tmp_path / "no.json")])
+    with pytest.raises(UserError, match="no.json and .*no.txt are no BPE files"):
+        vocab = ["--vocab_file", str(tmp_path / "no.json")]
+        train.main([*flags, *vocab, "--merges_file", str(tmp_path / "no.txt")])
     assert not (tmp_path / "new" / "temp_download").exists()
 
 
