@@ -32,6 +32,7 @@ SHUFFLE_BUFFER = 5000  # photos, one of which is drawn next; in memory if featur
 ENCODER_MODEL_NAME = "openai/clip-vit-base-patch16"  # Hub name or local folder
 ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest
 ENCODER_LAYERS = "-1,-4"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
+ENCODER_IMAGE_SIZE = 0  # pixels along each side of what it sees; 0: as it was trained (mostly 224)
 FEATURES_DIR = None  # the feature cache; None: features/ in DATA_DIR
 FEATURE_VIEWS = 1  # cached views per training photo: 1 plain, 2 adds its mirror image, more: crops
 FEATURE_BATCH_SIZE = 32  # photos per encoder pass while the cache is built

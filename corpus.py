@@ -95,7 +95,8 @@ def load_data(
     tokenizer = given_tokenizer(settings, begun)
     name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
     layers = parse_layers(settings.ENCODER_LAYERS)
-    encoder = FrozenEncoder.load(name, revision, layers).to(device)
+    size = settings.ENCODER_IMAGE_SIZE
+    encoder = FrozenEncoder.load(name, revision, layers, image_size=size).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
         check_same(begun.encoder, decisive(identity), "encoder ")

@@ -20,6 +20,7 @@ import torch
 import transformers
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from torch import Tensor, nn
+from transformers.image_utils import SizeDict
 
 from pictures import check_exif, upright_rgb
 from utils import UserError, first_line, last_part, lfs_note, shown
@@ -151,6 +152,7 @@ class FrozenEncoder(nn.Module):
         self.processor = processor
         self.layers = tuple(layers)
         self.source = source
+        self.call: dict[str, bool] = {}  # what the tower is told with each batch
         self.square = tower.config.model_type == "siglip2_vision_model"
 
     @classmethod
@@ -160,6 +162,7 @@ class FrozenEncoder(nn.Module):
         revision: str | None = None,
         layers: Sequence[int] = (-1,),
         flag: str = "--encoder_model_name",
+        image_size: int = 0,
     ) -> FrozenEncoder:
         """Load a vision tower by Hub name or from a local folder.
 
@@ -167,6 +170,7 @@ class FrozenEncoder(nn.Module):
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
                 after the tower's closing norm.
             flag: with which another one is given.
+            image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """
         name = os.path.expanduser(name)
         try:
@@ -208,7 +212,28 @@ class FrozenEncoder(nn.Module):
             )
         revision = getattr(config, "_commit_hash", None) or revision
         source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
-        return cls(tower, processor, layers, source)
+        encoder = cls(tower, processor, layers, source)
+        if image_size:
+            encoder._see_at(image_size)
+        return encoder
+
+    def _see_at(self, pixels: int) -> None:
+        """Show it pictures of another size; where it learned a vector for each place, the library
+        interpolates these."""
+        if pixels not in range(self.patch_size, MOST_SAID + 1, self.patch_size):
+            raise UserError(
+                f"ENCODER_IMAGE_SIZE is {str(pixels)[:99]}: {self.source['name']!r} sees patches "
+                f"of {self.patch_size} pixels, so give a multiple of that, up to {MOST_SAID}"
+            )
+        scale = pixels / self.side
+        del self.side
+        for name in () if self.square else ("size", "crop_size"):
+            if sides := dict(getattr(self.processor, name, None) or {}):
+                sides = {side: round(scale * length) for side, length in sides.items()}
+                setattr(self.processor, name, SizeDict(**sides))
+        self.source["image_size"] = pixels
+        if "interpolate_pos_encoding" in inspect.signature(self.tower.forward).parameters:
+            self.call = {"interpolate_pos_encoding": True}
 
     @classmethod
     def load_as_trained(
@@ -217,7 +242,8 @@ class FrozenEncoder(nn.Module):
         """Load the encoder of this `identity()` and width, from where it `moved_to`, if it has."""
         name = moved_to or identity["name"]
         revision = None if moved_to else identity.get("revision")
-        encoder = cls.load(name, revision, identity.get("layers"), "--encoder")
+        size = identity.get("image_size", 0)
+        encoder = cls.load(name, revision, identity.get("layers"), "--encoder", size)
         here = encoder.identity()
         changed = [key for key in ("weights", "preprocessing") if here[key] != identity.get(key)]
         changed += ["width"] if encoder.width != width else []
@@ -246,7 +272,8 @@ class FrozenEncoder(nn.Module):
     def side(self) -> int:
         """Pixels along the longer side of what the tower sees."""
         if self.square:
-            return int(self.tower.config.num_patches**0.5) * self.patch_size
+            usual = int(self.tower.config.num_patches**0.5) * self.patch_size
+            return self.source.get("image_size", usual)
         return max(self.preprocess([Image.new("RGB", (8, 8))])["pixel_values"].shape[-2:])
 
     def identity(self) -> dict[str, Any]:
@@ -269,7 +296,7 @@ class FrozenEncoder(nn.Module):
         else:
             told = public(self.source)
             tower = {"name": told["name"], "revision": told["revision"]}
-        tower |= {"class": tower_class.__name__, "options": options}
+        tower |= {"class": tower_class.__name__, "options": options, "call": self.call}
         return tower | {"processor": self.processor.to_json_string()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,17 +347,18 @@ class FrozenEncoder(nn.Module):
         except Exception as error:  # noqa: BLE001 - what a library's model raises is without end
             wrong = first_line(error)
         if wrong:
+            size = self.source.get("image_size")
             raise UserError(
                 f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
                 f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))} "
-                f"({wrong}): choose another, or other layers"
+                f"({wrong}): choose another, or other layers{' or ENCODER_IMAGE_SIZE' * bool(size)}"
             )
 
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Preprocessed pictures -> features (images, patches, width), the whole sequence."""
         deep = self.layers != (-1,)
-        output = self.tower(**inputs, output_hidden_states=deep)
+        output = self.tower(**inputs, output_hidden_states=deep, **self.call)
         last, hidden = output.last_hidden_state, output.hidden_states
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
 

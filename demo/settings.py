@@ -15,6 +15,7 @@ DEMO = {
     "KARPATHY_FILE": str(OUTPUT / "dataset_demo.json"),
     "ENCODER_MODEL_NAME": str(HERE / "encoder"),
     "ENCODER_LAYERS": "-1",
+    "ENCODER_IMAGE_SIZE": 0,
     "DECODER_EMBED_DIM": 128,
     "DECODER_LAYERS": 3,
     "DECODER_HEADS": 4,

@@ -69,6 +69,27 @@ def test_layers_are_joined_along_the_width(family, tmp_path):
     assert not torch.allclose(joined[..., 32:], joined[..., :32])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_sees_pictures_of_another_size(family, tmp_path):
+    folder = str(build_encoder(family, tmp_path))
+    usual, larger = FrozenEncoder.load(folder), FrozenEncoder.load(folder, image_size=48)
+    larger.check()
+    images = [Image.new("RGB", (50, 40), "red"), Image.radial_gradient("L").convert("RGB")]
+    features = larger(larger.preprocess(images))
+    assert features.shape == (2, FAMILIES[family] + 36 - 16, 32) and larger.side == 48
+    again = FrozenEncoder.load_as_trained(larger.identity(), 32)
+    assert torch.equal(again(again.preprocess(images)), features)
+    assert "image_size" not in usual.identity()  # or features made before it would be made anew
+    same = FrozenEncoder.load(folder, image_size=32)
+    torch.testing.assert_close(same(same.preprocess(images)), usual(usual.preprocess(images)))
+
+
+@pytest.mark.parametrize("size", [50, 8192, -8, "48"])
+def test_a_size_that_is_no_number_of_patches_is_refused(encoder_dir, size):
+    with pytest.raises(UserError, match=f"ENCODER_IMAGE_SIZE is {size}: .* a multiple of that"):
+        FrozenEncoder.load(str(encoder_dir), image_size=size)
+
+
 def test_an_encoder_in_the_home_folder_is_found(encoder_dir, monkeypatch):
     """Written into config.py, or as `--encoder_model_name=~/...`, no shell finds it."""
     monkeypatch.setenv("HOME", str(encoder_dir.parent))
