@@ -291,7 +291,8 @@ def version(name):
 metadata.version, sys.modules["PIL"] = version, None
 runpy.run_path("inference.py", run_name="__main__")
 """
-    result = run("-c", code, "photo.jpg", "--checkpoint", "x.pt")
+    command = [sys.executable, "-c", code, "photo.jpg", "--checkpoint", "x.pt"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert result.returncode == 1 and ("Traceback" in result.stderr) == (not here)
     if here:  # else nothing differs: a bug of ours, told in full
         (said,) = result.stderr.splitlines()
