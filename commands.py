@@ -11,13 +11,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
 from settings import BOUNDS, Parser, constants, load_settings
-from utils import Held, UserError, first_line, guard_output, leave, require_extra, say_error
+from utils import (
+    Held,
+    UserError,
+    first_line,
+    guard_output,
+    leave,
+    pip_install,
+    require_extra,
+    say_error,
+)
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -107,6 +117,7 @@ def begin(read: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
+    sys.excepthook = say_versions
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
     try:
@@ -114,6 +125,24 @@ def begin(read: Callable[[], Any]) -> None:
         say_without_effect(settings, sys.argv[1:])
     except (UserError, SystemExit) as end:
         leave(say_error(end) if isinstance(end, UserError) else end.code)
+
+
+def say_versions(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What isn't there to be imported, where libraries are missing or of other versions than the
+    pinned ones; for `sys.excepthook`, as most imports come after `begin`."""
+    others = []
+    for line in Path(__file__).with_name("requirements.txt").read_text("utf-8").splitlines():
+        name, pinned, version = line.partition("==")
+        try:
+            here = metadata.version(name).partition("+")[0] if pinned else version
+        except metadata.PackageNotFoundError:
+            here = "missing"
+        others += [f"{name} {here}, pinned {version}"] if here != version else []
+    if not issubclass(kind, ImportError) or not others:
+        sys.__excepthook__(kind, error, trace)
+        return
+    remedy = f"run {pip_install('requirements.txt')}, or use the Python that 01_setup.sh made"
+    say_error(f"{first_line(error)} ({'; '.join(others)}): {remedy}")
 
 
 def _read_silently(read: Callable[[], Any]) -> Any:

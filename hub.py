@@ -425,7 +425,7 @@ the decoder and its tokenizer; the encoder is not in it and comes from where it 
 
 ## Use
 
-With `transformers` alone; `text` may be a question, if it learned to answer questions:
+With `transformers` alone, 4.57 or newer; `text` may be a question, if it learned to answer any:
 
 ```python
 from transformers import pipeline

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.image_utils import make_flat_list_of_images
+from transformers import image_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
+from transformers.utils.versions import require_version
 
 from .decoder import Decoder, DecoderConfig
 from .pictures import upright_rgb
 from .rerank import Reranker, layout
 
+require_version("transformers>=4.57", "Run pip install -U transformers")
 logger = transformers.utils.logging.get_logger(__name__)
 MODEL_TYPE = "vision_captioner"
 # What reaches the repository of an encoder that has one of its own, too.
@@ -34,7 +36,7 @@ HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "to
 modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[MODEL_TYPE] = "VisionCaptioner"
 
 
-class VisionCaptionerConfig(transformers.PreTrainedConfig):
+class VisionCaptionerConfig(transformers.PretrainedConfig):
     """Sizes, and the frozen encoder: its class, its configuration, and where it is if not here."""
 
     model_type = MODEL_TYPE
@@ -51,11 +53,15 @@ class VisionCaptionerProcessor(transformers.ProcessorMixin):
     takes. A question is cut so that with what stands around it, it takes half of the length.
     """
 
+    if transformers.__version__ < "5":  # which doesn't take them from what `__init__` does
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
+
     def __init__(self, image_processor=None, tokenizer=None, **others: Any):
         super().__init__(image_processor, tokenizer, **others)
 
     def __call__(self, images=None, text=None, return_tensors="pt", **_: Any):
-        photos = [] if images is None else list(make_flat_list_of_images(images))
+        photos = [] if images is None else list(image_utils.make_flat_list_of_images(images))
         texts = [text] if isinstance(text, str) else list(text or [""] * max(1, len(photos)))
         if photos and len(photos) != len(texts):
             raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
@@ -77,12 +83,10 @@ class VisionCaptionerProcessor(transformers.ProcessorMixin):
 
 
 def fingerprint(tower: nn.Module) -> str:
-    """A hash of all weights, as the captioner's own project notes it."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tower.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    """A hash of all weights, whatever the library's version calls them; as `encoder.py` has it."""
+    tensors = (x.cpu().contiguous().view(-1).view(torch.uint8) for x in tower.state_dict().values())
+    each = sorted(hashlib.sha256(tensor.numpy()).digest() for tensor in tensors)
+    return hashlib.sha256(b"".join(each)).hexdigest()[:16]
 
 
 class HeldReranker(nn.Module):
@@ -158,8 +162,13 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         folder, which is by default where it was published when the captioner was trained.
         """
         given = options.pop("encoder", None)
-        loaded = super().from_pretrained(*args, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        told = options.pop("output_loading_info", False)
+        model, found = super().from_pretrained(*args, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"weights are missing ({missing[0]}, ...): if transformers names them otherwise in "
+                f"this version, run pip install transformers=={model.config.transformers_version}"
+            )
         if model.tower is None:
             tower = model.config.tower
             name, revision = (given, None) if given else (tower["name"], tower["revision"])
@@ -167,17 +176,17 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             hub["revision"] = revision
             auto = transformers.AutoConfig.from_pretrained(name, **hub)
             how = tower["options"] | hub | {"config": getattr(auto, "vision_config", auto)}
-            found = getattr(transformers, tower["class"]).from_pretrained(name, **how)
-            if fingerprint(found.float()) != model.config.trained["encoder"]["weights"]:
+            held = getattr(transformers, tower["class"]).from_pretrained(name, **how)
+            if fingerprint(held.float()) != tower["weights"]:
                 logger.warning(f"{name} is another encoder than this captioner was trained with")
             placed = (each.device for each in model.parameters() if not each.is_meta)
-            model.tower = found.to(next(placed, "cpu"), model.dtype).eval()
+            model.tower = held.to(next(placed, "cpu"), model.dtype).eval()
             # `save_pretrained` writes its weights along.
             options = {key: x for key, x in tower["options"].items() if key != "key_mapping"}
-            model.config.tower = {"class": tower["class"], "options": options}
-            model.config.tower["config"] = model.tower.config.to_dict()
+            model.config.tower = {key: tower[key] for key in ("class", "call")}
+            model.config.tower |= {"options": options, "config": model.tower.config.to_dict()}
             model.config.tower["config"].pop("_name_or_path", None)  # a folder here, perhaps
-        return loaded
+        return (model, found) if told else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.token_embedding
@@ -187,7 +196,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         if pixel_values is None:
             raise ValueError('no photo: give pixel_values, or to a pipeline (photo, text="")')
         deep = list(self.config.layers) != [-1]
-        output = self.tower(pixel_values=pixel_values, output_hidden_states=deep)
+        call = self.config.tower.get("call", {})  # where it sees photos of another size
+        output = self.tower(pixel_values=pixel_values, output_hidden_states=deep, **call)
         last, hidden = output.last_hidden_state, output.hidden_states
         features = [last if i == -1 else hidden[i] for i in self.config.layers]
         return torch.cat(features, dim=-1)
@@ -207,11 +217,15 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
-        past_key_values=None,
-        **_: Any,
+        use_cache: bool = False,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         memory = self.memory(self.features(pixel_values)) if memory is None else memory
-        cache = None if past_key_values is None else Seen(past_key_values)
+        # Its name, and who makes it, depend on the library's version; unheeded it spoils all texts.
+        caches = {name: x for name, x in others.items() if isinstance(x, transformers.Cache)}
+        if use_cache and not caches:
+            caches["past_key_values"] = transformers.DynamicCache()
+        cache = next(map(Seen, caches.values()), None)
         seen = cache.seen if cache else 0
         length = input_ids.shape[1]
         if attention_mask is None:
@@ -230,7 +244,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             logits = nn.functional.linear(hidden, embedding(ids))
         else:
             logits = self.decoder.logits(hidden)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **caches)
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):

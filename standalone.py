@@ -62,6 +62,7 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str,
         "max_position_embeddings": size.max_length,
         "tie_word_embeddings": False,  # the output layer is the embedding itself
         "dtype": "float32",
+        "transformers_version": transformers.__version__,
         "trained": described,
         "answer_token_id": ANSWER_ID,  # closes a question
         **special,

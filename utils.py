@@ -20,8 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NoReturn, TextIO
 
-from tqdm import tqdm
-
 try:
     import fcntl
     import resource
@@ -312,6 +310,8 @@ class Bar(contextlib.AbstractContextManager):
         self.total, self.label, self.done, self.before = total, label, done, done
         self.quiet, self.lines = quiet, None  # where lines go: standard output, unless it is set
         self.started = self.spoken = time.monotonic()
+        from tqdm import tqdm  # here, as `commands.begin` needs this file to say what is missing
+
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
     def step(self, count: int, text: str = "") -> None:

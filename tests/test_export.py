@@ -6,18 +6,21 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from checkpoint import load_checkpoint
-from encoder import FrozenEncoder
+from encoder import FrozenEncoder, _nameless
 from generation import generate
 from inference import load_captioner
 from options import GenerationOptions
@@ -563,6 +566,41 @@ def test_an_offloaded_embedding_gives_the_same_logits(folder, joint):
     embedding.register_forward_hook(lambda *_: place(nowhere))
     place(nowhere)
     assert torch.equal(model(**asked).logits, right)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", None])
+def test_the_cache_is_heeded_whatever_a_version_calls_it(folder, joint, name, monkeypatch):
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = processor(images=Image.open(joint / "images" / "000.png"))["pixel_values"]
+    memory, tokens = model.memory(model.features(photo)), torch.tensor([[1, 9, 8, 7]])
+    code = sys.modules[type(model).__module__]
+    monkeypatch.setattr(code, "CausalLMOutputWithPast", SimpleNamespace)  # it has one of the names
+    cache = {name: transformers.DynamicCache()} if name else {"use_cache": True}
+    for token in tokens.T:  # 5.0 leaves it to us, 5.24 renamed it
+        step = model(input_ids=token[None], memory=memory, **cache)
+        cache = cache if name else {"past_key_values": step.past_key_values}
+    whole = model(input_ids=tokens, memory=memory)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1])
+
+
+def test_weights_that_another_version_names_otherwise_are_no_random_ones(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "captioner")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("tower.layers.", "tower.blocks."): weights[name] for name in weights}
+    save_file(weights, tmp_path / "captioner" / "model.safetensors", {"format": "pt"})
+    says = f"weights are missing.* run pip install transformers=={transformers.__version__}"
+    with pytest.raises(ValueError, match=says):
+        transformers.AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "captioner", trust_remote_code=True
+        )
+    tower = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in "ab"})
+    renamed = torch.nn.ModuleDict({"d": tower["a"], "c": tower["b"]})
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True
+    )
+    code = sys.modules[type(loaded).__module__]
+    assert code.fingerprint(renamed) == _nameless(tower) != _nameless(tower["a"])
 
 
 def test_an_encoder_that_takes_more_than_pixels_is_refused(tmp_path):
