@@ -196,7 +196,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         if pixel_values is None:
             raise ValueError('no photo: give pixel_values, or to a pipeline (photo, text="")')
         deep = list(self.config.layers) != [-1]
-        call = self.config.tower.get("call", {})  # where it sees photos of another size
+        call = self.config.tower["call"]  # where it sees photos of another size
         output = self.tower(pixel_values=pixel_values, output_hidden_states=deep, **call)
         last, hidden = output.last_hidden_state, output.hidden_states
         features = [last if i == -1 else hidden[i] for i in self.config.layers]

@@ -31,6 +31,7 @@ from tests.conftest import (
     run,
     run_without,
     small_flags,
+    train_small,
     write_photos,
 )
 from tests.hub_server import HubServer, Repo
@@ -620,3 +621,22 @@ def test_an_encoder_that_takes_more_than_pixels_is_refused(tmp_path):
 def test_classes_of_the_library_refuse_it(folder, kind):
     with pytest.raises((ValueError, KeyError, AttributeError)):
         getattr(transformers, kind).from_pretrained(folder)
+
+
+def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, encoder_dir, tmp_path):
+    data = write_photos(tmp_path / "data")
+    train_small(data, encoder_dir, "--encoder_image_size", 48)
+    checkpoint = data / "captioner_best_cider.safetensors"
+    photos = [str(path) for path in sorted((data / "images").iterdir())[:3]]
+    captioner = load_captioner(checkpoint, precision="fp32")
+    assert captioner.encoder.side == 48
+    ours = captioner.caption(photos, beam_size=1)
+    flags = ["--checkpoint", checkpoint, "--with-encoder", "--out", tmp_path / "c.onnx"]
+    result = run("-m", "tools.export", *flags)
+    assert float(re.search(r"features within (\S+) of", result.stdout)[1]) < 1e-4, result
+    for part, encoder in (("--with-encoder", ""), ("--without-encoder", str(encoder_dir))):
+        flags = ["--checkpoint", checkpoint, "--format", "transformers", part]
+        result = run("-m", "tools.export", *flags, "--out", tmp_path / part)
+        assert result.returncode == 0, result.stderr
+        said = elsewhere(tmp_path / part, tmp_path, [""], photos, encoder)
+        assert said == [[ours, ours[0]]]
