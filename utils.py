@@ -231,6 +231,7 @@ class Held:
 def guard_output() -> None:
     """Let what the script says go through `Output`."""
     if not isinstance(sys.stdout, Output):
+        os.environ["PYTHON_COLORS"] = "0"  # of which `Output` would show the signs
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
             pass  # one that is closed: a file of ours would get its number, and what C code says
         os.close(spare)
