@@ -193,17 +193,19 @@ class _Header(tarfile.TarInfo):
     is an error: tarfile would take it, and where a tar is cut off between files, for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            header = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # the end mark
             raise
         except tarfile.HeaderError as error:
-            cut = "it has no end mark: it is cut off"
-            raise tarfile.ReadError(str(error) if len(buf) == 512 else cut) from None
-        if not header.isreg() and header.size > MOST_BYTES["json"]:
-            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
-        return header
+            why = f"it has no end mark, but is cut off or broken: {error}"
+            raise tarfile.ReadError(why) from None
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # meant to be overridden
+        if not self.isreg() and self.size > MOST_BYTES["json"]:
+            raise tarfile.ReadError(f"it has a header of {size_text(self.size)}")
+        return super()._proc_member(tar)
 
 
 class _Sized:
