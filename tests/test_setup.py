@@ -157,6 +157,15 @@ def test_every_pinned_package_is_looked_for():
     assert len(packages) > 15 and not {called.get(name, name) for name in packages} - {*found}
 
 
+@pytest.mark.parametrize("name", SCRIPTS[:2] + ("README.md", "requirements.txt"))
+def test_the_same_pythons_are_meant_everywhere(name):
+    text = (ROOT / name).read_text()
+    assert {*re.findall(r"3\.1\d to 3\.1\d", text)} == {"3.10 to 3.14"}
+    if name in SCRIPTS:
+        assert re.findall(r"python3\.(1\d) ", text)[:5] == "14 13 12 11 10".split()
+        assert "(3, 10) <= sys.version_info[:2] <= (3, 14)" in text
+
+
 def test_every_pin_installs_on_the_oldest_python():
     for path in ROOT.glob("requirements*.txt"):
         for name, pin in re.findall(r"^([\w-]+)==([^\s;]+)(?!.*>=)", path.read_text(), re.M):
