@@ -8,7 +8,7 @@ target=$HOME/miniconda3
 
 usable() { # a Python for which every pinned package has a build, and that can make environments
     "$1" -I -c 'import ensurepip, sys, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
 }
 
 done_with() {
@@ -17,7 +17,7 @@ done_with() {
     exit 0
 }
 
-for name in python3.13 python3.12 python3.11 python3.10 python3; do
+for name in python3.14 python3.13 python3.12 python3.11 python3.10 python3; do
     if usable "$name"; then
         done_with "Found $("$name" --version) at $(command -v "$name"): nothing to install."
     fi
@@ -39,13 +39,13 @@ case "$(uname -s)-$(uname -m)" in
         ;;
     *)
         echo "error: no Miniconda for $(uname -s) on $(uname -m):" \
-            "install Python 3.10 to 3.13 yourself, then run bash $here/01_setup.sh" >&2
+            "install Python 3.10 to 3.14 yourself, then run bash $here/01_setup.sh" >&2
         exit 1
         ;;
 esac
 url=https://repo.anaconda.com/miniconda/Miniconda3-latest-$platform.sh
 
-echo "Found neither conda nor Python 3.10 to 3.13 with venv: installing Miniconda into $target"
+echo "Found neither conda nor Python 3.10 to 3.14 with venv: installing Miniconda into $target"
 installer=$(mktemp -d)
 trap 'rm -rf "$installer"' EXIT
 if command -v curl >/dev/null; then

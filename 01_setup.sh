@@ -33,7 +33,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 supported() { # is $1 a Python for which every pinned package has a build?
     "$1" -I -c 'import sys
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
 }
 
 makes_venvs() { # Debian's Python lacks ensurepip until python3-venv is installed
@@ -57,7 +57,7 @@ find_conda() {
 
 make_venv() {
     local name conda
-    local candidates=(python3.13 python3.12 python3.11 python3.10 python3)
+    local candidates=(python3.14 python3.13 python3.12 python3.11 python3.10 python3)
     for name in "${candidates[@]}" "$HOME/miniconda3/bin/python"; do
         if supported "$name" && makes_venvs "$name"; then
             echo "Making .venv with $("$name" --version)"
@@ -65,7 +65,7 @@ make_venv() {
             return
         fi
     done
-    conda=$(find_conda) || fail "no Python 3.10 to 3.13 with venv is here: run bash 00_setup.sh"
+    conda=$(find_conda) || fail "no Python 3.10 to 3.14 with venv is here: run bash 00_setup.sh"
     echo "Making .venv with conda and Python 3.12"
     rm -rf .venv
     "$conda" create --yes --quiet --override-channels --channel conda-forge \
@@ -79,7 +79,7 @@ if [[ $active == yes ]]; then
     python=$environment/bin/python
     next="python train.py --demo"
     supported "$python" ||
-        fail "$python is missing or isn't Python 3.10 to 3.13: activate an environment that has one"
+        fail "$python is missing or isn't Python 3.10 to 3.14: activate an environment that has one"
 else
     environment=$PWD/.venv
     python=$environment/bin/python

@@ -163,7 +163,8 @@ class Table:
             for photo, question, text in rows:
                 row = [photo.name, question, text] if self.asked else [photo.name, text]
                 if self.csv:
-                    table.writerow(row)
+                    # Python 3.10 can't write a zero, nor read it.
+                    table.writerow([cell.replace("\0", "\ufffd") for cell in row])
                 else:
                     record = dict(zip(self.columns, row, strict=True))
                     self.file.write(json.dumps(record, ensure_ascii=False) + "\n")

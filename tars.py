@@ -29,7 +29,6 @@ from photo_names import LONGEST
 from texts import texts_of
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # how gzip, bzip2 and xz begin
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 MOST_SHARDS = 1_000_000  # that a pattern's braces may name
@@ -145,20 +144,15 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
     # Closing it raises what a server's end hid.
     with contextlib.closing(gopen.gopen(url)) as opened:
         # The library's own `read` drops what a program wrote once that has failed.
-        stream = _Tail(getattr(opened, "stream", opened))
+        stream = _Sized(getattr(opened, "stream", opened))
         for key, group in itertools.groupby(_files(stream), lambda file: file[0]):
             files: dict[str, tuple[str, bytes | None]] = {}
             for _, kind, suffix, content in group:
                 files.setdefault(kind, (suffix, content))
             yield key, files
-        while stream.read(2**20):
-            pass
-        # A tar that was cut off between two files looks whole to tarfile, but lacks its end mark.
-        if stream.last.strip(b"\0") and not stream.first.startswith(COMPRESSED):
-            raise EOFError("it has no end mark: it is cut off")
 
 
-def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
+def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
     """The files of a tar: name up to the first dot after folders, kind, suffix, and content, which
     is None where it is larger than MOST_BYTES of its kind."""
     unpacked = 0
@@ -184,6 +178,9 @@ def _files(stream: _Tail) -> Iterator[tuple[str, str, str, bytes | None]]:
                 raise tarfile.ReadError(f"it unpacks to more than {MOST_UNPACKED} times its size")
             pieces += [piece] if small else []
         yield found[1], kind, suffix, b"".join(pieces) if small else None
+    while rest := tar.fileobj.read(2**20):
+        if b"ustar" in rest:  # a header's
+            raise tarfile.ReadError("it goes on after its end mark: several tars were joined")
 
 
 def _older_letter(found: re.Match) -> str:
@@ -192,27 +189,34 @@ def _older_letter(found: re.Match) -> str:
 
 
 class _Header(tarfile.TarInfo):
-    """A file's header, which may not be large itself: tarfile would take it into RAM."""
+    """A file's header, which may not be large itself: tarfile would take it into RAM. A broken one
+    is an error: tarfile would take it, and where a tar is cut off between files, for the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuf(buf, encoding, errors)
-        if not header.isreg() and header.size > MOST_BYTES["json"]:
-            raise tarfile.ReadError(f"it has a header of {size_text(header.size)}")
-        return header
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the end mark
+            raise
+        except tarfile.HeaderError as error:
+            why = f"it has no end mark, but is cut off or broken: {error}"
+            raise tarfile.ReadError(why) from None
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # meant to be overridden
+        if not self.isreg() and self.size > MOST_BYTES["json"]:
+            raise tarfile.ReadError(f"it has a header of {size_text(self.size)}")
+        return super()._proc_member(tar)
 
 
-class _Tail:
-    """A stream that remembers its size and ends."""
+class _Sized:
+    """A stream that remembers its size."""
 
     def __init__(self, stream: Any):
-        self.stream, self.size, self.first, self.last = stream, 0, b"", b"?"
+        self.stream, self.size = stream, 0
 
     def read(self, size: int) -> bytes:
         piece = self.stream.read(size)
         self.size += len(piece)
-        self.first = self.first or piece[:8]
-        self.last = piece[-1024:] or self.last
         return piece
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -229,6 +230,9 @@ class Held:
 def guard_output() -> None:
     """Let what the script says go through `Output`."""
     if not isinstance(sys.stdout, Output):
+        os.environ["PYTHON_COLORS"] = "0"  # of which `Output` would show the signs
+        # One for several processes would start another one, which warns of it if ours is killed.
+        tqdm.set_lock(threading.RLock())
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
             pass  # one that is closed: a file of ours would get its number, and what C code says
         os.close(spare)

@@ -51,6 +51,29 @@ def test_help_and_mistakes_are_answered_without_pytorch(script):
         assert out_of_range.stderr.startswith("error: NUM_EPOCHS is -3: it must be")
 
 
+FAILS = "import utils; utils.run_script({}.popitem)"
+
+
+@pytest.mark.parametrize("flags", [["inference.py", "--help"], ["-c", FAILS]])
+def test_python_colours_nothing_that_goes_through_our_output(flags):
+    """From 3.13 on it colours tracebacks on a terminal, from 3.14 on `--help` too."""
+    command = [sys.executable, *flags]
+    env = os.environ | {"FORCE_COLOR": "1", "PYTHONPATH": str(REPO)}
+    result = subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True)
+    assert "usage:" in result.stdout or "KeyError" in result.stderr
+    assert "x1b" not in result.stdout + result.stderr
+
+
+def test_a_bar_starts_no_process_that_outlives_a_kill():
+    """Which it does where processes are not forked, and it would speak of leaked semaphores."""
+    code = (
+        "import multiprocessing, utils; multiprocessing.set_start_method('spawn'); "
+        "from multiprocessing.resource_tracker import _resource_tracker as tracker; "
+        "utils.guard_output(); utils.Bar(1, 'a', 'b').step(1); assert tracker._pid is None"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
 def test_a_user_without_a_home_can_draw_curves(tmp_path):
     """As in a container that runs under a number: no HOME, and no name in the list of users. A
     notebook names its own way of drawing to all programs, which may lack it."""

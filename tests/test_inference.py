@@ -211,6 +211,13 @@ def test_a_table_on_a_disk_that_knows_no_locks(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "x.jsonl").read_text())["text"] == "a dog"
 
 
+def test_a_table_takes_any_sign_on_any_python(tmp_path):
+    photo = Photo(tmp_path / "a.jpg", "a.jpg")
+    with contextlib.ExitStack() as files:
+        Table(tmp_path / "x.csv", "skip", False, files).write([(photo, "", "a\0dog\7")])
+    assert (tmp_path / "x.csv").read_text().splitlines()[1] == "a.jpg,a\ufffddog\7"
+
+
 def test_a_text_s_place_is_checked_before_the_work(tmp_path):
     (tmp_path / "a.txt").mkdir()
     photo = Photo(tmp_path / "a.jpg", "a.jpg")

@@ -157,9 +157,18 @@ def test_every_pinned_package_is_looked_for():
     assert len(packages) > 15 and not {called.get(name, name) for name in packages} - {*found}
 
 
+@pytest.mark.parametrize("name", SCRIPTS[:2] + ("README.md", "requirements.txt"))
+def test_the_same_pythons_are_meant_everywhere(name):
+    text = (ROOT / name).read_text()
+    assert {*re.findall(r"3\.1\d to 3\.1\d", text)} == {"3.10 to 3.14"}
+    if name in SCRIPTS:
+        assert re.findall(r"python3\.(1\d) ", text)[:5] == "14 13 12 11 10".split()
+        assert "(3, 10) <= sys.version_info[:2] <= (3, 14)" in text
+
+
 def test_every_pin_installs_on_the_oldest_python():
     for path in ROOT.glob("requirements*.txt"):
-        for name, pin in re.findall(r"^([\w-]+)==(\S+)$", path.read_text(), re.M):
+        for name, pin in re.findall(r"^([\w-]+)==([^\s;]+)(?!.*>=)", path.read_text(), re.M):
             with contextlib.suppress(PackageNotFoundError):  # an optional one
                 here = metadata(name)
                 if here["Version"].partition("+")[0] == pin:
@@ -170,7 +179,7 @@ def test_every_pin_installs_on_the_oldest_python():
 def test_failed_install_is_not_taken_for_done(clone):
     python = fake_environment(clone / ".venv")
     good = python.read_text()
-    python.write_text(good.replace('*"pip install"*)', '*"pip install"*) exit 1'))
+    python.write_text(good.replace('*"pip install"*)', '*"pip install"*) exit 1;'))
     assert bash(clone / "01_setup.sh").returncode == 1
     python.write_text(good)
     assert "Installing" in bash(clone / "01_setup.sh").stdout

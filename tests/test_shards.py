@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import gzip
+import importlib
 import io
 import json
+import lzma
 import os
 import re
 import signal
@@ -301,18 +305,30 @@ def sparse_file(size: int) -> bytes:
     return bytes(header)
 
 
+DAMAGES = ["in a photo", "between files", "in a header", "a broken header", "joined"]
+DAMAGES += ["no tar", "empty", "away"]
+PACKED = {"plain": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+with contextlib.suppress(ModuleNotFoundError):  # from Python 3.14 on
+    PACKED["zst"] = importlib.import_module("compression.zstd").compress
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize("damage", ["in a photo", "between files", "no tar", "empty", "away"])
-def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage):
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pack", PACKED)
+def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage, pack):
     whole, path = shard_of(range(3)), tmp_path / "00000.tar"
+    header = _after_files(whole, 3)
     cut = {
         "in a photo": whole[:1000],
-        "between files": whole[: _after_files(whole, 3)],
+        "between files": whole[:header],
+        "in a header": whole[: header + 100],
+        "a broken header": whole[:header] + b"?" + whole[header + 1 :],
+        "joined": whole * 2,
         "no tar": b"<html>" * 400,
         "empty": b"",
     }
     if damage != "away":
-        path.write_bytes(cut[damage])
+        path.write_bytes(PACKED[pack](cut[damage]))
     with pytest.raises(UserError, match="00000.tar can't be read"):
         list(read_shard(str(path)))
 
@@ -324,9 +340,10 @@ def test_a_command_whose_tar_is_cut_off_is_refused_and_a_packed_one_is_read(tmp_
     (tmp_path / "0.tar").write_bytes(whole[: _after_files(whole, 6)])
     with pytest.raises(UserError, match="no end mark"):
         list(read_shard(f"pipe:cat {tmp_path}/0.tar"))
-    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(whole))
-    for url in (f"pipe:cat {tmp_path}/0.tar.gz", f"{tmp_path}/0.tar.gz"):
-        assert [s.photo for s in read_shard(url)] == [photo(number) for number in range(3)]
+    for pack in PACKED.values():
+        (tmp_path / "0.packed").write_bytes(pack(whole))
+        for url in (f"pipe:cat {tmp_path}/0.packed", f"{tmp_path}/0.packed"):
+            assert [s.photo for s in read_shard(url)] == [photo(n) for n in range(3)]
 
 
 def _after_files(tar: bytes, count: int) -> int:
