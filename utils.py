@@ -231,8 +231,11 @@ def guard_output() -> None:
     """Let what the script says go through `Output`."""
     if not isinstance(sys.stdout, Output):
         os.environ["PYTHON_COLORS"] = "0"  # of which `Output` would show the signs
-        # One for several processes would start another one, which warns of it if ours is killed.
-        tqdm.set_lock(threading.RLock())
+        with contextlib.suppress(ImportError):  # `commands.begin` says what is missing
+            from tqdm import tqdm
+
+            # One for several processes would start another, which warns of it if ours is killed.
+            tqdm.set_lock(threading.RLock())
         while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
             pass  # one that is closed: a file of ours would get its number, and what C code says
         os.close(spare)
@@ -314,7 +317,7 @@ class Bar(contextlib.AbstractContextManager):
         self.total, self.label, self.done, self.before = total, label, done, done
         self.quiet, self.lines = quiet, None  # where lines go: standard output, unless it is set
         self.started = self.spoken = time.monotonic()
-        from tqdm import tqdm  # here, as `commands.begin` needs this file to say what is missing
+        from tqdm import tqdm  # as above
 
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=quiet or None)
 
