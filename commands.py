@@ -117,6 +117,9 @@ def begin(read: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
+    if sys.version_info < (3, 10):  # noqa: UP036 - macOS brings 3.9
+        said = f"this is Python {sys.version.split()[0]}, too old"
+        leave(say_error(f"{said}: run bash 01_setup.sh, and then .venv/bin/python in its place"))
     sys.excepthook = say_versions
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
@@ -130,19 +133,23 @@ def begin(read: Callable[[], Any]) -> None:
 def say_versions(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What isn't there to be imported, where libraries are missing or of other versions than the
     pinned ones; for `sys.excepthook`, as most imports come after `begin`."""
-    others = []
+    missing, others = [], []
     for line in Path(__file__).with_name("requirements.txt").read_text("utf-8").splitlines():
-        name, pinned, version = line.partition("==")
+        pin, _, condition = line.partition("; python_version ")
+        name, _, pinned = pin.partition("==")
+        if not pinned or (condition and (sys.version_info >= (3, 14)) == ("<" in condition)):
+            continue
         try:
-            here = metadata.version(name).partition("+")[0] if pinned else version
+            here = metadata.version(name).partition("+")[0]
+            others += [f"{name} is {here}, not {pinned}"] if here != pinned else []
         except metadata.PackageNotFoundError:
-            here = "missing"
-        others += [f"{name} {here}, pinned {version}"] if here != version else []
-    if not issubclass(kind, ImportError) or not others:
+            missing.append(name)
+    wrong = others + [f"missing: {', '.join(missing)}"] * bool(missing)
+    if not issubclass(kind, ImportError) or not wrong:
         sys.__excepthook__(kind, error, trace)
         return
     remedy = f"run {pip_install('requirements.txt')}, or use the Python that 01_setup.sh made"
-    say_error(f"{first_line(error)} ({'; '.join(others)}): {remedy}")
+    say_error(f"{first_line(error)} ({'; '.join(wrong)}): {remedy}")
 
 
 def _read_silently(read: Callable[[], Any]) -> Any:

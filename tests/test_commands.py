@@ -322,4 +322,16 @@ runpy.run_path("inference.py", run_name="__main__")
     assert result.returncode == 1 and ("Traceback" in result.stderr) == (not here)
     if here:  # else nothing differs: a bug of ours, told in full
         (said,) = result.stderr.splitlines()
-        assert f"(pillow {here}, pinned 12" in said and pip_install("requirements.txt") in said
+        wrong = "(missing: pillow): " if here == "missing" else f"(pillow is {here}, not 12"
+        assert wrong in said and pip_install("requirements.txt") in said
+
+
+def test_an_older_python_is_told_which_to_use():
+    code = """
+import runpy, sys
+sys.version_info = (3, 9)
+runpy.run_path("train.py", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "too old: run bash 01_setup.sh, and then .venv/bin/python" in result.stderr
