@@ -523,8 +523,10 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
     assert "to make" not in other.stdout  # said before photos are encoded
-    other = run("train.py", *flags, "--encoder_layers=-2", "--output_dir", tmp_path / "other")
+    other = ["--encoder_layers=-2", "--encoder_image_size=48", "--output_dir", tmp_path / "other"]
+    other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
+    assert "encoder image_size None there, 48 here" in other.stderr
     assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
     other = run("train.py", *flags, "--epochs", 0, "--train_split_ratio", 0.5)
     assert "learned from another split of these photos (TRAIN_SPLIT_RATIO = 0.7)" in other.stdout
