@@ -91,9 +91,9 @@ class Checkpoint:
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> None:
     """Refuse to go on with, or begin with, a checkpoint that another configuration made."""
     differing = [
-        f"{of}{key} {there.get(key)} there, {here[key]} here"
-        for key in here
-        if there.get(key) != here[key]
+        f"{of}{key} {there.get(key)} there, {here.get(key)} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
     ]
     if differing:
         raise UserError(
