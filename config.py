@@ -17,7 +17,7 @@ QUESTION_WEIGHT = 1.0  # with both tasks: what an answer's tokens weigh beside a
 VOCAB_FILE = None  # vocab.json of an earlier training; None: learned, to vocab.json in DATA_DIR
 MERGES_FILE = None  # its merges; None: learned, to merges.txt in DATA_DIR
 SPLIT = "karpathy"  # karpathy (the field's, or the data's own), ratio (by file name), test (all)
-KARPATHY_FILE = None  # his dataset_*.json, or a folder of lists; None: downloaded for flickr30k/8k
+KARPATHY_FILE = None  # his dataset_*.json, or a folder of lists; None: in DATA_DIR, or downloaded
 TRAIN_SPLIT_RATIO = 0.9  # with SPLIT = "ratio": share for training; the rest is half val, half test
 MAX_IMAGES = 0  # photos used, of each split its share, for a first try; 0: all
 MAX_BAD_IMAGES = 10  # photos that may be missing or unreadable before the run is refused
@@ -110,5 +110,6 @@ presets = {
         "QUESTION_WEIGHT": 4.0,
         "SCST_EPOCHS": 3,
         "SCST_LEARNING_RATE": 4e-5,
+        "SCORED_IMAGES": 500,
     },
 }

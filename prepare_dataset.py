@@ -286,16 +286,16 @@ def unpack_parquet(paths: DataPaths) -> bool:
 
 
 def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths) -> Path:
-    """The file with Karpathy's split: the one given, or the data set's own, downloaded once."""
+    """The file with Karpathy's split: given, or the one in DATA_DIR, or downloaded once."""
     remedy = (
         "use --split ratio (or test, to score a trained model on all of these photos), or name the "
         "file, or folder of lists, with --karpathy_file PATH"
     )
     if settings.KARPATHY_FILE:
         return Path(settings.KARPATHY_FILE).expanduser()
+    if len(found := karpathy_files(paths.data_dir)) == 1:
+        return found[0]
     if settings.DATASET == "custom":
-        if len(found := karpathy_files(paths.data_dir)) == 1:
-            return found[0]
         raise UserError(
             "SPLIT is 'karpathy', but neither a dataset_*.json, nor a column `split` or folders or "
             f"files called train and val say which photo is of which split: {remedy}"
