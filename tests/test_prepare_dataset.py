@@ -738,6 +738,13 @@ def test_karpathy_file_given(server: DownloadServer, tmp_path: Path) -> None:
     assert load_splits(tmp_path / "data" / "splits.json")["val"] == list(PHOTOS)[40:50]
 
 
+def test_karpathy_file_beside_the_photos(server: DownloadServer, tmp_path: Path) -> None:
+    (tmp_path / "dataset_flickr8k_trainval.json").write_text(karpathy_json())
+    prepare_from(server, tmp_path, "--split", "karpathy")
+    assert load_splits(tmp_path / "splits.json")["val"] == list(PHOTOS)[40:50]
+    assert not any("caption_datasets" in str(request) for request in server.seen)
+
+
 # --- Killed, and out of room ----------------------------------------------------------------
 
 PROGRAM = """
