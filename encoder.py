@@ -261,7 +261,8 @@ class FrozenEncoder(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        return self.tower.config.patch_size
+        size = self.tower.config.patch_size
+        return size if isinstance(size, int) else max(size)  # InternVL's has height and width
 
     def open(self, path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         """Open a picture at twice the size that `preprocess` brings it to, or larger: so a crop of

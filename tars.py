@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -34,6 +36,7 @@ RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
 MOST_SHARDS = 1_000_000  # that a pattern's braces may name
 MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sample's files
 TOO_LONG = "with too long a name"
+JOINED = "it goes on after its end mark: several tars were joined"
 MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
 
 
@@ -155,8 +158,10 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
 def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
     """The files of a tar: name up to the first dot after folders, kind, suffix, and content, which
     is None where it is larger than MOST_BYTES of its kind."""
-    unpacked = 0
-    tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header)  # noqa: SIM115
+    unpacked, file = 0, io.BufferedReader(stream)
+    if file.peek(2)[:2] == b"\x1f\x8b":  # tarfile would end after the first of several joined
+        file = gzip.open(file)
+    tar = tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header)  # noqa: SIM115
     for info in tar:
         tar.members = []  # or all stay in RAM
         # Names may be of any bytes, and in some headers hold a zero, which no file's may.
@@ -180,7 +185,9 @@ def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
         yield found[1], kind, suffix, b"".join(pieces) if small else None
     while rest := tar.fileobj.read(2**20):
         if b"ustar" in rest:  # a header's
-            raise tarfile.ReadError("it goes on after its end mark: several tars were joined")
+            raise tarfile.ReadError(JOINED)
+    if getattr(getattr(tar.fileobj, "cmp", None), "unused_data", b"").strip(b"\0"):
+        raise tarfile.ReadError(JOINED)  # after being packed
 
 
 def _older_letter(found: re.Match) -> str:
@@ -200,7 +207,8 @@ class _Header(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             why = f"it has no end mark, but is cut off or broken: {error}"
-            raise tarfile.ReadError(why) from None
+            first = tar.fileobj.tell() <= tarfile.BLOCKSIZE
+            raise tarfile.ReadError("it is no tar" if first else why) from None
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # meant to be overridden
         if not self.isreg() and self.size > MOST_BYTES["json"]:
@@ -208,16 +216,20 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(tar)
 
 
-class _Sized:
+class _Sized(io.RawIOBase):
     """A stream that remembers its size."""
 
     def __init__(self, stream: Any):
         self.stream, self.size = stream, 0
 
-    def read(self, size: int) -> bytes:
-        piece = self.stream.read(size)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = self.stream.read(len(buffer))
+        buffer[: len(piece)] = piece
         self.size += len(piece)
-        return piece
+        return len(piece)
 
 
 def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:

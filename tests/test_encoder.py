@@ -21,6 +21,7 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+from attention import patch_grid
 from encoder import (
     PHOTO_FORMATS,
     PHOTO_SUFFIXES,
@@ -88,6 +89,15 @@ def test_each_family_sees_pictures_of_another_size(family, tmp_path):
 def test_a_size_that_is_no_number_of_patches_is_refused(encoder_dir, size):
     with pytest.raises(UserError, match=f"ENCODER_IMAGE_SIZE is {size}: .* a multiple of that"):
         FrozenEncoder.load(str(encoder_dir), image_size=size)
+
+
+def test_patches_may_have_a_height_and_a_width(encoder_dir, tmp_path):
+    """As InternVL's configuration says it."""
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"patch_size": [8, 8]}))
+    encoder = FrozenEncoder.load(str(folder), image_size=48)
+    assert patch_grid(encoder, (50, 40), 37).columns == 6
 
 
 def test_an_encoder_in_the_home_folder_is_found(encoder_dir, monkeypatch):

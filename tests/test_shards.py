@@ -306,7 +306,7 @@ def sparse_file(size: int) -> bytes:
 
 
 DAMAGES = ["in a photo", "between files", "in a header", "a broken header", "joined"]
-DAMAGES += ["no tar", "empty", "away"]
+DAMAGES += ["joined parts", "no tar", "empty", "away"]
 PACKED = {"plain": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 with contextlib.suppress(ModuleNotFoundError):  # from Python 3.14 on
     PACKED["zst"] = importlib.import_module("compression.zstd").compress
@@ -324,12 +324,14 @@ def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage, pack):
         "in a header": whole[: header + 100],
         "a broken header": whole[:header] + b"?" + whole[header + 1 :],
         "joined": whole * 2,
+        "joined parts": whole,
         "no tar": b"<html>" * 400,
         "empty": b"",
     }
     if damage != "away":
-        path.write_bytes(PACKED[pack](cut[damage]))
-    with pytest.raises(UserError, match="00000.tar can't be read"):
+        path.write_bytes(PACKED[pack](cut[damage]) * (1 + (damage == "joined parts")))
+    why = ".*it is no tar" * (damage == "no tar")
+    with pytest.raises(UserError, match="00000.tar can't be read" + why):
         list(read_shard(str(path)))
 
 
@@ -340,8 +342,9 @@ def test_a_command_whose_tar_is_cut_off_is_refused_and_a_packed_one_is_read(tmp_
     (tmp_path / "0.tar").write_bytes(whole[: _after_files(whole, 6)])
     with pytest.raises(UserError, match="no end mark"):
         list(read_shard(f"pipe:cat {tmp_path}/0.tar"))
-    for pack in PACKED.values():
-        (tmp_path / "0.packed").write_bytes(pack(whole))
+    parts = gzip.compress(whole[:700]) + gzip.compress(whole[700:])  # as some packers do
+    for packed in (parts, *(pack(whole) for pack in PACKED.values())):
+        (tmp_path / "0.packed").write_bytes(packed)
         for url in (f"pipe:cat {tmp_path}/0.packed", f"{tmp_path}/0.packed"):
             assert [s.photo for s in read_shard(url)] == [photo(n) for n in range(3)]
 
