@@ -717,14 +717,17 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         *(
             (
                 f"Title,Description,AssignmentStatus,Input.image_url,Input.caption,Answer.{said}\n"
-                + "".join(f"Task,Write what you see,Approved,{n}.jpg,x,{cell}\n" for n in range(10))
-                + f"Task,Write what you see,Rejected,10.jpg,x,{cell}\n",
-                {f"{n}.jpg": ["A dog"] for n in range(10)},
+                + "".join(
+                    f"Task,Write what you see,Approved,{n}.jpg,x,{cell.format(n)}\n"
+                    for n in range(10)
+                )
+                + "Task,Write what you see,Rejected,10.jpg,x,No\n",
+                {f"{n}.jpg": [f"Dog {n}"] for n in range(10)},
             )
             for said, cell in (
-                ("caption", "A dog"),
-                ("description", "A dog"),
-                ("taskAnswers", '"[{""caption"":""A dog""}]"'),
+                ("caption", "Dog {}"),
+                ("description", "Dog {}"),
+                ("taskAnswers", '"[{{""caption"":""Dog {}""}}]"'),
             )
         ),
     ],
@@ -1616,6 +1619,7 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
     (folder / "copy").mkdir()
     (folder / "copy/my questions.json").write_text(texts["val.json"])
     assert [len(asked) for asked in find_questions(folder).values()] == [1]  # copies count once
+    (folder / "copy/my questions.json").unlink()
     (folder / "my questions.json").rename(folder / "val.json")
     (folder / "images/x").mkdir()  # as each photo of SLAKE has its own too
     (folder / "images/x/question.json").write_text(texts["val.json"])
