@@ -39,7 +39,7 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
     "image_file image_filename images img img_name img_path img_id photo imageid image_url "
-    "captioning name jpg png id"
+    "captioning photo_id image_urls name jpg png id"
 ).split()
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
@@ -49,7 +49,7 @@ LIKE_CAPTIONS = re.compile(
     r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-NUMBERS = "image_id image_name img_id id".split()  # may be COCO's, or a name without its suffix
+NUMBERS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
 SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
@@ -252,7 +252,8 @@ def read_file(path: Path) -> tuple[str, Any]:
 def is_comment(line: str) -> bool:
     """Is it a comment before the rows, and no header, which numpy writes so as well?"""
     keys = [plain_key(cell) for cell in re.split(r"[,|\t;]", line.lstrip("# "))]
-    return line.startswith("# ") and not (keys[1:] and {*keys} & {*CAPTION_KEYS, "question"})
+    headed = keys[1:] and {*keys} & {*CAPTION_KEYS, "question"}
+    return f"{line} ".startswith("# ") and not headed
 
 
 # --- JSON -----------------------------------------------------------------------------------
@@ -396,7 +397,12 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             if isinstance(task := row.get("data"), dict):  # as Label Studio exports it
                 done = [each for each in row["annotations"] if not each.get("was_cancelled")]
                 results = [each for said in done for each in said["result"]]
-                row = {**task, "caption": [each["value"].get("text") for each in results]}
+                told: dict[str, list[Any]] = {}  # by what each field of the form is called
+                for each in results:
+                    if {*(value := each.get("value", {}))} == {"text"}:  # no box, as OCR's has
+                        told.setdefault(each.get("from_name", ""), []).extend(texts_of(value))
+                named = [said for name, said in told.items() if TO_CAPTION.search(name)]
+                row = told | task | {"caption": named or [*told.values()]}
             row = {plain_key(key): value for key, value in row.items()}
             if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
                 row["question"] = row.pop("text", None)
@@ -410,6 +416,13 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
+
+
+def is_rejected(row: Mapping[str, Any]) -> bool:
+    """Has who looked it over rejected it, in Mechanical Turk, Toloka or Prodigy?"""
+    judged = row.get("assignmentstatus") or row.get("assignment:status")
+    judged = judged or ("_task_hash" in row and row.get("answer"))
+    return str(judged).lower() in ("rejected", "reject", "ignore")
 
 
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
@@ -429,6 +442,8 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         shown = photo_in(row.get(photo))
         if row.get("question") and not told:
             found.passed.append(f"{where} {QUESTION}")
+        elif is_rejected(row):
+            found.passed.append(f"{where} was rejected")
         elif photo is None and any(row.get(talk) for talk in TALKS):
             found.passed.append(f"{where} shows no photo")
         elif photo is None or not told:
@@ -469,6 +484,11 @@ def choose_columns(
     def words(key: str) -> int:
         return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
 
+    def is_same(key: str) -> bool:
+        """Is it the same of all photos, as the `description` of a task is in a crowd's answers?"""
+        cells = [str(row[key]) for row in sample if row.get(key)]
+        return key not in PLAINLY and len(cells) > 9 and len({*cells}) == 1
+
     def tells_split(key: str) -> bool:
         said = {*map(split_in, {str(row.get(key)) for row in rows})}
         return "train" in said and bool(said & {"val", "test"})
@@ -479,15 +499,20 @@ def choose_columns(
     if "prompt" in map(PROMPTS.get, keys):  # then it asks for the caption
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
-    if not captions and usual:  # such as blip_caption, re_caption, sentences_raw
-        captions = [key for key in keys if LIKE_CAPTIONS.fullmatch(key)]
+    if usual and all(map(is_same, captions)):  # such as blip_caption, re_caption, sentences_raw
+        like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key)]
+        captions = [*dict.fromkeys((*captions, *like))]
+    captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     # An `id` may count rows, which would be taken for 1.jpg and so on.
     photos += [key for key in usual if key != "id"]
     photos += [key for key in others if share(key, address=True) >= 0.5]
-    captions.sort(key=lambda key: (not (key in PLAINLY and words(key)), -words(key)))
+    plain = {key for key in PLAINLY if key in captions and words(key)}
+    if not plain and any(re.fullmatch(r"caption[_ ]?\d+", key) for key in keys):
+        captions = []  # all that are numbered, and no title
+    captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
 
 
@@ -563,6 +588,9 @@ def _read_rows(
         if more:
             table.join(row, last)
         cells = table.cells((where, row))
+        if is_rejected(cells):
+            found.passed.append(f"{where} was rejected")
+            continue
         if not any(cells.values()):
             continue
         if wrong := [cells[key] for key in others if strict and not cells[key].isdigit()]:

@@ -35,6 +35,7 @@ from texts import CAPTION_KEYS, texts_of
 from utils import UserError, command, files_in, read_json, read_text, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
+TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
 DEPTH = 3  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
@@ -111,7 +112,7 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     if paths.questions.is_file() and not others:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
-        seen = f" (one of {', '.join(map(str, places))}?)"
+        seen = f" (one of {', '.join(map(str, places[:9]))}?)"
     raise UserError(
         f"{paths.data_dir / 'captions.json'} is missing: write {PLAIN} there, or put one of "
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "
@@ -237,7 +238,9 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         photos = [place / end for end in ways] if place else [folder / name]
         # Its own text counts before one that a photo of another suffix may share, unless that of
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
-        ends = (f"{photos[0].suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
+        suffix = photos[0].suffix
+        ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
+        ends += f"{suffix}.json", suffix + TAKEOUT
         files = (photo.with_suffix(end) for photo in photos for end in ends)
         told = ((file, lines) for file in files if os.path.isfile(file) and (lines := _lines(file)))
         file, lines = next(told, ("", []))  # a blank one doesn't hide another
@@ -261,7 +264,8 @@ def _lines(file: Path) -> list[str]:
     """The captions, one a line, of a text, or those of a photo's own JSON object."""
     if file.suffix == ".json":
         said = read_json(file, older=True)
-        return texts_of(said) if isinstance(said, dict) else []
+        texts = texts_of(said) if isinstance(said, dict) else []
+        return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
     lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
@@ -404,6 +408,7 @@ def state_of(source: Path) -> str:
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}

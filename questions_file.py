@@ -13,6 +13,7 @@ from typing import Any
 from captions_file import (
     Entry,
     choose_columns,
+    is_rejected,
     name_within,
     photo_in,
     read_file,
@@ -68,7 +69,10 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     if source.is_file():
         return read_questions(source)
     lists = lists_among(names_in(source))
-    found, refused = read_lists(source, lists, "question|vqa", read_questions)
+    near = [name for name in lists if name.count("/") < 2]  # SLAKE's photos have each their own too
+    found, refused = read_lists(source, near, "question|vqa", read_questions)
+    if not found:
+        found, refused = read_lists(source, lists, "question|vqa", read_questions)
     if not found:
         seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(
@@ -124,6 +128,8 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
         question = _asked(row.get("question")) and read_entry(where, row)
         if name in (None, "") or isinstance(name, list) or not question:
             passed.append(f"{where} names no photo and question, with {', '.join([*row][:9])}")
+        elif is_rejected(row):
+            passed.append(f"{where} was rejected")
         elif answered and not question["answer"].strip():
             passed.append(f"{where} has no answer")
         else:

@@ -57,7 +57,7 @@ class Table:
 
 def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     """A table of lines; its first row may call a photo of the `folder` without its suffix. Of
-    columns of one name all but the first have their place after it."""
+    columns of one name all but the first have their place after it, or before a crowd's."""
     first = lines[0][1]
     delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
     words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
@@ -77,12 +77,16 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     names: list[str] = []
     for place, (value, _) in enumerate(rows[0][1]):
         key = plain_key(value.lstrip("# "))
-        names.append(f"{key}_{place}" if key and key in names else key)
+        again = f"{place}_{key}" if re.search("[.:]", value) else f"{key}_{place}"
+        names.append(again if key and key in names else key)
     return Table(delimiter, names, rows)
 
 
 def plain_key(name: str) -> str:
-    return re.sub("[ -]+", "_", name.strip().lower())
+    """In lower case and one word, without what Mechanical Turk (`Answer.caption`), Toloka
+    (`OUTPUT:caption`) and exiftool (`XMP:Description`) put before it."""
+    name = re.sub("[ -]+", "_", name.strip().lower())
+    return re.sub(r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp)[.:](?=\w)", "", name)
 
 
 def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:

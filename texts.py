@@ -13,8 +13,9 @@ from dataset import TEXT_KEYS
 
 CAPTION_KEYS = (
     *TEXT_KEYS,
-    *"comment title sentence sentences description raw caption_str reference_strs".split(),
-    *"caption_text caption_en alt_text report findings productdisplayname prompt".split(),
+    *"sentence sentences description raw caption_str reference_strs caption_text".split(),
+    *"caption_en caption_abstract imagedescription alt_text report findings".split(),
+    *"taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
 TALKS = ("conversations", "messages", "texts")

@@ -162,6 +162,25 @@ def test_a_text_beside_each_photo(tmp_path, capsys):
     assert "3.jpg: no caption beside it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", [".json", ".jpg.json", ".jpg.supplemental-metadata.json"])
+def test_an_object_beside_a_photo_may_have_its_name_for_a_title(tmp_path, end):
+    """As Google Takeout's have, and what downloads albums."""
+    said = {"title": "1.jpg", "description": "A red dog"}
+    other = {"title": "2.jpg", "description": ""}
+    texts = {f"images/1{end}": json.dumps(said), f"images/2{end}": json.dumps(other)}
+    folder = lay_out(tmp_path, texts)
+    assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog"]}
+    (folder / f"images/1{end}").write_text(json.dumps(said | {"description": "A dog"}))
+    assert prepared(folder, "--split", "test") == {"1.jpg": ["A dog"]}
+
+
+def test_a_column_of_names_is_none_of_captions(tmp_path):
+    """As doccano writes it, whose captions are labels."""
+    (tmp_path / "all.jsonl").write_text('{"filename": "x/1.jpg", "text": "1.jpg", "label": ["A"]}')
+    with pytest.raises(UserError, match="line 1 names no photo and caption"):
+        read_captions(tmp_path / "all.jsonl")
+
+
 def test_photos_that_differ_in_their_suffix_have_each_its_own_text(tmp_path):
     """As inference.py writes them; a text that no other stands beside is both photos'."""
     folder = lay_out(tmp_path, {"images/1.txt": "A", "images/2.txt": "B"}, ["1.jpg", "1.png"])
@@ -491,6 +510,14 @@ def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
     task = {"id": 7, "annotations": said, "data": {"captioning": "/data/local-files/?d=1.jpg"}}
     (tmp_path / "tasks.json").write_text(json.dumps([task]))
     assert read_captions(tmp_path / "tasks.json").texts == {"1.jpg": ["A dog"]}
+    said[0]["result"] = [
+        {"from_name": "note", "value": {"text": ["Unsure"]}},
+        {"from_name": "caption", "value": {"text": ["A dog"]}},
+        {"from_name": "transcription", "value": {"x": 1, "y": 2, "text": ["STOP"]}},  # in a box
+        {"type": "relation", "from_id": "a", "to_id": "b"},
+    ]
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    assert read_captions(tmp_path / "tasks.json").texts == {"1.jpg": ["A dog"]}
     (tmp_path / "tasks.json").write_text(json.dumps([{"data": {"image": "1.jpg"}}]))
     with pytest.raises(UserError, match="entry 1 names no photo and caption"):
         read_captions(tmp_path / "tasks.json")
@@ -673,6 +700,36 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
         ("1.jpg@2x.jpg,A\n", {"1.jpg@2x.jpg": ["A"]}),
         ("# ,image,caption,split\n0,1.jpg,A,train\n", {"1.jpg": ["A"]}),
         ("# caption,image\nA,1.jpg\n", {"1.jpg": ["A"]}),
+        ("# MSVD\n#\n1.jpg A dog\n", {"1.jpg": ["A dog"]}),
+        ("image,title,caption_1,caption_2\n1.jpg,A long title,A,B\n", {"1.jpg": ["A", "B"]}),
+        ("photo_id,label,caption\n-x_1,food,A\n", {"-x_1": ["A"]}),  # Yelp's
+        (
+            "SourceFile,Title,Caption-Abstract\n./1.jpg,T,A dog\n",
+            {"1.jpg": ["A dog"]},
+        ),  # exiftool's
+        ("SourceFile,EXIF:ImageDescription\n./1.jpg,A dog\n", {"1.jpg": ["A dog"]}),
+        # Toloka's, and Mechanical Turk's, of which the task's own description is no caption.
+        (
+            "INPUT:image\tOUTPUT:caption\tGOLDEN:caption\tHINT:text\tASSIGNMENT:status\n"
+            "1.jpg\tA\t\t\tAPPROVED\n2.jpg\tB\t\t\tREJECTED\n",
+            {"1.jpg": ["A"]},
+        ),
+        *(
+            (
+                f"Title,Description,AssignmentStatus,Input.image_url,Input.caption,Answer.{said}\n"
+                + "".join(
+                    f"Task,Write what you see,Approved,{n}.jpg,x,{cell.format(n)}\n"
+                    for n in range(10)
+                )
+                + "Task,Write what you see,Rejected,10.jpg,x,No\n",
+                {f"{n}.jpg": [f"Dog {n}"] for n in range(10)},
+            )
+            for said, cell in (
+                ("caption", "Dog {}"),
+                ("description", "Dog {}"),
+                ("taskAnswers", '"[{{""caption"":""Dog {}""}}]"'),
+            )
+        ),
     ],
 )
 def test_the_header_decides(tmp_path, text, expected):
@@ -816,6 +873,14 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
+        ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
+        (
+            [
+                {"path": f"{n}.jpg", "caption": said, "answer": judged, "_task_hash": 1}  # Prodigy
+                for n, said, judged in ((1, "A", "accept"), (2, "B", "accept"), (3, "C", "reject"))
+            ],
+            AB,
+        ),
         (
             [
                 {"image": f"{n}.jpg", "question_text": "x y", "blip_caption": "AB"[n - 1]}
@@ -1473,6 +1538,26 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": ["1", "red"], "answer": "red"},
             )
         ),
+        (
+            "a.csv",  # Mechanical Turk
+            "AssignmentStatus,Input.image_url,Input.question,Answer.answer\n"
+            + "".join(f"Approved,{n},Which?,red\n" for n in IDS)
+            + "Rejected,1.jpg,Which?,no\n",
+        ),
+        (
+            "a.json",  # Label Studio
+            json.dumps(
+                [
+                    {
+                        "data": {"image": n, "question": "Which?"},
+                        "annotations": [
+                            {"result": [{"from_name": "answer", "value": {"text": ["red"]}}]}
+                        ],
+                    }
+                    for n in IDS
+                ]
+            ),
+        ),
     ],
 )
 def test_questions_in_other_forms_find_their_photos(tmp_path, name, text):
@@ -1534,6 +1619,11 @@ def test_questions_of_several_splits_may_stand_in_files_of_their_own(tmp_path, c
     (folder / "copy").mkdir()
     (folder / "copy/my questions.json").write_text(texts["val.json"])
     assert [len(asked) for asked in find_questions(folder).values()] == [1]  # copies count once
+    (folder / "copy/my questions.json").unlink()
+    (folder / "my questions.json").rename(folder / "val.json")
+    (folder / "images/x").mkdir()  # as each photo of SLAKE has its own too
+    (folder / "images/x/question.json").write_text(texts["val.json"])
+    assert {*find_questions(folder)} == {*IDS}
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no questions: write questions.json"):
         find_questions(tmp_path / "none")
