@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,20 @@ class Checkpoint:
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any], of: str = "") -> None:
     """Refuse to go on with, or begin with, a checkpoint that another configuration made."""
-    differing = [
-        f"{of}{key} {there.get(key)} there, {here.get(key)} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    ]
-    if differing:
+    if differing := "; ".join(_differing(there, here, of)):
         raise UserError(
-            f"the checkpoint was trained with another configuration ({'; '.join(differing)}): "
+            f"the checkpoint was trained with another configuration ({differing}): "
             "restore it, or start anew with --resume_checkpoint_path none --start_checkpoint none"
         )
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], of: str) -> Iterator[str]:
+    for key in {**there, **here}:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differing(old, new, f"{of}{key}.")
+        elif old != new:
+            yield f"{of}{key} {old} there, {new} here"
 
 
 def digest(content: Any) -> str:

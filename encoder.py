@@ -213,7 +213,7 @@ class FrozenEncoder(nn.Module):
         revision = getattr(config, "_commit_hash", None) or revision
         source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
         encoder = cls(tower, processor, layers, source)
-        if image_size:
+        if image_size not in (0, encoder.side):
             encoder._see_at(image_size)
         return encoder
 

@@ -81,8 +81,7 @@ def test_each_family_sees_pictures_of_another_size(family, tmp_path):
     again = FrozenEncoder.load_as_trained(larger.identity(), 32)
     assert torch.equal(again(again.preprocess(images)), features)
     assert "image_size" not in usual.identity()  # or features made before it would be made anew
-    same = FrozenEncoder.load(folder, image_size=32)
-    torch.testing.assert_close(same(same.preprocess(images)), usual(usual.preprocess(images)))
+    assert FrozenEncoder.load(folder, image_size=32).identity() == usual.identity()
 
 
 @pytest.mark.parametrize("size", [50, 8192, -8, "48"])

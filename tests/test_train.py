@@ -527,6 +527,7 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "encoder layers [-1] there, [-2] here" in other.stderr
     assert "encoder image_size None there, 48 here" in other.stderr
+    assert "encoder preprocessing.size.height 32 there, 48 here" in other.stderr
     assert len([*(data / "features").iterdir()]) == 1  # said before photos were encoded anew
     other = run("train.py", *flags, "--epochs", 0, "--train_split_ratio", 0.5)
     assert "learned from another split of these photos (TRAIN_SPLIT_RATIO = 0.7)" in other.stdout
