@@ -38,6 +38,7 @@ OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
 DEPTH = 3  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
+KARPATHY_FILES = "dataset_*.json"
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
 BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
@@ -78,7 +79,7 @@ def find_captions(
     if table:
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
-    for file in (*given, *karpathy_files(paths.data_dir)):
+    for file in (*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))):
         if in_karpathys_form(file, CAPTION_KEY) and (found := read_captions(file)).texts:
             return [file], found
     if (found := read_folder(paths.images)).texts:
@@ -132,7 +133,7 @@ def find_table(*folders: Path) -> Path | None:
 
 def karpathy_files(folder: Path) -> list[Path]:
     """The files in Karpathy's form in a folder; data sets' own descriptions have such names too."""
-    return [*filter(in_karpathys_form, sorted(folder.glob("dataset_*.json")))]
+    return [*filter(in_karpathys_form, sorted(folder.glob(KARPATHY_FILES)))]
 
 
 def in_karpathys_form(file: Path, key: str = "") -> bool:

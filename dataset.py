@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distributed import ALONE, Team
 from features import FeatureCache, ResidentFeatures
-from options import SPLITS
+from options import SPLITS, fits
 from photo_names import LONGEST, by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, command, files_in, read_json, read_text
@@ -421,13 +421,11 @@ def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
 def load_splits(path: Path) -> dict[str, list[str]]:
     """Read splits.json as `prepare_dataset.py` wrote it: `{"train": [names], "val": ..., ...}`."""
     table = read_json(path)
-    if not isinstance(table, dict) or not all(isinstance(table.get(s), list) for s in SPLITS):
-        raise UserError(f"{path} is not a table of splits: run {command('prepare_dataset.py')}")
-    if not all(isinstance(name, str) for split in SPLITS for name in table[split]):
-        raise UserError(
-            f"{path} holds what is no photo's name: run {command('prepare_dataset.py')}"
-        )
-    return {split: [*dict.fromkeys(table[split])] for split in SPLITS}
+    splits = {split: table.get(split) for split in SPLITS} if isinstance(table, dict) else None
+    if not fits(splits, dict[str, list[str]]):
+        remedy = f"run {command('prepare_dataset.py')}"
+        raise UserError(f"{path} is not a table of splits, each a list of photos' names: {remedy}")
+    return {split: [*dict.fromkeys(names)] for split, names in splits.items()}
 
 
 # --- Batches --------------------------------------------------------------------------------

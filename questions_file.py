@@ -104,7 +104,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     """
     form, content = read_file(path)
     if form == "JSON" and isinstance(content, dict):
-        content = _objects(content)
+        content = _without_ids(content)
         if isinstance(content, dict):
             load_questions(path, False, content)  # our own form: it says what is wrong with it
             content = {n: [_own(f"{path}: {n!r}", e) for e in v] for n, v in content.items()}
@@ -148,7 +148,7 @@ def _own(where: str, entry: dict[str, Any]) -> dict[str, Any]:
     return entry | read_entry(where, entry) if {*entry} & others else entry
 
 
-def _objects(table: dict[str, Any]) -> Any:
+def _without_ids(table: dict[str, Any]) -> Any:
     """The objects within a JSON object: by their ids or photos, by split, or in the only list of
     them; our own form stays as it is."""
     lists = {key: v for key, v in table.items() if isinstance(v, list) and _are_objects(v)}

@@ -12,11 +12,10 @@ from typing import Any, NoReturn
 
 from utils import UserError, redact
 
-PATH_SUFFIXES = ("_DIR", "_FILE", "_PATH", "_SHARDS")
-# How flags and settings are called that name a file or a folder, or what is on the Hub.
-NO_ADDRESS = ("_DIR", "_FILE", "CHECKPOINT", "CHECKPOINT_PATH", "ENCODER", "CLIP", "OUTPUT")
-NO_ADDRESS += ("ENCODER_MODEL_NAME", "REPORT", "OUT", "SAVE_CAPTIONS", "ATTENTION", "ARCHIVE")
-OR_ON_HUB = ("ENCODER_MODEL_NAME", "START_CHECKPOINT")  # which name what is here or there
+# How settings and flags are called that name a file or a folder, or else what is on the Hub.
+FILES, OR_ON_HUB = ("_DIR", "_FILE", "CHECKPOINT_PATH"), ("ENCODER_MODEL_NAME", "CHECKPOINT")
+NO_ADDRESS = (*FILES, *OR_ON_HUB, "ENCODER", "CLIP", "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
+NO_ADDRESS += ("ATTENTION", "ARCHIVE")
 ANY = 2**31 - 1  # stands for: no upper bound
 
 # What settings (capitals), flags and a run's state may be, both ends allowed: whole if the first is
@@ -140,7 +139,8 @@ def _anchor(root: Path, name: str, value: object) -> object:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and value and ":" not in value:
         path = os.path.normpath(root / Path(value).expanduser())
-        if name.endswith(PATH_SUFFIXES) or (name in OR_ON_HUB and os.path.exists(path)):
+        here = name.endswith(OR_ON_HUB) and os.path.exists(path)
+        if here or name.endswith((*FILES, "_SHARDS")):
             return path
     return value
 

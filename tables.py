@@ -58,21 +58,11 @@ class Table:
 def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
     """A table of lines; its first row may call a photo of the `folder` without its suffix. Of
     columns of one name all but the first have their place after it, or before a crowd's."""
-    first = lines[0][1]
-    delimiter = next((mark for mark in first if mark in ",|\t;"), ",")
-    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
-    name = plain_name(words[1]) if words else ""
-    begin, *rest = first.split(delimiter)  # where tabs were lost, or became `:` or `@`
-    signs = [] if rest and is_photo(plain_name(begin)) else re.finditer("[:@]", begin)
-    sign = next((at[0] for at in signs if is_photo(plain_name(begin[: at.start()]))), "")
-    bare = name and not sign and not (rest and is_photo(plain_name(rest[-1])))
-    if is_photo(name) or (bare and folder and is_there(name, folder)):
-        delimiter = " "
-        if dash := re.match(r"\S+ +([-#=>:~–—]{1,3}) ", first):  # 1.jpg - A dog
-            apart = re.compile(rf"^(\S+) +{re.escape(dash[1])} ")
-            lines = [(where, apart.sub(r"\1 ", text)) for where, text in lines]
-    elif sign:
-        delimiter = sign
+    delimiter = delimiter_of(lines[0][1], folder)
+    dash = re.match(r"\S+ +([-#=>:~–—]{1,3}) ", lines[0][1])
+    if delimiter == " " and dash:  # 1.jpg - A dog
+        apart = re.compile(rf"^(\S+) +{re.escape(dash[1])} ")
+        lines = [(where, apart.sub(r"\1 ", text)) for where, text in lines]
     rows = [*whole_rows(lines, delimiter)]
     names: list[str] = []
     for place, (value, _) in enumerate(rows[0][1]):
@@ -80,6 +70,21 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
         again = f"{place}_{key}" if re.search("[.:]", value) else f"{key}_{place}"
         names.append(again if key and key in names else key)
     return Table(delimiter, names, rows)
+
+
+def delimiter_of(first: str, folder: Path | None) -> str:
+    """What parts the fields of a first row: the usual sign that comes first, or after a photo's
+    name a space, or what tabs became (`:`, `@`)."""
+    usual = next((mark for mark in first if mark in ",|\t;"), ",")
+    begin, *rest = first.split(usual)
+    words = re.match(r"([^\s,|;]+) +[^\s,|;]", first)
+    name = plain_name(words[1]) if words else ""
+    signs = [] if rest and is_photo(plain_name(begin)) else re.finditer("[:@]", begin)
+    sign = next((at[0] for at in signs if is_photo(plain_name(begin[: at.start()]))), "")
+    bare = name and not sign and not (rest and is_photo(plain_name(rest[-1])))
+    if is_photo(name) or (bare and folder and is_there(name, folder)):
+        return " "
+    return sign or usual
 
 
 def plain_key(name: str) -> str:

@@ -30,14 +30,7 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import (
-    UserError,
-    check_output,
-    require_extra,
-    run_script,
-    size_text,
-    write_file,
-)
+from utils import UserError, check_output, require_extra, run_script, size_text, write_file
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
