@@ -144,7 +144,7 @@ def describe_questions(questions: Texts) -> None:
     asked = [text for group in questions.values() for text in group]
     counts = sorted(map(len, questions.values()))
     print(f"a photo   {counts[0]} to {counts[-1]} questions, {len(asked) / len(counts):.1f} mean")
-    told = answers_by_kind(asked, normalize)
+    told = answers_by_kind(asked)
     for kind, answers in sorted(told.items(), key=lambda each: (-each[1].total(), each[0]))[:11]:
         whole = answers.total()
         most = ", ".join(f"{said!r} {100 * n / whole:.0f} %" for said, n in answers.most_common(3))

@@ -17,6 +17,7 @@ from checkpoint import Checkpoint, check_same
 from dataset import (
     CaptionRows,
     DataPaths,
+    Splits,
     Texts,
     data_paths,
     encode_rows,
@@ -32,7 +33,7 @@ from features import FeatureCache, build_features, resident_or_cached
 from options import parse_tasks
 from rerank import Reranker, fit_reranker
 from self_critical import Critic, critical_epochs
-from shards import Stock, StreamedRows, take_stock
+from shards import Rows, Stock, StreamedRows, take_stock
 from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError, command
@@ -49,12 +50,12 @@ class Data:
     paths: DataPaths
     tasks: tuple[str, ...]
     texts: Texts
-    splits: dict[str, list[str]]
+    splits: Splits
     encoder: dict[str, Any]  # FrozenEncoder.identity()
     tower: dict[str, Any]  # FrozenEncoder.for_others(), preprocessor included
     cache: FeatureCache
     tokenizer: CaptionTokenizer
-    train: CaptionRows | StreamedRows
+    train: Rows
     val: CaptionRows
     critic: Critic | None  # where there is a self-critical stage
 
@@ -133,7 +134,7 @@ def load_data(
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
 
 
-def first_photos(splits: dict[str, list[str]], most: int) -> dict[str, list[str]]:
+def first_photos(splits: Splits, most: int) -> Splits:
     """So many photos in all, of each split its share, and of one that has any at least one."""
     total = max(1, sum(map(len, splits.values())))
     return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
@@ -164,7 +165,7 @@ def say_cut(
         )
 
 
-def check_splits(settings: SimpleNamespace, splits: dict[str, list[str]], what: str) -> None:
+def check_splits(settings: SimpleNamespace, splits: Splits, what: str) -> None:
     for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
         if not splits[split]:
             raise UserError(

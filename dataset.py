@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distributed import ALONE, Team
-from features import FeatureCache, ResidentFeatures
+from features import Features
 from options import SPLITS, fits
 from photo_names import LONGEST, by_last_part, find_names, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
@@ -152,6 +152,8 @@ class Text:
 
 
 Texts = Mapping[str, Sequence[Text]]  # about each photo
+Splits = dict[str, list[str]]  # the photos of each split
+Prompt = tuple[str, Text]  # a photo's name, and what is to be written about it
 
 
 def load_questions(path: Path, answered: bool = True, table: Any = None) -> dict[str, list[Text]]:
@@ -213,9 +215,7 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
         for name, questions in load_questions(paths.questions).items():
             said[name] = said.get(name, []) + questions
     texts = {name: [t for t in group if normalize(t.target)] for name, group in said.items()}
-    kept, all_of = (
-        Counter(text.task for group in table.values() for text in group) for table in (texts, said)
-    )
+    kept, all_of = (Counter(t.task for g in table.values() for t in g) for table in (texts, said))
     for task in tasks:
         what = "captions" if task == "captions" else "answers"
         if not kept[task]:
@@ -225,23 +225,21 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     return {name: group for name, group in texts.items() if group}
 
 
-def prompts_about(texts: Texts, names: Iterable[str], task: str) -> list[tuple[str, Text]]:
+def prompts_about(texts: Texts, names: Iterable[str], task: str) -> list[Prompt]:
     """What to have written about photos: one caption each, or the answer to each question."""
-    prompts: list[tuple[str, Text]] = []
+    prompts: list[Prompt] = []
     for name in names:
         wanted = [text for text in texts.get(name, ()) if text.task == task]
         prompts += [(name, text) for text in (wanted[:1] if task == "captions" else wanted)]
     return prompts
 
 
-def answers_by_kind(
-    asked: Iterable[Text], spelled: Callable[[str], str] = str
-) -> dict[str, Counter[str]]:
+def answers_by_kind(asked: Iterable[Text]) -> dict[str, Counter[str]]:
     """How often each answer is given to each type of question, and under "" to all."""
     counts: dict[str, Counter[str]] = {}
     for text in asked:
         for kind in {text.kind, ""}:
-            counts.setdefault(kind, Counter())[spelled(text.target)] += 1
+            counts.setdefault(kind, Counter())[normalize(text.target)] += 1
     return counts
 
 
@@ -273,9 +271,8 @@ def find_images(
 ) -> list[str]:
     """Return the names whose file is there, within the folder, links followed."""
     if not image_dir.is_dir():
-        raise UserError(
-            f"the photo folder {image_dir} is missing: run {command('prepare_dataset.py')}"
-        )
+        remedy = f"run {command('prepare_dataset.py')}"
+        raise UserError(f"the photo folder {image_dir} is missing: {remedy}")
     root = os.path.realpath(image_dir) + os.sep
     resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
     found, missing = [], []
@@ -305,7 +302,7 @@ def find_images(
 # --- Splits ---------------------------------------------------------------------------------
 
 
-def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[str]]:
+def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
     """Split photos by a hash of their name: adding photos never moves the others.
 
     A share `train_ratio` is for training; the rest is half for validation, half for testing. Of
@@ -333,7 +330,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> dict[str, list[s
     return _checked(splits, f"--train_split_ratio {train_ratio}")
 
 
-def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
+def split_by_karpathy(names: Iterable[str], path: Path) -> Splits:
     """Split photos as a `dataset_*.json` in Karpathy's format says (`restval` is for training), or
     a folder with a list of names for each split.
 
@@ -342,7 +339,7 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     """
     table = _lists_in(path) if path.is_dir() else read_json(path)
     names = [*names]
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    splits: Splits = {split: [] for split in SPLITS}
     of: dict[str, str] = {}  # the split of each name in the file
     try:
         lists = {} if "images" in table else table  # {"train": ["1.jpg", ...], "val": [...]}
@@ -368,9 +365,9 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> dict[str, list[str]]:
     return _checked(splits, str(path))
 
 
-def _lists_in(folder: Path) -> dict[str, list[str]]:
+def _lists_in(folder: Path) -> Splits:
     """The names, one a line, in texts called after splits, as `Flickr_8k.trainImages.txt`."""
-    lists: dict[str, list[str]] = {}
+    lists: Splits = {}
     for name in files_in(folder, recursive=False):
         if name.endswith(".txt") and (split := split_in(name)):
             lines = read_text(folder / name).split("\n")
@@ -390,27 +387,25 @@ def split_in(text: object) -> str:
 
 def split_by_own(
     names: Iterable[str], known: Mapping[str, str], train_ratio: float
-) -> dict[str, list[str]] | None:
+) -> Splits | None:
     """Split photos as their captions say, or else their folders; None if they say nothing.
 
     Where these know training and testing alone, of the photos for training all but a share
     `train_ratio` validate.
     """
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    splits: Splits = {split: [] for split in SPLITS}
     for name in names:
         if split := known.get(name) or split_in(os.path.dirname(name)):
             splits[split].append(name)
     if len(splits["train"]) > 1 and splits["test"] and not splits["val"]:
         inner = split_by_ratio(splits["train"], train_ratio)
         splits |= {"train": inner["train"], "val": inner["val"] + inner["test"]}
-        count = len(splits["val"])
-        print(
-            f"these photos' own split has none to validate: {count} of those to train on do instead"
-        )
+        said = f"{len(splits['val'])} of those to train on do instead"
+        print(f"these photos' own split has none to validate: {said}")
     return splits if splits["train"] and splits["val"] else None
 
 
-def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
+def _checked(splits: Splits, source: str) -> Splits:
     for split in ("train", "val"):
         if not splits[split]:
             remedy = "more photos, another split, or --split test to score a trained model on all"
@@ -418,11 +413,11 @@ def _checked(splits: dict[str, list[str]], source: str) -> dict[str, list[str]]:
     return splits
 
 
-def load_splits(path: Path) -> dict[str, list[str]]:
+def load_splits(path: Path) -> Splits:
     """Read splits.json as `prepare_dataset.py` wrote it: `{"train": [names], "val": ..., ...}`."""
     table = read_json(path)
     splits = {split: table.get(split) for split in SPLITS} if isinstance(table, dict) else None
-    if not fits(splits, dict[str, list[str]]):
+    if not fits(splits, Splits):
         remedy = f"run {command('prepare_dataset.py')}"
         raise UserError(f"{path} is not a table of splits, each a list of photos' names: {remedy}")
     return {split: [*dict.fromkeys(names)] for split, names in splits.items()}
@@ -463,9 +458,8 @@ class Batch:
     def without(self, rows: Sequence[int]) -> Batch:
         """The batch, in which these rows' tokens carry no loss; on the CPU."""
         kept = ~torch.isin(self.places // self.tokens.shape[1], torch.tensor(rows, dtype=int))
-        return replace(
-            self, targets=self.targets[kept], places=self.places[kept], asked=self.asked[kept]
-        )
+        parts = {name: getattr(self, name)[kept] for name in ("targets", "places", "asked")}
+        return replace(self, **parts)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(self.names, *(change(getattr(self, f.name)) for f in fields(self)[1:]))
@@ -525,7 +519,7 @@ class CaptionRows:
     def __init__(
         self,
         groups: dict[str, list[list[int]]],
-        features: FeatureCache | ResidentFeatures | None,
+        features: Features | None,
         views: int = 1,
     ):
         """Args: each photo's texts as ids from START to END; what `load` loads from; its views."""

@@ -34,9 +34,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import metrics
 from captions_search import say_other_split, say_outdated
 from checkpoint import load_checkpoint
 from dataset import (
+    Prompt,
     Text,
     answers_by_kind,
     data_paths,
@@ -50,18 +52,7 @@ from encoder import loading_options, open_image, quiet_library
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
-from metrics import (
-    SCORER,
-    TOKENIZER,
-    bootstrap_interval,
-    diversity,
-    score,
-    tokenize,
-    vqa_accuracy,
-    without_spaces,
-)
 from options import change_options, given_options
-from tokenizer import normalize
 from utils import UserError, check_output, command, first_line, run_script, write_file
 
 
@@ -147,7 +138,7 @@ class Scored:
         self.left_out = len(self.splits[settings.split]) - len(self.names)
         self.prompts = prompts_about(self.texts, self.names, settings.task)
 
-    def write(self, prompts: Sequence[tuple[str, Text]]) -> list[Hypothesis]:
+    def write(self, prompts: Sequence[Prompt]) -> list[Hypothesis]:
         """The best hypothesis about each prompt."""
         found = generate_cached(
             self.checkpoint.model.to(self.device),
@@ -187,10 +178,10 @@ def score_captions(scored: Scored) -> dict[str, object]:
         content = json.dumps(captions, ensure_ascii=False, indent=1)
         write_file(Path(settings.save_captions).expanduser(), content)
     references = references_of(scored.texts, names)
-    found, values = score(captions, references)
-    low, high = bootstrap_interval(list(values.values()), seed=0)
+    found, values = metrics.score(captions, references)
+    low, high = metrics.bootstrap_interval(list(values.values()), seed=0)
     training = references_of(scored.texts, scored.splits["train"]).values()
-    other = diversity(said, {text for group in training for text in group})
+    other = metrics.diversity(said, {text for group in training for text in group})
     if not training:  # of another source's photos
         del other["novel"]
     other["unfinished"] = 100 * sum(not h.ended for h in hypotheses) / len(names)
@@ -219,8 +210,8 @@ def score_captions(scored: Scored) -> dict[str, object]:
         "CIDEr-D interval": [round(low, 4), round(high, 4)],
         **{name: round(value, 4) for name, value in other.items()},
         "not computed": missing,
-        "scorer": SCORER,
-        "tokenizer": TOKENIZER,
+        "scorer": metrics.SCORER,
+        "tokenizer": metrics.TOKENIZER,
     }
 
 
@@ -235,7 +226,7 @@ def what_is_scored(scored: Scored, references: dict[str, list[str]]) -> Iterator
     several = sum(len(group) > 1 for group in references.values())
     if 0 < several < count:
         yield f"human: of the {several} photos with several captions"
-    if odd := without_spaces([text for group in references.values() for text in group]):
+    if odd := metrics.without_spaces([text for group in references.values() for text in group]):
         yield odd
 
 
@@ -259,7 +250,7 @@ def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
     if not usable:
         return {}
     found = [
-        score(
+        metrics.score(
             {name: group[k] for name, group in usable.items()},
             {name: group[:k] + group[k + 1 :] for name, group in usable.items()},
         )[0]
@@ -303,9 +294,9 @@ def score_answers(scored: Scored) -> dict[str, object]:
     }
 
 
-def common_answers(prompts: Sequence[tuple[str, Text]]) -> dict[str, str]:
+def common_answers(prompts: Sequence[Prompt]) -> dict[str, str]:
     """The most frequent answer to each type of question, and under "" to all."""
-    counts = answers_by_kind((text for _, text in prompts), normalize)
+    counts = answers_by_kind(text for _, text in prompts)
     return {kind: count.most_common(1)[0][0] for kind, count in counts.items()}
 
 
@@ -317,10 +308,8 @@ def accuracy_by_kind(
     for kind in ("all", *sorted({question.kind for question in questions} - {""})):
         places = [i for i, q in enumerate(questions) if kind in ("all", q.kind)]
         for source, given in answers.items():
-            right = [
-                vqa_accuracy(given[i], questions[i].answers or [questions[i].target])
-                for i in places
-            ]
+            pairs = [(given[i], questions[i].answers or [questions[i].target]) for i in places]
+            right = [metrics.vqa_accuracy(*pair) for pair in pairs]
             found.setdefault(kind, {})[source] = round(100 * sum(right) / len(right), 4)
     return found
 
@@ -332,15 +321,15 @@ def java_scores(
     captions: dict[str, str], references: dict[str, list[str]]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """METEOR and SPICE by pycocoevalcap, times 100, and why one of them is not computed."""
-    metrics = ("METEOR", "SPICE")
+    both = ("METEOR", "SPICE")
     if shutil.which("java") is None:
-        return {}, dict.fromkeys(metrics, "needs Java")
+        return {}, dict.fromkeys(both, "needs Java")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return {}, dict.fromkeys(metrics, "needs pip install pycocoevalcap")
-    ours = {name: [" ".join(tokenize(text))] for name, text in captions.items()}
-    theirs = {name: [" ".join(tokenize(t)) for t in group] for name, group in references.items()}
+        return {}, dict.fromkeys(both, "needs pip install pycocoevalcap")
+    ours = {name: [" ".join(metrics.tokenize(text))] for name, text in captions.items()}
+    theirs = {name: [" ".join(metrics.tokenize(t)) for t in references[name]] for name in captions}
     scores, missing = {}, {}
-    for metric in metrics:
+    for metric in both:
         module = importlib.import_module(f"pycocoevalcap.{metric.lower()}.{metric.lower()}")
         # Their progress goes to standard output, where our last line belongs to programs.
         with contextlib.redirect_stdout(sys.stderr):

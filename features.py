@@ -126,9 +126,10 @@ class ResidentFeatures:
         return self.features[index.to(self.features.device, non_blocking=True)]
 
 
-def resident_or_cached(
-    cache: FeatureCache, device: torch.device
-) -> FeatureCache | ResidentFeatures:
+Features = FeatureCache | ResidentFeatures
+
+
+def resident_or_cached(cache: FeatureCache, device: torch.device) -> Features:
     """The features on a GPU if they take at most half of what is free there, else on disk."""
     if device.type != "cuda":
         return cache
@@ -427,9 +428,8 @@ def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict
     with atomic_write(pack) as path, open(path, "wb") as file:
         for labels, features in parts:
             if not features.isfinite().all():
-                raise UserError(
-                    "the encoder gave features that are not finite: run with --precision fp32"
-                )
+                wrong = "the encoder gave features that are not finite"
+                raise UserError(f"{wrong}: run with --precision fp32")
             for label, row in zip(labels, features.cpu().numpy(), strict=True):
                 content = row.tobytes()
                 file.write(content)

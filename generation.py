@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dataset import Text
+from dataset import Prompt
 from decoder import KeyValueCache
 from device import autocast
-from features import FeatureCache, ResidentFeatures, prefetch
+from features import Features, prefetch
 from model import CaptionModel
 from options import GenerationOptions
 from rerank import Reranker
@@ -106,8 +106,8 @@ def dice_of(options: GenerationOptions) -> torch.Generator:
 def generate_cached(
     model: CaptionModel,
     tokenizer: CaptionTokenizer,
-    store: FeatureCache | ResidentFeatures,
-    prompts: Sequence[tuple[str, Text]],
+    store: Features,
+    prompts: Sequence[Prompt],
     options: GenerationOptions,
     *,
     reranker: Reranker | None = None,

@@ -45,14 +45,19 @@ from encoder import hub_problem
 from utils import UserError, first_line, shown, write_error
 
 WEIGHTS = "model.safetensors"
-LOGIN = f"run {utils.program('hf')} auth login"
+
+
+def login() -> str:
+    """How to log in, with the program that came with this Python."""
+    return f"run {utils.program('hf')} auth login"
+
 
 # --- Download -------------------------------------------------------------------------------
 
 DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasses of later ones
     (HFValidationError, "it is neither a file here nor the name of a Hub repository (user/name)"),
-    (GatedRepoError, f"its owner gives access on request: ask on its page, then {LOGIN}"),
-    (RepositoryNotFoundError, f"no such Hub repository: check the name; if it's private, {LOGIN}"),
+    (GatedRepoError, "its owner gives access on request: ask on its page, then {login}"),
+    (RepositoryNotFoundError, "no such Hub repository: check the name; if it's private, {login}"),
     (RevisionNotFoundError, "it has no such revision: check the branch, tag or commit"),
     (RemoteEntryNotFoundError, f"it holds no {WEIGHTS}, so this project's train.py didn't make it"),
     (
@@ -82,7 +87,8 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
     except (HTTPError, LocalEntryNotFoundError, ImportError, ValueError) as error:
         # The last two: a name that is none, or a proxy in the environment that the client lacks.
         known = (text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
-        raise UserError(f"checkpoint {name}: {next(known, _reason(error))}") from error
+        said = next(known, "").format(login=login()) or _reason(error)
+        raise UserError(f"checkpoint {name}: {said}") from error
     except OSError as error:
         raise write_error(error, Path(constants.HF_HUB_CACHE)) from error
 
@@ -92,8 +98,8 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
 STALL_TIMEOUT = 60.0  # seconds that the Hub may stay silent in one request
 REFUSALS = {
-    401: f"the Hub doesn't accept the login (401): {LOGIN}",
-    403: f"the login may not do this (403): {LOGIN} with a token that may, "
+    401: "the Hub doesn't accept the login (401): {login}",
+    403: "the login may not do this (403): {login} with a token that may, "
     "or choose a repository of yours (HF_REPO_ID)",
     404: "no such repository (404)",
 }
@@ -138,7 +144,7 @@ class HubPusher:
                 "write user/name, or leave it empty to push nowhere"
             ) from error
         if get_token() is None:
-            report(f"Hub: no login, checkpoints stay on this machine; to share them, {LOGIN}")
+            report(f"Hub: no login, checkpoints stay on this machine; to share them, {login()}")
             return
         account = _account(LOGIN_TIMEOUT)  # the first push asks again, should it be renewed or late
         if account and (refusal := _refusal(repo_id, account)):
@@ -295,7 +301,7 @@ def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
     """Why this account can't write to the repository, with the remedy; None if it may."""
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        return f"the login's token can only read: {LOGIN} with one that can write"
+        return f"the login's token can only read: {login()} with one that can write"
     name = account["name"]
     owner = repo_id.partition("/")[0] if "/" in repo_id else name
     # A contributor writes to what is their own, which only the Hub knows.
@@ -322,7 +328,7 @@ def _reason(error: Exception) -> str:
         return _reason(error.__cause__)  # the client wraps what happened to the large file
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status:
-        return REFUSALS.get(status, f"the Hub answered {status}")
+        return REFUSALS.get(status, f"the Hub answered {status}").format(login=login())
     if isinstance(error, HTTPError):
         return f"the Hub can't be reached ({type(error).__name__})"
     return redact(f"{type(error).__name__}: {first_line(error)}")

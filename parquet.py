@@ -33,6 +33,9 @@ from tars import MOST_BYTES
 from texts import CAPTION_KEYS, TO_CAPTION, texts_of
 from utils import UserError, interpreter
 
+# The type of a column of bytes, or of objects, alone or in lists, with `bytes`.
+PICTURES = re.compile(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)")
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -130,18 +133,13 @@ def _rows(file: Path, schema: Any, read: Any, keys: list[str]) -> Iterator[dict[
             yield {plain_key(name): cell for name, cell in row.items()}
 
 
-def _holds_photos(kind: str) -> bool:
-    """Is a column, by its type, one of bytes, or of objects, alone or in lists, with `bytes`?"""
-    return bool(re.match(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)", kind))
-
-
 def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Columns:
     """Which columns count, by their names and, as in tables, by what stands in the first rows.
 
     Of several with pictures, one with a usual name for photos goes before a `control_image` or an
     `audio`. What is not used is said.
     """
-    photos = [name for name, kind in kinds.items() if _holds_photos(kind)]
+    photos = [name for name, kind in kinds.items() if PICTURES.match(kind)]
     # In one of the type `null` nothing stands.
     plain = [name for name in kinds if "binary" not in kinds[name]]
     texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]

@@ -68,7 +68,7 @@ from features import check_bad
 from options import SPLITS, parse_tasks
 from parquet import read_parquet
 from photo_names import is_photo
-from questions_file import convert_vqa, ensure_questions, questions_source
+from questions_file import Questions, convert_vqa, ensure_questions, questions_source
 from shards import say_samples
 from tars import expand_shards, read_shard, shards_named
 from utils import (
@@ -259,7 +259,7 @@ def unpack_parquet(paths: DataPaths) -> bool:
         return paths.images.is_dir()
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
-    questions: dict[str, list[dict[str, Any]]] = {}
+    questions: Questions = {}
     for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
         if name not in captions:
             write_file(paths.images / name, photo)

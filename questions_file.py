@@ -33,6 +33,7 @@ KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
+Questions = dict[str, list[dict[str, Any]]]  # about each photo, as questions.json has them
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 
 
@@ -63,7 +64,7 @@ def ensure_questions(
     return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
 
 
-def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
+def find_questions(source: Path) -> Questions:
     """Questions of a file, or of those in a folder, where what is called so comes first: of the one
     that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
@@ -87,7 +88,7 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     for name, error in refused.items():
         if are_alike([name, *found]):
             print(f"  passed over: {error}")
-    questions: dict[str, list[dict[str, Any]]] = {}
+    questions: Questions = {}
     for name, table in found.items():
         told = {"split": split_in(name)} if len(found) > 1 else {}
         for photo, group in table.items():
@@ -95,7 +96,7 @@ def find_questions(source: Path) -> dict[str, list[dict[str, Any]]]:
     return questions
 
 
-def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str, Any]]]:
+def read_questions(path: Path, answered: bool = True) -> Questions:
     """Questions as `load_questions` reads and checks them, from its form or from objects or rows of
     a photo, a question, and an answer or several people's, which may be missing unless `answered`.
 
@@ -120,7 +121,7 @@ def read_questions(path: Path, answered: bool = True) -> dict[str, list[dict[str
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
     photos, _, split = choose_columns(keys, [row for _, row in rows])
     photos = [key for n, key in enumerate(photos) if key != "id" or not n]
-    questions: dict[str, list[dict[str, Any]]] = {}
+    questions: Questions = {}
     passed = []
     for where, row in rows:
         said = (row[key] for key in photos if row.get(key) or type(row.get(key)) is int)  # as 0 is
@@ -266,7 +267,7 @@ def convert_vqa(
     for path in (*questions, *annotations):
         if not Path(path).expanduser().is_file():
             raise UserError(f"{path} is not there: --vqa_questions, --vqa_annotations name files")
-    table: dict[str, list[dict[str, Any]]] = {}
+    table: Questions = {}
     for pair in zip(questions, annotations, strict=True):
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)
         try:
@@ -288,7 +289,7 @@ def convert_vqa(
         )
 
 
-def _add_vqa(asked: Any, answered: Any, table: dict[str, list[dict[str, Any]]]) -> None:
+def _add_vqa(asked: Any, answered: Any, table: Questions) -> None:
     subtype = asked.get("data_subtype") or answered.get("data_subtype")
     stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
     texts: dict[tuple[str, ...], Any] = {}

@@ -27,7 +27,7 @@ from checkpoint import (
     stored_digest,
 )
 from corpus import Data
-from dataset import CaptionRows, Text, check_name
+from dataset import Text, check_name
 from decoder import DecoderConfig
 from device import choose_dtype
 from distributed import Team, share_gradients
@@ -38,7 +38,7 @@ from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
 from settings import check_ranges, constants
-from shards import StreamedRows
+from shards import Rows
 from utils import UserError, first_line, last_part, redact
 
 
@@ -176,7 +176,7 @@ class Run:
         for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(weight, share)
 
-    def updates_per_epoch(self, rows: CaptionRows | StreamedRows) -> int:
+    def updates_per_epoch(self, rows: Rows) -> int:
         batches = rows.count(self.settings.BATCH_SIZE)
         return math.ceil(batches / self.settings.GRADIENT_ACCUMULATION_STEPS)
 

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import POOL, Batch, epoch_order, make_batch, order_name
+from dataset import POOL, Batch, CaptionRows, epoch_order, make_batch, order_name
 from distributed import ALONE, Team
 from encoder import PHOTO_SUFFIXES, FrozenEncoder, ImageError
 from features import (
@@ -398,3 +398,6 @@ class StreamedRows:
             for batch in epoch_order(lengths, batch_size, (*key, pool)):
                 yield [members[i] for i in batch], [rows[i] for i in batch]
             pool += 1
+
+
+Rows = CaptionRows | StreamedRows  # what is trained on

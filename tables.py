@@ -22,7 +22,8 @@ from utils import UserError, bounded_memory, first_line, lfs_note, require_extra
 MOST_MEMORY = 2**29
 MOST_TEXTS = 2**31  # bytes that a parquet file's rows may take without photos
 MOST_LINES = 100  # of a quoted caption
-Row = tuple[str, list[tuple[str, str]]]  # where it stands, and each field's value and spelling
+Field = tuple[str, str]  # its value, and how it is spelled
+Row = tuple[str, list[Field]]  # where it stands, and its fields
 
 
 @dataclass
@@ -43,12 +44,12 @@ class Table:
         """A row's values by the names of their columns."""
         return {name: value for name, (value, _) in zip(self.names, row[1], strict=False)}
 
-    def trim(self, row: list[tuple[str, str]]) -> None:
+    def trim(self, row: list[Field]) -> None:
         """Take off the empty cells that spreadsheets write beyond the last column."""
         while len(row) > len(self.names) and not row[-1][0]:
             row.pop()
 
-    def join(self, row: list[tuple[str, str]], column: int) -> None:
+    def join(self, row: list[Field], column: int) -> None:
         """Have the cells that are too many be one with that of a column, whose text isn't quoted
         and has delimiters in it."""
         end = column + len(row) - len(self.names) + 1
@@ -102,7 +103,7 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
         rf'[ ]*"((?:[^"]|"")*)"{end}|[ ]*"((?:[^"\\]|\\.)*)"{end}|([^{mark}]*){mark}'
     )
 
-    def fields(text: str) -> list[tuple[str, str]]:
+    def fields(text: str) -> list[Field]:
         if len(text) > csv.field_size_limit():
             raise UserError(f"{where} is longer than {csv.field_size_limit():,}")
         found = []
@@ -112,14 +113,14 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
             found.append((value.strip(), match[0].removesuffix(delimiter)))
         return found
 
-    def opened(row: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def opened(row: list[Field]) -> list[Field]:
         """The fields from one on that begins with a quote which nothing closes, if one does."""
         spelled = [s.lstrip() for _, s in row]
         begun = (n for n, s in enumerate(spelled) if s.startswith('"') and s.count('"') % 2)
         first = next(begun, len(row))
         return row[first:] if delimiter.join(spelled[first:]).count('"') % 2 else []
 
-    def names_photo(row: list[tuple[str, str]]) -> bool:
+    def names_photo(row: list[Field]) -> bool:
         return any(is_photo(plain_name(value)) for value, _ in row)
 
     place = 0

@@ -158,6 +158,10 @@ def _read_once(url: str) -> Iterator[tuple[str, dict[str, tuple[str, bytes | Non
 def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
     """The files of a tar: name up to the first dot after folders, kind, suffix, and content, which
     is None where it is larger than MOST_BYTES of its kind."""
+
+    def letter(byte: re.Match) -> str:  # that is not UTF-8, but of Windows' older encoding
+        return byte[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+
     unpacked, file = 0, io.BufferedReader(stream)
     if file.peek(2)[:2] == b"\x1f\x8b":  # tarfile would end after the first of several joined
         file = gzip.open(file)
@@ -165,7 +169,7 @@ def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
     for info in tar:
         tar.members = []  # or all stay in RAM
         # Names may be of any bytes, and in some headers hold a zero, which no file's may.
-        name = re.sub("[\udc80-\udcff]", _older_letter, info.name).replace("\0", "_")
+        name = re.sub("[\udc80-\udcff]", letter, info.name).replace("\0", "_")
         if not info.isreg():
             continue
         if len(name) > LONGEST:
@@ -188,11 +192,6 @@ def _files(stream: _Sized) -> Iterator[tuple[str, str, str, bytes | None]]:
             raise tarfile.ReadError(JOINED)
     if getattr(getattr(tar.fileobj, "cmp", None), "unused_data", b"").strip(b"\0"):
         raise tarfile.ReadError(JOINED)  # after being packed
-
-
-def _older_letter(found: re.Match) -> str:
-    """What a byte that is not UTF-8 is in Windows' older encoding."""
-    return found[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 class _Header(tarfile.TarInfo):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import prepare_dataset
 from corpus import Data, given_tokenizer, load_data, shards_to_train
-from dataset import Batch, CaptionRows, Text, make_batch, order_name, prompts_about, references_of
+from dataset import Batch, Prompt, make_batch, order_name, prompts_about, references_of
 from device import autocast, release_memory
 from distributed import StopSignal, joined
 from features import prefetch
@@ -40,7 +40,7 @@ from options import GenerationOptions
 from report import Ledger, Report, Update
 from run import MEASURES, Run, Written, check_settings, find_checkpoint, keep_apart, output_dir
 from self_critical import critical_epochs
-from shards import StreamedRows
+from shards import Rows, StreamedRows
 from tokenizer import ANSWER_ID
 from utils import UserError, run_script, sole_user
 
@@ -210,7 +210,7 @@ def batch_groups(run: Run, data: Data) -> Iterator[list[tuple[Batch, Tensor]]]:
 
 def with_features(
     device: torch.device,
-    rows: CaptionRows | StreamedRows,
+    rows: Rows,
     batches: Iterable[Batch],
     epoch: int | None,
 ) -> Iterator[tuple[Batch, Tensor]]:
@@ -357,7 +357,7 @@ def validation_loss(run: Run, data: Data) -> float:
 
 
 def write(
-    run: Run, data: Data, prompts: Sequence[tuple[str, Text]], options: GenerationOptions
+    run: Run, data: Data, prompts: Sequence[Prompt], options: GenerationOptions
 ) -> list[Written]:
     """What the averaged weights say about photos, a share in each process of the team."""
     own = run.team.share(prompts)

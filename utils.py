@@ -257,6 +257,23 @@ def say_error(error: object) -> int:
     return 1
 
 
+# What is said of errors that are no class of their own, such as torch's plain RuntimeErrors: by
+# where their class comes from, and their text.
+REMEDIES = {
+    "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED": (
+        "out of memory ({}): halve --batch_size (where it trains, double "
+        "--gradient_accumulation_steps), or --feature_batch_size while photos are encoded, or take "
+        "a smaller decoder; checkpoints are as before"
+    ),
+    "no kernel image": "this PyTorch is not made for this GPU ({}): use --device cpu, or install a "
+    "build for it (pytorch.org)",
+    "determine home directory": "a path begins with ~ and the name of a user who isn't there: "
+    "write it out",  # which pathlib says of `~nobody`
+    r"^torch\._(dynamo|inductor)\.exc: ": "torch.compile fails ({}): it needs g++, or leave out "
+    "--compile",
+}
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     guard_output()
@@ -276,27 +293,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         remedy = ": set HF_HOME to a folder where you may write" * cache
         code = say_error(f"{error.filename}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
-        # Torch's are plain RuntimeErrors, but for CUDA's: their text alone tells them from others.
-        full = r"can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-        if isinstance(error, MemoryError) or re.search(full, str(error)):
-            said = (
-                f"out of memory ({first_line(error)}): halve --batch_size (where it trains, double "
-                "--gradient_accumulation_steps), or --feature_batch_size while photos are encoded, "
-                "or take a smaller decoder; checkpoints are as before"
-            )
-        elif "no kernel image" in str(error):
-            said = (
-                f"this PyTorch is not made for this GPU ({first_line(error)}): use --device cpu, "
-                "or install a build for it (pytorch.org)"
-            )
-        elif "determine home directory" in str(error):  # what pathlib says of `~nobody`
-            said = "a path begins with ~ and the name of a user who isn't there: write it out"
-        elif type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-            why = first_line(getattr(error, "inner_exception", error))
-            said = f"torch.compile fails ({why}): it needs g++, or leave out --compile"
-        else:
+        kind = "out of memory" if isinstance(error, MemoryError) else type(error).__module__
+        found = (said for sign, said in REMEDIES.items() if re.search(sign, f"{kind}: {error}"))
+        if not (said := next(found, "")):
             raise
-        code = say_error(said)
+        code = say_error(said.format(first_line(getattr(error, "inner_exception", error))))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
