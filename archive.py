@@ -96,7 +96,8 @@ def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0)
 
 
 def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entries]:
-    """What is for the photo folder in a zip of `packed` bytes, and its captions tables, by name.
+    """What is for the photo folder in a zip of `packed` bytes, and its captions tables, by name,
+    the one that counts first.
 
     With a captions table of a usual name, none of which is there twice, a photo's name is the
     longest end of its path that the table names, and otherwise its last part. Without, the whole
@@ -132,7 +133,8 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
     sizes = [info.file_size for info in names.values()]
     check_unpacked("the archive", packed, sum(sizes), max(sizes, default=0))
     texts = [] if whole else [name for name in names if not is_photo(name)]
-    return names, {name.lower(): names.pop(name) for name in texts}
+    told = {name.lower(): names.pop(name) for name in texts}
+    return names, {name: told[name.lower()] for name in CAPTION_FILES if name.lower() in told}
 
 
 def _members(archive: zipfile.ZipFile) -> Iterator[Member]:

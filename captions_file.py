@@ -49,7 +49,7 @@ LIKE_CAPTIONS = re.compile(
     r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-NUMBERS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
+IDS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
 SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
@@ -359,7 +359,7 @@ def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
 
 
 def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Captions:
-    keys = [key for key in NAME_KEYS if key not in NUMBERS]
+    keys = [key for key in NAME_KEYS if key not in IDS]
     names = {
         str(image["id"]): next((image[k] for k in keys if k in image), None) or image["file_name"]
         for image in images
@@ -450,7 +450,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         elif isinstance(shown, list):  # as reports have that are about two X-rays
             found.passed.append(f"{where} shows {len(shown)} photos, not one")
-        elif name := found.name_of(where, shown, OBJECT, bare=photo in NUMBERS):
+        elif name := found.name_of(where, shown, OBJECT, bare=photo in IDS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
             texts = texts or texts_of(next(filter(None, told), None))
             if texts or not any(map(talk_in, told)):

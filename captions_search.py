@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +165,7 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
         wanted = [f"{file}: no photo is called {name!r}" for name in captions.texts]
         foreign.extend([*wanted, *captions.passed][:1])
 
-    lists = [name for name in lists_among(names) if Path(name).stem not in ends]
+    lists = [name for name in lists_in(root, names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
     found = {name: captions for name, captions in texts.items() if captions.texts} | lists
     unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
@@ -204,8 +204,10 @@ def names_in(root: Path) -> list[str]:
     return sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
 
 
-def lists_among(names: Iterable[str]) -> list[str]:
-    """Those of the files, not far down, that may be lists of captions."""
+def lists_in(root: Path, names: Sequence[str] = ()) -> list[str]:
+    """Those of the files in DATA_DIR, not far down, that may be lists of captions; of all there, or
+    of these `names`."""
+    names = names or names_in(root)
     near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
     paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
     return [str(path) for path in paths if may_list(path)]

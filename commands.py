@@ -18,16 +18,7 @@ from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
 from settings import BOUNDS, Parser, constants, load_settings
-from utils import (
-    Held,
-    UserError,
-    first_line,
-    guard_output,
-    leave,
-    pip_install,
-    require_extra,
-    say_error,
-)
+from utils import UserError, first_line, guard_output, leave, pip_install, require_extra, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -96,6 +87,16 @@ WITHOUT_EFFECT = (
         lambda s: not (s.START_CHECKPOINT or resumes(s)),
     ),
 )
+
+
+class Held:
+    """Notes Ctrl-C until `run_script` obeys it. PyTorch that is half imported can't be imported
+    again: that kills the process, which is a notebook's with all that its user has made."""
+
+    pressed = False
+
+    def __call__(self, *_: object) -> None:
+        self.pressed = True
 
 
 def begin(read: Callable[[], Any]) -> None:

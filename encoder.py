@@ -196,9 +196,8 @@ class FrozenEncoder(nn.Module):
                 f"the encoder {name!r} can't be loaded from that {place}: "
                 f"{first_line(error).rstrip('.')}{note}. Give another one with {flag}."
             ) from None
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]
-        if missing or info["mismatched_keys"]:
-            wrong = sorted(missing) + sorted(map(str, info["mismatched_keys"]))
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+        if wrong := missing + sorted(map(str, info["mismatched_keys"])):
             raise UserError(
                 f"the encoder {name!r} has no weights for {len(wrong)} parameters of its vision "
                 f"tower, first {wrong[0]}: it would be partly random. Choose another encoder."

@@ -52,7 +52,7 @@ from encoder import loading_options, open_image, quiet_library
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
-from options import change_options, given_options
+from options import SPLITS, change_options, given_options
 from utils import UserError, check_output, command, first_line, run_script, write_file
 
 
@@ -112,13 +112,10 @@ class Scored:
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]
         if not names:
-            splits, split = self.paths.splits, settings.split
-            others = [
-                f"--split {s}" for s, group in self.splits.items() if {*group} & {*self.texts}
-            ]
-            remedy = f": {' or '.join(others)} has some" * bool(others)
-            said = f"no photo of the split {split!r} in {splits} has {settings.task}"
-            raise UserError(said + remedy)
+            there = [f"--split {s}" for s in SPLITS if self.texts.keys() & self.splits[s]]
+            remedy = f": {' or '.join(there)} has some" * bool(there)
+            said = f"no photo of the split {settings.split!r} in {self.paths.splits}"
+            raise UserError(f"{said} has {settings.task}{remedy}")
         if left := len(self.splits[settings.split]) - len(names):
             print(f"left out {left} photos of the split, for which there are no {settings.task}")
         self.device = choose_device(settings.DEVICE)
@@ -249,13 +246,11 @@ def human_ceiling(references: dict[str, list[str]]) -> dict[str, float]:
     usable = {name: group for name, group in references.items() if len(group) > 1}
     if not usable:
         return {}
-    found = [
-        metrics.score(
-            {name: group[k] for name, group in usable.items()},
-            {name: group[:k] + group[k + 1 :] for name, group in usable.items()},
-        )[0]
-        for k in range(min(map(len, usable.values())))
-    ]
+    found = []
+    for k in range(min(map(len, usable.values()))):
+        one = {name: group[k] for name, group in usable.items()}
+        others = {name: group[:k] + group[k + 1 :] for name, group in usable.items()}
+        found.append(metrics.score(one, others)[0])
     return {metric: fmean(each[metric] for each in found) for metric in found[0]}
 
 

@@ -45,16 +45,7 @@ from photo_names import OTHER_PICTURES, is_photo, match_names
 from questions_file import read_questions
 from settings import check_ranges
 from sidecar import Photo, open_output
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    check_output,
-    files_in,
-    print_json,
-    run_script,
-    shown,
-)
+from utils import Bar, UserError, atomic_write, check_output, files_in, run_script, say_json, shown
 
 ENCODED = 16  # pictures encoded at a time: more are no faster, and take more room
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
@@ -376,7 +367,7 @@ def write_all(
                 tqdm.write(text if alone else f"{about} {text}", file=sys.stdout)
             bar.step(len(part))
     if args.json:
-        print_json(table)
+        say_json(table)
     if bad:
         listing = "\n  ".join(bad.values())
         count = len({photo for photo, _ in items})
@@ -467,7 +458,7 @@ def explain_one(captioner: Captioner, args: argparse.Namespace, path: Path) -> N
     print(f"{best.text}\n{out}: where the decoder looked")
     if args.json:
         pair = {"question": args.question, "answer": best.text}
-        print_json({path.name: [pair] if args.question else best.text})
+        say_json({path.name: [pair] if args.question else best.text})
 
 
 if __name__ == "__main__":

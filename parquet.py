@@ -16,15 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import (
-    BARE,
-    NUMBERS,
-    SAMPLE,
-    SPLIT_KEYS,
-    caption_columns,
-    choose_columns,
-    unescaped,
-)
+from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, unescaped
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, questions_in, read_entry
@@ -194,7 +186,7 @@ def _how_to_rename(file: Path) -> str:
 def _called(column: str, said: Any) -> str:
     """What a cell calls its photo, or nothing; a column of numbers may leave out the suffix."""
     name = plain_name(said) if isinstance(said, str) else ""
-    if column in NUMBERS and BARE.fullmatch(name) and not is_photo(name):
+    if column in IDS and BARE.fullmatch(name) and not is_photo(name):
         return f"{name}.jpg"
     return name if is_photo(name) else ""
 

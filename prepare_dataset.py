@@ -31,23 +31,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from archive import (
-    CAPTION_FILES,
-    MAX_ENTRY_BYTES,
-    DamagedArchive,
-    extract_photos,
-    open_zip,
-    select_entries,
-)
+from archive import MAX_ENTRY_BYTES, DamagedArchive, extract_photos, open_zip, select_entries
 from captions_file import TABLES
-from captions_search import (
-    ensure_captions,
-    find_table,
-    karpathy_files,
-    lists_among,
-    names_in,
-    written_splits,
-)
+from captions_search import ensure_captions, find_table, karpathy_files, lists_in, written_splits
 from check_data import check
 from dataset import (
     SPLIT_WORD,
@@ -140,7 +126,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         if not photos:
             raise UserError(f"{parts[0]} holds no photos ({', '.join(sorted(PHOTO_SUFFIXES))})")
         texts = tables or len(photos) < len(entries)
-        if not (texts or there or lists_among(names_in(paths.data_dir))):
+        if not (texts or there or lists_in(paths.data_dir)):
             raise UserError(
                 f"{parts[0]} holds no captions ({' or '.join(TABLES)}, other lists, or a text "
                 f"beside each photo): write them to {paths.captions} first"
@@ -155,8 +141,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         write_marker(paths, dataset, {})
         extract_photos(archive, missing, paths.images)
         if tables and not there:
-            name = next(n for n in CAPTION_FILES if n.lower() in tables)
-            write_file(paths.data_dir / name, archive.read(tables[name.lower()]))
+            name, info = next(iter(tables.items()))
+            write_file(paths.data_dir / name, archive.read(info))
     write_marker(paths, dataset, photos)
 
 

@@ -19,7 +19,7 @@ from captions_file import (
     read_file,
     read_objects,
 )
-from captions_search import are_alike, held_or_converted, holds, lists_among, names_in, read_lists
+from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
@@ -69,7 +69,7 @@ def find_questions(source: Path) -> Questions:
     that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
-    lists = lists_among(names_in(source))
+    lists = lists_in(source)
     near = [name for name in lists if name.count("/") < 2]  # SLAKE's photos have each their own too
     found, refused = read_lists(source, near, "question|vqa", read_questions)
     if not found:

@@ -335,9 +335,7 @@ class StreamedRows:
         """How many captions there are, and how many questions."""
         return sum(shard.captions for shard in self.stock.shards), 0
 
-    def count(self, batch_size: int) -> int:
-        """Batches in an epoch, in each process."""
-        return -(-len(self) // batch_size)
+    count = CaptionRows.count  # batches in an epoch, in each process
 
     def order(self, batch_size: int, seed: int, team: Team) -> str:
         """As `CaptionRows.order`; by their versions, as captions are not all at hand."""

@@ -17,11 +17,12 @@ from utils import UserError
 CODE = "modeling_captioner"
 TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+PROCESSOR = "VisionCaptionerProcessor"  # of which a pipeline that is saved keeps no file
 AUTO = {
-    "AutoConfig": "Config",
-    "AutoModelForImageTextToText": "",
-    "AutoModel": "",
-    "AutoProcessor": "Processor",  # of which a pipeline that is saved keeps no file
+    "AutoConfig": "VisionCaptionerConfig",
+    "AutoModelForImageTextToText": "VisionCaptioner",
+    "AutoModel": "VisionCaptioner",
+    "AutoProcessor": PROCESSOR,
 }
 
 
@@ -50,7 +51,7 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str,
     config = {
         "model_type": "vision_captioner",
         "architectures": ["VisionCaptioner"],
-        "auto_map": {auto: f"{CODE}.VisionCaptioner{part}" for auto, part in AUTO.items()},
+        "auto_map": {auto: f"{CODE}.{kind}" for auto, kind in AUTO.items()},
         "tower": {key: tower[key] for key in tower if key != "processor"},
         "layers": checkpoint.encoder["layers"],
         "feature_width": checkpoint.model.feature_width,
@@ -80,10 +81,7 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str,
     config |= {part: {"model_type": TRUST} for part in ("encoder", "decoder")}
     if held := checkpoint.reranker:
         config |= {"reranker": held.sizes, "rerank": options.rerank}
-    ours = {
-        "processor_class": "VisionCaptionerProcessor",
-        "auto_map": {"AutoProcessor": f"{CODE}.VisionCaptionerProcessor"},
-    }
+    ours = {"processor_class": PROCESSOR, "auto_map": {"AutoProcessor": f"{CODE}.{PROCESSOR}"}}
     files = checkpoint.tokenizer.to_files()
     of_tokenizer = json.loads(files["tokenizer_config.json"])
     of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}

@@ -107,7 +107,7 @@ def shown(text: object, spared: str = "") -> str:
     return CONTROLS.sub(escaped, str(text))
 
 
-def print_json(value: object) -> None:
+def say_json(value: object) -> None:
     """A line of JSON for programs, in which is escaped as JSON has it what `shown` would escape."""
     text = json.dumps(value, ensure_ascii=False)
     print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -215,16 +215,6 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-class Held:
-    """Notes Ctrl-C until `run_script` obeys it. PyTorch that is half imported can't be imported
-    again: that kills the process, which is a notebook's with all that its user has made."""
-
-    pressed = False
-
-    def __call__(self, *_: object) -> None:
-        self.pressed = True
 
 
 def guard_output() -> None:
@@ -349,9 +339,7 @@ class Bar(contextlib.AbstractContextManager):
 # --- Files ----------------------------------------------------------------------------------
 
 
-def files_in(
-    folder: Path, recursive: bool = True, passed: Counter[str] | None = None
-) -> Iterator[str]:
+def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None) -> Iterator[str]:
     """The files in a folder, which need not exist, and in those below, by their names relative to
     it, in order; hidden ones are passed over, and a Synology disk's previews. With `passed`,
     folders that can't be read are said, and links to folders counted in it."""
