@@ -23,7 +23,7 @@ from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, parquet_rows, plain_key, table_of
 from texts import CAPTION_KEYS, TALKS, TO_CAPTION, listed, talk_in, texts_of
-from utils import SURROGATES, UserError, brief, decoded, read_json, read_text
+from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
 
@@ -50,6 +50,7 @@ LIKE_CAPTIONS = re.compile(
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 IDS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
+LONG = 2**25  # bytes of captions, which take some ten seconds to read
 SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
@@ -222,6 +223,8 @@ def read_file(path: Path) -> tuple[str, Any]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a pipe or a device, no file")  # to read it may never end
     with contextlib.suppress(OSError), open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > LONG:
+            print(f"reading {path} ({size_text(size)})", flush=True)
         start = file.read(64)
         if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):
             raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")

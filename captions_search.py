@@ -44,12 +44,13 @@ BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
 
 def find_captions(
-    settings: SimpleNamespace, paths: DataPaths, changed: list[Path]
+    settings: SimpleNamespace, paths: DataPaths, changed: list[Path], made: bool = False
 ) -> tuple[list[Path], Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form: a
     file, a folder, or files that are parts of one.
 
-    captions.json counts no more where what it was made of has `changed`, which is read again.
+    captions.json counts no more where what it was made of has `changed`, which is read again; where
+    it is as we `made` it, its texts need no mending.
     """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
@@ -75,7 +76,7 @@ def find_captions(
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
-        return [usual], read_captions(usual)
+        return [usual], Captions("", read_json(usual)) if made else read_captions(usual)
     if table:
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
@@ -312,7 +313,7 @@ def ensure_captions(
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
     """
     note, changed = captions_note(paths)
-    sources, found = find_captions(settings, paths, changed)
+    sources, found = find_captions(settings, paths, changed, "made" in note)
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if found.links and not settings.follow_links:
         leads = "is a link that leads out of its folder: if you laid it, use --follow_links"

@@ -38,6 +38,8 @@ from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError, command
 
+MANY = 50_000  # photos whose texts take minutes to become tokens
+
 
 @dataclass
 class Data:
@@ -117,6 +119,8 @@ def load_data(
     cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
     check_splits(settings, splits, "can be read")
+    if len(texts) > MANY:
+        print(f"tokens    of the texts about {len(texts):,} photos are made: a minute or several")
     if tokenizer is None:
         learned = texts_to_learn(texts, splits["train"], stock)
         tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))

@@ -153,10 +153,8 @@ class CaptionTokenizer:
         """What a text follows: `[START]`, or `[START, question, ANSWER]` where there is a question,
         which is cut so that all is at most half of `max_length` ids long."""
         most = max(0, max_length // 2 - 2)
-        return [
-            [START_ID, *ids[:most], ANSWER_ID] if question else [START_ID]
-            for question, ids in zip(questions, self.encode(questions), strict=True)
-        ]
+        asked = iter(self.encode([*filter(None, questions)]))  # captions, of which are most, none
+        return [[START_ID, *next(asked)[:most], ANSWER_ID] if q else [START_ID] for q in questions]
 
     def encode_texts(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[list[int]]:
         """`[prefix, target, END]` for each question and target; a caption answers no question.

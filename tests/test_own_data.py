@@ -1816,3 +1816,18 @@ def test_lists_and_names_without_end_are_not_looked_into(tmp_path):
     found = read_captions(tmp_path / "captions.json")
     assert len(find_names(found.texts, [f"b/{photo}" for photo in photos])) == 100
     assert time.process_time() - begun < 3
+
+
+def test_what_was_made_of_many_captions_is_not_parsed_again(photos, monkeypatch, capsys):
+    (photos / "captions.json").rename(photos / "caption_list.json")
+    monkeypatch.setattr("captions_file.LONG", 100)
+    flags = ["--dataset", "custom", "--data_dir", str(photos), "--split", "ratio"]
+    prepare_dataset.main(flags)
+    assert f"reading {photos / 'caption_list.json'} (" in capsys.readouterr().out
+    made = (photos / "captions.json").read_bytes(), (photos / "splits.json").read_bytes()
+    prepare_dataset.main(flags)
+    assert "reading" not in capsys.readouterr().out
+    assert made == ((photos / "captions.json").read_bytes(), (photos / "splits.json").read_bytes())
+    (photos / "captions.json").write_text((photos / "captions.json").read_text() + " ")
+    prepare_dataset.main(flags)
+    assert f"reading {photos / 'captions.json'} (" in capsys.readouterr().out

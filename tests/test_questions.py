@@ -230,6 +230,19 @@ def test_prefixes_of_many_lengths_are_answered_as_each_alone():
     assert VOCAB > 15
 
 
+def test_captions_take_no_time_for_the_questions_that_they_have_not(monkeypatch):
+    tokenizer = CaptionTokenizer.train(["what color is it?", "red and blue"] * 3, 300)
+    encode, seen = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda texts: seen.extend(texts) or encode(texts))
+    pairs = [("", "red"), ("what?", "blue"), ("", "and"), ("is it?", "red")]
+    prefixes = [
+        ids[: -len(encode([said])[0]) - 1]
+        for (_, said), ids in zip(pairs, tokenizer.encode_texts(pairs, 40), strict=True)
+    ]
+    assert seen == ["what?", "is it?", "red", "blue", "and", "red"]
+    assert prefixes == [tokenizer.prefixes([question], 40)[0] for question, _ in pairs]
+
+
 def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     tokenizer = CaptionTokenizer.train(["what color is it?", "red and blue"] * 3, 300)
     (ids,) = tokenizer.encode_texts([("What color is it?", "Red")], 40)
