@@ -21,8 +21,8 @@ from typing import Any
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
-from tables import Table, parquet_rows, plain_key, table_of
-from texts import CAPTION_KEYS, TALKS, TO_CAPTION, listed, talk_in, texts_of
+from tables import Table, is_comment, parquet_rows, plain_key, table_of
+from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -252,13 +252,6 @@ def read_file(path: Path) -> tuple[str, Any]:
     return "table", rows
 
 
-def is_comment(line: str) -> bool:
-    """Is it a comment before the rows, and no header, which numpy writes so as well?"""
-    keys = [plain_key(cell) for cell in re.split(r"[,|\t;]", line.lstrip("# "))]
-    headed = keys[1:] and {*keys} & {*CAPTION_KEYS, "question"}
-    return f"{line} ".startswith("# ") and not headed
-
-
 # --- JSON -----------------------------------------------------------------------------------
 
 
@@ -421,13 +414,6 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
     return rows
 
 
-def is_rejected(row: Mapping[str, Any]) -> bool:
-    """Has who looked it over rejected it, in Mechanical Turk, Toloka or Prodigy?"""
-    judged = row.get("assignmentstatus") or row.get("assignment:status")
-    judged = judged or ("_task_hash" in row and row.get("answer"))
-    return str(judged).lower() in ("rejected", "reject", "ignore")
-
-
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
@@ -503,8 +489,7 @@ def choose_columns(
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
     if usual and all(map(is_same, captions)):  # such as blip_caption, re_caption, sentences_raw
-        like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key)]
-        captions = [*dict.fromkeys((*captions, *like))]
+        captions += [k for k in keys if LIKE_CAPTIONS.fullmatch(k) and k not in captions]
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]

@@ -10,21 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from captions_file import (
-    Entry,
-    choose_columns,
-    is_rejected,
-    name_within,
-    photo_in,
-    read_file,
-    read_objects,
-)
+from captions_file import Entry, choose_columns, name_within, photo_in, read_file, read_objects
 from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
-from texts import TALKS, TO_CAPTION, listed, talk_in, texts_of
+from texts import TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
 from utils import UserError, brief, read_json, write_file
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
@@ -73,7 +65,9 @@ def find_questions(source: Path) -> Questions:
     near = [name for name in lists if name.count("/") < 2]  # SLAKE's photos have each their own too
     found, refused = read_lists(source, near, "question|vqa", read_questions)
     if not found:
-        found, refused = read_lists(source, lists, "question|vqa", read_questions)
+        far = [name for name in lists if name not in near]
+        found, others = read_lists(source, far, "question|vqa", read_questions)
+        refused |= others
     if not found:
         seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(

@@ -6,7 +6,7 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataset import TEXT_KEYS
@@ -26,6 +26,13 @@ TO_CAPTION = re.compile(  # a prompt that asks for one
 )
 ASKS = re.compile("[?？؟]")
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
+
+
+def is_rejected(row: Mapping[str, Any]) -> bool:
+    """Has who looked it over rejected it, in Mechanical Turk, Toloka or Prodigy?"""
+    judged = row.get("assignmentstatus") or row.get("assignment:status")
+    judged = judged or ("_task_hash" in row and row.get("answer"))
+    return str(judged).lower() in ("rejected", "reject", "ignore")
 
 
 def texts_of(said: Any) -> list[Any]:
