@@ -68,9 +68,16 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     images = place("IMAGE_DIR", "images")
     # Photos may lie in DATA_DIR itself, if nothing was ever unpacked there.
     known = vars(settings).get("IMAGE_DIR") or images.exists() or (root / "prepared.json").exists()
-    names = itertools.islice(files_in(root), 100_000)  # it may be all that somebody has
-    if not known and any(is_photo(n) and not n.startswith(WRITTEN) for n in names):
+
+    def has_photos(folder: Path) -> bool:
+        names = itertools.islice(files_in(folder), 100_000)  # it may be all that somebody has
+        return any(is_photo(name) and not name.startswith(WRITTEN) for name in names)
+
+    if not known and has_photos(root):
         images = root
+    elif not known:
+        linked = [at for at in root.glob("[!.]*") if at.is_symlink() and has_photos(at)]
+        images = linked[0] if len(linked) == 1 else images
 
     def latest(file: Path) -> Path:
         """What is in a form of its own has been converted by prepare_dataset.py."""

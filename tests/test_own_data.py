@@ -1294,6 +1294,17 @@ def test_a_converted_file_is_no_source(tmp_path):
     assert prepared(folder) == EXPECTED
 
 
+def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
+    folder = lay_out(tmp_path / "data", {"captions.csv": rows("image,caption", "Images/{},{}")})
+    (folder / "images").rename(tmp_path / "far")
+    (folder / "Images").symlink_to("../far")
+    (folder / "notes").symlink_to(folder / "captions.csv")
+    assert prepared(folder) == EXPECTED
+    assert paths_in(folder).images == folder / "Images"
+    (folder / "more").symlink_to("../far")  # which of the two is meant?
+    assert paths_in(folder).images == folder / "images"
+
+
 def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch):
     folder = lay_out(tmp_path / "a", {"captions.json": json.dumps(COCO)})
     assert prepared(folder) == EXPECTED
