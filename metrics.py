@@ -256,14 +256,10 @@ def score(
     return table, dict(zip(captions, each.tolist(), strict=True))
 
 
-_Places = tuple[tuple[int, int], ...]  # which references hold an n-gram, and how often
-
-
 class CiderD:
     """CIDEr-D against fixed references, with their document frequencies (Vedantam et al. 2015).
 
-    Tokens are any hashable values, words or ids. For many hypotheses per image, as in
-    self-critical training: an image's n-grams are prepared once, when it is first scored.
+    Tokens are any hashable values, words or ids.
     """
 
     def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]):
@@ -278,25 +274,25 @@ class CiderD:
         if not references or not all(references.values()):
             raise ValueError("CIDEr-D needs at least one reference for each image")
         self.references = references
-        self._images: dict[Hashable, tuple[list[int], list[tuple[dict, list[float]]]]] = {}
         frequency: Counter[tuple[Hashable, ...]] = Counter()
         for captions in references.values():
             frequency.update(
                 {gram for tokens in captions for n in _SIZES for gram in _ngrams(tokens, n)}
             )
-        # Images share the n-grams' numbers and places: a large data set's tables stay small.
-        self._shared: dict[_Places, _Places] = {}
-        self._number = {gram: number for number, gram in enumerate(frequency)}
-        self._unseen_weight = math.log(len(references)) ** 2
-        self._weight = [
-            (math.log(len(references)) - math.log(count)) ** 2 for count in frequency.values()
-        ]
+        # What stands in one image's references alone weighs as much as what stands in none's.
+        self._most = math.log(len(references)) ** 2
+        self._weights = {
+            gram: (math.log(len(references)) - math.log(count)) ** 2
+            for gram, count in frequency.items()
+            if count > 1
+        }
+        self._prepared: dict[Hashable, tuple] = {}  # of the image that was scored last
 
     def score(self, image: Hashable, tokens: Sequence[Hashable]) -> float:
         """CIDEr-D times 100 of one hypothesis for `image`."""
-        if image not in self._images:
-            self._images[image] = self._prepare(image)
-        lengths, levels = self._images[image]
+        if image not in self._prepared:
+            self._prepared = {image: self._prepare(image)}
+        lengths, levels = self._prepared[image]
         penalties = [
             math.exp(-((_bigrams(tokens) - length) ** 2) / (2 * CIDER_SIGMA**2))
             for length in lengths
@@ -306,11 +302,10 @@ class CiderD:
             square = 0.0
             products = [0.0] * len(lengths)
             for gram, times in _ngrams(tokens, n).items():
-                number = self._number.get(gram)
-                weight = self._unseen_weight if number is None else self._weight[number]
+                weight = self._weights.get(gram, self._most)
                 square += times * times * weight
                 # Clipping: what a hypothesis repeats beyond the reference earns nothing.
-                for reference, wanted in table.get(number, ()):
+                for reference, wanted in table.get(gram, ()):
                     products[reference] += min(times, wanted) * wanted * weight
             norm = math.sqrt(square)
             for product, reference_norm, penalty in zip(products, norms, penalties, strict=True):
@@ -319,19 +314,17 @@ class CiderD:
         return 1000 * total / (MAX_N * len(lengths))
 
     def _prepare(self, image: Hashable) -> tuple[list[int], list[tuple[dict, list[float]]]]:
-        """The lengths of an image's references; and for each n the `_Places` by n-gram number,
-        and each reference's norm."""
+        """The lengths of an image's references; and for each n which of them hold an n-gram, and
+        how often, and each one's norm."""
         references, levels = self.references[image], []
         for n in _SIZES:
-            table: dict[int, _Places] = {}
+            table: dict[tuple[Hashable, ...], list[tuple[int, int]]] = {}
             norms = []
             for reference, tokens in enumerate(references):
                 square = 0.0
                 for gram, count in _ngrams(tokens, n).items():
-                    key = self._number[gram]
-                    places = (*table.get(key, ()), (reference, count))
-                    table[key] = self._shared.setdefault(places, places)
-                    square += count * count * self._weight[key]
+                    table.setdefault(gram, []).append((reference, count))
+                    square += count * count * self._weights.get(gram, self._most)
                 norms.append(math.sqrt(square))
             levels.append((table, norms))
         return [_bigrams(tokens) for tokens in references], levels

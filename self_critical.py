@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ class Critic:
         self.references = references
         self.options = GenerationOptions(beam_size=beam_size)
         words = {
-            name: [[*tokenize(caption), END] for caption in captions]
+            name: [[*map(sys.intern, tokenize(caption)), END] for caption in captions]
             for name, captions in references.items()
         }
         self.cider = CiderD(words)
