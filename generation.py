@@ -119,7 +119,8 @@ def generate_cached(
     """
     device = next(model.parameters()).device
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    loaded = prefetch(store.read, ([(name, 0) for name, _ in part] for part in parts))
+    items = ([(name, 0) for name, _ in part] for part in parts)
+    loaded = prefetch(store.read, items, ahead=1)  # as a batch's features may take 100 MB
     dice = dice_of(options)
     for part, features in zip(parts, loaded, strict=True):
         questions = [text.question for _, text in part]
