@@ -1305,6 +1305,21 @@ def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
     assert paths_in(folder).images == folder / "images"
 
 
+@pytest.mark.parametrize("texts", [True, False])
+def test_folders_of_photos_may_be_links_if_the_user_says_so(tmp_path, texts):
+    files = {f"images/{name[0]}.txt": "\n".join(said) for name, said in EXPECTED.items()}
+    table = {"captions.csv": rows("image,caption", "{},{}")}
+    folder = lay_out(tmp_path / "data", files if texts else table)
+    (folder / "images").rename(tmp_path / "far")
+    (folder / "images").mkdir()
+    (folder / "images" / "train").symlink_to(tmp_path / "far")
+    (folder / "images" / "round").symlink_to(".")
+    with pytest.raises(UserError, match="train/1.jpg is a link that leads out .* --follow_links"):
+        prepared(folder)
+    found = {f"train/{name}": said for name, said in EXPECTED.items()}
+    assert prepared(folder, "--follow_links") == found
+
+
 def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch):
     folder = lay_out(tmp_path / "a", {"captions.json": json.dumps(COCO)})
     assert prepared(folder) == EXPECTED
