@@ -1300,6 +1300,10 @@ def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
     (folder / "Images").symlink_to("../far")
     (folder / "notes").symlink_to(folder / "captions.csv")
     assert prepared(folder) == EXPECTED
+    for place in (folder / "out", tmp_path / "runs"):  # in which trainings have drawn
+        place.mkdir()
+        (place / "samples.png").touch()
+    (folder / "linked").symlink_to("../runs")
     assert paths_in(folder).images == folder / "Images"
     (folder / "more").symlink_to("../far")  # which of the two is meant?
     assert paths_in(folder).images == folder / "images"
