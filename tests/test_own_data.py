@@ -541,6 +541,9 @@ def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
     shutil.rmtree(folder / "images", ignore_errors=True)
     with pytest.raises(UserError, match=f"images is missing: .*{says}"):
         check(folder)
+    (folder / "images").symlink_to("photos/here")
+    with pytest.raises(UserError, match="images is a link to photos/here, which is not there"):
+        check(folder)
 
 
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
