@@ -345,7 +345,8 @@ def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any
     """The file that holds these texts: their source, or else one that is written beside."""
     target = converted_file(data_dir, source)
     if source.suffix.lower() == ".json" and holds(source, texts):
-        target.unlink(missing_ok=True)
+        if target.exists():  # where nobody may write, to remove nothing fails too
+            target.unlink()
         return source
     write_changed(target, json.dumps(texts, ensure_ascii=False, indent=1))
     with contextlib.suppress(OSError):  # where nobody may write

@@ -30,6 +30,7 @@ from utils import SURROGATES, UserError, command, files_in, read_json, read_text
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
+DRAWN = ("training_curves.png", "samples.png")  # in OUTPUT_DIR, by a training
 OTHER_SPLITS = dict.fromkeys(("valid", "validate", "validation", "eval", "dev"), "val")  # in files
 OTHER_SPLITS["restval"] = "train"
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join([*SPLITS, *OTHER_SPLITS])})(?:ing)?(?![a-z])")
@@ -71,7 +72,8 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
 
     def has_photos(folder: Path) -> bool:
         names = itertools.islice(files_in(folder), 100_000)  # it may be all that somebody has
-        return any(is_photo(name) and not name.startswith(WRITTEN) for name in names)
+        others = (name for name in names if not name.startswith(WRITTEN))
+        return any(is_photo(name) and not name.endswith(DRAWN) for name in others)
 
     if not known and has_photos(root):
         images = root

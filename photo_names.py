@@ -46,9 +46,13 @@ def is_unread(name: object) -> bool:
 
 
 def photos_in(folder: Path) -> list[str]:
-    """The names of the photos in a folder and those below."""
+    """The names of the photos in a folder and those below; if none is there, behind links in it."""
+    names = [*files_in(folder)]
+    if not any(map(is_photo, names)):
+        links = sorted(at for at in folder.glob("[!.]*") if at.is_symlink())
+        names = [os.path.join(at.name, name) for at in links for name in files_in(at)]
     # A name in another encoding than UTF-8 can't stand in a JSON file.
-    return [name for name in files_in(folder) if is_photo(name) and not SURROGATES.search(name)]
+    return [name for name in names if is_photo(name) and not SURROGATES.search(name)]
 
 
 def is_there(name: str, folder: Path) -> bool:

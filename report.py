@@ -24,7 +24,7 @@ from tqdm import tqdm
 from attention import fonts_for
 from checkpoint import link_for_others
 from corpus import Data
-from dataset import prompts_about, references_of
+from dataset import DRAWN, prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from metrics import without_spaces
@@ -244,7 +244,7 @@ class Report(contextlib.AbstractContextManager):
         run, history = self.run, self.run.progress.history
         if not history or not run.team.leads:
             return
-        curves, samples = run.output / "training_curves.png", run.output / "samples.png"
+        curves, samples = (run.output / name for name in DRAWN)
         try:
             from matplotlib import style  # takes a second
 

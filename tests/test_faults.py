@@ -87,6 +87,19 @@ def test_data_that_nobody_may_write_beside(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault
+def test_prepared_data_are_used_where_nobody_may_write(tmp_path, monkeypatch):
+    flags = ["--dataset=custom", "--split=ratio", f"--data_dir={write_photos(tmp_path / 'data')}"]
+    assert prepare_dataset.main(flags) == 0
+
+    def refuse(*_, **__):  # also to remove what isn't there, as a mounted disk does
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("tempfile.mkstemp", "os.unlink", "pathlib.Path.unlink"):
+        monkeypatch.setattr(name, refuse)
+    assert prepare_dataset.main(flags) == 0
+
+
+@pytest.mark.fault
 def test_no_room_for_a_checkpoint(tmp_path, trained, encoder_dir):
     output = tmp_path / "out"
     output.mkdir()

@@ -541,6 +541,9 @@ def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
     shutil.rmtree(folder / "images", ignore_errors=True)
     with pytest.raises(UserError, match=f"images is missing: .*{says}"):
         check(folder)
+    (folder / "images").symlink_to("photos/here")
+    with pytest.raises(UserError, match="images is a link to photos/here, which is not there"):
+        check(folder)
 
 
 def test_a_missing_photo_is_not_taken_for_one_of_another_folder(tmp_path):
@@ -1300,9 +1303,28 @@ def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
     (folder / "Images").symlink_to("../far")
     (folder / "notes").symlink_to(folder / "captions.csv")
     assert prepared(folder) == EXPECTED
+    for place in (folder / "out", tmp_path / "runs"):  # in which trainings have drawn
+        place.mkdir()
+        (place / "samples.png").touch()
+    (folder / "linked").symlink_to("../runs")
     assert paths_in(folder).images == folder / "Images"
     (folder / "more").symlink_to("../far")  # which of the two is meant?
     assert paths_in(folder).images == folder / "images"
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_folders_of_photos_may_be_links_if_the_user_says_so(tmp_path, texts):
+    files = {f"images/{name[0]}.txt": "\n".join(said) for name, said in EXPECTED.items()}
+    table = {"captions.csv": rows("image,caption", "{},{}")}
+    folder = lay_out(tmp_path / "data", files if texts else table)
+    (folder / "images").rename(tmp_path / "far")
+    (folder / "images").mkdir()
+    (folder / "images" / "train").symlink_to(tmp_path / "far")
+    (folder / "images" / "round").symlink_to(".")
+    with pytest.raises(UserError, match="train/1.jpg is a link that leads out .* --follow_links"):
+        prepared(folder)
+    found = {f"train/{name}": said for name, said in EXPECTED.items()}
+    assert prepared(folder, "--follow_links") == found
 
 
 def test_what_was_converted_is_found_by_another_path_to_it(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import torch
 
 import commands
 from device import choose_device, choose_dtype
+from run import on_record
 from settings import Parser, load_settings
 from tests.conftest import REPO, run
 from utils import Bar, UserError, atomic_write, shown, sole_user
@@ -127,6 +129,8 @@ def test_a_setting_that_was_renamed_or_removed_is_said_at_once(edited):
 def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):
     assert edited("BATCH_SIZE = 64").BATCH_SIZE == 64  # without a comment
     assert edited("MINE = 64", instead=False).MINE == 64
+    record = on_record(edited("import os as T; SEEN = {T}", instead=False))
+    assert json.loads(json.dumps(record)) == record and not {"T", "SEEN"} & record.keys()
     assert edited("DROPOUT = 0", "--dropout", "0.5").DROPOUT == 0.5
     assert edited("HF_REPO_ID = None").HF_REPO_ID is None
     path = 'OUTPUT_DIR = __import__("pathlib").Path("out")'
