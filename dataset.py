@@ -24,13 +24,12 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import Features
 from options import SPLITS, fits
-from photo_names import LONGEST, by_last_part, find_names, is_photo
+from photo_names import LONGEST, by_last_part, find_names, is_drawn, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, command, files_in, read_json, read_text
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
-DRAWN = ("training_curves.png", "samples.png")  # in OUTPUT_DIR, by a training
 OTHER_SPLITS = dict.fromkeys(("valid", "validate", "validation", "eval", "dev"), "val")  # in files
 OTHER_SPLITS["restval"] = "train"
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join([*SPLITS, *OTHER_SPLITS])})(?:ing)?(?![a-z])")
@@ -72,14 +71,13 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
 
     def has_photos(folder: Path) -> bool:
         names = itertools.islice(files_in(folder), 100_000)  # it may be all that somebody has
-        others = (name for name in names if not name.startswith(WRITTEN))
-        return any(is_photo(name) and not name.endswith(DRAWN) for name in others)
+        return any(is_photo(n) and not (n.startswith(WRITTEN) or is_drawn(n)) for n in names)
 
     if not known and has_photos(root):
         images = root
     elif not known:
         linked = [at for at in root.glob("[!.]*") if at.is_symlink() and has_photos(at)]
-        images = linked[0] if len(linked) == 1 else images
+        images = linked[0] if len(linked) == 1 else root if linked else images
 
     def latest(file: Path) -> Path:
         """What is in a form of its own has been converted by prepare_dataset.py."""

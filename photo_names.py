@@ -20,6 +20,7 @@ Way = Callable[[str], str]  # of cutting a name to what counts of it
 UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
 LONGEST = 4096  # bytes that a path may have
 DEEPEST = 100  # folders, one in the other, of which a name's ends are looked at
+DRAWN = ("training_curves.png", "samples.png")  # in OUTPUT_DIR, by a training
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".nef", ".dng", ".arw")
 
 
@@ -45,10 +46,15 @@ def is_unread(name: object) -> bool:
     return str(name).lower().endswith(OTHER_PICTURES)
 
 
+def is_drawn(name: str) -> bool:
+    """Is it one of the pictures that a training draws in OUTPUT_DIR?"""
+    return os.path.basename(name) in DRAWN
+
+
 def photos_in(folder: Path) -> list[str]:
     """The names of the photos in a folder and those below; if none is there, behind links in it."""
     names = [*files_in(folder)]
-    if not any(map(is_photo, names)):
+    if all(map(is_drawn, filter(is_photo, names))):
         links = sorted(at for at in folder.glob("[!.]*") if at.is_symlink())
         names = [os.path.join(at.name, name) for at in links for name in files_in(at)]
     # A name in another encoding than UTF-8 can't stand in a JSON file.

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from attention import fonts_for
 from checkpoint import link_for_others
 from corpus import Data
-from dataset import DRAWN, prompts_about, references_of
+from dataset import prompts_about, references_of
 from encoder import open_image
 from hub import HubPusher, model_card
 from metrics import without_spaces
+from photo_names import DRAWN
 from run import MEASURES, Run, Written, on_record
 from standalone import refusal, repository_files
 from tracking import Tracker

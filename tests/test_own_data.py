@@ -1297,7 +1297,7 @@ def test_a_converted_file_is_no_source(tmp_path):
     assert prepared(folder) == EXPECTED
 
 
-def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
+def test_photos_are_looked_for_behind_links_where_there_are_none_else(tmp_path):
     folder = lay_out(tmp_path / "data", {"captions.csv": rows("image,caption", "Images/{},{}")})
     (folder / "images").rename(tmp_path / "far")
     (folder / "Images").symlink_to("../far")
@@ -1308,8 +1308,10 @@ def test_photos_are_looked_for_behind_the_one_link_that_leads_to_some(tmp_path):
         (place / "samples.png").touch()
     (folder / "linked").symlink_to("../runs")
     assert paths_in(folder).images == folder / "Images"
-    (folder / "more").symlink_to("../far")  # which of the two is meant?
-    assert paths_in(folder).images == folder / "images"
+    lay_out(tmp_path / "other", {}, ["4.jpg"])
+    (folder / "more").symlink_to("../other/images")
+    found = prepared(folder, "--follow_links")
+    assert found == {f"Images/{name}": said for name, said in EXPECTED.items()}
 
 
 @pytest.mark.parametrize("texts", [True, False])
