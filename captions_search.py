@@ -174,12 +174,12 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
         with contextlib.suppress(UserError):
             if file.stem not in ends and find_names(read_own(file, paths.images).texts, there):
                 unasked.append(f"{file}?")
-    return found, [*unasked, *map(str, refused.values()), *foreign]
+    return found, [*unasked, *refused.values(), *foreign]
 
 
 def read_lists(
     root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any]
-) -> tuple[dict[str, Any], dict[str, UserError]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What `read` finds in lists, by their names, and why others can't be read; of copies the first
     counts. Only if those with `likely` names hold nothing, the rest are read: COCO's take minutes.
     """
@@ -191,7 +191,7 @@ def read_lists(
             try:
                 held = read(root / name)
             except UserError as error:
-                refused[name] = error
+                refused[name] = str(error)  # the error itself would keep all that was read
                 continue
             copy = os.path.basename(name), state_of(root / name)
             if held and copy not in copies:

@@ -188,9 +188,10 @@ def read_question(where: str, entry: Mapping[str, Any], answered: bool) -> Text:
     several = map(as_text, answers) if isinstance(answers, list) else [None]
     question = entry.get("question")
     texts = [question, as_text(entry.get("answer")), as_text(entry.get("type")), *several]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where} has a question whose parts are no text: {entry!r}")
-    question, answer, kind, *answers = (SURROGATES.sub("\ufffd", text) for text in texts)
+    try:
+        question, answer, kind, *answers = [SURROGATES.sub("\ufffd", text) for text in texts]
+    except TypeError:
+        raise UserError(f"{where} has a question whose parts are no text: {entry!r}") from None
     if not question.strip():
         raise UserError(f"{where} has an empty question")
     answers = [each for each in answers if each.strip()]
@@ -205,6 +206,8 @@ def read_question(where: str, entry: Mapping[str, Any], answered: bool) -> Text:
 def as_text(value: Any) -> Any:
     """A JSON value as a text, if it is a number (3.0 is "3", as pandas makes of whole ones where
     some are missing) or nothing, as NaN is; what is neither stays as it is."""
+    if isinstance(value, str):  # almost always, and VQAv2 has six million
+        return value
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():

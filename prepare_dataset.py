@@ -248,7 +248,7 @@ def unpack_parquet(paths: DataPaths) -> bool:
     questions: Questions = {}
     for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
         if name not in captions:
-            write_file(paths.images / name, photo)
+            write_changed(paths.images / name, photo)  # it may be there, of a run that was killed
         known = captions.setdefault(name, [])
         known += [text for text in texts if text not in known]
         if asked:

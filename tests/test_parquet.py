@@ -345,24 +345,26 @@ def test_a_download_from_the_hub_becomes_a_data_set(tmp_path):
 
 
 @pytest.mark.fault
-def test_killed_while_unpacking_it_begins_anew(tmp_path):
+def test_killed_while_unpacking_it_goes_on(tmp_path):
     write(tmp_path / "a.parquet", {"image": images(30), "caption": ["a red one"] * 30})
     code = (
         "import os, signal, prepare_dataset\n"
-        "write, count = prepare_dataset.write_file, []\n"
+        "write, count = prepare_dataset.write_changed, []\n"
         "def stop(*args):\n"
         "    count.append(0)\n"
         f"    len(count) < 12 or os.kill(os.getpid(), {signal.SIGKILL.value})\n"
         "    write(*args)\n"
-        "prepare_dataset.write_file = stop\n"
+        "prepare_dataset.write_changed = stop\n"
         f"prepare_dataset.main({[*FLAGS, str(tmp_path)]!r})\n"
     )
     killed = run("-c", code)
     assert killed.returncode == -signal.SIGKILL
-    assert 0 < len(list((tmp_path / "images").iterdir())) < 30
+    there = {photo: photo.stat().st_mtime_ns for photo in (tmp_path / "images").glob("*.jpg")}
+    assert 0 < len(there) < 30
     assert run("prepare_dataset.py", *FLAGS, tmp_path).returncode == 0
     assert len(list((tmp_path / "images").glob("*.jpg"))) == 30
     assert len(json.loads((tmp_path / "captions.json").read_text())) == 30
+    assert there == {photo: photo.stat().st_mtime_ns for photo in there}  # they stay
 
 
 def test_photos_of_ones_own_are_left_alone(tmp_path):
