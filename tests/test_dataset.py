@@ -68,7 +68,8 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
     (images / "sub").mkdir(parents=True)
     (images / "a.jpg").touch()
     (images / "sub" / "b.jpg").touch()
-    (tmp_path / "secret.jpg").touch()
+    (tmp_path / "images2").mkdir()  # whose name begins as the photo folder's
+    (tmp_path / "images2" / "secret.jpg").touch()
     (images / "inside.jpg").symlink_to("a.jpg")
     assert find_images(["a.jpg", "sub/b.jpg", "inside.jpg"], images, 0) == [
         "a.jpg",
@@ -78,7 +79,7 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
     assert find_images(["a.jpg", "c.jpg"], images, 1) == ["a.jpg"]
     with pytest.raises(UserError, match=r"c\.jpg.*MAX_BAD_IMAGES"):
         find_images(["a.jpg", "c.jpg"], images, 0)
-    (images / "out.jpg").symlink_to("../secret.jpg")
+    (images / "out.jpg").symlink_to("../images2/secret.jpg")
     with pytest.raises(UserError, match="leads out"):
         find_images(["out.jpg"], images, 0)
 
