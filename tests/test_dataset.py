@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import find_images, load_captions, split_by_karpathy, split_by_ratio
+from dataset import find_images, load_captions, split_by_karpathy, split_by_own, split_by_ratio
 from tokenizer import (
     END_ID,
     PAD_ID,
@@ -142,6 +142,15 @@ def test_karpathy_split(tmp_path):
     path.write_text('{"pictures": []}')
     with pytest.raises(UserError, match="Karpathy"):
         split_by_karpathy(["0.jpg"], path)
+
+
+def test_of_several_words_for_splits_in_a_folder_s_name_the_last_counts():
+    found = split_by_own(["train/0.jpg", "train/val/1.jpg", "dev/test/2.jpg"], {}, 0.5)
+    assert found == {
+        "train": ["train/0.jpg"],
+        "val": ["train/val/1.jpg"],
+        "test": ["dev/test/2.jpg"],
+    }
 
 
 def test_a_folder_may_hold_a_list_of_names_for_each_split(tmp_path):
