@@ -294,8 +294,7 @@ class CiderD:
             self._prepared = {image: self._prepare(image)}
         lengths, levels = self._prepared[image]
         penalties = [
-            math.exp(-((_bigrams(tokens) - length) ** 2) / (2 * CIDER_SIGMA**2))
-            for length in lengths
+            math.exp(-((len(tokens) - length) ** 2) / (2 * CIDER_SIGMA**2)) for length in lengths
         ]
         total = 0.0
         for n, (table, norms) in enumerate(levels, start=1):
@@ -327,7 +326,7 @@ class CiderD:
                     square += count * count * self._weights.get(gram, self._most)
                 norms.append(math.sqrt(square))
             levels.append((table, norms))
-        return [_bigrams(tokens) for tokens in references], levels
+        return [*map(len, references)], levels
 
     def scores(
         self, images: Iterable[Hashable], hypotheses: Iterable[Sequence[Hashable]]
@@ -347,11 +346,6 @@ def _words(tokens: list[str]) -> list[str]:
 
 def _ngrams(tokens: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
-
-
-def _bigrams(tokens: Sequence[Hashable]) -> int:
-    """The length that CIDEr-D compares: the original counts bigrams, not words."""
-    return max(len(tokens) - 1, 0)
 
 
 def _bleu(pairs: _Pairs) -> list[float]:

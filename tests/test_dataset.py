@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import find_images, load_captions, split_by_karpathy, split_by_ratio
+from dataset import find_images, load_captions, split_by_karpathy, split_by_own, split_by_ratio
 from tokenizer import (
     END_ID,
     PAD_ID,
@@ -68,7 +68,8 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
     (images / "sub").mkdir(parents=True)
     (images / "a.jpg").touch()
     (images / "sub" / "b.jpg").touch()
-    (tmp_path / "secret.jpg").touch()
+    (tmp_path / "images2").mkdir()  # whose name begins as the photo folder's
+    (tmp_path / "images2" / "secret.jpg").touch()
     (images / "inside.jpg").symlink_to("a.jpg")
     assert find_images(["a.jpg", "sub/b.jpg", "inside.jpg"], images, 0) == [
         "a.jpg",
@@ -78,7 +79,7 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
     assert find_images(["a.jpg", "c.jpg"], images, 1) == ["a.jpg"]
     with pytest.raises(UserError, match=r"c\.jpg.*MAX_BAD_IMAGES"):
         find_images(["a.jpg", "c.jpg"], images, 0)
-    (images / "out.jpg").symlink_to("../secret.jpg")
+    (images / "out.jpg").symlink_to("../images2/secret.jpg")
     with pytest.raises(UserError, match="leads out"):
         find_images(["out.jpg"], images, 0)
 
@@ -141,6 +142,15 @@ def test_karpathy_split(tmp_path):
     path.write_text('{"pictures": []}')
     with pytest.raises(UserError, match="Karpathy"):
         split_by_karpathy(["0.jpg"], path)
+
+
+def test_of_several_words_for_splits_in_a_folder_s_name_the_last_counts():
+    found = split_by_own(["train/0.jpg", "train/val/1.jpg", "dev/test/2.jpg"], {}, 0.5)
+    assert found == {
+        "train": ["train/0.jpg"],
+        "val": ["train/val/1.jpg"],
+        "test": ["dev/test/2.jpg"],
+    }
 
 
 def test_a_folder_may_hold_a_list_of_names_for_each_split(tmp_path):

@@ -241,6 +241,11 @@ def test_views_are_what_they_say():
     assert crop.tobytes() == view_of(image, "a", 2).tobytes()
     sizes = {view_of(image, name, 2).size for name in "abcdefgh"}
     assert len(sizes) > 3
+    ramp = Image.linear_gradient("L").rotate(90)
+    views = [view_of(ramp, "a", view) for view in range(8)]
+    assert len({view.size for view in views[2:]}) == 6
+    rising = [view.getpixel((0, 0)) < view.getpixel((view.width - 1, 0)) for view in views]
+    assert rising == [True, False] * 4
 
 
 def test_an_epoch_shows_all_views():
@@ -248,6 +253,7 @@ def test_an_epoch_shows_all_views():
     read = SimpleNamespace(read=lambda items: [view for _, view in items])
     rows = CaptionRows({name: [[1, 2]] for name in names}, read, views=2)
     batch = make_batch(names, rows.captions)
+    assert not any(rows.load(batch, None)[1])  # the photos as they are
     for epoch in range(2):
         assert 30 < sum(rows.load(batch, epoch)[1]) < 70
     turned = zip(rows.load(batch, 0)[1], rows.load(batch, 1)[1], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -57,11 +58,14 @@ def test_scores_equal_a_full_forward(ending, name):
             length = len(h.tokens) + h.ended
             assert h.score == pytest.approx(h.log_probability / length**options.length_penalty)
             assert not {PAD_ID, START_ID, END_ID, ANSWER_ID} & set(h.tokens)
+        if not options.sample:  # none twice, and one that was cut only where no other is to be had
+            assert len({tuple(h.tokens) for h in group}) == len(group)
+            assert len({h.ended for h in group}) == 1
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_neither_order_nor_company_matters(ending, name):
-    feature = features(5)
+    feature = features(12)  # so many that rows which are done stay a while
     if OPTIONS[name].sample:
         pytest.skip("draws belong to a place in the batch")
     together = generate(ending, feature, OPTIONS[name])
@@ -83,8 +87,21 @@ def test_one_beam_is_greedy_search(ending):
         assert group[0].tokens == [i for i in ids[1:] if i != END_ID]
 
 
+def test_stopping_early_loses_nothing(monkeypatch, ending):
+    """Without a penalty of length, what grows gets no better."""
+    feature, options = features(12), GenerationOptions(4, length_penalty=0.0)
+    early = generate(ending, feature, options)
+
+    def at_the_end(rows) -> list[int]:
+        return [*range(len(rows.images))] * (rows.history.shape[2] == rows.limit)
+
+    monkeypatch.setattr(generation._Rows, "_complete", at_the_end)
+    for some, others in zip(early, generate(ending, feature, options), strict=True):
+        assert [h.tokens for h in some] == [h.tokens for h in others]
+
+
 @pytest.mark.parametrize("beams", [2, 3, 8])
-@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_more_beams_never_score_less_than_greedy(ending, beams, penalty):
     feature = features(20)
     one = generate(ending, feature, GenerationOptions(1, penalty))
@@ -169,6 +186,17 @@ def test_samples_follow_the_seed_and_the_distribution(ending):
     assert share == pytest.approx(probabilities[likely].item(), abs=0.12)
     narrow = GenerationOptions(50, sample=True, max_length=1, top_k=1)
     assert {tuple(h.tokens) for h in generate(ending, feature, narrow)[0]} == {(likely,)}
+    for temperature in (0.5, 2.0):
+        wanted = (logits / temperature).softmax(-1).sort(descending=True)
+        for size in (2, 4):  # the nucleus: the fewest that reach top_p
+            top_p = wanted.values[:size].sum().item() - 1e-3
+            options = GenerationOptions(
+                1000, sample=True, max_length=1, temperature=temperature, top_p=top_p
+            )
+            drawn = Counter(h.ids[0] for h in generate(ending, feature, options)[0])
+            assert drawn.keys() == set(wanted.indices[:size].tolist())
+            likely = wanted.values[0].item() / wanted.values[:size].sum().item()
+            assert drawn.most_common(1)[0][1] / 1000 == pytest.approx(likely, abs=0.06)
 
 
 def test_groups_differ_more_than_beams(ending):
@@ -180,6 +208,8 @@ def test_groups_differ_more_than_beams(ending):
         return sum(len({tuple(h.tokens[:1]) for h in group}) for group in found)
 
     assert first_tokens(diverse) > first_tokens(plain)
+    options = GenerationOptions(6, groups=3, diversity=20.0, max_length=1)
+    assert {len(group) for group in generate(build_model(), feature, options)} == {6}
 
 
 def test_impossible_options_are_refused(ending):

@@ -32,9 +32,9 @@ from report import Ledger
 from run import Run
 from self_critical import Critic, advantages
 from shards import StreamedRows
-from tests.conftest import REPO, build_encoder, run, small_flags, write_photos
+from tests.conftest import REPO, build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
-from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
+from tokenizer import ANSWER_ID, END_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError, sole_user
 
 
@@ -262,11 +262,16 @@ def test_without_an_average_the_weights_themselves_are_saved(tmp_path, encoder_d
         train.update(state, data, [pair])
     assert state.checkpoint({}).model is state.model
     assert train.validate(state, data) == train.validate(state, data)  # without dropout
+    state.settings.SCORED_IMAGES, state.settings.SAMPLE_IMAGES = 0, 2
+    scores, written = train.validate(state, data)
+    assert [*scores] == ["val_loss"] and len(written) == 2
 
 
-def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir):
-    flags = ["--epochs", 0, "--scst_epochs", 1, "--scst_beam_size", 3]
-    state, data = start_state(tmp_path, encoder_dir, *flags)
+@pytest.mark.parametrize("tasks", ["captions", "captions,questions"])
+def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encoder_dir, tasks):
+    flags = ["--epochs", 0, "--scst_epochs", 1, "--scst_beam_size", 3, "--question_weight", 4]
+    photos = write_questions(write_photos(tmp_path / "data", 24))
+    state, data = start(*small_flags(photos, encoder_dir), *flags, "--tasks", tasks)
     ((batch, features),) = first_batches(state, data, 1)
     state.model.eval()
     loss, summed, count = train.self_critical_loss(state, data, batch, features)
@@ -284,6 +289,11 @@ def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encod
             alone = make_batch([batch.names[row]], [[ids]])
             likely = -state.model.loss(features[row : row + 1].float(), alone)
             plain = plain - advantage / 100 * likely
+    if "questions" in tasks:
+        rows = [[ids for ids in data.train.groups[n] if ANSWER_ID in ids] for n in batch.names]
+        asked = make_batch(batch.names, rows)
+        answers = state.model.loss(features.float(), asked)
+        plain = plain + 4 * captions / len(asked.targets) * answers
     assert (summed, count) == (pytest.approx(total), captions)
     expected = torch.autograd.grad(plain, list(state.model.parameters()))
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -599,6 +609,9 @@ def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
         ends.append([*rates[-2:], train.learning_rate(state, found)])
         assert min(rates[1:3]) > rates[3] == 1e-4 > rates[4] > ends[-1][-1]
     assert ends[1] == pytest.approx(ends[0]) and ends[2] == pytest.approx(ends[0])
+    # A rate below MIN_LEARNING_RATE, as for careful fine-tuning, never rises to it.
+    state.progress.epoch, state.settings.LEARNING_RATE = 1, 1e-7
+    assert train.learning_rate(state, found) == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
