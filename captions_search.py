@@ -32,7 +32,7 @@ from captions_file import (
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
-from utils import UserError, command, files_in, read_json, read_text, write_changed
+from utils import UserError, command, files_in, read_json, read_text, uncollected, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
@@ -303,6 +303,7 @@ def read_own(table: Path, folder: Path) -> Captions:
 # --- captions.json, made of what was found --------------------------------------------------
 
 
+@uncollected()
 def ensure_captions(
     settings: SimpleNamespace, paths: DataPaths
 ) -> tuple[DataPaths, dict[str, Any], dict[str, str]]:

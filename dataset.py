@@ -26,7 +26,7 @@ from features import Features
 from options import SPLITS, fits
 from photo_names import LONGEST, by_last_part, find_names, is_drawn, is_photo
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import SURROGATES, UserError, command, files_in, read_json, read_text
+from utils import SURROGATES, UserError, command, files_in, read_json, read_text, uncollected
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
@@ -215,6 +215,7 @@ def as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
+@uncollected()
 def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
     """What the tasks want said about each photo: its captions, then the answers about it."""
     said: dict[str, list[Text]] = {}
@@ -259,6 +260,7 @@ def references_of(texts: Texts, names: Iterable[str]) -> dict[str, list[str]]:
     return {name: captions for name, captions in found.items() if captions}
 
 
+@uncollected()
 def encode_rows(
     tokenizer: CaptionTokenizer, texts: Texts, names: Sequence[str], length: int
 ) -> dict[str, list[list[int]]]:

@@ -17,7 +17,7 @@ from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
 from tables import Table, table_of
 from texts import TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
-from utils import UserError, brief, read_json, write_file
+from utils import UserError, brief, read_json, uncollected, write_file
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options", "choice")
@@ -35,6 +35,7 @@ def questions_source(settings: SimpleNamespace, paths: DataPaths) -> Path:
     return Path(given).expanduser() if given else paths.data_dir / "questions.json"
 
 
+@uncollected()
 def ensure_questions(
     settings: SimpleNamespace, paths: DataPaths, known: Mapping[str, str]
 ) -> tuple[DataPaths, dict[str, str]]:
@@ -246,6 +247,7 @@ def _people(said: Any) -> list[Any]:
     return [each for each in map(as_text, answers) if str(each or "").strip()]
 
 
+@uncollected()
 def convert_vqa(
     questions: Sequence[str], annotations: Sequence[str], target: Path, images: Path
 ) -> None:

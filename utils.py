@@ -268,8 +268,6 @@ REMEDIES = {
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     guard_output()
-    # Else half of the time goes to looking for garbage among the millions of texts that are read.
-    gc.set_threshold(*gc.get_threshold()[:2], 1000)
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `commands.begin` has another
@@ -337,6 +335,19 @@ class Bar(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Don't look for garbage meanwhile: among the millions of texts that are read, of which none
+    is, it takes as long as to read them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- Files ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from tokenizer import (
     CaptionTokenizer,
     normalize,
 )
-from utils import UserError
+from utils import UserError, uncollected
 
 WRONG = {
     "[]": "not an object",
@@ -234,3 +235,20 @@ def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):
     merges.write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="doesn't begin with .*; without them .* is learned"):
         CaptionTokenizer.load(vocab, merges)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_looked_for_as_before_once_texts_are_read(enabled):
+    @uncollected()
+    def read(text):
+        assert not gc.isenabled()
+        return json.loads(text)
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        assert read("[1]") == read("[1]")
+        with pytest.raises(ValueError):
+            read("[1")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
