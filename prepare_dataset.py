@@ -390,7 +390,7 @@ def no_photos(paths: DataPaths) -> str:
     said = f"{paths.images} is missing: put your photos there, or set --image_dir"
     if paths.images.is_symlink() and not paths.images.exists():
         leads = f"{paths.images} is a link to {os.readlink(paths.images)}, which is not there"
-        return f"{leads}: lay it to the whole path, from / on"
+        return f"{leads}: ln -sfn /the/whole/path/of/photos {shlex.quote(str(paths.images))}"
     if file := max(paths.data_dir.rglob("*.zip"), key=os.path.getsize, default=None):
         return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
     root, files = shlex.quote(str(paths.data_dir)), sorted(paths.data_dir.glob("*.t[ag][rz]*"))
