@@ -186,14 +186,9 @@ class Run:
         """The epochs in the history that were the best so far when they ended."""
         found: list[dict[str, Any]] = []
         sign = -1 if measure == "val_loss" else 1
-
-        def merit(entry: Mapping[str, Any]) -> tuple[float, float]:
-            """Of equal scores, such as a CIDEr of 0 throughout, the lower loss counts."""
-            return sign * entry[measure], -entry["val_loss"]
-
         for entry in self.progress.history:
             counts = measure in entry and entry["epoch"] > self.progress.since.get(measure, 0)
-            if counts and (not found or merit(entry) > merit(found[-1])):
+            if counts and (not found or sign * entry[measure] > sign * found[-1][measure]):
                 found.append(entry)
         return found
 
