@@ -109,8 +109,6 @@ def begin(read: Callable[[], Any]) -> None:
     # half as fast again, captioning several times as fast, and alone both are as fast as before
     # (docs/performance.md). It is read while PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # oneDNN keeps the kernels of the shapes of some steps, not of all: they take 0.3 ms to make.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
         os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
     notebook = "IPython" in sys.modules  # in whose own process matplotlib is its user's
