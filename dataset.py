@@ -24,7 +24,7 @@ from torch import Tensor
 from distributed import ALONE, Team
 from features import Features
 from options import SPLITS, fits
-from photo_names import LONGEST, by_last_part, find_names, is_drawn, is_photo
+from photo_names import LONGEST, by_last_part, find_names, is_drawn, is_photo, links_in
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, command, files_in, read_json, read_text, uncollected
 
@@ -75,9 +75,8 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
 
     if not known and has_photos(root):
         images = root
-    elif not known:
-        linked = [at for at in root.glob("[!.]*") if at.is_symlink() and has_photos(at)]
-        images = linked[0] if len(linked) == 1 else root if linked else images
+    elif not known and (linked := [at for at in links_in(root) if has_photos(at)]):
+        images = linked[0] if len(linked) == 1 else root
 
     def latest(file: Path) -> Path:
         """What is in a form of its own has been converted by prepare_dataset.py."""

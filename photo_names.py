@@ -51,11 +51,16 @@ def is_drawn(name: str) -> bool:
     return os.path.basename(name) in DRAWN
 
 
+def links_in(folder: Path) -> list[Path]:
+    """The links in a folder, not hidden ones, in order."""
+    return sorted(at for at in folder.glob("[!.]*") if at.is_symlink())
+
+
 def photos_in(folder: Path) -> list[str]:
     """The names of the photos in a folder and those below; if none is there, behind links in it."""
     names = [*files_in(folder)]
     if all(map(is_drawn, filter(is_photo, names))):
-        links = sorted(at for at in folder.glob("[!.]*") if at.is_symlink())
+        links = links_in(folder)
         names = [os.path.join(at.name, name) for at in links for name in files_in(at)]
     # A name in another encoding than UTF-8 can't stand in a JSON file.
     return [name for name in names if is_photo(name) and not SURROGATES.search(name)]

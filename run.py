@@ -485,9 +485,11 @@ def on_record(settings: SimpleNamespace) -> dict[str, Any]:
     """The settings as checkpoints and trackers keep them, which others may see: an address may hold
     a key, and folders of this machine are told by their last part. What else people write in
     config.py, such as a module or a set, no file of ours can hold."""
-    values = constants(settings).items()
-    plain = {name: value for name, value in values if isinstance(value, str | int | float | None)}
-    return {name: redact(last_part(v)) if isinstance(v, str) else v for name, v in plain.items()}
+    return {
+        name: redact(last_part(value)) if isinstance(value, str) else value
+        for name, value in constants(settings).items()
+        if isinstance(value, str | int | float | None)
+    }
 
 
 def output_dir(settings: SimpleNamespace) -> Path:
