@@ -133,7 +133,9 @@ def load_data(
         train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
     elif critical_epochs(settings):
         references = references_of(texts, splits["train"])
-        critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE)
+        learned = (ids for group in train.captions for ids in group if ANSWER_ID not in ids)
+        longest = max(map(len, learned), default=2) - 1
+        critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE, longest)
     tower = encoder.for_others(weights=False)
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
 

@@ -27,9 +27,16 @@ class Critic:
     """
 
     def __init__(
-        self, tokenizer: CaptionTokenizer, references: Mapping[str, Sequence[str]], beam_size: int
+        self,
+        tokenizer: CaptionTokenizer,
+        references: Mapping[str, Sequence[str]],
+        beam_size: int,
+        longest: int,
     ):
-        """Args: `references`, people's captions of the training photos; beams searched a photo."""
+        """Args: `references`, people's captions of the training photos; beams searched a photo;
+        tokens of the longest caption, END counted: one that is longer earns nothing, but a search
+        that doesn't end would be as long as MAX_CAPTION_LENGTH, and all its batch with it.
+        """
         if not references:
             raise UserError(
                 "no photo to train on has a caption, which self-critical training wants: use "
@@ -37,7 +44,7 @@ class Critic:
             )
         self.tokenizer = tokenizer
         self.references = references
-        self.options = GenerationOptions(beam_size=beam_size)
+        self.options = GenerationOptions(beam_size=beam_size, max_length=longest)
         some = dict(itertools.islice(references.items(), 1000))  # which mostly tell it at once
         if not (tells_apart(some) or tells_apart(references)):
             raise UserError(

@@ -27,7 +27,6 @@ from dataset import data_paths, make_batch
 from distributed import ALONE, Team
 from generation import Hypothesis, generate
 from inference import load_captioner
-from options import GenerationOptions
 from report import Ledger
 from run import Run
 from self_critical import Critic, advantages
@@ -278,7 +277,7 @@ def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encod
     gradients = torch.autograd.grad(loss, list(state.model.parameters()))
 
     plain, total, captions = 0.0, 0.0, 0
-    found = generate(state.model, features.float(), GenerationOptions(beam_size=3))
+    found = generate(state.model, features.float(), data.critic.options)
     for row, group in enumerate(found):
         reward = data.critic.rewards(batch.names[row], group)
         for k, caption in enumerate(group):
@@ -336,10 +335,16 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
     ]
     whole, cut, poor = data.critic.rewards(name, hypotheses)
     assert whole > cut > poor
+    # A decoder that has learned nothing doesn't know when to end.
+    found = data.critic.search(state.model, [name], data.cache.read([(name, 0)]))
+    captions = [
+        state.tokenizer.encode([t.target])[0] for n in data.train.names for t in data.texts[n]
+    ]
+    assert max(map(len, found[0].ids)) == 2 + max(map(len, captions)) < 20
     assert advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
     assert advantages([7.0]) == [0.0]
     with pytest.raises(UserError, match="no photo to train on has a caption.* --scst_epochs 0"):
-        Critic(data.tokenizer, {}, beam_size=2)
+        Critic(data.tokenizer, {}, beam_size=2, longest=9)
 
 
 def start_and_stop(flags: list[str], when: str, *signals: int) -> subprocess.CompletedProcess:
