@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +122,8 @@ def load_data(
         print(f"tokens    of the texts about {len(texts):,} photos are made: a minute or several")
     if tokenizer is None:
         learned = texts_to_learn(texts, splits["train"], stock)
-        tokenizer = team.on_rank0(lambda: learn_tokenizer(settings, paths, learned))
+        places = settings.VOCAB_SIZE, paths.vocab, paths.merges
+        tokenizer = team.on_rank0(lambda: CaptionTokenizer.learned(learned, *places))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
     train = CaptionRows(encode_rows(tokenizer, texts, splits["train"], length), features, views)
     val = CaptionRows(encode_rows(tokenizer, texts, splits["val"], length), features)
@@ -219,13 +219,3 @@ def given_tokenizer(settings: SimpleNamespace, begun: Checkpoint | None) -> Capt
         raise UserError("VOCAB_FILE and MERGES_FILE belong together: give both or neither")
     paths = data_paths(settings)
     return CaptionTokenizer.load(paths.vocab, paths.merges) if settings.VOCAB_FILE else None
-
-
-def learn_tokenizer(
-    settings: SimpleNamespace, paths: DataPaths, learned: Iterator[str]
-) -> CaptionTokenizer:
-    """A new one, kept beside the data where that can be written; checkpoints hold it too."""
-    tokenizer = CaptionTokenizer.train(learned, settings.VOCAB_SIZE)
-    if os.access(paths.data_dir, os.W_OK):
-        tokenizer.save(paths.vocab, paths.merges)
-    return tokenizer

@@ -6,13 +6,17 @@ The special tokens have ids but no merge rule leads to them: a caption that hold
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from utils import SURROGATES, UserError, write_changed
@@ -20,6 +24,7 @@ from utils import SURROGATES, UserError, write_changed
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
 PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
+VERSION = "#version: 0.2"  # how merges.txt begins
 MERGED_IDS = len(SPECIAL_TOKENS) + 256  # ids from here on are of several bytes
 FULL_STOPS = "。．｡।॥۔։።།။។"  # as scripts other than Latin have them
 # GPT-2's, in which a letter's marks part words: of Hindi and Thai no piece had two letters.
@@ -106,11 +111,28 @@ class CaptionTokenizer:
             raise UserError(f"{said}; without them a vocabulary is learned") from None
         return made
 
-    def save(self, vocab_file: Path, merges_file: Path) -> None:
+    @classmethod
+    def learned(
+        cls, captions: Iterable[str], vocab_size: int, vocab_file: Path, merges_file: Path
+    ) -> CaptionTokenizer:
+        """As `train`, or what stands in the files if that was learned from the same captions, as
+        each start of a training learns from. A new one is written there, where that can be."""
+        texts = [*map(normalize, captions)]
+        source = repr((tokenizers.__version__, _PIECES, _SIGNS, vocab_size, texts))
+        note = f", of {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        with contextlib.suppress(OSError, UserError), open(merges_file, encoding="utf-8") as file:
+            if file.readline().strip() == f"{VERSION}{note}":
+                return cls.load(vocab_file, merges_file)
+        made = cls.train(texts, vocab_size)
+        if os.access(merges_file.parent, os.W_OK):
+            made.save(vocab_file, merges_file, note)
+        return made
+
+    def save(self, vocab_file: Path, merges_file: Path, note: str = "") -> None:
         """Write vocab.json and merges.txt, the layout that BPE tokenizers share."""
         files = self.to_files()
         write_changed(vocab_file, files["vocab.json"])
-        write_changed(merges_file, files["merges.txt"])
+        write_changed(merges_file, files["merges.txt"].replace(VERSION, VERSION + note, 1))
 
     def to_files(self) -> dict[str, str]:
         """The tokenizer in the files that other programs read, by name.
@@ -128,7 +150,7 @@ class CaptionTokenizer:
         config |= {"pad_token": PAD, "bos_token": START, "eos_token": END}
         return {
             "vocab.json": json.dumps(self.vocab, ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges)]) + "\n",
+            "merges.txt": "\n".join([VERSION, *map(" ".join, self.merges)]) + "\n",
             "tokenizer.json": alone.to_str(),
             "tokenizer_config.json": json.dumps(config),
         }

@@ -216,6 +216,37 @@ def test_captions_are_framed_and_cut_without_an_end(tokenizer):
     assert tokenizer.decode([*short, 77, PAD_ID]) == "a brown dog"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_tokenizer_is_kept_beside_the_data_where_that_is_allowed(tmp_path, monkeypatch, allowed):
+    monkeypatch.setattr("os.access", lambda path, mode: allowed)
+    vocab, merges = files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    made = CaptionTokenizer.learned(iter(["a dog", "a cat"] * 3), 300, *files)
+    assert len(made) > 256 and vocab.exists() == merges.exists() == allowed
+
+
+def test_a_tokenizer_is_learned_anew_when_captions_or_its_size_changed(tmp_path, monkeypatch):
+    vocab, merges = files = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    sizes, captions = [], ["a dog", "a cat", "two dogs"] * 3
+    train = CaptionTokenizer.train
+    monkeypatch.setattr(
+        CaptionTokenizer, "train", lambda texts, size: sizes.append(size) or train(texts, size)
+    )
+
+    def learn(captions: list[str], size: int = 300) -> dict[str, int]:
+        return CaptionTokenizer.learned(captions, size, *files).vocab
+
+    assert (
+        learn(captions) == learn([f"{text} ." for text in captions]) == train(captions, 300).vocab
+    )
+    assert sizes == [300]
+    assert learn(captions, 262) != learn(captions) != learn([*captions, "cats", "cats"])
+    assert sizes == [300, 262, 300, 300]
+    vocab.write_text("{}")  # by another program
+    assert "Ġcats" in learn([*captions, "cats", "cats"]) and len(sizes) == 5
+    assert CaptionTokenizer.load(*files).vocab == learn([*captions, "cats", "cats"])
+    assert len(sizes) == 5
+
+
 def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):
     vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
     tokenizer.save(vocab, merges)

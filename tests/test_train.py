@@ -22,8 +22,8 @@ import inference
 import prepare_dataset
 import train
 from checkpoint import load_checkpoint
-from corpus import Data, learn_tokenizer, load_data
-from dataset import data_paths, make_batch
+from corpus import Data, load_data
+from dataset import make_batch
 from distributed import ALONE, Team
 from generation import Hypothesis, generate
 from inference import load_captioner
@@ -617,14 +617,6 @@ def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
     # A rate below MIN_LEARNING_RATE, as for careful fine-tuning, never rises to it.
     state.progress.epoch, state.settings.LEARNING_RATE = 1, 1e-7
     assert train.learning_rate(state, found) == pytest.approx(1e-7)
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_a_tokenizer_is_kept_beside_the_data_where_that_is_allowed(tmp_path, monkeypatch, allowed):
-    paths = data_paths(SimpleNamespace(DATA_DIR=tmp_path))
-    monkeypatch.setattr("os.access", lambda path, mode: allowed)
-    made = learn_tokenizer(SimpleNamespace(VOCAB_SIZE=300), paths, iter(["a dog", "a cat"] * 3))
-    assert len(made) > 256 and paths.vocab.exists() == paths.merges.exists() == allowed
 
 
 def test_half_a_tokenizer_is_refused_and_left_alone(tmp_path, encoder_dir):
