@@ -78,8 +78,6 @@ NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0!
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
-# Tables made from it with pandas have an empty caption there instead.
-EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
 
 
 def may_list(path: PurePath) -> bool:
@@ -595,6 +593,5 @@ def _read_rows(
                         f"{where} has {width + more} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"
                     )
-            texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
             found.add(name, texts, where, cells.get(split))
     return found

@@ -260,9 +260,6 @@ def convert_vqa(
         raise UserError(
             "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
         )
-    for path in (*questions, *annotations):
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"{path} is not there: --vqa_questions, --vqa_annotations name files")
     table: Questions = {}
     for pair in zip(questions, annotations, strict=True):
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)
