@@ -62,13 +62,8 @@ def find_questions(source: Path) -> Questions:
     that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
-    lists = lists_in(source)
-    near = [name for name in lists if name.count("/") < 2]  # SLAKE's photos have each their own too
-    found, refused = read_lists(source, near, "question|vqa", read_questions)
-    if not found:
-        far = [name for name in lists if name not in near]
-        found, others = read_lists(source, far, "question|vqa", read_questions)
-        refused |= others
+    # SLAKE's photos have each their own list too, further down.
+    found, refused = read_lists(source, lists_in(source), "question|vqa", read_questions, near=2)
     if not found:
         seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(

@@ -357,19 +357,6 @@ def test_second_answer_is_odd(server: DownloadServer, tmp_path: Path, fault: str
 
 
 @pytest.mark.fault
-def test_416_for_a_file_that_is_whole(server: DownloadServer, tmp_path: Path) -> None:
-    # Killed between the last byte and the new name, where the server never told the size.
-    folder = tmp_path / "temp_download"
-    folder.mkdir()
-    (folder / "flickr8k.zip.partial").write_bytes(ZIP)
-    state = {"validator": '"one"', "total": None}
-    (folder / "flickr8k.zip.partial.json").write_text(json.dumps(state))
-    prepare_from(server, tmp_path)
-    assert_complete(tmp_path)
-    assert server.ranges_asked("flickr8k.zip") == [f"bytes={len(ZIP)}-"]
-
-
-@pytest.mark.fault
 @pytest.mark.parametrize("state", ["", "{", "[]", '{"validator": null}', None])
 def test_partial_file_without_a_sound_note_starts_anew(
     server: DownloadServer, tmp_path: Path, state: str | None
