@@ -189,15 +189,12 @@ def _rows(table: Table) -> list[Entry]:
     rows, names = [], table.names
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows:
-        if texts == [len(names) - 1]:
-            table.trim(row)
-        if len(row) > len(names):
-            if len(texts) != 1:
-                raise UserError(
-                    f"{where} has {len(row)} columns, not {len(names)}: put quotes around a text "
-                    f"that holds a {table.delimiter!r}"
-                )
-            table.join(row, texts[0])
+        whole = table.fit(row, (*texts, 0)[0], ended=texts == [len(names) - 1])
+        if len(whole) > 1 and len(texts) != 1:
+            raise UserError(
+                f"{where} has {len(names) + len(whole) - 1} columns, not {len(names)}: put quotes "
+                f"around a text that holds a {table.delimiter!r}"
+            )
         rows.append((where, table.cells((where, row))))
     return rows
 
