@@ -150,15 +150,12 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
             file.write(chunk)
             bar.update(len(chunk))
     size = partial.stat().st_size
-    if total is not None and size > total:
-        _forget(partial)
-        return f"{size} bytes came in place of {total}"
     # Without a size, the end of the body is all there is to go by; the zip's own checks follow.
-    return "" if total in (None, size) else f"cut off after {size} of {total} bytes"
+    return "" if total in (None, size) else f"ended after {size} of {total} bytes"
 
 
 def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> int | None:
-    """The whole size, if this 206 says that the bytes here are the start of that file; no 416 does."""
+    """The whole size, if this answer goes on with the file that the bytes here are the start of."""
     said = response.headers.get("Content-Range", "")
     place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", said)
     if not have or not place:
