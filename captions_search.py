@@ -30,7 +30,7 @@ from captions_file import (
     merged,
     read_captions,
 )
-from dataset import CONVERTED, PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
+from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
 from utils import UserError, command, files_in, read_json, read_text, uncollected, write_changed
@@ -56,20 +56,19 @@ def find_captions(
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
         source = Path(settings.CAPTIONS_FILE).expanduser()
-        if not source.exists():
+        if source.is_dir():
+            found, inside = read_texts_beside(paths.images, source), source / "captions.json"
+            if not found.texts and inside.is_file():
+                found = read_captions(inside)
+            elif not found.texts:
+                found = read_parts(replace(paths, data_dir=source))[1]
+            return [source], found
+        if not source.is_file():
             raise UserError(f"CAPTIONS_FILE {source} is not there")
-        found, inside = read_place(paths, source), source / "captions.json"
-        if inside.is_file() and not found.texts:
-            found = read_captions(inside)
-        elif source.is_dir() and not found.texts:
-            found = read_parts(replace(paths, data_dir=source))[1]
-        return [source], found
-    if changed:  # though another place may come first by now, as what inference.py wrote
+        return [source], read_captions(source, paths.images)
+    if changed:
         print(f"{', '.join(map(str, changed))} has changed: captions.json is made anew")
-        # The name of the photos' own folder tells no split.
-        names = ["" if p.samefile(paths.images) else place_of(p, paths.data_dir) for p in changed]
-        parts = {n: read_place(paths, place) for n, place in zip(names, changed, strict=True)}
-        if (found := merged(next(iter(parts.values())).form, parts)).texts:
+        if (found := read_again(paths, changed)).texts:
             return changed, found
     table = find_table(paths.data_dir, paths.images)
     if usual.exists() and not changed:
@@ -90,13 +89,18 @@ def find_captions(
     return read_parts(paths)
 
 
-def read_place(paths: DataPaths, place: Path) -> Captions:
-    """The captions of a file, in the photos' own folders, or of the texts in another folder."""
-    if not place.is_dir():
-        return read_own(place, paths.images)
-    if place.resolve() == paths.images.resolve():
-        return read_folder(place)
-    return read_texts_beside(paths.images, place)
+def read_again(paths: DataPaths, sources: Iterable[Path]) -> Captions:
+    """Read the captions of these places alone, though another may come first by now, such as what
+    inference.py wrote about the photos."""
+    parts: dict[str, Captions] = {}
+    for place in sources:
+        if place.is_file():
+            parts[place_of(place, paths.data_dir)] = read_own(place, paths.images)
+        elif place.samefile(paths.images):
+            parts[""] = read_folder(place)
+        else:
+            parts[place_of(place, paths.data_dir)] = read_texts_beside(paths.images, place)
+    return merged(next(iter(parts.values())).form, parts)
 
 
 def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
@@ -211,7 +215,7 @@ def lists_in(root: Path, names: Sequence[str] = ()) -> list[str]:
     of these `names`."""
     names = names or names_in(root)
     near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
-    paths = [Path(name) for name in near if not name.endswith(CONVERTED)]
+    paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
     return [str(path) for path in paths if may_list(path)]
 
 
@@ -413,9 +417,11 @@ def state_of(source: Path) -> str:
     if source.is_file():
         return hashlib.sha256(source.read_bytes()).hexdigest()
     # A table at the top is read as such, not as one of the texts of the photos there.
-    there = [name for name in names_in(source) if name not in (*OURS, *TABLES)]
-    ends = (*TEXT_SUFFIXES, ".json", ".csv", ".jsonl", ".parquet")
-    told = [n for n in there if n.lower().endswith(ends) and not n.endswith(CONVERTED)]
+    there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
+    objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
+    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
+    told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     files = [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
     return hashlib.sha256(repr(files).encode()).hexdigest()

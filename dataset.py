@@ -29,7 +29,6 @@ from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
 from utils import SURROGATES, UserError, command, files_in, read_json, read_text, uncollected
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
-CONVERTED = ".prepared.json"  # how the names of files end that were made of others
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
 OTHER_SPLITS = dict.fromkeys(("valid", "validate", "validation", "eval", "dev"), "val")  # in files
 OTHER_SPLITS["restval"] = "train"
@@ -106,7 +105,7 @@ def place_of(source: Path, data_dir: Path) -> str:
 def converted_file(data_dir: Path, source: Path) -> Path:
     """Where texts are kept that were read from `source`, a file in another form."""
     digest = hashlib.sha256(os.fsencode(place_of(source, data_dir))).hexdigest()[:6]
-    return data_dir / f"{source.stem}.{digest}{CONVERTED}"
+    return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 
 # --- captions.json --------------------------------------------------------------------------
