@@ -11,7 +11,6 @@ import re
 import shutil
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captions_file import TABLES, TEXT_SUFFIXES, may_list, read_captions
-from photo_names import ends_of, is_photo
+from captions_file import TABLES, TEXT_SUFFIXES, may_list
+from photo_names import is_photo
 from utils import UserError, lock, remove_leftovers, size_text, write_error
 
 MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is a bomb
@@ -96,45 +95,35 @@ def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0)
 
 
 def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entries]:
-    """What is for the photo folder in a zip of `packed` bytes, and its captions tables, by name,
-    the one that counts first.
+    """What is for the photo folder in a zip of `packed` bytes, by name, less the folders that all
+    of it is in; and its captions tables by theirs, the one that counts first.
 
-    With a captions table of a usual name, none of which is there twice, a photo's name is the
-    longest end of its path that the table names, and otherwise its last part. Without, the whole
-    tree is taken with all that may hold captions, less the folders that all is in. What is unsafe
-    is refused before anything is written.
+    Without a captions table of a usual name, or with one of them twice, all that may hold captions
+    is for the photo folder too. What is unsafe is refused before anything is written.
     """
     members = [*_members(archive)]
-    tables = [(path, info) for path, info in members if path.name.lower() in TABLE_NAMES]
-    whole = not tables or len(tables) > len({path.name.lower() for path, _ in tables})
-    known = set() if whole else _named_in(archive, tables, packed)
-    photos = [(path, info) for path, info in members if is_photo(path.name)]
-    wanted = [*_with_texts(members)] if whole else photos + tables
-    top = os.path.commonpath([path.parent for path, _ in wanted]) if wanted else ""
-    names: Entries = {}
+    lists = [(path, info) for path, info in members if path.name.lower() in TABLE_NAMES]
+    tables = {path.name.lower(): (path, info) for path, info in lists}
+    if not tables or len(tables) < len(lists):
+        wanted, tables = [*_with_texts(members)], {}
+    else:
+        wanted = [(path, info) for path, info in members if is_photo(path.name)]
     taken: set[str] = set()
-    for path, info in wanted:
+    for path, info in (*wanted, *tables.values()):
         entry = f"the archive's entry {info.filename!r}"
-        if whole:
-            name = str(path.relative_to(top))
-        else:
-            name = next((end for end in ends_of(str(path)) if end in known), path.name)
         # A file system that ignores case would write "A.jpg" over "a.jpg".
-        if name.lower() in taken:
-            raise UserError(
-                f"{entry} stands there twice, perhaps in two folders: folders are kept where the "
-                "captions name photos with them"
-            )
+        if str(path).lower() in taken:
+            raise UserError(f"{entry} stands there twice")
+        taken.add(str(path).lower())
         plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if info.flag_bits & 1 or not plain or len(path.name.encode()) > 255:
             raise UserError(f"{entry} is encrypted, oddly compressed, or has too long a name")
-        taken.add(name.lower())
-        names[name] = info
-    sizes = [info.file_size for info in names.values()]
+    sizes = [info.file_size for _, info in (*wanted, *tables.values())]
     check_unpacked("the archive", packed, sum(sizes), max(sizes, default=0))
-    texts = [] if whole else [name for name in names if not is_photo(name)]
-    told = {name.lower(): names.pop(name) for name in texts}
-    return names, {name: told[name.lower()] for name in CAPTION_FILES if name.lower() in told}
+    top = os.path.commonpath([path.parent for path, _ in wanted]) if wanted else ""
+    entries = {str(path.relative_to(top)): info for path, info in wanted}
+    ordered = [name for name in CAPTION_FILES if name.lower() in tables]
+    return entries, {name: tables[name.lower()][1] for name in ordered}
 
 
 def _members(archive: zipfile.ZipFile) -> Iterator[Member]:
@@ -160,19 +149,6 @@ def _with_texts(members: Sequence[Member]) -> Iterator[Member]:
         text = beside or may_list(path) or path.name.lower() in TABLE_NAMES
         if is_photo(path.name) or (text and info.file_size <= MAX_ENTRY_BYTES):
             yield path, info
-
-
-def _named_in(archive: zipfile.ZipFile, tables: Sequence[Member], packed: int) -> set[str]:
-    """The names of photos, with their folders, in the captions table of a zip."""
-    for path, info in tables:
-        if info.file_size <= min(MAX_ENTRY_BYTES, MAX_UNPACKED_RATIO * packed):
-            with tempfile.TemporaryDirectory() as folder:
-                table = Path(folder) / path.name
-                table.write_bytes(archive.read(info))
-                # A table that can't be read is refused later, with its place in DATA_DIR.
-                with contextlib.suppress(UserError):
-                    return set(read_captions(table).texts)
-    return set()
 
 
 def extract_photos(archive: zipfile.ZipFile, photos: Entries, folder: Path) -> None:

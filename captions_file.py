@@ -78,8 +78,6 @@ NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0!
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
-# Tables made from it with pandas have an empty caption there instead.
-EMPTY_IN_THE_WILD = {"2199200615.jpg": "A dog runs across the grass ."}
 
 
 def may_list(path: PurePath) -> bool:
@@ -340,13 +338,12 @@ def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
     """The captions of several files or parts; what each is called may tell its photos' split."""
     found = Captions(form)
     for called, part in parts.items():
+        split = split_in(called)
         for photo, texts in part.texts.items():
             found.texts.setdefault(photo, []).extend(texts)
-        split = split_in(called)
-        told = (dict.fromkeys(part.texts, split) if split else {}) | part.splits
-        clash = [name for name in told if found.splits.get(name, told[name]) != told[name]]
-        found.splits = told | found.splits
-        found.mixed += part.mixed + sum(len(part.texts[name]) for name in clash)
+            if told := part.splits.get(photo, split):
+                found.mixed += len(texts) * (found.splits.setdefault(photo, told) != told)
+        found.mixed += part.mixed
         found.passed += part.passed
         found.links += part.links
         found.mended += part.mended
@@ -557,7 +554,7 @@ def _read_rows(
     Without a header the last column may hold several captions, by tabs or each in quotes. Names
     may be `bare` of their suffix.
     """
-    width, last = len(table.names), table.names.index(captions[-1])
+    last = table.names.index(captions[-1])
     others = [name for name in table.names if name and name not in (photo, *captions, split)]
     ignored = [name for name in others if name not in NUMBER_KEYS]
     columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
@@ -565,36 +562,28 @@ def _read_rows(
     strict = not ignored and len(captions) == 1
     ended = table.headed and table.names[-1] in (photo, *captions)  # by what may not be empty
     for where, row in table.rows:
-        if ended:
-            table.trim(row)
-        row += [("", "")] * (width - len(row))
-        more = len(row) - width
-        if more and len(captions) > 1:
-            found.passed.append(f"{where} has {len(row)} columns, not {width}")
+        whole = table.fit(row, last, ended)
+        width = len(row) + len(whole) - 1
+        if len(whole) > 1 and len(captions) > 1:
+            found.passed.append(f"{where} has {width} columns, not {len(row)}")
             continue
-        whole = row[last : last + more + 1]
-        if more:
-            table.join(row, last)
         cells = table.cells((where, row))
         if is_rejected(cells):
             found.passed.append(f"{where} was rejected")
-            continue
-        if not any(cells.values()):
             continue
         if wrong := [cells[key] for key in others if strict and not cells[key].isdigit()]:
             raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")
         if name := found.name_of(where, cells[photo], ROW, bare, strict):
             texts = [cells[key] for key in captions if cells[key]]
-            if more and not table.headed:
+            if len(whole) > 1 and not table.headed:
                 apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
                 texts = [value for value, _ in whole] if apart else texts
                 # Quoted, and another column follows; or a row's number before `caption, name`.
                 odd = whole[0][0] != whole[0][1].strip() or (last == 0 and whole[0][0].isdigit())
                 if any(map(NO_CAPTION.fullmatch, texts)) if apart else odd:
                     raise UserError(
-                        f"{where} has {width + more} columns: say which is what in a first row, "
+                        f"{where} has {width} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"
                     )
-            texts = texts or [EMPTY_IN_THE_WILD.get(name, "")]
             found.add(name, texts, where, cells.get(split))
     return found

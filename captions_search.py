@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -178,15 +179,19 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
 
 
 def read_lists(
-    root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any]
+    root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any], near: int = DEPTH
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What `read` finds in lists, by their names, and why others can't be read; of copies the first
-    counts. Only if those with `likely` names hold nothing, the rest are read: COCO's take minutes.
+    counts. Only if those with `likely` names hold nothing, the rest are read, as COCO's take
+    minutes, and only then those within `near` folders or more.
     """
+
+    def rank(name: str) -> tuple[bool, int]:
+        packed = name.endswith(".parquet")  # often a copy of another
+        return name.count("/") >= near, 0 if re.search(likely, name.lower()) else 1 + packed
+
     found, refused, copies = {}, {}, set()
-    first = [name for name in names if re.search(likely, name.lower())]
-    packed = [name for name in names if name.endswith(".parquet")]  # often a copy of another
-    for group in (first, [n for n in names if n not in (*first, *packed)], packed):
+    for _, group in itertools.groupby(sorted(names, key=rank), rank):
         for name in () if found else group:
             try:
                 held = read(root / name)

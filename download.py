@@ -116,13 +116,10 @@ def _fetch(url: str, partial: Path) -> str:
         headers = UNPACKED | {"Range": f"bytes={have}-", "If-Range": state["validator"] or None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (206, 416):
-            total = _continues(response, have, state)
-            if total is None:
+            state["total"] = _continues(response, have, state)
+            if state["total"] is None:
                 _forget(partial)
                 return "the file has changed in between"
-            if response.status_code == 416:
-                return ""
-            state["total"] = total
         elif response.status_code == 429 or response.status_code >= 500:
             return f"status {response.status_code}"
         elif response.status_code != 200:
@@ -153,21 +150,17 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
             file.write(chunk)
             bar.update(len(chunk))
     size = partial.stat().st_size
-    if total is not None and size > total:
-        _forget(partial)
-        return f"{size} bytes came in place of {total}"
     # Without a size, the end of the body is all there is to go by; the zip's own checks follow.
-    return "" if total in (None, size) else f"cut off after {size} of {total} bytes"
+    return "" if total in (None, size) else f"ended after {size} of {total} bytes"
 
 
 def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> int | None:
-    """The whole size, if this 206 or 416 says that the bytes here are the start of that file."""
+    """The whole size, if this answer goes on with the file that the bytes here are the start of."""
     said = response.headers.get("Content-Range", "")
-    place = re.fullmatch(r"bytes (\*|\d+)(?:-\d+)?/(\d+)", said)
+    place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", said)
     if not have or not place:
         return None
-    begin, total = place[1], int(place[2])
-    goes_on = begin == str(have) if response.status_code == 206 else have == total
+    goes_on, total = int(place[1]) == have, int(place[2])
     validator = _validator(response)
     same_file = validator is None or state["validator"] in (None, validator)
     return total if goes_on and same_file and state["total"] in (None, total) else None

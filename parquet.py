@@ -9,7 +9,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,9 @@ from utils import UserError, interpreter
 PICTURES = re.compile(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold the photos, their captions, questions, names and split."""
-
-    photo: str
-    captions: list[str]
-    asked: list[str]  # questions, answers and what goes with them
-    names: list[str]  # one, or none, as of the next
-    split: list[str]
-
-    def all(self) -> list[str]:
-        others = (*self.captions, *self.asked, *self.names, *self.split)
-        return [*dict.fromkeys((self.photo, *others))]
+# The columns by what they hold: photos (one column), captions, questions with what goes with them,
+# names and splits (one or none).
+Columns = dict[str, list[str]]
 
 
 def read_parquet(
@@ -68,24 +57,24 @@ def read_parquet(
             kinds = {plain_key(field.name): str(field.type) for field in schema}
             if kinds != known:
                 known, columns = kinds, _columns(file, schema, read, kinds)
-            for row in _rows(file, schema, read, columns.all()):
-                pictures = _pictures(row[columns.photo])
+            for row in _rows(file, schema, read, [*itertools.chain(*columns.values())]):
+                pictures = _pictures(row[columns["photos"][0]])
                 if len(pictures) != 1:
                     without["with several photos" if pictures else "without a photo"] += 1
                     continue
                 content, path = pictures[0]
-                texts = texts_of([row[column] for column in columns.captions])
+                texts = texts_of([row[column] for column in columns["captions"]])
                 texts = [text for text in texts if isinstance(text, str)]
                 if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
                     raise ValueError(f"a row has captions of {size:,} characters")
-                own = "".join(split_in(row[column]) for column in columns.split) or whole
+                own = "".join(split_in(row[column]) for column in columns["splits"]) or whole
                 digest = hashlib.sha256(content).digest()[:16]
                 if digest not in names:
-                    said = [_called(name, row[name]) for name in columns.names]
+                    said = [_called(name, row[name]) for name in columns["names"]]
                     names[digest] = _name(own, [path, *said], taken)
                 elif os.path.dirname(names[digest]) != own:
                     moved.add(names[digest])
-                talk = {key: row[key] for key in columns.asked}
+                talk = {key: row[key] for key in columns["questions"]}
                 asked = [*_questions(str(file), talk, passed)]
                 yield names[digest], content, [*map(unescaped, texts)], asked
     if moved:
@@ -151,11 +140,10 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
     splits = [name for name in SPLIT_KEYS if name in kinds]
-    columns = Columns(photo, captions, asked, called[:1], splits[:1])
-    if ignored := [name for name in kinds if name not in columns.all()]:
-        parts = {"captions": captions, "questions": asked, "names": columns.names}
-        used = f"photos are in the column {photo}"
-        used += "".join(f", {what} in {', '.join(there)}" for what, there in parts.items() if there)
+    columns = {"photos": [photo], "captions": captions, "questions": asked}
+    columns |= {"names": called[:1], "splits": splits[:1]}
+    if ignored := [name for name in kinds if name not in itertools.chain(*columns.values())]:
+        used = ", ".join(f"{what} in {', '.join(said)}" for what, said in columns.items() if said)
         tqdm.write(f"{file}: {used}; ignored: {', '.join(ignored)}", file=sys.stdout)
     return columns
 

@@ -87,8 +87,7 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
     if_none_is_there = (
         _ending,  # C:/photos/x/1.jpg is x/1.jpg
         _by(os.path.basename),  # y/1.jpg is x/1.jpg
-        _by(_number),  # 42 is COCO_val2014_000000000042.jpg
-        _by(_uploaded),  # upload/1/0a1b2c3d-1.jpg is 1.jpg
+        _by(_core),  # 42 is COCO_val2014_000000000042.jpg, upload/1/0a1b2c3d-1.jpg is 1.jpg
     )
     wanted, there = [*wanted], {*there}
     found = {name: name for name in wanted if name in there}
@@ -191,12 +190,7 @@ def _by(key: Way) -> Callable[..., dict[str, str]]:
     return lambda wanted, there, cut: _alike(wanted, there, lambda name: key(cut(name)))
 
 
-def _number(name: str) -> str:
-    """COCO's: 42 for `COCO_val2014_000000000042` and for `000000000042`."""
-    found = re.fullmatch(r"(?:coco_\w+_)?(\d+)", os.path.basename(name))
-    return (found[1].lstrip("0") or "0") if found else ""
-
-
-def _uploaded(name: str) -> str:
-    """Without the sign that Label Studio puts before the names of photos that it was given."""
-    return re.sub("^[0-9a-f]{8}-", "", os.path.basename(name))
+def _core(name: str) -> str:
+    """Without what COCO and Label Studio put before a photo's number or name."""
+    core = re.sub(r"^(coco_\w+_(?=\d+$)|[0-9a-f]{8}-)", "", os.path.basename(name))
+    return _unpadded(core) or core

@@ -62,13 +62,8 @@ def find_questions(source: Path) -> Questions:
     that holds some, or of several called alike but for a split, which is then their questions'."""
     if source.is_file():
         return read_questions(source)
-    lists = lists_in(source)
-    near = [name for name in lists if name.count("/") < 2]  # SLAKE's photos have each their own too
-    found, refused = read_lists(source, near, "question|vqa", read_questions)
-    if not found:
-        far = [name for name in lists if name not in near]
-        found, others = read_lists(source, far, "question|vqa", read_questions)
-        refused |= others
+    # SLAKE's photos have each their own list too, further down.
+    found, refused = read_lists(source, lists_in(source), "question|vqa", read_questions, near=2)
     if not found:
         seen = f" ({next(iter(refused.values()))})" if refused else ""
         raise UserError(
@@ -194,15 +189,12 @@ def _rows(table: Table) -> list[Entry]:
     rows, names = [], table.names
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows:
-        if texts == [len(names) - 1]:
-            table.trim(row)
-        if len(row) > len(names):
-            if len(texts) != 1:
-                raise UserError(
-                    f"{where} has {len(row)} columns, not {len(names)}: put quotes around a text "
-                    f"that holds a {table.delimiter!r}"
-                )
-            table.join(row, texts[0])
+        whole = table.fit(row, (*texts, 0)[0], ended=texts == [len(names) - 1])
+        if len(whole) > 1 and len(texts) != 1:
+            raise UserError(
+                f"{where} has {len(names) + len(whole) - 1} columns, not {len(names)}: put quotes "
+                f"around a text that holds a {table.delimiter!r}"
+            )
         rows.append((where, table.cells((where, row))))
     return rows
 
@@ -260,9 +252,6 @@ def convert_vqa(
         raise UserError(
             "give as many --vqa_questions as --vqa_annotations, in the same order: they are pairs"
         )
-    for path in (*questions, *annotations):
-        if not Path(path).expanduser().is_file():
-            raise UserError(f"{path} is not there: --vqa_questions, --vqa_annotations name files")
     table: Questions = {}
     for pair in zip(questions, annotations, strict=True):
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)

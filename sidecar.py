@@ -42,27 +42,26 @@ class TextFiles:
         where that is not enough, or one of the `inputs`."""
         self.existing = existing
         self.targets: dict[Photo, Path] = {}
-        for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
-            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
-            place = folder.joinpath(*parts) if folder else photo.file
-            self.targets[photo] = Path(os.path.abspath(place.with_suffix(".txt")))
-        sharing = Counter(self.targets.values())
         beside = {
             place: Counter(Path(name).stem for name in files_in(place, False) if is_photo(name))
             for place in {photo.file.parent for photo in photos}
         }
         taken = {Path(os.path.abspath(file)) for file in inputs}
         shared = set()
-        for photo, target in self.targets.items():
-            if sharing[target] > 1 or beside[photo.file.parent][photo.file.stem] > 1:
+        for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
+            parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
+            place = folder.joinpath(*parts) if folder else photo.file
+            target = Path(os.path.abspath(place.with_suffix(".txt")))
+            if beside[photo.file.parent][photo.file.stem] > 1:
                 shared.add(target)
-                self.targets[photo] = target = target.with_name(f"{photo.file.name}.txt")
+                target = target.with_name(f"{photo.file.name}.txt")
             if target in taken:
                 raise UserError(
                     f"{target} would be another photo's as well, or is what is read: give another "
                     "--output, or name folders one by one"
                 )
             taken.add(target)
+            self.targets[photo] = target
         if unclear := sorted(filter(os.path.isfile, shared - taken)):
             said = f"{len(unclear)} texts may be of any of several photos, such as {unclear[0]}"
             print(shown(f"{said}: each gets photo.jpg.txt, which counts first"), file=sys.stderr)

@@ -45,16 +45,17 @@ class Table:
         """A row's values by the names of their columns."""
         return {name: value for name, (value, _) in zip(self.names, row[1], strict=False)}
 
-    def trim(self, row: list[Field]) -> None:
-        """Take off the empty cells that spreadsheets write beyond the last column."""
-        while len(row) > len(self.names) and not row[-1][0]:
+    def fit(self, row: list[Field], column: int, ended: bool) -> list[Field]:
+        """Have a row as many cells as there are columns: those that are too many are one with that
+        of a column, whose text isn't quoted and has delimiters in it. Returns what it was made of.
+        Where the last column may not be empty (`ended`), spreadsheets write empty ones beyond."""
+        while ended and len(row) > len(self.names) and not row[-1][0]:
             row.pop()
-
-    def join(self, row: list[Field], column: int) -> None:
-        """Have the cells that are too many be one with that of a column, whose text isn't quoted
-        and has delimiters in it."""
-        end = column + len(row) - len(self.names) + 1
-        row[column:end] = [(self.delimiter.join(s for _, s in row[column:end]).strip(), "")]
+        end = max(0, len(row) - len(self.names)) + column + 1
+        row += [("", "")] * (len(self.names) - len(row))
+        if len(whole := row[column:end]) > 1:
+            row[column:end] = [(self.delimiter.join(s for _, s in whole).strip(), "")]
+        return whole
 
 
 def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:

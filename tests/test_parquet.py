@@ -203,7 +203,7 @@ def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, caps
         columns = {"masks": [[photo(9)]], "mask": [photo(9)], "image": images(1, n)} | columns
         files.append(write(tmp_path / f"{n}.parquet", columns))
     assert [texts for _, _, texts, _ in read_parquet(files)] == [["A dog"], ["One"]]
-    says = "photos are in the column image, captions in text; ignored: masks, mask, title, id"
+    says = "photos in image, captions in text; ignored: masks, mask, title, id"
     assert capsys.readouterr().out == f"{files[0]}: {says}\n"
 
 
