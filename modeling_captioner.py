@@ -238,7 +238,13 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
         pairs = [pair.unbind(1) for pair in memory.unbind(1)]
         hidden = self.decoder(input_ids, positions, mask, pairs, cache)
-        return CausalLMOutputWithPast(logits=self.decoder.logits(hidden), **caches)
+        embedding = self.decoder.token_embedding
+        if embedding.weight.is_meta:  # offloaded: there only while the embedding itself is called
+            ids = torch.arange(self.config.vocab_size, device=hidden.device)
+            logits = nn.functional.linear(hidden, embedding(ids))
+        else:
+            logits = self.decoder.logits(hidden)
+        return CausalLMOutputWithPast(logits=logits, **caches)
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):

@@ -551,6 +551,24 @@ def test_the_encoder_is_asked_for_as_the_captioner_is(joint, tmp_path):
     assert not (tmp_path / "home" / "hub").exists()
 
 
+def test_an_offloaded_embedding_gives_the_same_logits(folder, joint):
+    """accelerate's offloading: weights are there only while their own module is called."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    asked = processor(images=Image.open(joint / "images" / "000.png"))
+    right, embedding = model(**asked).logits, model.decoder.token_embedding
+    weight = embedding.weight
+
+    def place(there: torch.nn.Parameter) -> None:
+        embedding.weight = there
+
+    nowhere = torch.nn.Parameter(weight.to("meta"))
+    embedding.register_forward_pre_hook(lambda *_: place(weight))
+    embedding.register_forward_hook(lambda *_: place(nowhere))
+    place(nowhere)
+    assert torch.equal(model(**asked).logits, right)
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache", None])
 def test_the_cache_is_heeded_whatever_a_version_calls_it(folder, joint, name, monkeypatch):
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
