@@ -41,6 +41,8 @@ RENAMED = {"EPOCHS": "NUM_EPOCHS", "SCST_SAMPLES": "SCST_BEAM_SIZE"}  # as older
 NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("losses", "train", "generate", "features")
+CRITICAL = "scst_epochs scst_beam_size scst_learning_rate rerank"
+SEARCH = f"beam_size length_penalty no_repeat_ngram {CRITICAL}"
 EXISTING = ("skip", "overwrite", "append", "error")
 
 
@@ -62,17 +64,8 @@ WITHOUT_EFFECT = (
     ("question_weight", "without both tasks", lambda s: all(task in s.TASKS for task in TASKS)),
     ("questions_file", "without questions", lambda s: "questions" in getattr(s, "task", s.TASKS)),
     ("captions_file", "without captions", lambda s: "captions" in getattr(s, "task", s.TASKS)),
-    (
-        "scst_epochs scst_beam_size scst_learning_rate beam_size length_penalty no_repeat_ngram "
-        "rerank",
-        "without captions",
-        lambda s: "captions" in s.TASKS,
-    ),
-    (
-        "scst_epochs scst_beam_size scst_learning_rate rerank",
-        "with --train_shards",
-        lambda s: not s.TRAIN_SHARDS,
-    ),
+    (SEARCH, "without captions", lambda s: "captions" in s.TASKS),
+    (CRITICAL, "with --train_shards", lambda s: not s.TRAIN_SHARDS),
     ("preset", "with --demo", lambda s: not s.demo),
     ("karpathy_file", "with --split ratio", lambda s: s.SPLIT != "ratio"),
     ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
@@ -89,21 +82,10 @@ WITHOUT_EFFECT = (
 )
 
 
-class Held:
-    """Notes Ctrl-C until `run_script` obeys it. PyTorch that is half imported can't be imported
-    again: that kills the process, which is a notebook's with all that its user has made."""
-
-    pressed = False
-
-    def __call__(self, *_: object) -> None:
-        self.pressed = True
-
-
 def begin(read: Callable[[], Any]) -> None:
     """Before a script's imports: read its command line, and answer --help or a mistake at once.
 
-    Ctrl-C while they last ends the program without a word of theirs, but in a notebook's process
-    only once they are over.
+    Ctrl-C while they last ends the program without a word of theirs, unless it is a notebook.
     """
     # Threads that wait for each other sleep instead of spinning: beside another program training is
     # half as fast again, captioning several times as fast, and alone both are as fast as before
@@ -116,14 +98,13 @@ def begin(read: Callable[[], Any]) -> None:
         os.environ["MPLBACKEND"] = "agg"
     # A photo of more pixels is decoded small, or refused by name.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
-    stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
     if sys.version_info < (3, 10):  # noqa: UP036 - macOS brings 3.9
         said = f"this is Python {sys.version.split()[0]}, too old"
         leave(say_error(f"{said}: run bash 01_setup.sh, and then .venv/bin/python in its place"))
     sys.excepthook = say_versions
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+    if not notebook and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         settings = read() if os.environ.get("LOCAL_RANK", "0") == "0" else _read_silently(read)
         say_without_effect(settings, sys.argv[1:])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
-import math
 import os
 import re
 import shlex
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
-from checkpoint import link_or_copy
+from checkpoint import Checkpoint, link_or_copy
 from encoder import hub_problem
 from utils import UserError, first_line, shown, write_error
 
@@ -131,7 +130,6 @@ class HubPusher:
         self._uploading: _Upload | None = None
         self._waiting: _Upload | None = None
         self._newest: Path | None = None
-        self._numbers = itertools.count()
         self._ready = False  # the repository is there, and ours to write to
         self._problem: str | None = None  # of the last push; "" once it has arrived
         if not repo_id:
@@ -146,10 +144,11 @@ class HubPusher:
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {login()}")
             return
-        account = _account(LOGIN_TIMEOUT)  # the first push asks again, should it be renewed or late
-        if account and (refusal := _refusal(repo_id, account)):
-            report(f"Hub: nothing is pushed: {refusal}")
-            return
+        get_session().timeout = LOGIN_TIMEOUT
+        with contextlib.suppress(Exception):  # the first push asks again
+            if refusal := _refusal(repo_id, HfApi(token=True).whoami()):
+                report(f"Hub: nothing is pushed: {refusal}")
+                return
         self.active = True
         # The client's bars and retry notices would break into the training's own bar.
         disable_progress_bars()
@@ -170,8 +169,7 @@ class HubPusher:
         if not self.active:
             return
         self._newest = Path(checkpoint)
-        number = next(self._numbers)
-        weights = checkpoint.with_name(f".{checkpoint.name}.hub-{os.getpid()}-{number}.tmp")
+        weights = checkpoint.with_name(f".{checkpoint.name}.hub-{uuid.uuid4().hex}.tmp")
         try:
             link(checkpoint, weights)  # so that it outlives its name
         except (OSError, UserError) as error:
@@ -282,21 +280,6 @@ class HubPusher:
             self._report(line)
 
 
-def _account(seconds: float) -> dict[str, Any] | None:
-    """Whose login this is, as the Hub tells it; None if it doesn't within `seconds`."""
-    told: list[dict[str, Any]] = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):
-            told.append(HfApi(token=True).whoami())
-
-    # The client's own limits are per attempt, and none holds for the look-up of a name.
-    asking = threading.Thread(target=ask, name="hub login", daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return told[0] if told else None
-
-
 def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
     """Why this account can't write to the repository, with the remedy; None if it may."""
     token = account.get("auth", {}).get("accessToken", {})
@@ -338,30 +321,27 @@ def _reason(error: Exception) -> str:
 
 
 def model_card(
-    *,
     repo_id: str,
-    encoder: str,
-    encoder_revision: str | None,
+    checkpoint: Checkpoint,
     dataset: str,
+    *,
     split: str,
     scored: str,
     scorer: str,
-    scores: Mapping[str, float],
     command: str,
     samples: Mapping[str, str],
     question: str = "",
-    start: str | None = None,
     language: str | None = None,
 ) -> str:
     """The README of a Hub repository: front matter for machines, then text for people.
 
-    `scores` holds measured values only ({"CIDEr": 35.3}), by `scorer`, on `split` of the data set
-    `scored`; it learned from `dataset`; `samples` maps photos' names to the captions that the model
-    gave them; `question` is one that it can answer, where it can do nothing else; `start`, with
-    whose weights its training began, if any; `language`, that of the texts, where it is known.
+    The checkpoint's scores were measured by `scorer`, on `split` of the data set `scored`; it
+    learned from `dataset`; `samples` maps photos' names to the captions that the model gave them;
+    `question` is one that it can answer, where it can do nothing else; `language`, that of the
+    texts, where it is known.
     """
-    if not all(math.isfinite(value) for value in scores.values()):
-        raise ValueError(f"a score is not finite: {dict(scores)}")
+    encoder, revision = checkpoint.encoder["name"], checkpoint.encoder["revision"]
+    scores, start = checkpoint.scores, checkpoint.settings["START_CHECKPOINT"]
     # Someone's folder is no address, and its path is nobody's business.
     local = os.path.isabs(encoder) or Path(encoder).exists()
     encoder_name = Path(encoder).name if local else encoder
@@ -391,7 +371,7 @@ def model_card(
     rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
     measured = f"On the {split} split of {scored}, measured with {scorer}:\n\n"
     measured += f"| metric | value |\n|---|---|\n{rows}"
-    at_revision = f" (revision `{encoder_revision}`)" if encoder_revision else ""
+    at_revision = f" (revision `{revision}`)" if revision else ""
     asked = json.dumps(question)
     quoted = {name: shown(name).replace("`", "'") for name in samples}
     said = [f"- `{quoted[name]}`: {_prose(text)}" for name, text in samples.items()]

@@ -168,22 +168,19 @@ class Report(contextlib.AbstractContextManager):
             return
         run, data, settings = self.run, self.data, self.run.settings
         scored, tars = min(settings.SCORED_IMAGES, len(data.splits["val"])), settings.VAL_SHARDS
+        checkpoint = run.checkpoint(scores_of(entry))
         card = model_card(
-            repo_id=settings.HF_REPO_ID,
-            encoder=run.encoder["name"],
-            encoder_revision=run.encoder["revision"],
-            dataset=dataset_name(settings),
+            settings.HF_REPO_ID,
+            checkpoint,
+            dataset_name(settings),
             scored=dataset_name(settings, "VAL_SHARDS"),
             split=redact(tars).split("/")[-1] if tars else f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
-            scores=scores_of(entry),
             command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
             samples=entry["samples"],
             question=self._question(data.splits["val"]),
-            start=on_record(settings)["START_CHECKPOINT"],
             language="en" if settings.DATASET != "custom" and not settings.TRAIN_SHARDS else None,
         )
-        checkpoint = run.checkpoint(scores_of(entry))
         files = repository_files(checkpoint, data.tower) | {"README.md": card}
         self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
 

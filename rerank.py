@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +30,6 @@ RIDGE = 0.1  # added to each photo's likeness to itself, which is 1
 MODES = 512  # eigenvectors of the likenesses that are kept
 MOST_PHOTOS = 30_000  # that are remembered, evenly chosen: 3 kB each
 PHOTOS = 64  # read at a time
-
-
-class Store(Protocol):
-    def read(self, items: Sequence[tuple[str, int]]) -> Tensor:
-        """Features (items, patches, feature_width) of photos' views."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +149,12 @@ def pool(features: Tensor) -> Tensor:
     return F.normalize(torch.stack([features[:, 0], features.mean(1)], dim=1), dim=2).flatten(1)
 
 
-def fit_reranker(store: Store, captions: Mapping[str, Sequence[Sequence[int]]]) -> Reranker | None:
+def fit_reranker(store: Any, captions: Mapping[str, Sequence[Sequence[int]]]) -> Reranker | None:
     """Fit the regression on training photos; None where no two photos' captions share
     anything, or all photos look the same.
 
     Args:
-        store: a `FeatureCache`, or one in memory.
+        store: a `FeatureCache`, or one in memory, whose `read` gives features of photos' views.
         captions: each photo's, as ids with END.
     """
     names = [*captions][:: -(-len(captions) // MOST_PHOTOS)]

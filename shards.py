@@ -355,16 +355,14 @@ class StreamedRows:
         before, own = sum(sizes[: team.rank]), sizes[team.rank]
         part = [len(self) * edge // batch_size for edge in (before, before + own)]
         key = (seed, epoch, team.rank)
-        shuffled, pools = self._shuffled(self._in_order(seed, epoch, *part), key), skip // POOL
+        shuffled = self._shuffled(self._in_order(seed, epoch, *part), key)
         # A process that is done before the others goes on with empty batches.
-        cut = itertools.chain(self._cut(shuffled, own, key, pools), itertools.repeat(([], [])))
-        cut = itertools.islice(cut, self.count(batch_size) - pools * POOL)
-        # Of whole pools that are behind no caption needs to be encoded.
-        first = itertools.islice(shuffled, pools * POOL * own)
-        then = (place for places, _ in itertools.islice(cut, skip % POOL) for place in places)
+        cut = itertools.chain(self._cut(shuffled, own, key), itertools.repeat(([], [])))
+        cut = itertools.islice(cut, self.count(batch_size))
         behind = [bytearray(shard.photos) for shard in self.stock.shards]
-        for shard, row in itertools.chain(first, then):
-            behind[shard][row] = True
+        for places, _ in itertools.islice(cut, skip):
+            for shard, row in places:
+                behind[shard][row] = True
         places = self._in_order(seed, epoch, *part)
         self.stock.begin((shard, row) for shard, row in places if not behind[shard][row])
         for places, rows in cut:
@@ -384,10 +382,11 @@ class StreamedRows:
         return filters.shuffle(self.buffer, initial=self.buffer, rng=dice)(places)
 
     def _cut(
-        self, places: Iterator[Place], batch_size: int, key: Sequence[int], pool: int
+        self, places: Iterator[Place], batch_size: int, key: Sequence[int]
     ) -> Iterator[tuple[list[Place], list[list[list[int]]]]]:
-        """Batches of photos, and each one's captions as ids; `pool` is the first one's number."""
-        while members := list(itertools.islice(places, POOL * batch_size)):
+        """Batches of photos, and each one's captions as ids."""
+        pools = iter(lambda: list(itertools.islice(places, POOL * batch_size)), [])
+        for pool, members in enumerate(pools):
             groups = [self.stock.table(shard)["items"][row][1] for shard, row in members]
             pairs = [("", text) for text in itertools.chain(*groups)]
             ids = iter(self.tokenizer.encode_texts(pairs, self.max_length))
@@ -395,7 +394,6 @@ class StreamedRows:
             lengths = [sum(len(ids) - 1 for ids in row) for row in rows]
             for batch in epoch_order(lengths, batch_size, (*key, pool)):
                 yield [members[i] for i in batch], [rows[i] for i in batch]
-            pool += 1
 
 
 Rows = CaptionRows | StreamedRows  # what is trained on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from utils import UserError
 
 CODE = "modeling_captioner"
 TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
-NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PROCESSOR = "VisionCaptionerProcessor"  # of which a pipeline that is saved keeps no file
 AUTO = {
     "AutoConfig": "VisionCaptionerConfig",
@@ -29,8 +27,8 @@ AUTO = {
 def refusal(tower: dict[str, Any]) -> str:
     """Why a captioner with this encoder can't be used by `transformers` alone, if it can't."""
     takes = inspect.signature(getattr(transformers, tower["class"]).forward).parameters.values()
-    needed = {each.name for each in takes if each.default is each.empty and each.kind in NAMED}
-    if more := sorted(needed - {"self", "pixel_values"}):
+    needed = {each.name for each in takes if each.default is each.empty}
+    if more := sorted(needed - {"self", "pixel_values", "args", "kwargs"}):
         return (
             f"the encoder takes more than pixels ({', '.join(more)}), which transformers alone "
             "would not give it: use the checkpoint itself, with this project"
