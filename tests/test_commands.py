@@ -210,6 +210,22 @@ def test_ctrl_c_while_libraries_load_ends_quietly(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+def test_ctrl_c_while_libraries_load_spares_a_notebook(tmp_path):
+    """PyTorch that is half imported ends the process once it is imported anew."""
+    code = (
+        "import commands, os, signal, sys, utils\n"
+        "sys.modules['IPython'] = sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
+        "commands.begin(int)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('loaded')\n"
+        "try: utils.run_script(lambda: print('never'))\n"
+        "except SystemExit as end: print(end.code)\n"
+    )
+    result = run("-c", code)
+    assert (result.stdout, result.stderr) == ("loaded\n130\n", "\ninterrupted\n")
+
+
 def test_a_preset_gives_way_to_flags_and_is_known_whole():
     settings = commands.train(["--preset", "small", "--num_epochs", "3"])
     wanted = config.presets["small"] | {"NUM_EPOCHS": 3}
