@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -16,7 +17,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, digest, load_checkpoint, save_for_training, save_for_use
+from checkpoint import (
+    FORMAT,
+    Checkpoint,
+    digest,
+    load_checkpoint,
+    name_again,
+    save_for_training,
+    save_for_use,
+)
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
 from model import CaptionModel
@@ -72,6 +81,7 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"
     (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
     loaded = load_checkpoint(path)
+    assert not loaded.model.training  # without dropout
     assert loaded.description() == checkpoint.description()
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
@@ -120,7 +130,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
         load_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(UserError, match="is a folder: name the .safetensors or .pt in it"):
         load_checkpoint(tmp_path)
-    (tmp_path / "captioner_epoch_2.safetensors").write_bytes(b"")
+    for name in ("captioner_epoch_2", "older"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    os.utime(tmp_path / "older.safetensors", (1, 1))
     (tmp_path / "gone.safetensors").symlink_to("absent")
     for named in (tmp_path, tmp_path / "captioner_best_cider.safetensors"):
         with pytest.raises(UserError, match="the newest there is .*/captioner_epoch_2.safetensors"):
@@ -159,6 +171,27 @@ def test_others_weights_and_cut_files_are_refused(checkpoint, tmp_path):
     (tmp_path / "c.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:-900])
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(tmp_path / "c.pt")
+
+
+def test_checkpoints_of_older_and_newer_versions(checkpoint, tmp_path):
+    path, describe = tmp_path / "c.safetensors", checkpoint.description
+    checkpoint.description = lambda: {k: v for k, v in describe().items() if k != "tasks"}
+    save_for_use(path, checkpoint)
+    assert load_checkpoint(path).tasks == ("captions",)
+    forge(path, checkpoint, "format", FORMAT + 1)
+    with pytest.raises(UserError, match="written by a newer version"):
+        load_checkpoint(path)
+
+
+def test_a_disk_that_knows_no_links_keeps_a_copy(checkpoint, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    written = save_for_training(tmp_path / "a.pt", checkpoint)
+    (tmp_path / "last.pt").touch()
+    assert name_again(tmp_path / "last.pt", tmp_path / "a.pt") == written
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
 
 
 class Payload:

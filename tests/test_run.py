@@ -15,8 +15,8 @@ import torch
 
 import commands
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
-from distributed import ALONE
-from run import Progress, Run, find_checkpoint, random_state, set_random_state
+from distributed import ALONE, Team
+from run import Progress, Run, find_checkpoint, random_state, set_aside, set_random_state
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError
 
@@ -41,12 +41,23 @@ def test_the_best_epoch_follows_from_the_history(tmp_path):
     assert state.best() == (tmp_path / BEST, history[1])
     assert [entry["epoch"] for entry in state.bests("val_loss")] == [1, 3]
     assert state.bests("val_accuracy") == []
+    state.progress.since = {"val_cider": 2}
+    assert state.bests("val_cider") == [history[2]]
 
 
 def test_a_score_of_nought_throughout_chooses_nothing(tmp_path):
     history = [{"epoch": e, "val_loss": 3.0 - e, "val_cider": 0.0} for e in (1, 2)]
     path, entry = state_of(history, tmp_path).best()
     assert (path.name, entry) == ("captioner_epoch_2_val_loss_1.0000.safetensors", history[1])
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    for number in "12":
+        (tmp_path / "last.pt").write_text(number)
+        set_aside([tmp_path / "last.pt", tmp_path / "none.pt"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"previous_{number}_last.pt": number for number in "12"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +294,17 @@ def test_chance_on_a_mac_is_kept_and_goes_on(monkeypatch):
     run_there = SimpleNamespace(team=ALONE, device=device)
     set_random_state(run_there, {"random": random_state(device)})
     assert restored == [kept]
+
+
+def test_each_process_of_a_team_has_its_own_chance():
+    drawn = set()
+    for rank in range(3):
+        here = SimpleNamespace(team=Team(rank, 3), device=torch.device("cpu"))
+        here.settings, here.progress = SimpleNamespace(SEED=0), Progress()
+        torch.manual_seed(0)
+        set_random_state(here, None)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 3
 
 
 def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):

@@ -27,7 +27,7 @@ from dataset import data_paths, make_batch
 from distributed import ALONE, Team
 from generation import Hypothesis, generate
 from inference import load_captioner
-from report import Ledger
+from report import Ledger, Report
 from run import Run
 from self_critical import Critic, advantages
 from shards import StreamedRows
@@ -224,6 +224,19 @@ def test_photos_of_all_processes_are_counted(tmp_path, encoder_dir):
     state.team, ledger = OneOfTwo(), ledger_of(state)
     ledger.note(train.update(state, data, [(batch, features)]))
     assert ledger.photos == len(batch.names) + 5
+
+
+def test_of_a_team_one_process_tracks_and_pushes(tmp_path, encoder_dir, monkeypatch):
+    flags = "--wandb_project", "mine", "--hf_repo_id", "me/captioner"
+    state, data = start_state(tmp_path, encoder_dir, *flags)
+    told: list[str] = []
+    tracker = SimpleNamespace(run_id="")
+    monkeypatch.setattr("report.Tracker", lambda *_, project, **__: told.append(project) or tracker)
+    monkeypatch.setattr("report.HubPusher", lambda repository, **_: told.append(repository))
+    for rank in (0, 1):
+        state.team = Team(rank, 2)
+        Report(state, data, None)
+    assert told == ["mine", "me/captioner", "", ""]
 
 
 def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
