@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from device import choose_device, choose_dtype
 from run import on_record
 from settings import Parser, load_settings
 from tests.conftest import REPO, run
-from utils import Bar, UserError, atomic_write, shown, sole_user
+from utils import Bar, UserError, atomic_write, bounded_memory, shown, sole_user
 
 
 @pytest.fixture
@@ -188,6 +189,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         atomic_write(tmp_path / "plain" / "file") as temporary,
     ):
         temporary.write_text("x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing else bounds memory")
+def test_memory_is_bounded_for_a_while_alone():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(MemoryError), bounded_memory(2**26):
+        bytes(2**30)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 @pytest.mark.fault
