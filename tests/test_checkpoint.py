@@ -178,6 +178,8 @@ def test_checkpoints_of_older_and_newer_versions(checkpoint, tmp_path):
     checkpoint.description = lambda: {k: v for k, v in describe().items() if k != "tasks"}
     save_for_use(path, checkpoint)
     assert load_checkpoint(path).tasks == ("captions",)
+    checkpoint.settings = {"DATA_DIR": "/home/me/photos"}
+    assert checkpoint.for_others().settings == {"DATA_DIR": "photos"}
     forge(path, checkpoint, "format", FORMAT + 1)
     with pytest.raises(UserError, match="written by a newer version"):
         load_checkpoint(path)
@@ -187,9 +189,11 @@ def test_a_disk_that_knows_no_links_keeps_a_copy(checkpoint, tmp_path, monkeypat
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("os.link", refuse)
     written = save_for_training(tmp_path / "a.pt", checkpoint)
     (tmp_path / "last.pt").touch()
+    name_again(tmp_path / "last.pt", tmp_path / "a.pt")
+    assert (tmp_path / "last.pt").samefile(tmp_path / "a.pt")
+    monkeypatch.setattr("os.link", refuse)
     assert name_again(tmp_path / "last.pt", tmp_path / "a.pt") == written
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
 
@@ -245,6 +249,7 @@ ODD = [
     ("decoder.width", 16.0),
     ("decoder.heads", 0),
     ("decoder.heads", -2),
+    ("decoder.heads", 3),
     ("decoder.heads", "2"),
     ("decoder.layers", 10**6),
     ("decoder.layers", -1),
