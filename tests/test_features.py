@@ -316,10 +316,12 @@ def test_size_and_time_are_said_beforehand(setting, monkeypatch):
 
 
 def test_no_room_is_said_before_anything_is_encoded(setting, monkeypatch):
-    _, encoder, _, build, _ = setting
+    image_dir, encoder, _, build, _ = setting
     usage = SimpleNamespace(free=30 * 17 * 32 * 2 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"32\.6 kB free, but 32\.6 kB are needed"):
         build()
+    with pytest.raises(UserError, match="are needed"):  # of one disk, together
+        features.require_room([(image_dir, usage.free // 2 + 1)] * 2)
     monkeypatch.undo()
     assert build()[0].shape == (17, 32)

@@ -15,7 +15,7 @@ from checkpoint import load_checkpoint, save_for_use
 from generation import generate
 from inference import load_captioner
 from options import GenerationOptions
-from rerank import RIDGE, VARIANCE, Reranker, fit_reranker, pool
+from rerank import RIDGE, VARIANCE, Reranker, _inverse, fit_reranker, pool
 from tests.conftest import best_file, run
 from tests.test_model import build_model, features
 from tokenizer import END_ID
@@ -113,6 +113,13 @@ def test_a_new_photo_expects_what_its_kind_is_called(monkeypatch, most):
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as captions are written
         alone = fitted.expected(new[2:3], [candidates])[0]
     assert alone == pytest.approx(found[2], rel=1e-4, abs=0.01)
+
+
+def test_fitting_leaves_nothing_to_chance_and_takes_none(fitted, monkeypatch):
+    monkeypatch.setattr("rerank.MODES", 4)  # fewer than photos, as of thousands
+    before = torch.get_rng_state()
+    first, second = (_inverse(fitted.photos.float())[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
 
 
 def test_a_look_is_of_the_first_vector_and_of_the_mean():

@@ -130,6 +130,8 @@ def test_going_on_in_an_empty_folder_names_files_that_are_there(six, tmp_path):
     # Or a worse epoch would be called the best, and nobody knew why.
     assert "captioner_best_cider.safetensors, the best so far in CIDEr-D" in resumed.stdout
     assert "the best so far in cross-entropy" in resumed.stdout
+    since = load_checkpoint(output / "last.pt").training["progress"]["since"]
+    assert since["val_loss"] == since["val_cider"] == 6
 
 
 def test_scoring_other_photos_leaves_the_losses_comparable(six, tmp_path):
