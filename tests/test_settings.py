@@ -183,6 +183,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == ["file"]
     assert path.stat().st_mode & 0o044 or os.umask(os.umask(0)) & 0o044
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(UserError, match="no room left to write .*/file"), atomic_write(path):
+            raise OSError(full, os.strerror(full))
     (tmp_path / "plain").touch()
     with (
         pytest.raises(UserError, match="can.t be written"),

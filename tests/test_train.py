@@ -239,9 +239,12 @@ def test_of_a_team_one_process_tracks_and_pushes(tmp_path, encoder_dir, monkeypa
         state.team = Team(rank, 2)
         Report(state, data, None)
     assert told == ["mine", "me/captioner", "", ""]
-    with pytest.raises(RuntimeError), Report(state, data, None):
+    state.team = ALONE
+    with pytest.raises(RuntimeError), Report(state, data, None) as said:
         raise RuntimeError
     assert "to go on" not in capsys.readouterr().out  # as nothing is saved
+    state.settings.arguments = ["--resume_checkpoint_path", str(state.output / "last.pt")]
+    assert said._resuming().count("last.pt") == 1  # gone on with again and again
 
 
 def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
