@@ -96,6 +96,14 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
         assert loaded.training is None
 
 
+def test_a_digest_is_what_it_was_and_tells_names_and_shapes_apart():
+    numbers = torch.arange(6.0)
+    held = {"b": numbers.view(2, 3), "a": [1, None, "x", (True, 2.5)]}
+    assert digest(held).startswith("7fa53f91d4ebfbf5")  # or all files from before are "damaged"
+    others = [{"b": numbers.view(3, 2), "a": held["a"]}, {"b": held["b"], "c": held["a"]}]
+    assert len({*map(digest, [held, *others])}) == 3
+
+
 @pytest.mark.fault(count=60)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_no_changed_value_goes_unnoticed(checkpoint, tmp_path, suffix):

@@ -267,6 +267,7 @@ ODD_STATES: list[tuple[str, object]] = [
     ("weights project.bias", torch.full([32], NAN)),
     ("optimizer state", 3),
     ("optimizer state 0 exp_avg", torch.zeros(3)),
+    ("optimizer state 0 exp_avg_sq", torch.zeros(3)),
     ("optimizer state 0 step", torch.tensor(NAN)),
     ("optimizer state 1", {}),
     ("random cpu", torch.zeros(3)),

@@ -535,6 +535,7 @@ def test_the_order_is_the_seeds_and_drawn_from_a_bounded_pool(both):
     )
     assert first == same != other and sorted(first) == sorted(other)
     order = list(rows._in_order(0, 0, 0, len(rows)))
+    assert order != list(rows._in_order(0, 1, 0, len(rows)))
     assert sorted(order) != order != [rows.stock.place(name) for name in first]
     narrow = StreamedRows(rows.stock, rows.tokenizer, 40, 3)
     drawn = narrow._shuffled(iter(order), (0,))
