@@ -254,10 +254,12 @@ def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
         state, data = start_state(tmp_path / str(late), encoder_dir)
         ledger = ledger_of(state)
         ledger.late, state.progress.step = late, 18
-        for pair in first_batches(state, data, 3):
+        pairs = first_batches(state, data, 3)
+        for pair in pairs:
             ledger.note(train.update(state, data, [pair]))
         assert len(ledger.waiting) == late
         ledger.settle()
+        assert ledger.photos == sum(len(batch.names) for batch, _ in pairs)
         assert 0 < ledger.counted < state.progress.loss_count  # since the rate of step 20
         sums.append((state.progress.loss_sum, state.progress.loss_count))
         state.end_epoch({}, [], 0.0)
