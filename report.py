@@ -336,7 +336,7 @@ class Ledger:
         while len(self.waiting) > late:
             update = self.waiting.popleft()
             figure, count, stop, photos = update.totals.tolist()
-            self.stopping = self.stopping or stop > 0
+            self.stopping = stop > 0  # who is asked once stays so
             self.photos += int(photos)
             if update.bad.item():
                 self._enter_bad(update)

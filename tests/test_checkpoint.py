@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -16,7 +17,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Checkpoint, digest, load_checkpoint, save_for_training, save_for_use
+from checkpoint import (
+    FORMAT,
+    Checkpoint,
+    digest,
+    load_checkpoint,
+    name_again,
+    save_for_training,
+    save_for_use,
+)
 from decoder import DecoderConfig
 from encoder import FrozenEncoder
 from model import CaptionModel
@@ -72,6 +81,7 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"
     (save_for_use if suffix == ".safetensors" else save_for_training)(path, checkpoint)
     loaded = load_checkpoint(path)
+    assert not loaded.model.training  # without dropout
     assert loaded.description() == checkpoint.description()
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor)
@@ -84,6 +94,14 @@ def test_what_is_saved_comes_back(checkpoint, tmp_path, suffix):
         assert torch.equal(exp, checkpoint.training["optimizer"]["state"][0]["exp_avg"])
     else:
         assert loaded.training is None
+
+
+def test_a_digest_is_what_it_was_and_tells_names_and_shapes_apart():
+    numbers = torch.arange(6.0)
+    held = {"b": numbers.view(2, 3), "a": [1, None, "x", (True, 2.5)]}
+    assert digest(held).startswith("7fa53f91d4ebfbf5")  # or all files from before are "damaged"
+    others = [{"b": numbers.view(3, 2), "a": held["a"]}, {"b": held["b"], "c": held["a"]}]
+    assert len({*map(digest, [held, *others])}) == 3
 
 
 @pytest.mark.fault(count=60)
@@ -120,7 +138,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
         load_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(UserError, match="is a folder: name the .safetensors or .pt in it"):
         load_checkpoint(tmp_path)
-    (tmp_path / "captioner_epoch_2.safetensors").write_bytes(b"")
+    for name in ("captioner_epoch_2", "older"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    os.utime(tmp_path / "older.safetensors", (1, 1))
     (tmp_path / "gone.safetensors").symlink_to("absent")
     for named in (tmp_path, tmp_path / "captioner_best_cider.safetensors"):
         with pytest.raises(UserError, match="the newest there is .*/captioner_epoch_2.safetensors"):
@@ -159,6 +179,31 @@ def test_others_weights_and_cut_files_are_refused(checkpoint, tmp_path):
     (tmp_path / "c.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:-900])
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(tmp_path / "c.pt")
+
+
+def test_checkpoints_of_older_and_newer_versions(checkpoint, tmp_path):
+    path, describe = tmp_path / "c.safetensors", checkpoint.description
+    checkpoint.description = lambda: {k: v for k, v in describe().items() if k != "tasks"}
+    save_for_use(path, checkpoint)
+    assert load_checkpoint(path).tasks == ("captions",)
+    checkpoint.settings = {"DATA_DIR": "/home/me/photos"}
+    assert checkpoint.for_others().settings == {"DATA_DIR": "photos"}
+    forge(path, checkpoint, "format", FORMAT + 1)
+    with pytest.raises(UserError, match="written by a newer version"):
+        load_checkpoint(path)
+
+
+def test_a_disk_that_knows_no_links_keeps_a_copy(checkpoint, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    written = save_for_training(tmp_path / "a.pt", checkpoint)
+    (tmp_path / "last.pt").touch()
+    name_again(tmp_path / "last.pt", tmp_path / "a.pt")
+    assert (tmp_path / "last.pt").samefile(tmp_path / "a.pt")
+    monkeypatch.setattr("os.link", refuse)
+    assert name_again(tmp_path / "last.pt", tmp_path / "a.pt") == written
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
 
 
 class Payload:
@@ -212,6 +257,7 @@ ODD = [
     ("decoder.width", 16.0),
     ("decoder.heads", 0),
     ("decoder.heads", -2),
+    ("decoder.heads", 3),
     ("decoder.heads", "2"),
     ("decoder.layers", 10**6),
     ("decoder.layers", -1),

@@ -43,7 +43,7 @@ from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
-from utils import UserError, read_json, redact, run_script, write_changed
+from utils import UserError, first_line, last_part, read_json, redact, run_script, write_changed
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 
@@ -342,6 +342,7 @@ def test_secrets_are_written_nowhere(down_runs, fault):
 
 def test_secrets_that_errors_quote_are_hidden(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "c0ffee-c0ffee")
+    monkeypatch.setenv("EMPTY_KEY", "")  # which stands between any two letters
     for text in (
         "no such key: c0ffee-c0ffee",
         "401: Authorization Basic YXBpOmMwZmZlZS1jMGZmZWU=",
@@ -365,6 +366,7 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
         hidden = redact(text)
         assert "***" in hidden and not re.search("c0ffee|YXBp|Ab1|hun|ffee", hidden), hidden
         assert redact(hidden) == hidden
+        assert not re.search("c0ffee|YXBp|Ab1|hun|ffee", first_line(OSError(text)))
     for plain in (
         "a plain message of bearers and basics",
         "s3://bucket/{0000..0009}.tar, or https://host:80/@me/a.tar.",
@@ -373,6 +375,8 @@ def test_secrets_that_errors_quote_are_hidden(monkeypatch):
         assert redact(plain) == plain
     command = shlex.join(["train.py", "--train_shards", "pipe:get -u me:x y", "--epochs", "2"])
     assert redact(command) == "train.py --train_shards 'pipe:get ***' --epochs 2"
+    for path, told in (("/home/me/a/", "a"), ("~/a::/b/c", "a::c"), ("a/b", "a/b")):
+        assert last_part(path) == told
 
 
 # --- Hostile files --------------------------------------------------------------------------

@@ -74,12 +74,15 @@ def test_a_second_run_encodes_nothing(setting):
 @pytest.mark.fault
 def test_only_the_photo_that_changed_is_encoded_again(setting):
     image_dir, encoder, items, build, said = setting
+    paint("red", "left", 3).save(image_dir / "003.png", "BMP")
     build()
-    paint("blue", "right", 99).save(image_dir / "003.png")
+    paint("blue", "right", 99).save(image_dir / "003.png", "BMP")  # of the same size
     os.utime(image_dir / "004.png")  # touched, yet the same
     cache, _ = build()
     assert "3 to make, 27 there already" in said[0]
     assert_fresh(cache, encoder, image_dir, items)
+    build()
+    assert said == []  # the newest of a photo's packs counts
 
 
 def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_path, encoder_dir):
@@ -98,6 +101,8 @@ def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_pa
     cache, _ = build(encoder=changed)
     assert any("preprocessing" in line for line in said)
     assert_fresh(cache, changed, image_dir, items)
+    build(dtype=torch.bfloat16)
+    assert any("(dtype differ)" in line for line in said)
 
 
 @pytest.mark.fault
@@ -139,6 +144,13 @@ def test_a_damaged_pack_is_never_read_as_features(setting):
     cache, _ = build()
     assert "not whole" in said[0]
     assert_fresh(cache, encoder, image_dir, items)
+
+
+def test_a_new_pack_takes_no_others_place(tmp_path):
+    """Of those there some may be gone: a message told to delete one."""
+    (tmp_path / "shard_00001.bin").touch()
+    part = [("a.png", 0, 1, 2, "digest")], torch.zeros(1, 1, 2).half()
+    assert features.add_pack(tmp_path, [part])["a.png", 0].pack.name == "shard_00002.bin"
 
 
 @pytest.mark.fault(count=8)
@@ -221,6 +233,15 @@ def test_a_photo_that_is_gone_is_left_out_or_too_many(setting):
 
 
 @pytest.mark.fault
+def test_features_that_are_no_numbers_are_refused(setting):
+    _, encoder, _, build, _ = setting
+    for parameter in encoder.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite: run with --precision fp32"):
+        build()
+
+
+@pytest.mark.fault
 def test_unreadable_photos_are_named_and_counted(setting):
     image_dir, encoder, items, build, said = setting
     (image_dir / "002.png").write_bytes(b"<html>gone</html>")
@@ -295,10 +316,12 @@ def test_size_and_time_are_said_beforehand(setting, monkeypatch):
 
 
 def test_no_room_is_said_before_anything_is_encoded(setting, monkeypatch):
-    _, encoder, _, build, _ = setting
+    image_dir, encoder, _, build, _ = setting
     usage = SimpleNamespace(free=30 * 17 * 32 * 2 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"32\.6 kB free, but 32\.6 kB are needed"):
         build()
+    with pytest.raises(UserError, match="are needed"):  # of one disk, together
+        features.require_room([(image_dir, usage.free // 2 + 1)] * 2)
     monkeypatch.undo()
     assert build()[0].shape == (17, 32)

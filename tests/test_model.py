@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dataset import CaptionRows, make_batch
 from decoder import DecoderConfig, Dropout, KeyValueCache, attention
 from generation import generate
-from model import CaptionModel
+from model import CaptionModel, LinearCrossEntropy
 from options import GenerationOptions
 from tokenizer import END_ID, SPECIAL_TOKENS, START_ID
 
@@ -94,7 +94,10 @@ def test_loss_and_gradients_equal_the_plain_ones(model):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
 
 
-def test_scaled_loss_and_gradients_equal_the_plain_ones(model):
+@pytest.mark.parametrize("size", [1, 100])  # of logits: beyond 88 a power is infinite
+def test_scaled_loss_and_gradients_equal_the_plain_ones(model, size, monkeypatch):
+    monkeypatch.setattr(LinearCrossEntropy, "GROUP", 8)  # several, as of thousands of tokens
+    model.decoder.token_embedding.weight.data.mul_(size)
     groups, feature = [captions([3, 7, 5]), captions([2, 4])], features(2)
     batch = make_batch(["a", "b"], groups)
     scales = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(0))
@@ -131,6 +134,18 @@ def test_compiled_equals_plain(monkeypatch, tmp_path):
         )
         for one, two in zip(*pairs, strict=True):
             torch.testing.assert_close(one, two, atol=2e-3, rtol=1e-3)
+
+
+def test_what_was_trained_before_says_the_same(model):
+    """Weights mean something in these very steps alone: others want another FORMAT."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            numbers = torch.arange(1, parameter.numel() + 1).double()
+            parameter.copy_(numbers.square().sin().view_as(parameter) / 2)
+    feature = torch.arange(9 * 24.0).square().sin().view(9, 24)
+    logits = plain_logits(model, feature, [START_ID, 7, 8, 9, 10])[-1, :4]
+    known = torch.tensor([3.8652985, 0.9014125, 0.1080843, -0.4891416])
+    torch.testing.assert_close(logits, known, atol=1e-5, rtol=0)
 
 
 def test_padding_changes_nothing(model):
@@ -250,6 +265,21 @@ def test_dropout_keeps_its_rate_and_its_mean():
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient, y)
     assert layer.eval()(x) is x
+
+
+def test_a_new_decoder_begins_small_and_drops_out_on_each_branch():
+    layers = 3
+    config = DecoderConfig(VOCAB, width=64, layers=layers, heads=4, ff_dim=64, max_length=16)
+    model, calls = CaptionModel(24, config).train(), []
+    block = model.decoder.blocks[0]
+    assert float(block.ff_in.weight.data.std()) == pytest.approx(0.02, rel=0.1)
+    for end in (block.self_out, block.cross_out, block.ff_out):
+        assert float(end.weight.data.std()) == pytest.approx(0.02 / (3 * layers) ** 0.5, rel=0.1)
+    for part in model.modules():
+        if isinstance(part, Dropout):
+            part.register_forward_hook(lambda *_: calls.append(1))
+    model.loss(features(1), make_batch(["a"], [captions([3])]))
+    assert len(calls) == 2 + 3 * layers  # of the memory, the tokens, and each block's branches
 
 
 def test_scores_that_would_fill_the_memory_are_not_made_at_once(monkeypatch):

@@ -309,7 +309,8 @@ def test_another_encoding_is_refused_with_what_converts_it(tmp_path, file, text,
 
 @pytest.mark.parametrize("text", ["Größe", "d’été", "Été", "«Où»", "naïve façade, «déjà» vu"])
 def test_short_western_texts_are_known_and_flawed_unicode_is_not_one(text):
-    assert decoded(text.encode("cp1252")) == text
+    for encoding in ("cp1252", "utf-16-le", "utf-16-be"):
+        assert decoded(text.encode(encoding)) == text
     for flawed in (f"{text} {text}".encode() + b"\xe9", text.encode("utf-16") + b"x"):
         with pytest.raises(UnicodeDecodeError):
             decoded(flawed)

@@ -267,6 +267,8 @@ def test_one_model_captions_and_answers(joint):
     answers = captioner.answer(pictures, ["what color is the square?"] * 3)
     assert answers == list(COLOURS)
     assert all("square" in caption for caption in captioner.caption(pictures))
+    history = load_checkpoint(joint / "last.pt").training["progress"]["history"]
+    assert history[-1]["samples"] and "?" not in str(history[-1]["samples"])  # captions first
 
 
 def test_evaluate_gives_accuracy_beside_its_baselines(joint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import report
 from attention import fonts_for
 from report import beside, dataset_name, draw_curves, draw_samples
 from tests.conftest import REPO, paint, run, small_flags, write_photos
+from utils import Bar
 
 
 def entries(count: int, **more: float) -> list[dict]:
@@ -121,6 +123,19 @@ def test_epochs_are_whole_numbers_even_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
     draw_curves(entries(1), tmp_path / "one.png")
     assert all(set(axes.get_xticks()) <= {0, 1, 2} for axes in drawn[0].axes)
+    draw_curves(entries(3), tmp_path / "three.png")
+    assert [text.get_text() for text in drawn[1].axes[1].texts] == ["27.0"]  # the best score
+
+
+def test_what_is_said_is_in_a_log_at_once(monkeypatch):
+    log = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(log))
+    report.say("epoch 1")
+    assert log.getvalue() == b"epoch 1\n"
+    monkeypatch.setattr(Bar, "PAUSE", -1.0)
+    with Bar(2, "features", "photo") as bar:
+        bar.step(1)
+        assert b"features  50%" in log.getvalue()
 
 
 def test_letters_are_drawn_by_a_font_that_has_them_or_it_is_said(tmp_path, capsys, recwarn):

@@ -15,7 +15,7 @@ from checkpoint import load_checkpoint, save_for_use
 from generation import generate
 from inference import load_captioner
 from options import GenerationOptions
-from rerank import RIDGE, VARIANCE, Reranker, fit_reranker, pool
+from rerank import RIDGE, VARIANCE, Reranker, _inverse, fit_reranker, pool
 from tests.conftest import best_file, run
 from tests.test_model import build_model, features
 from tokenizer import END_ID
@@ -38,9 +38,9 @@ class Store:
 
 
 def captions_of(photo: int) -> list[list[int]]:
-    """Two captions, of words of its kind and words of its own."""
-    kind = photo // EACH
-    return [[10 + kind, 20, 30 + kind, END_ID], [20, 100 + photo, 10 + kind, 10 + kind, END_ID]]
+    """Two captions, of words of its kind and a word of its own, or of its and the one before."""
+    kind, own = photo // EACH, 100 + photo - (photo % 3 == 2)
+    return [[10 + kind, 20, 30 + kind, END_ID], [20, own, 10 + kind, 10 + kind, END_ID]]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_what_is_expected_is_the_definition(fitted):
         for some in (photos, place)
     )
     weights = torch.linalg.solve(own + RIDGE * torch.eye(len(own)), alike.T)[:, 0].numpy()
-    candidates = [[11, 20, 31, END_ID], [20, 11, 11, END_ID], [13, 20, 99, END_ID], [20]]
+    candidates = [[11, 20, 31, END_ID], [20, 113, 11, 11, END_ID], [13, 20, 99, END_ID], [20]]
     wanted = []
     for ids in candidates:
         total = 0.0
@@ -98,8 +98,12 @@ def test_what_is_expected_is_the_definition(fitted):
     assert got == pytest.approx(wanted, rel=0.01, abs=1)
 
 
-def test_a_new_photo_expects_what_its_kind_is_called(fitted):
+@pytest.mark.parametrize("most", [KINDS * EACH, KINDS * EACH // 2])
+def test_a_new_photo_expects_what_its_kind_is_called(monkeypatch, most):
+    monkeypatch.setattr("rerank.MOST_PHOTOS", most)
     store = Store()
+    fitted = fit_reranker(store, {photo: captions_of(photo) for photo in range(KINDS * EACH)})
+    assert len(fitted.photos) == most
     dice = torch.Generator().manual_seed(1)
     means = store.features.unflatten(0, (KINDS, EACH)).mean(1)
     new = means + 0.1 * torch.randn(means.shape, generator=dice)
@@ -109,6 +113,19 @@ def test_a_new_photo_expects_what_its_kind_is_called(fitted):
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as captions are written
         alone = fitted.expected(new[2:3], [candidates])[0]
     assert alone == pytest.approx(found[2], rel=1e-4, abs=0.01)
+
+
+def test_fitting_leaves_nothing_to_chance_and_takes_none(fitted, monkeypatch):
+    monkeypatch.setattr("rerank.MODES", 4)  # fewer than photos, as of thousands
+    before = torch.get_rng_state()
+    first, second = (_inverse(fitted.photos.float())[0] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_look_is_of_the_first_vector_and_of_the_mean():
+    """As each reranker that was saved has it."""
+    looks = pool(torch.tensor([[[3.0, 4.0], [-3.0, 6.0], [0.0, 2.0]]]))
+    assert looks.tolist() == [pytest.approx([0.6, 0.8, 0.0, 1.0])]
 
 
 def test_a_file_from_before_the_kernel_is_linear(fitted):

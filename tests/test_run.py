@@ -15,8 +15,8 @@ import torch
 
 import commands
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
-from distributed import ALONE
-from run import Progress, Run, find_checkpoint, random_state, set_random_state
+from distributed import ALONE, Team
+from run import Progress, Run, find_checkpoint, random_state, set_aside, set_random_state
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError
 
@@ -41,12 +41,23 @@ def test_the_best_epoch_follows_from_the_history(tmp_path):
     assert state.best() == (tmp_path / BEST, history[1])
     assert [entry["epoch"] for entry in state.bests("val_loss")] == [1, 3]
     assert state.bests("val_accuracy") == []
+    state.progress.since = {"val_cider": 2}
+    assert state.bests("val_cider") == [history[2]]
 
 
 def test_a_score_of_nought_throughout_chooses_nothing(tmp_path):
     history = [{"epoch": e, "val_loss": 3.0 - e, "val_cider": 0.0} for e in (1, 2)]
     path, entry = state_of(history, tmp_path).best()
     assert (path.name, entry) == ("captioner_epoch_2_val_loss_1.0000.safetensors", history[1])
+
+
+def test_what_was_set_aside_before_is_kept(tmp_path):
+    for number in "12":
+        (tmp_path / "last.pt").write_text(number)
+        set_aside([tmp_path / "last.pt", tmp_path / "none.pt"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"previous_{number}_last.pt": number for number in "12"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,8 @@ def test_going_on_in_an_empty_folder_names_files_that_are_there(six, tmp_path):
     # Or a worse epoch would be called the best, and nobody knew why.
     assert "captioner_best_cider.safetensors, the best so far in CIDEr-D" in resumed.stdout
     assert "the best so far in cross-entropy" in resumed.stdout
+    since = load_checkpoint(output / "last.pt").training["progress"]["since"]
+    assert since["val_loss"] == since["val_cider"] == 6
 
 
 def test_scoring_other_photos_leaves_the_losses_comparable(six, tmp_path):
@@ -171,6 +184,7 @@ def test_the_files_of_the_best_losses_may_be_gone(six, tmp_path):
     checkpoint = load_checkpoint(data / "last.pt")
     for entry in checkpoint.training["progress"]["history"]:
         entry["val_cider"] = 5.0
+        assert len(entry["samples"]) == 1  # as was asked for, though more are scored
     shutil.copy(data / BEST, tmp_path)
     save_for_training(tmp_path / "last.pt", checkpoint)
     more = ["--output_dir", tmp_path, "--epochs", 6]
@@ -253,6 +267,7 @@ ODD_STATES: list[tuple[str, object]] = [
     ("weights project.bias", torch.full([32], NAN)),
     ("optimizer state", 3),
     ("optimizer state 0 exp_avg", torch.zeros(3)),
+    ("optimizer state 0 exp_avg_sq", torch.zeros(3)),
     ("optimizer state 0 step", torch.tensor(NAN)),
     ("optimizer state 1", {}),
     ("random cpu", torch.zeros(3)),
@@ -283,6 +298,17 @@ def test_chance_on_a_mac_is_kept_and_goes_on(monkeypatch):
     run_there = SimpleNamespace(team=ALONE, device=device)
     set_random_state(run_there, {"random": random_state(device)})
     assert restored == [kept]
+
+
+def test_each_process_of_a_team_has_its_own_chance():
+    drawn = set()
+    for rank in range(3):
+        here = SimpleNamespace(team=Team(rank, 3), device=torch.device("cpu"))
+        here.settings, here.progress = SimpleNamespace(SEED=0), Progress()
+        torch.manual_seed(0)
+        set_random_state(here, None)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 3
 
 
 def test_a_job_that_nobody_named_is_not_an_earlier_one(monkeypatch):

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from device import choose_device, choose_dtype
 from run import on_record
 from settings import Parser, load_settings
 from tests.conftest import REPO, run
-from utils import Bar, UserError, atomic_write, shown, sole_user
+from utils import Bar, UserError, atomic_write, bounded_memory, shown, sole_user
 
 
 @pytest.fixture
@@ -170,22 +171,40 @@ def test_of_several_gpus_the_one_that_is_meant_tells_its_precision(monkeypatch):
     assert found == [torch.bfloat16, torch.float32]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "sub" / "file"
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, synced = tmp_path / "sub" / "file", []
+    monkeypatch.setattr("os.fsync", synced.append)
     with atomic_write(path) as temporary:
         temporary.write_text("old")
+    assert len(synced) == 1  # or a machine that stops may leave an empty file
     with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert path.read_text() == "old"
+    with path.open() as reader:
+        with atomic_write(path) as temporary:
+            temporary.write_text("new")
+        assert (reader.read(), path.read_text()) == ("old", "new")  # each of them whole
     assert os.listdir(path.parent) == ["file"]
     assert path.stat().st_mode & 0o044 or os.umask(os.umask(0)) & 0o044
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(UserError, match="no room left to write .*/file"), atomic_write(path):
+            raise OSError(full, os.strerror(full))
     (tmp_path / "plain").touch()
     with (
         pytest.raises(UserError, match="can.t be written"),
         atomic_write(tmp_path / "plain" / "file") as temporary,
     ):
         temporary.write_text("x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing else bounds memory")
+def test_memory_is_bounded_for_a_while_alone():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with bounded_memory(2**26):
+        assert bytes(2**25)  # whatever is in use already
+        with pytest.raises(MemoryError):
+            bytes(2**30)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 @pytest.mark.fault
@@ -388,10 +407,12 @@ def test_a_bar_turns_into_lines_where_output_is_no_terminal(capsys, monkeypatch)
     with Bar(10, "features", "photo", done=4) as bar:
         bar.step(2, "fast")
         assert capsys.readouterr().out == ""  # not so soon
-        monkeypatch.setattr(Bar, "PAUSE", -1.0)
         bar.started -= 120  # two minutes for three, so
+        bar.spoken -= 120
         bar.step(1)
-        bar.step(3, "fast")
+        bar.step(1)  # nor so soon again
+        monkeypatch.setattr(Bar, "PAUSE", -1.0)
+        bar.step(2, "fast")
     captured = capsys.readouterr()
     assert captured.out == "  features  70%  2.0 min left\n  features 100%  fast, 0.0 min left\n"
     assert captured.err == ""

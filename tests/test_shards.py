@@ -403,7 +403,9 @@ def write_as_before(table: Path) -> None:
 
 
 @pytest.mark.fault(count=7)
-def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys):
+def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys, monkeypatch):
+    rooms: list[tuple[Path, int]] = []
+    monkeypatch.setattr("shards.require_room", rooms.extend)
     urls = expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
 
     def taken() -> tuple[Stock, str]:
@@ -413,12 +415,14 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
     each = 17 * 32 * 2  # vectors, width, bytes of a number
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 3, 4)] and "3 of 3 to read" in said
+    assert [size for _, size in rooms] == [2 * 5 * each]  # what the others take, if like the first
     again, said = taken()
     assert again.shards == first.shards
     assert said == "shards: 12 samples, 12 of use, 0 passed over\n"
     Path(urls[1]).write_bytes(shard_of(range(50, 56)))
     first, said = taken()
     assert layout(first) == [(n, n, n * each) for n in (5, 6, 4)] and "1 of 3 to read" in said
+    assert len([*first.first_texts()]) == 15 and len([*first.first_texts(7)]) == 7
     tables = [shard.table for shard in first.shards]
     write_as_before(tables[0])
     again, said = taken()
@@ -431,6 +435,9 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
     tables[2].unlink()  # as if the run had been killed before it was written
     again, said = taken()
     assert again.shards == first.shards and "2 of 3 to read" in said
+    tables[0].with_suffix(".bin").write_bytes(b"half")
+    again, said = taken()
+    assert again.shards == first.shards and "1 of 3 to read" in said
     for damage in ("{", "[]", '{"name": 1}'):
         tables[0].write_text(damage)
         with pytest.raises(UserError, match="00000-.*json is gone or damaged"):
@@ -467,6 +474,10 @@ def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, 
     stream.max_bad = 1
     (batch,) = rows.batches(8, 0, 1)
     with pytest.raises(UserError, match="MAX_BAD_IMAGES = 1"):
+        rows.load(batch)
+    path.write_bytes(pack(files[:4]))
+    (batch,) = rows.batches(8, 0, 2)
+    with pytest.raises(UserError, match="00000.tar has changed .*, 4 photos are gone"):
         rows.load(batch)
 
 
@@ -524,10 +535,27 @@ def test_the_order_is_the_seeds_and_drawn_from_a_bounded_pool(both):
     )
     assert first == same != other and sorted(first) == sorted(other)
     order = list(rows._in_order(0, 0, 0, len(rows)))
+    assert order != list(rows._in_order(0, 1, 0, len(rows)))
     assert sorted(order) != order != [rows.stock.place(name) for name in first]
     narrow = StreamedRows(rows.stock, rows.tokenizer, 40, 3)
     drawn = narrow._shuffled(iter(order), (0,))
     assert all(order.index(place) < n + 3 + 1 for n, place in zip(range(20), drawn, strict=False))
+
+
+def test_each_photo_keeps_its_own_captions(tmp_path, encoder):
+    texts = [[f"{of} {word}" for word in "xyz"[: n % 3 + 1]] for n, of in enumerate("abcdefg")]
+    files = []
+    for n, captions in enumerate(texts):
+        about = json.dumps({"caption": captions}).encode()
+        files += [(f"{n}.png", photo(n)), (f"{n}.json", about)]
+    (tmp_path / "0.tar").write_bytes(pack(files))
+    url = str(tmp_path / "0.tar")
+    stream = take_stock(encoder, [url], tmp_path / "f", keep_features=False)
+    tokenizer = CaptionTokenizer.train(stream.first_texts(), 300)
+    for batch in StreamedRows(stream, tokenizer, 30, 9).batches(4, 0, 0):
+        for name, ids, captions in zip(batch.names, batch.tokens, batch.segments, strict=True):
+            read = [ids[captions == n].tolist() for n in range(int(captions.max()) + 1)]
+            assert [*map(tokenizer.decode, read)] == texts[int(name[-1])]
 
 
 def test_an_order_has_a_name_that_changes_with_it(both):
@@ -768,13 +796,14 @@ def test_how_a_tar_is_packed_amiss_is_said(tmp_path, capsys):
     dotted = [("a.b.jpg", b""), ("a.b.txt", b"words")]
     apart = [("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"words"), ("b.txt", b"words")]
     said = []
-    for files in (dotted, apart):
+    for files in (dotted, apart, [("a.jpg", b"")]):
         (tmp_path / "0.tar").write_bytes(pack(files))
         found, passed, bad = read(tmp_path / "0.tar")
         shards.say_samples(len(found), passed, len(bad))
         said.append(capsys.readouterr().out)
     assert "1 with a dot in the photo's name" in said[0] and "--sort=name" not in said[0]
     assert "2 without a caption, 2 without a photo" in said[1] and "--sort=name" in said[1]
+    assert "1 without a caption" in said[2] and "--sort=name" not in said[2]
 
 
 def test_a_command_that_fails_is_named_with_its_code(monkeypatch):

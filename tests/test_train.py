@@ -27,7 +27,7 @@ from dataset import make_batch
 from distributed import ALONE, Team
 from generation import Hypothesis, generate
 from inference import load_captioner
-from report import Ledger
+from report import Ledger, Report
 from run import Run
 from self_critical import Critic, advantages
 from shards import StreamedRows
@@ -105,6 +105,8 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
         done = train.update(state, found, group)
         loss = (done.totals[0] / done.totals[1]).item()
         weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
+    state.settings.GRADIENT_ACCUMULATION_STEPS = 3
+    assert len([*train.batch_groups(state, found)]) == state.updates_per_epoch(rows) == 2
     for other in weights[1:]:
         assert other[0] == pytest.approx(weights[0][0], rel=1e-5)
         for one, two in zip(weights[0][1:], other[1:], strict=True):
@@ -226,18 +228,42 @@ def test_photos_of_all_processes_are_counted(tmp_path, encoder_dir):
     assert ledger.photos == len(batch.names) + 5
 
 
+def test_of_a_team_one_process_tracks_and_pushes(tmp_path, encoder_dir, monkeypatch, capsys):
+    flags = "--wandb_project", "mine", "--hf_repo_id", "me/captioner"
+    state, data = start_state(tmp_path, encoder_dir, *flags)
+    told: list[str] = []
+    other = SimpleNamespace(run_id="", close=lambda: None)
+    monkeypatch.setattr("report.Tracker", lambda *_, project, **__: told.append(project) or other)
+    monkeypatch.setattr("report.HubPusher", lambda name, **_: told.append(name) or other)
+    for rank in (0, 1):
+        state.team = Team(rank, 2)
+        Report(state, data, None)
+    assert told == ["mine", "me/captioner", "", ""]
+    state.team = ALONE
+    with pytest.raises(RuntimeError), Report(state, data, None) as said:
+        raise RuntimeError
+    assert "to go on" not in capsys.readouterr().out  # as nothing is saved
+    state.settings.arguments = ["--resume_checkpoint_path", str(state.output / "last.pt")]
+    assert said._resuming().count("last.pt") == 1  # gone on with again and again
+
+
 def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
     """On a GPU the figures of a step are read while the next one runs."""
     sums = []
     for late in (0, 1):
         state, data = start_state(tmp_path / str(late), encoder_dir)
         ledger = ledger_of(state)
-        ledger.late = late
-        for pair in first_batches(state, data, 3):
+        ledger.late, state.progress.step = late, 18
+        pairs = first_batches(state, data, 3)
+        for pair in pairs:
             ledger.note(train.update(state, data, [pair]))
         assert len(ledger.waiting) == late
         ledger.settle()
+        assert ledger.photos == sum(len(batch.names) for batch, _ in pairs)
+        assert 0 < ledger.counted < state.progress.loss_count  # since the rate of step 20
         sums.append((state.progress.loss_sum, state.progress.loss_count))
+        state.end_epoch({}, [], 0.0)
+        assert state.progress.loss_sum == state.progress.loss_count == 0  # the next one's
     assert sums[0] == sums[1]
 
 
@@ -260,6 +286,7 @@ def test_without_an_average_the_weights_themselves_are_saved(tmp_path, encoder_d
     for pair in first_batches(state, data, 2):
         train.update(state, data, [pair])
     assert state.checkpoint({}).model is state.model
+    assert state.checkpoint({}).generation.rerank == 0  # without what it takes
     assert train.validate(state, data) == train.validate(state, data)  # without dropout
     state.settings.SCORED_IMAGES, state.settings.SAMPLE_IMAGES = 0, 2
     scores, written = train.validate(state, data)
@@ -325,7 +352,7 @@ def test_self_critical_training_raises_its_reward(tmp_path, encoder_dir):
     assert means[-1] > means[8] + 5
 
 
-def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
+def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir, monkeypatch):
     state, data = start_state(tmp_path, encoder_dir, "--epochs", 0, "--scst_epochs", 1)
     name = data.train.names[0]
     human, other = state.tokenizer.encode([data.texts[name][0].target, "on"])
@@ -341,8 +368,15 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir):
         state.tokenizer.encode([t.target])[0] for n in data.train.names for t in data.texts[n]
     ]
     assert max(map(len, found[0].ids)) == 2 + max(map(len, captions)) < 20
+    searched: list[torch.Tensor] = []
+    beams = [[hypotheses[0]]]
+    monkeypatch.setattr("self_critical.generate", lambda _, x, __: searched.append(x) or beams)
+    found = data.critic.search(state.model, ["asked.png", name], torch.arange(2.0).view(2, 1, 1))
+    assert searched[0].tolist() == [[[1.0]]] and not found[0].ids  # of a photo without captions
     assert advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
     assert advantages([7.0]) == [0.0]
+    with pytest.raises(UserError, match="is 0 for every caption here .* --scst_epochs 0"):
+        Critic(data.tokenizer, {"a.png": ["a dog"], "b.png": ["a dog"]}, beam_size=2, longest=9)
     with pytest.raises(UserError, match="no photo to train on has a caption.* --scst_epochs 0"):
         Critic(data.tokenizer, {}, beam_size=2, longest=9)
 
@@ -522,8 +556,8 @@ def test_mistakes_end_with_a_message(photos, encoder_dir, name):
 def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     data = write_photos(tmp_path / trained.name)
     checkpoint = load_checkpoint(best(trained, ".safetensors"))
-    flags = [*small_flags(data, encoder_dir), "--start_checkpoint", best(trained, ".safetensors")]
-    result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)
+    flags = [*small_flags(data, encoder_dir), "--start_checkpoint", best(trained, ".pt")]
+    result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)  # of its own
     assert result.returncode == 0, result.stderr
     assert "beginning with the decoder and tokenizer of" in result.stdout
     assert "another split" not in result.stdout and "will be poor" not in result.stdout
@@ -533,7 +567,7 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     more = ["--resume_checkpoint_path", data / "last.pt", "--epochs", 2]
     assert run("train.py", *flags[:-2], *more).returncode == 0
     began = load_checkpoint(data / "last.pt").settings["START_CHECKPOINT"]
-    assert began == best(trained, ".safetensors").name
+    assert began == best(trained, ".pt").name
     other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
     other = run("train.py", *flags, *other)
     assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
