@@ -173,16 +173,29 @@ class FrozenEncoder(nn.Module):
             image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """
         name = os.path.expanduser(name)
-        with _telling(name, flag):
-            config, where = _config_of(name, revision)
-            tower_class, options = _tower_class(name, config)
-            _check_size(name, "layers", config.num_hidden_layers)
-            options |= where | {"output_loading_info": True, "dtype": torch.float32}
-            tower, info = tower_class.from_pretrained(name, config=config, **options)
-            processor = _load_processor(name, config, where)
-            for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
-                sides = [dict(size).get(side) or 0 for side in SIDES]
-                _check_size(name, "pixels along a side", max(sides))
+        try:
+            # A program may have set another default device, by `torch.set_default_device`.
+            with quiet_library(), torch.device("cpu"):
+                where = loading_options(name, revision)
+                config = transformers.AutoConfig.from_pretrained(name, **where)
+                config = getattr(config, "vision_config", config)
+                tower_class, options = _tower_class(name, config)
+                _check_size(name, "layers", config.num_hidden_layers)
+                options |= where | {"output_loading_info": True, "dtype": torch.float32}
+                tower, info = tower_class.from_pretrained(name, config=config, **options)
+                processor = _load_processor(name, config, where)
+                for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
+                    sides = [dict(size).get(side) or 0 for side in SIDES]
+                    _check_size(name, "pixels along a side", max(sides))
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
+            place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
+            note = next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
+            raise UserError(
+                f"the encoder {name!r} can't be loaded from that {place}: "
+                f"{first_line(error).rstrip('.')}{note}. Give another one with {flag}."
+            ) from None
         missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
         if wrong := missing + sorted(map(str, info["mismatched_keys"])):
             raise UserError(
@@ -349,38 +362,6 @@ class FrozenEncoder(nn.Module):
         output = self.tower(**inputs, output_hidden_states=deep, **self.call)
         last, hidden = output.last_hidden_state, output.hidden_states
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
-
-
-def check_encoder(name: str, revision: str | None) -> None:
-    """Refuse an encoder that isn't there, or is none, by its few lines of configuration."""
-    name = os.path.expanduser(name)
-    with _telling(name, "--encoder_model_name"):
-        _tower_class(name, _config_of(name, revision)[0])
-
-
-@contextlib.contextmanager
-def _telling(name: str, flag: str) -> Iterator[None]:
-    """Let the library load an encoder without a word; what it raises becomes a UserError."""
-    try:
-        # A program may have set another default device, by `torch.set_default_device`.
-        with quiet_library(), torch.device("cpu"):
-            yield
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
-        place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
-        note = next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
-        raise UserError(
-            f"the encoder {name!r} can't be loaded from that {place}: "
-            f"{first_line(error).rstrip('.')}{note}. Give another one with {flag}."
-        ) from None
-
-
-def _config_of(name: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The configuration of a vision tower, and how the library is to load the rest."""
-    where = loading_options(name, revision)
-    config = transformers.AutoConfig.from_pretrained(name, **where)
-    return getattr(config, "vision_config", config), where
 
 
 def decisive(identity: dict[str, Any]) -> dict[str, Any]:

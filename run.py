@@ -31,7 +31,7 @@ from dataset import Text, check_name
 from decoder import DecoderConfig
 from device import choose_dtype
 from distributed import Team, share_gradients
-from encoder import check_encoder, parse_layers
+from encoder import parse_layers
 from hub import locate_checkpoint
 from model import CaptionModel
 from options import GenerationOptions, fits, parse_tasks, typed
@@ -411,8 +411,8 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
 
 
 def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Team) -> None:
-    """Refuse what can't be, what isn't the same in all processes of a team, a decoder's size that
-    isn't that of what training goes on from, or an encoder that isn't there."""
+    """Refuse what can't be, what isn't the same in all processes of a team, or a decoder's size
+    that isn't that of what training goes on from."""
     values = constants(settings).items()
     texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
     own = {name: value for name, value in values if isinstance(value, int | float) or name in texts}
@@ -427,8 +427,6 @@ def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Te
     size = decoder_config(settings, vocab_size=len(begun.tokenizer) if begun else 1)
     if begun:
         check_same(asdict(begun.model.config), asdict(size))
-    encoder = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
-    team.on_rank0(lambda: check_encoder(*encoder))
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:

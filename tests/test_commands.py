@@ -159,16 +159,13 @@ def test_commands_that_are_printed_can_be_run_from_where_one_is(tmp_path, monkey
         assert subprocess.run(f"{line} --help", shell=True, capture_output=True).returncode == 0
 
 
-def test_what_is_mistyped_is_said_before_anything_is_downloaded(tmp_path, encoder_dir):
-    flags = ["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new"), "--encoder_model_name"]
-    with pytest.raises(UserError, match="the encoder '.*no' can't be loaded"):
-        train.main([*flags, str(tmp_path / "no")])
-    flags.append(str(encoder_dir))
+def test_what_is_mistyped_is_said_before_anything_is_downloaded(tmp_path):
     for flag in ("--tasks=caption", "--precision=fp16", "--encoder_layers=a"):
         with pytest.raises(UserError, match=f"{flag[2:].split('=')[0].upper()} is"):
-            train.main([*flags, flag])
+            train.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new"), flag])
     for flag in ("--karpathy_file", "--vqa_questions", "--vqa_annotations"):
         with pytest.raises(UserError, match="no.json is not there: "):
+            flags = ["--dataset", "flickr8k", "--data_dir", str(tmp_path / "new")]
             train.main([*flags, flag, str(tmp_path / "no.json")])
     with pytest.raises(UserError, match="no.json and .*no.txt are no BPE files"):
         vocab = ["--vocab_file", str(tmp_path / "no.json")]
