@@ -121,7 +121,7 @@ def load_data(
     if len(texts) > MANY:
         print(f"tokens    of the texts about {len(texts):,} photos are made: a minute or several")
     if tokenizer is None:
-        learned = texts_to_learn(texts, splits["train"], stock)
+        learned = functools.partial(texts_to_learn, texts, splits["train"], stock)
         places = settings.VOCAB_SIZE, paths.vocab, paths.merges
         tokenizer = team.on_rank0(lambda: CaptionTokenizer.learned(learned, *places))
     features, length = resident_or_cached(cache, device), settings.MAX_CAPTION_LENGTH
@@ -133,8 +133,8 @@ def load_data(
         train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
     elif critical_epochs(settings):
         references = references_of(texts, splits["train"])
-        learned = (ids for group in train.captions for ids in group if ANSWER_ID not in ids)
-        longest = max(map(len, learned), default=2) - 1
+        captions = (ids for group in train.captions for ids in group if ANSWER_ID not in ids)
+        longest = max(map(len, captions), default=2) - 1
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE, longest)
     tower = encoder.for_others(weights=False)
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)

@@ -189,7 +189,7 @@ def _rows(table: Table) -> list[Entry]:
     rows, names = [], table.names
     texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
     for where, row in table.rows:
-        whole = table.fit(row, (*texts, 0)[0], ended=texts == [len(names) - 1])
+        whole = table.fit(row, texts[0] if texts else 0, ended=texts == [len(names) - 1])
         if len(whole) > 1 and len(texts) != 1:
             raise UserError(
                 f"{where} has {len(names) + len(whole) - 1} columns, not {len(names)}: put quotes "

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -113,17 +113,23 @@ class CaptionTokenizer:
 
     @classmethod
     def learned(
-        cls, captions: Iterable[str], vocab_size: int, vocab_file: Path, merges_file: Path
+        cls,
+        captions: Callable[[], Iterable[str]],
+        vocab_size: int,
+        vocab_file: Path,
+        merges_file: Path,
     ) -> CaptionTokenizer:
         """As `train`, or what stands in the files if that was learned from the same captions, as
         each start of a training learns from. A new one is written there, where that can be."""
-        texts = [*map(normalize, captions)]
-        source = repr((tokenizers.__version__, _PIECES, _SIGNS, vocab_size, texts))
-        note = f", of {hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        how = repr((tokenizers.__version__, _PIECES, _SIGNS, vocab_size))
+        source = hashlib.sha256(how.encode())
+        for text in map(normalize, captions()):  # a list of a million would take 0.2 GB
+            source.update(f"\n{text}".encode(errors="surrogatepass"))
+        note = f", of {source.hexdigest()[:16]}"
         with contextlib.suppress(OSError, UserError), open(merges_file, encoding="utf-8") as file:
             if file.readline().strip() == f"{VERSION}{note}":
                 return cls.load(vocab_file, merges_file)
-        made = cls.train(texts, vocab_size)
+        made = cls.train(captions(), vocab_size)
         if os.access(merges_file.parent, os.W_OK):
             made.save(vocab_file, merges_file, note)
         return made

@@ -220,7 +220,7 @@ def test_captions_are_framed_and_cut_without_an_end(tokenizer):
 def test_a_tokenizer_is_kept_beside_the_data_where_that_is_allowed(tmp_path, monkeypatch, allowed):
     monkeypatch.setattr("os.access", lambda path, mode: allowed)
     vocab, merges = files = tmp_path / "vocab.json", tmp_path / "merges.txt"
-    made = CaptionTokenizer.learned(iter(["a dog", "a cat"] * 3), 300, *files)
+    made = CaptionTokenizer.learned(lambda: ["a dog", "a cat"] * 3, 300, *files)
     assert len(made) > 256 and vocab.exists() == merges.exists() == allowed
 
 
@@ -233,7 +233,7 @@ def test_a_tokenizer_is_learned_anew_when_captions_or_its_size_changed(tmp_path,
     )
 
     def learn(captions: list[str], size: int = 300) -> dict[str, int]:
-        return CaptionTokenizer.learned(captions, size, *files).vocab
+        return CaptionTokenizer.learned(lambda: captions, size, *files).vocab
 
     assert (
         learn(captions) == learn([f"{text} ." for text in captions]) == train(captions, 300).vocab
