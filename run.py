@@ -183,12 +183,16 @@ class Run:
     # --- what was best ---
 
     def bests(self, measure: str) -> list[dict[str, Any]]:
-        """The epochs in the history that were the best so far when they ended."""
+        """The epochs in the history that were the best so far when they ended; of those that
+        score the same, such as 0, the loss tells which is better."""
+
+        def worth(entry: Mapping[str, Any]) -> tuple[float, float]:
+            return 0.0 if measure == "val_loss" else entry[measure], -entry["val_loss"]
+
         found: list[dict[str, Any]] = []
-        sign = -1 if measure == "val_loss" else 1
         for entry in self.progress.history:
             counts = measure in entry and entry["epoch"] > self.progress.since.get(measure, 0)
-            if counts and (not found or sign * entry[measure] > sign * found[-1][measure]):
+            if counts and (not found or worth(entry) > worth(found[-1])):
                 found.append(entry)
         return found
 

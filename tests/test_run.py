@@ -36,18 +36,23 @@ def test_the_best_epoch_follows_from_the_history(tmp_path):
         {"epoch": 1, "val_loss": 2.0, "val_cider": 30.0},
         {"epoch": 2, "val_loss": 2.1, "val_cider": 40.0},
         {"epoch": 3, "val_loss": 1.9, "val_cider": 40.0},
+        {"epoch": 4, "val_loss": 2.0, "val_cider": 40.0},
     ]
     state = state_of(history, tmp_path)
-    assert state.best() == (tmp_path / BEST, history[1])
+    assert state.best() == (tmp_path / BEST, history[2])  # whose loss is less than the second's
     assert [entry["epoch"] for entry in state.bests("val_loss")] == [1, 3]
     assert state.bests("val_accuracy") == []
     state.progress.since = {"val_cider": 2}
     assert state.bests("val_cider") == [history[2]]
+    state.progress.since = {"val_cider": 3}
+    assert state.bests("val_cider") == [history[3]]
 
 
-def test_a_score_of_nought_throughout_chooses_nothing(tmp_path):
+def test_where_a_score_is_nought_throughout_the_loss_chooses(tmp_path):
     history = [{"epoch": e, "val_loss": 3.0 - e, "val_cider": 0.0} for e in (1, 2)]
-    path, entry = state_of(history, tmp_path).best()
+    state = state_of(history, tmp_path)
+    assert state.bests("val_cider") == history  # so the file of the best CIDEr is the second's
+    path, entry = state.best()
     assert (path.name, entry) == ("captioner_epoch_2_val_loss_1.0000.safetensors", history[1])
 
 
