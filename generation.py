@@ -261,8 +261,8 @@ class _Rows:
         if self.options.temperature != 1:
             logits = (allowed / self.options.temperature).log_softmax(-1)
         if self.options.top_k:
-            least = logits.topk(min(self.options.top_k, vocab), dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, MINUS_INFINITY)
+            best = logits.topk(min(self.options.top_k, vocab), dim=-1)  # in bf16 many are alike
+            logits = torch.full_like(logits, MINUS_INFINITY).scatter(-1, best.indices, best.values)
         probabilities = logits.exp()
         if self.options.top_p < 1:
             ranked, order = probabilities.sort(dim=-1, descending=True)

@@ -189,6 +189,10 @@ def test_samples_follow_the_seed_and_the_distribution(ending):
     assert share == pytest.approx(probabilities[likely].item(), abs=0.12)
     narrow = GenerationOptions(50, sample=True, max_length=1, top_k=1)
     assert {tuple(h.tokens) for h in generate(ending, feature, narrow)[0]} == {(likely,)}
+    alike = build_model()
+    with torch.no_grad():
+        alike.decoder.token_embedding.weight[:] = 0  # all as likely, as some are in bf16
+    assert len({tuple(h.tokens) for h in generate(alike, feature, narrow)[0]}) == 1
     for temperature in (0.5, 2.0):
         wanted = (logits / temperature).softmax(-1).sort(descending=True)
         for size in (2, 4):  # the nucleus: the fewest that reach top_p
