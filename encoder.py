@@ -168,7 +168,7 @@ class FrozenEncoder(nn.Module):
 
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
-                after the tower's closing norm.
+                after the tower's closing norm, where it has one for all vectors (CLIP's has none).
             flag: with which another one is given.
             image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """

@@ -290,6 +290,7 @@ def load_captioner(
         checkpoint: a `.safetensors` or `.pt` file, or the Hub name `user/repo` of one.
         revision: branch, tag or commit of the Hub repo.
         encoder: where the encoder is now, if no longer where it was while training.
+        device, precision: as DEVICE and PRECISION in `config.py`.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
     where = choose_device(str(device))

@@ -1,7 +1,7 @@
 """Caption metrics as the field reports them: BLEU-1..4, ROUGE-L and CIDEr-D, without Java.
 
 The values equal those of pycocoevalcap 1.2 with its Java tokenizer, times 100. All functions work
-on plain strings; `CiderD` also works on sequences of any hashable tokens.
+on plain strings, `CiderD` on sequences of any hashable tokens: of a string it would take letters.
 """
 
 from __future__ import annotations
