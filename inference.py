@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -51,7 +51,7 @@ ENCODED = 16  # pictures encoded at a time: more are no faster, and take more ro
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
 BEAMS = 1024  # of all that are searched for at a time: more take gigabytes
 
-Picture = str | os.PathLike | Image.Image
+Picture = str | os.PathLike | BinaryIO | Image.Image
 # What is asked about a picture, the picture preprocessed, or what is wrong with it.
 Read = tuple[list[tuple[Picture, str]], dict[str, Tensor] | None, str]
 
@@ -98,7 +98,7 @@ class Captioner:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_process": None}  # sent to another, it is at home there
 
-    def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
+    def caption(self, pictures: Picture | Iterable[Picture], **options: Any) -> str | list[str]:
         """The best caption of a picture, or of each of several, files or Pillow images.
 
         One that can't be read is an ImageError; `stream` goes on instead. `options` are fields of

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -262,7 +263,7 @@ class CiderD:
     Tokens are any hashable values, words or ids.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]):
+    def __init__(self, references: Mapping[Any, Sequence[Sequence[Hashable]]]):
         """Count in how many images each n-gram occurs.
 
         Args:
