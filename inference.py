@@ -116,14 +116,11 @@ class Captioner:
         if not isinstance(questions, str):
             questions = [*questions]
             pictures = [pictures] * len(questions) if _is_one(pictures) else [*pictures]
-            if len(pictures) != len(questions):
-                counts = f"{len(pictures)} pictures and {len(questions)} questions"
-                raise UserError(f"{counts}: give one question for all, or one about each")
         return self._best(pictures, questions, options)
 
     def stream(
         self,
-        pictures: Iterable[Picture],
+        pictures: Picture | Iterable[Picture],
         questions: str | Iterable[str] | None = None,
         *,
         batch_size: int = ROWS,
@@ -131,16 +128,19 @@ class Captioner:
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
 
-        One question is asked about all, of several the next about each. Pictures are read on
-        threads while others are encoded, `batch_size` at a time; one that stands several times in
-        a row, with other questions, is encoded once.
+        One question is asked about all, of several the next about each, or all about one picture.
+        Pictures are read on threads while others are encoded, `batch_size` at a time; one that
+        stands several times in a row, with other questions, is encoded once.
         """
         same = questions is None or isinstance(questions, str)
         asked = [questions] if same else [*questions]
+        pictures = [pictures] * len(asked) if _is_one(pictures) else pictures
+        if not same and isinstance(pictures, Sequence) and len(pictures) != len(asked):
+            counts = f"{len(pictures)} pictures and {len(asked)} questions"
+            raise UserError(f"{counts}: give one question for all, or one about each")
         chosen = self._options(asked if questions is not None else None, options)
         check_ranges(SimpleNamespace(batch_size=batch_size))
         asked = itertools.repeat(questions or "") if same else asked
-        pictures = [pictures] if _is_one(pictures) else pictures
         pictures = pictures if isinstance(pictures, Sequence) else map(_still, pictures)
         pairs = zip(pictures, asked, strict=not same)
         # By which picture it is: to compare them, Pillow would look at every pixel.
