@@ -485,19 +485,15 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 # --- Around the scores ----------------------------------------------------------------------
 
 
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, seed: int, samples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """The interval that holds the mean of `values`, by resampling the images (percentiles).
+def bootstrap_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Where 95 % of the means of `values` lie that a thousand resamples of the images have.
 
     Document frequencies aren't recomputed for a resample, so it is the photos' luck alone.
     """
     values = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [
-        values[generator.integers(len(values), size=len(values))].mean() for _ in range(samples)
-    ]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    dice, count = np.random.default_rng(0), len(values)
+    means = [values[dice.integers(count, size=count)].mean() for _ in range(1000)]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
