@@ -68,6 +68,8 @@ def generate(
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
     """
+    if not len(features):
+        return []
     prefixes = prefixes or [[START_ID]] * len(features)
     longest = model.config.max_length - max(map(len, prefixes))
     limit = options.max_length or longest

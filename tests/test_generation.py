@@ -219,6 +219,10 @@ def test_groups_differ_more_than_beams(ending):
     assert {len(group) for group in generate(build_model(), feature, options)} == {6}
 
 
+def test_about_no_photo_nothing_is_written(ending):
+    assert generate(ending, features(2)[:0], GenerationOptions()) == []
+
+
 def test_impossible_options_are_refused(ending):
     for wrong in (
         {"beam_size": 4, "groups": 3},
