@@ -384,7 +384,7 @@ class _Rows:
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keep(index)
 
-    def _found(self, row: int, beam: int, log_probability: float, ended: bool) -> None:
+    def _found(self, row: int, beam: int | Tensor, log_probability: float, ended: bool) -> None:
         """Note the hypothesis that a beam holds, up to its END if it stands there already."""
         if self.images[row] in self.done:
             return
