@@ -116,9 +116,10 @@ def word_maps(
 
 
 def draw_attention(photo: Image.Image, grid: PatchGrid, maps: Sequence[WordMap]) -> Image.Image:
-    """A tile for each word, with the word beneath: grey where the decoder did not look.
+    """A tile for each word (at least one), the word beneath: grey where the decoder did not look.
 
-    Each tile goes from nothing to its own largest weight. What the encoder didn't see is dark.
+    The photo is as `open_image` gives it, upright RGB. Each tile goes from nothing to its own
+    largest weight; what the encoder didn't see is dark.
     """
     scale = TILE / max(photo.size)
     small = photo.resize([max(1, round(side * scale)) for side in photo.size])

@@ -38,7 +38,7 @@ FEATURE_VIEWS = 1  # cached views per training photo: 1 plain, 2 adds its mirror
 FEATURE_BATCH_SIZE = 32  # photos per encoder pass while the cache is built
 
 # --- Tokenizer ------------------------------------------------------------------------------
-VOCAB_SIZE = 10000  # most entries of the BPE vocabulary, trained on the training captions only
+VOCAB_SIZE = 10000  # most entries of the BPE vocabulary, learned from the training texts only
 MAX_CAPTION_LENGTH = 100  # longest caption in tokens, START and END included; longer ones are cut
 
 # --- Decoder --------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def open_image(path: str | os.PathLike[str] | BinaryIO, least: int = 1024) -> Im
     """Open a picture as `as_rgb` gives it; of an animation its first frame.
 
     Args:
-        least: the side in pixels that is enough: a JPEG is decoded at a half, quarter or eighth
-            of its size where both sides stay at least that long, which is several times as fast,
-            and reads what is too large to be read whole; more than is shown anywhere.
+        least: the side in pixels that is enough (by default more than is shown anywhere): a JPEG,
+            unless progressive, is decoded at a half, quarter or eighth of its size where both sides
+            stay at least that long, several times as fast, so one too large to be read whole too.
     """
     is_name, name = isinstance(path, str | os.PathLike), shown(path)
     with _named(name):
@@ -168,7 +168,7 @@ class FrozenEncoder(nn.Module):
 
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
-                after the tower's closing norm.
+                after the tower's closing norm, where it has one for all vectors (CLIP's has none).
             flag: with which another one is given.
             image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """

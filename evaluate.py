@@ -176,7 +176,7 @@ def score_captions(scored: Scored) -> dict[str, object]:
         write_file(Path(settings.save_captions).expanduser(), content)
     references = references_of(scored.texts, names)
     found, values = metrics.score(captions, references)
-    low, high = metrics.bootstrap_interval(list(values.values()), seed=0)
+    low, high = metrics.bootstrap_interval(list(values.values()))
     training = references_of(scored.texts, scored.splits["train"]).values()
     other = metrics.diversity(said, {text for group in training for text in group})
     if not training:  # of another source's photos

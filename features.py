@@ -53,7 +53,8 @@ FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
 OPEN_FILES = 128  # packs open at a time; macOS allows a process 256 files
 
-In, Out = TypeVar("In"), TypeVar("Out")
+In = TypeVar("In")
+Out = TypeVar("Out")
 Item = tuple[str, int]  # a photo's name, and which view of it
 Part = tuple[list[tuple], Tensor]  # labels of photos, and features (photos, patches, width)
 

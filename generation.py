@@ -68,6 +68,8 @@ def generate(
     Returns:
         For each photo up to `beam_size` hypotheses (exactly that many when sampling).
     """
+    if not len(features):
+        return []
     prefixes = prefixes or [[START_ID]] * len(features)
     longest = model.config.max_length - max(map(len, prefixes))
     limit = options.max_length or longest
@@ -261,8 +263,8 @@ class _Rows:
         if self.options.temperature != 1:
             logits = (allowed / self.options.temperature).log_softmax(-1)
         if self.options.top_k:
-            least = logits.topk(min(self.options.top_k, vocab), dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, MINUS_INFINITY)
+            best = logits.topk(min(self.options.top_k, vocab), dim=-1)  # in bf16 many are alike
+            logits = torch.full_like(logits, MINUS_INFINITY).scatter(-1, best.indices, best.values)
         probabilities = logits.exp()
         if self.options.top_p < 1:
             ranked, order = probabilities.sort(dim=-1, descending=True)
@@ -382,7 +384,7 @@ class _Rows:
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keep(index)
 
-    def _found(self, row: int, beam: int, log_probability: float, ended: bool) -> None:
+    def _found(self, row: int, beam: int | Tensor, log_probability: float, ended: bool) -> None:
         """Note the hypothesis that a beam holds, up to its END if it stands there already."""
         if self.images[row] in self.done:
             return

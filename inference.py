@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -51,7 +51,7 @@ ENCODED = 16  # pictures encoded at a time: more are no faster, and take more ro
 ROWS = 64  # captions or answers searched for at a time: fewer are slower
 BEAMS = 1024  # of all that are searched for at a time: more take gigabytes
 
-Picture = str | os.PathLike | Image.Image
+Picture = str | os.PathLike | BinaryIO | Image.Image
 # What is asked about a picture, the picture preprocessed, or what is wrong with it.
 Read = tuple[list[tuple[Picture, str]], dict[str, Tensor] | None, str]
 
@@ -98,7 +98,7 @@ class Captioner:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_process": None}  # sent to another, it is at home there
 
-    def caption(self, pictures: Picture | Sequence[Picture], **options: Any) -> str | list[str]:
+    def caption(self, pictures: Picture | Iterable[Picture], **options: Any) -> str | list[str]:
         """The best caption of a picture, or of each of several, files or Pillow images.
 
         One that can't be read is an ImageError; `stream` goes on instead. `options` are fields of
@@ -116,14 +116,11 @@ class Captioner:
         if not isinstance(questions, str):
             questions = [*questions]
             pictures = [pictures] * len(questions) if _is_one(pictures) else [*pictures]
-            if len(pictures) != len(questions):
-                counts = f"{len(pictures)} pictures and {len(questions)} questions"
-                raise UserError(f"{counts}: give one question for all, or one about each")
         return self._best(pictures, questions, options)
 
     def stream(
         self,
-        pictures: Iterable[Picture],
+        pictures: Picture | Iterable[Picture],
         questions: str | Iterable[str] | None = None,
         *,
         batch_size: int = ROWS,
@@ -131,16 +128,19 @@ class Captioner:
     ) -> Iterator[Written]:
         """What is written about each picture, as it is written; what can't be read is named.
 
-        One question is asked about all, of several the next about each. Pictures are read on
-        threads while others are encoded, `batch_size` at a time; one that stands several times in
-        a row, with other questions, is encoded once.
+        One question is asked about all, of several the next about each, or all about one picture.
+        Pictures are read on threads while others are encoded, `batch_size` at a time; one that
+        stands several times in a row, with other questions, is encoded once.
         """
         same = questions is None or isinstance(questions, str)
         asked = [questions] if same else [*questions]
+        pictures = [pictures] * len(asked) if _is_one(pictures) else pictures
+        if not same and isinstance(pictures, Sequence) and len(pictures) != len(asked):
+            counts = f"{len(pictures)} pictures and {len(asked)} questions"
+            raise UserError(f"{counts}: give one question for all, or one about each")
         chosen = self._options(asked if questions is not None else None, options)
         check_ranges(SimpleNamespace(batch_size=batch_size))
         asked = itertools.repeat(questions or "") if same else asked
-        pictures = [pictures] if _is_one(pictures) else pictures
         pictures = pictures if isinstance(pictures, Sequence) else map(_still, pictures)
         pairs = zip(pictures, asked, strict=not same)
         # By which picture it is: to compare them, Pillow would look at every pixel.
@@ -290,6 +290,7 @@ def load_captioner(
         checkpoint: a `.safetensors` or `.pt` file, or the Hub name `user/repo` of one.
         revision: branch, tag or commit of the Hub repo.
         encoder: where the encoder is now, if no longer where it was while training.
+        device, precision: as DEVICE and PRECISION in `config.py`.
     """
     loaded = load_checkpoint(locate_checkpoint(checkpoint, revision))
     where = choose_device(str(device))

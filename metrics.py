@@ -1,7 +1,7 @@
 """Caption metrics as the field reports them: BLEU-1..4, ROUGE-L and CIDEr-D, without Java.
 
 The values equal those of pycocoevalcap 1.2 with its Java tokenizer, times 100. All functions work
-on plain strings; `CiderD` also works on sequences of any hashable tokens.
+on plain strings, `CiderD` on sequences of any hashable tokens: of a string it would take letters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -262,7 +263,7 @@ class CiderD:
     Tokens are any hashable values, words or ids.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[Hashable]]]):
+    def __init__(self, references: Mapping[Any, Sequence[Sequence[Hashable]]]):
         """Count in how many images each n-gram occurs.
 
         Args:
@@ -484,19 +485,15 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
 # --- Around the scores ----------------------------------------------------------------------
 
 
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, seed: int, samples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """The interval that holds the mean of `values`, by resampling the images (percentiles).
+def bootstrap_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Where 95 % of the means of `values` lie that a thousand resamples of the images have.
 
     Document frequencies aren't recomputed for a resample, so it is the photos' luck alone.
     """
     values = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [
-        values[generator.integers(len(values), size=len(values))].mean() for _ in range(samples)
-    ]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    dice, count = np.random.default_rng(0), len(values)
+    means = [values[dice.integers(count, size=count)].mean() for _ in range(1000)]
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -36,7 +36,7 @@ class GenerationOptions:
     no_repeat_ngram: int = 0  # no n-gram of this size twice, no word twice in a row; 0: allowed
     rerank: float = 0.0  # what a point of the CIDEr that a photo's look promises adds to a score
     groups: int = 1  # diverse beam search (Vijayakumar et al. 2016): beams in this many groups
-    diversity: float = 0.5  # what a token loses per earlier group that took it at the same step
+    diversity: float = 0.5  # a token's loss per beam of earlier groups that took it at this step
     sample: bool = False  # draw tokens instead of searching: beam_size independent samples
     temperature: float = 1.0  # of the draws; lower: safer
     top_k: int = 0  # draw from this many tokens at most; 0: all

@@ -308,7 +308,7 @@ def write_splits(
     settings: SimpleNamespace,
     paths: DataPaths,
     names: Iterable[str],
-    note: Mapping[str, str],
+    note: Mapping[str, Any],
     known: Mapping[str, str],
 ) -> None:
     """Split the photos as SPLIT says and write splits.json, if that changes it, with the `note`

@@ -74,7 +74,7 @@ class Critic:
         """
         found = [Beams([], [], []) for _ in names]
         known = [row for row, name in enumerate(names) if name in self.references]
-        searched = generate(model, features[known].float(), self.options) if known else []
+        searched = generate(model, features[known].float(), self.options)
         for row, beams in zip(known, searched, strict=True):
             ids = [[START_ID, *h.ids] for h in beams]
             rewards = self.rewards(names[row], beams)

@@ -242,10 +242,10 @@ class Stock:
         shard, row = name.rsplit("#", 1)
         return self.numbers[shard], int(row)
 
-    def first_texts(self, count: int = TEXTS) -> Iterator[str]:
-        """Captions to learn a tokenizer from: all, or `count` of the first shards."""
+    def first_texts(self) -> Iterator[str]:
+        """Captions to learn a tokenizer from: all, or TEXTS of the first shards."""
         items = (item for shard in range(len(self.shards)) for item in self.table(shard)["items"])
-        return itertools.islice((text for _, texts, _ in items for text in texts), count)
+        return itertools.islice((text for _, texts, _ in items for text in texts), TEXTS)
 
     def __getitem__(self, item: Item) -> Entry:
         """Where the features of a photo stand, for `FeatureCache`."""

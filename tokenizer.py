@@ -75,7 +75,8 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
-        """Learn a vocabulary of at most `vocab_size` entries from captions."""
+        """Learn a vocabulary of at most `vocab_size` entries from captions, of at least 260: the
+        special tokens and all bytes."""
         tokenizer = _byte_level(models.BPE())
         signs = pre_tokenizers.Split(Regex(_SIGNS), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([signs, tokenizer.pre_tokenizer])
@@ -202,8 +203,8 @@ class CaptionTokenizer:
         return " ".join(text.split())  # a decoder that has learned little writes line ends as well
 
     def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """The words of a text's ids, without special tokens, and at which places each stands; of
-        a script without spaces the pieces, as soon as their bytes make whole signs."""
+        """The words of a text's ids, which hold no special tokens, and at which places each stands;
+        of a script without spaces the pieces, as soon as their bytes make whole signs."""
         groups: list[list[int]] = []
         for place, i in enumerate(ids):
             # Every word begins with a space, which byte-level BPE writes as this letter.

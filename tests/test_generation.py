@@ -189,6 +189,10 @@ def test_samples_follow_the_seed_and_the_distribution(ending):
     assert share == pytest.approx(probabilities[likely].item(), abs=0.12)
     narrow = GenerationOptions(50, sample=True, max_length=1, top_k=1)
     assert {tuple(h.tokens) for h in generate(ending, feature, narrow)[0]} == {(likely,)}
+    alike = build_model()
+    with torch.no_grad():
+        alike.decoder.token_embedding.weight[:] = 0  # all as likely, as some are in bf16
+    assert len({tuple(h.tokens) for h in generate(alike, feature, narrow)[0]}) == 1
     for temperature in (0.5, 2.0):
         wanted = (logits / temperature).softmax(-1).sort(descending=True)
         for size in (2, 4):  # the nucleus: the fewest that reach top_p
@@ -213,6 +217,10 @@ def test_groups_differ_more_than_beams(ending):
     assert first_tokens(diverse) > first_tokens(plain)
     options = GenerationOptions(6, groups=3, diversity=20.0, max_length=1)
     assert {len(group) for group in generate(build_model(), feature, options)} == {6}
+
+
+def test_about_no_photo_nothing_is_written(ending):
+    assert generate(ending, features(2)[:0], GenerationOptions()) == []
 
 
 def test_impossible_options_are_refused(ending):

@@ -564,9 +564,12 @@ def test_a_photo_is_encoded_once_for_all_its_questions(joint, monkeypatch):
     assert answers == [a for photo in photos for a in captioner.answer(photo, questions)]
     assert answers[::2] == captioner.answer(iter(photos), questions[0])
     assert answers[:2] == captioner.answer(photos[0], (q for q in questions))
+    assert answers[:2] == [each.texts[0] for each in captioner.stream(photos[0], questions)]
     encoded.clear()
     with pytest.raises(UserError, match="3 pictures and 2 questions"):
         captioner.answer(photos, questions)
+    with pytest.raises(UserError, match="3 pictures and 2 questions"):
+        next(captioner.stream(photos, questions))
     assert not encoded
 
 

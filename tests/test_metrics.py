@@ -164,16 +164,13 @@ def test_document_frequencies_come_from_the_references_given():
 
 def test_bootstrap_interval():
     few, many = (np.random.default_rng(1).normal(50, 10, size) for size in (100, 10_000))
-    low, high = bootstrap_interval(few, seed=0)
+    low, high = bootstrap_interval(few)
     assert high - few.mean() == pytest.approx(few.mean() - low, rel=0.1)
     # The standard error of a mean of 100 is a tenth of the deviation; 95 % is 1.96 of them a side.
     assert high - low == pytest.approx(2 * 1.96 * few.std() / 10, rel=0.15)
-    assert bootstrap_interval(few, seed=0) == (low, high)
-    assert bootstrap_interval(few, seed=1) != (low, high)
-    narrow = bootstrap_interval(many, seed=0, samples=200)
+    assert bootstrap_interval(few) == (low, high)
+    narrow = bootstrap_interval(many)
     assert narrow[1] - narrow[0] < (high - low) / 5
-    inner = bootstrap_interval(few, seed=0, level=0.5)
-    assert low < inner[0] < inner[1] < high
 
 
 def test_diversity_is_counted():
