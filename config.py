@@ -52,6 +52,7 @@ PATCH_DROPOUT = 0.0  # share of a photo's vectors left out while training, other
 # --- Training -------------------------------------------------------------------------------
 NUM_EPOCHS = 20  # passes over the training photos, each with all of its captions
 BATCH_SIZE = 32  # photos per step, of all processes together; each brings its captions, about 5
+MIN_STEPS = 1  # steps of an epoch at least: where photos are few, each is of fewer
 GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
 LEARNING_RATE = 5e-4  # peak of the schedule
 MIN_LEARNING_RATE = 1e-5  # where the cosine decay ends
@@ -104,6 +105,7 @@ presets = {
         "DROPOUT": 0.2,
         "PATCH_DROPOUT": 0.5,
         "NUM_EPOCHS": 14,
+        "MIN_STEPS": 64,
         "LEARNING_RATE": 1e-3,
         "WARMUP_STEPS": 200,
         "EMA_DECAY": 0.995,

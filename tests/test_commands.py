@@ -274,10 +274,12 @@ def test_the_first_photos_are_of_each_split_its_share():
 
 
 def test_a_first_try_trains_on_few_and_says_that_it_is_little(photos, encoder_dir):
-    result = run("train.py", *small_flags(photos, encoder_dir), "--max_images", 10, "--epochs", 1)
+    flags = ["--max_images", 10, "--epochs", 1, "--min_steps", 3]
+    result = run("train.py", *small_flags(photos, encoder_dir), *flags)
     assert result.returncode == 0, result.stderr
     assert "data      7 photos with 14 captions to train on, 3 to validate" in result.stdout
-    assert "updates: what it writes will be poor" in result.stdout
+    assert "batch     2 photos, so that an epoch has 3 steps (MIN_STEPS)" in result.stdout
+    assert "only 4 updates: what it writes will be poor" in result.stdout
     assert "of 3 photos hardly tell which epoch is best (a lower --train_split" in result.stdout
 
 
