@@ -136,6 +136,8 @@ def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):
     assert edited("HF_REPO_ID = None").HF_REPO_ID is None
     path = 'OUTPUT_DIR = __import__("pathlib").Path("out")'
     assert edited(path).OUTPUT_DIR == str(tmp_path / "out")
+    start = 'START_CHECKPOINT = "mine/captioner"'
+    assert edited(start, "--start_checkpoint", "none").START_CHECKPOINT is None
 
 
 def test_devices_and_precisions_are_checked():
