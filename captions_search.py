@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -70,15 +71,18 @@ def find_captions(
         print(f"{', '.join(map(str, changed))} has changed: captions.json is made anew")
         if (found := read_again(paths, changed)).texts:
             return changed, found
-    table = find_table(paths.data_dir, paths.images)
+    table, *others = find_tables(paths.data_dir, paths.images) or [None]
     if usual.exists() and not changed:
         if table and table.stat().st_mtime > usual.stat().st_mtime:
-            remedy = "delete the latter to have it made anew"
+            remedy = f"--captions_file {shlex.quote(str(table))} takes the former"
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
         return [usual], Captions("", read_json(usual)) if made else read_captions(usual)
     if table:
+        if others:
+            told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
+            print(f"captions are read from {table}, {told}")
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
     for file in (*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))):
@@ -123,14 +127,10 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     )
 
 
-def find_table(*folders: Path) -> Path | None:
-    """The captions table in one of the folders; where there are several, which one is said."""
-    places = [folder / name for name in TABLES for folder in dict.fromkeys(folders)]
-    found = [place for place in places if place.is_file()]
-    if len(found) > 1:
-        others = ", ".join(map(str, found[1:]))
-        print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
-    return found[0] if found else None
+def find_tables(*folders: Path) -> list[Path]:
+    """The captions tables in the folders, the one that counts first."""
+    places = (folder / name for name in TABLES for folder in dict.fromkeys(folders))
+    return [place for place in places if place.is_file()]
 
 
 def karpathy_files(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from archive import MAX_ENTRY_BYTES, DamagedArchive, extract_photos, open_zip, select_entries
 from captions_file import TABLES
-from captions_search import ensure_captions, find_table, karpathy_files, lists_in, written_splits
+from captions_search import ensure_captions, find_tables, karpathy_files, lists_in, written_splits
 from check_data import check
 from dataset import (
     SPLIT_WORD,
@@ -120,7 +120,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         )
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
-        there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
+        there = paths.captions.exists() or find_tables(paths.data_dir, paths.images)
         entries, tables = select_entries(archive, packed)
         photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
         if not photos:

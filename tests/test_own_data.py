@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import time
 import tracemalloc
@@ -912,6 +913,21 @@ def test_two_tables_are_said(tmp_path, capsys):
     folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
     assert prepared(folder) == EXPECTED
     assert "captions.csv, not from" in capsys.readouterr().out
+
+
+def test_captions_of_ones_own_give_way_to_no_newer_table(tmp_path, capsys):
+    own = json.dumps({name: ["My own words"] for name in IDS})
+    folder = lay_out(tmp_path / "a b", {"captions.json": own})
+    os.utime(folder / "captions.json", (1, 1))
+    for name in ("captions.csv", "metadata.csv"):  # as inference.py writes them
+        (folder / "images" / name).write_text(rows("image,caption", "{},{}"))
+    assert prepared(folder) == json.loads(own)
+    said = capsys.readouterr().out
+    assert "delete" not in said and "not from" not in said
+    [flags] = re.findall(r"used: (--captions_file '.*') takes the former", said)
+    assert check(folder, *shlex.split(flags)) == 0 and "is newer" not in capsys.readouterr().out
+    assert load_captions(paths_in(folder, CAPTIONS_FILE=shlex.split(flags)[1]).captions) == EXPECTED
+    assert (folder / "captions.json").read_text() == own
 
 
 def settings_of(folder: Path, *flags: object):
