@@ -34,7 +34,7 @@ from captions_file import (
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
-from utils import UserError, command, files_in, read_json, read_text, uncollected, write_changed
+from utils import UserError, files_in, preparing, read_json, read_text, uncollected, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
@@ -395,9 +395,9 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = [source]
     if changed:
-        remedy = f"{command('prepare_dataset.py')} with the flags of before makes it anew"
         names = ", ".join(map(str, changed))
-        print(f"{names} has changed, and {paths.captions} was made before: {remedy}")
+        told = f"{names} has changed, and {paths.captions} was made before"
+        print(f"{told}: {preparing()} makes it anew")
 
 
 def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:

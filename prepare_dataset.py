@@ -444,7 +444,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags += ["--follow_links"] * (settings.follow_links and not tested)
     whole = max(SPLITS, key=lambda split: len(splits[split]))  # that of VAL_SHARDS is val
     scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", whole]
-    script = ("evaluate.py", *scored) if tested else ("train.py",)
+    shards = ["--train_shards", "TARS"] * bool(settings.VAL_SHARDS and not settings.TRAIN_SHARDS)
+    script = ("evaluate.py", *scored) if tested else ("train.py", *shards)
     print(f"next      {command(*script, *flags)}")
     return 0
 

@@ -81,6 +81,11 @@ def command(script: str, *flags: object) -> str:
     return shlex.join([interpreter(), beside(script), *map(str, flags)])
 
 
+def preparing() -> str:
+    """How what stands in a data set of one's own becomes what training and evaluation read."""
+    return f"{command('prepare_dataset.py')} with the flags of before"
+
+
 def pip_install(requirements: str) -> str:
     return shlex.join([interpreter(), *"-m pip install -r".split(), beside(requirements)])
 
@@ -501,7 +506,7 @@ def read_text(path: Path, older: bool = False) -> str:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
         told = "name your data as in training (--data_dir, --questions_file, ...), or run"
-        raise UserError(f"{path} is missing: {told} {command('prepare_dataset.py')}") from None
+        raise UserError(f"{path} is missing: {told} {preparing()}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

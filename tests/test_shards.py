@@ -775,6 +775,10 @@ def test_tars_may_hold_photos_to_score_a_trained_model_on(tmp_path, capsys):
     flags = f"--data_dir {tmp_path}/data --split test --val_shards {write_shards(tmp_path, [3])}"
     assert prepare_dataset.main(flags.split()) == 0
     assert re.search(r"next .*evaluate.py .*--split val --data_dir", capsys.readouterr().out)
+    assert prepare_dataset.main(flags.replace("--split test ", "").split()) == 0
+    words = capsys.readouterr().out.partition("train.py ")[2].replace("TARS", f"{tmp_path}/t.tar")
+    (tmp_path / "t.tar").touch()
+    assert shards_to_train(commands.train(words.split())) == [f"{tmp_path}/t.tar"]
 
 
 def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):
