@@ -243,10 +243,11 @@ def unpack_parquet(paths: DataPaths) -> bool:
     label = f"parquet {sizes}"
     if not files or (marker and marker["dataset"] == label and marker["photos"]):
         return paths.images.is_dir()
-    write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
     questions: Questions = {}
     for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
+        if not captions:  # or what was put there as an error said would not count
+            write_marker(paths, label, {})
         if name not in captions:
             write_changed(paths.images / name, photo)  # it may be there, of a run that was killed
         known = captions.setdefault(name, [])
