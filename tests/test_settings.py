@@ -266,6 +266,14 @@ def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(tmp_pa
         assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("waits, flag", [(True, "--features_dir"), (False, "--output_dir")])
+def test_a_folder_where_nobody_may_write_names_the_flag_for_another(tmp_path, waits, flag):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"can't be written .*: choose another {flag}"):
+        with sole_user(tmp_path / "file" / "within", wait=waits):
+            pass
+
+
 @pytest.mark.fault
 def test_a_disk_that_knows_no_locks_is_used_without(tmp_path, monkeypatch):
     def refused(*_):

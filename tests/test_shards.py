@@ -405,7 +405,7 @@ def write_as_before(table: Path) -> None:
 @pytest.mark.fault(count=7)
 def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys, monkeypatch):
     rooms: list[tuple[Path, int]] = []
-    monkeypatch.setattr("shards.require_room", rooms.extend)
+    monkeypatch.setattr("shards.require_room", lambda needs, flag: rooms.extend(needs))
     urls = expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
 
     def taken() -> tuple[Stock, str]:
