@@ -347,9 +347,11 @@ def ensure_captions(
     return replace(paths, captions=usual), made, splits
 
 
-def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
+def held_or_converted(
+    data_dir: Path, source: Path, texts: Mapping[str, list[Any]], kind: str = ""
+) -> Path:
     """The file that holds these texts: their source, or else one that is written beside."""
-    target = converted_file(data_dir, source)
+    target = converted_file(data_dir, source, kind)
     if source.suffix.lower() == ".json" and holds(source, texts):
         if target.exists():  # where nobody may write, to remove nothing fails too
             target.unlink()

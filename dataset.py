@@ -78,16 +78,16 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     elif not known and (linked := [at for at in links_in(root) if has_photos(at)]):
         images = linked[0] if len(linked) == 1 else root
 
-    def latest(file: Path) -> Path:
+    def latest(file: Path, kind: str = "") -> Path:
         """What is in a form of its own has been converted by prepare_dataset.py."""
-        converted = converted_file(root, file)
+        converted = converted_file(root, file, kind)
         return converted if converted.exists() else file
 
     return DataPaths(
         data_dir=root,
         images=images,
         captions=latest(place("CAPTIONS_FILE", "captions.json")),
-        questions=latest(place("QUESTIONS_FILE", "questions.json")),
+        questions=latest(place("QUESTIONS_FILE", "questions.json"), "questions"),
         splits=root / "splits.json",
         vocab=place("VOCAB_FILE", "vocab.json"),
         merges=place("MERGES_FILE", "merges.txt"),
@@ -102,9 +102,10 @@ def place_of(source: Path, data_dir: Path) -> str:
     return str(place.relative_to(root) if place.is_relative_to(root) else place)
 
 
-def converted_file(data_dir: Path, source: Path) -> Path:
-    """Where texts are kept that were read from `source`, a file in another form."""
-    digest = hashlib.sha256(os.fsencode(place_of(source, data_dir))).hexdigest()[:6]
+def converted_file(data_dir: Path, source: Path, kind: str = "") -> Path:
+    """Where texts are kept that were read from `source`, a file in another form; by their `kind`,
+    as a file of conversations may hold captions and questions."""
+    digest = hashlib.sha256(os.fsencode(place_of(source, data_dir) + kind)).hexdigest()[:6]
     return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 

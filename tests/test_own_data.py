@@ -1307,6 +1307,25 @@ def test_what_a_training_writes_beside_photos_changes_no_captions(tmp_path, caps
     assert prepared(folder) == made and "made anew" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("file", ["captions.json", "talks.json"])
+def test_a_file_may_hold_captions_and_questions(tmp_path, file, capsys):
+    rows = []
+    for name in IDS:
+        for asked, said in (("Describe it.", "A dog runs"), ("Is it wet?", "no")):
+            talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+            rows.append({"image": name, "conversations": talk})
+    folder = lay_out(tmp_path, {file: json.dumps(rows)})
+    flags = ["--captions_file", folder / file] * (file != "captions.json")
+    assert check(folder, *flags) == 0
+    told = re.search(r"asks a question: (--.*) learns from it", capsys.readouterr().out)[1]
+    flags += told.replace("FILE", str(folder / file)).split()
+    assert check(folder, *flags) == check(folder, *flags, "--tasks", "captions,questions") == 0
+    places = {name: str(folder / file) for name in ("CAPTIONS_FILE", "QUESTIONS_FILE")}
+    paths = paths_in(folder, **places)
+    assert load_captions(paths.captions) == {name: ["A dog runs"] for name in IDS}
+    assert [len(asked) for asked in load_questions(paths.questions).values()] == [1] * len(IDS)
+
+
 def test_a_converted_file_is_no_source(tmp_path):
     folder = lay_out(tmp_path, {"mine.csv": rows("image,caption", "images/{},{}")})
     assert check(folder, "--captions_file", folder / "mine.csv") == 0
