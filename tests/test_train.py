@@ -481,7 +481,7 @@ def test_resuming_from_the_wrong_file(tmp_path, trained, encoder_dir):
     for_use = resume(best(trained, ".safetensors"))
     assert for_use.returncode == 1 and "for use only" in for_use.stderr
     other = resume(trained / "last.pt", "--decoder_layers", "3")
-    assert other.returncode == 1 and "layers 2 there, 3 here" in other.stderr
+    assert other.returncode == 1 and "(DECODER_LAYERS 2 there, 3 here)" in other.stderr
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((trained / "last.pt").read_bytes()[:-2000])
     broken = resume(damaged)
@@ -570,7 +570,7 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     assert began == best(trained, ".pt").name
     other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
     other = run("train.py", *flags, *other)
-    assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
+    assert other.returncode == 1 and "(DECODER_LAYERS 2 there, 1 here)" in other.stderr
     assert "to make" not in other.stdout  # said before photos are encoded
     other = ["--encoder_layers=-2", "--encoder_image_size=48", "--output_dir", tmp_path / "other"]
     other = run("train.py", *flags, *other)
