@@ -617,6 +617,8 @@ def test_several_captions_of_each_picture(trained):
     assert json.loads(plain.stdout.splitlines()[-1]) == {"000.png": best[0]}
     many = run(*command, "--image_path", single, "--n_best", 9)
     assert many.returncode == 1 and "add --beam_size 9" in many.stderr
+    many = run(*command, "--image_path", single, "--n_best", 9, "--groups", 2, "--beam_size", 2)
+    assert "add --beam_size 10" in many.stderr  # a multiple of the groups
 
 
 def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_dir):
