@@ -52,7 +52,7 @@ PLAINLY = ("caption", "captions", "caption_str")  # which count before the other
 IDS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
 LONG = 2**25  # bytes of captions, which take some ten seconds to read
 SAMPLE = 1000  # rows by which it is decided what is what
-QUESTION = "asks a question: --tasks questions learns from it"
+QUESTION = "asks a question: --tasks questions --questions_file FILE learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
 # What is no text, by how it begins.

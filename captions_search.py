@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from captions_file import (
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
-from utils import UserError, command, files_in, read_json, read_text, uncollected, write_changed
+from utils import UserError, files_in, preparing, read_json, read_text, uncollected, write_changed
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
@@ -70,15 +71,18 @@ def find_captions(
         print(f"{', '.join(map(str, changed))} has changed: captions.json is made anew")
         if (found := read_again(paths, changed)).texts:
             return changed, found
-    table = find_table(paths.data_dir, paths.images)
+    table, *others = find_tables(paths.data_dir, paths.images) or [None]
     if usual.exists() and not changed:
         if table and table.stat().st_mtime > usual.stat().st_mtime:
-            remedy = "delete the latter to have it made anew"
+            remedy = f"--captions_file {shlex.quote(str(table))} takes the former"
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
         return [usual], Captions("", read_json(usual)) if made else read_captions(usual)
     if table:
+        if others:
+            told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
+            print(f"captions are read from {table}, {told}")
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
     for file in (*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))):
@@ -123,14 +127,10 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     )
 
 
-def find_table(*folders: Path) -> Path | None:
-    """The captions table in one of the folders; where there are several, which one is said."""
-    places = [folder / name for name in TABLES for folder in dict.fromkeys(folders)]
-    found = [place for place in places if place.is_file()]
-    if len(found) > 1:
-        others = ", ".join(map(str, found[1:]))
-        print(f"captions are read from {found[0]}, not from {others}: --captions_file PATH chooses")
-    return found[0] if found else None
+def find_tables(*folders: Path) -> list[Path]:
+    """The captions tables in the folders, the one that counts first."""
+    places = (folder / name for name in TABLES for folder in dict.fromkeys(folders))
+    return [place for place in places if place.is_file()]
 
 
 def karpathy_files(folder: Path) -> list[Path]:
@@ -347,9 +347,11 @@ def ensure_captions(
     return replace(paths, captions=usual), made, splits
 
 
-def held_or_converted(data_dir: Path, source: Path, texts: Mapping[str, list[Any]]) -> Path:
+def held_or_converted(
+    data_dir: Path, source: Path, texts: Mapping[str, list[Any]], kind: str = ""
+) -> Path:
     """The file that holds these texts: their source, or else one that is written beside."""
-    target = converted_file(data_dir, source)
+    target = converted_file(data_dir, source, kind)
     if source.suffix.lower() == ".json" and holds(source, texts):
         if target.exists():  # where nobody may write, to remove nothing fails too
             target.unlink()
@@ -395,9 +397,9 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
     if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
         changed = [source]
     if changed:
-        remedy = f"{command('prepare_dataset.py')} with the flags of before makes it anew"
         names = ", ".join(map(str, changed))
-        print(f"{names} has changed, and {paths.captions} was made before: {remedy}")
+        told = f"{names} has changed, and {paths.captions} was made before"
+        print(f"{told}: {preparing()} makes it anew")
 
 
 def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:

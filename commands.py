@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from settings import BOUNDS, Parser, constants, load_settings
+from settings import BOUNDS, TEXTS_OR_NONE, Parser, constants, load_settings
 from utils import UserError, first_line, guard_output, leave, pip_install, require_extra, say_error
 
 PREPARED = (
@@ -31,11 +31,6 @@ SCORED = (
 TEXTS = (
     "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
     "PRECISION"
-).split()
-TEXTS_OR_NONE = (
-    "IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE VOCAB_FILE MERGES_FILE KARPATHY_FILE TRAIN_SHARDS "
-    "VAL_SHARDS ENCODER_REVISION FEATURES_DIR OUTPUT_DIR START_CHECKPOINT RESUME_CHECKPOINT_PATH "
-    "WANDB_PROJECT WANDB_ENTITY WANDB_RUN_NAME HF_REPO_ID"
 ).split()
 RENAMED = {"EPOCHS": "NUM_EPOCHS", "SCST_SAMPLES": "SCST_BEAM_SIZE"}  # as older versions had them
 NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]

@@ -35,7 +35,7 @@ from self_critical import Critic, critical_epochs
 from shards import Rows, Stock, StreamedRows, take_stock
 from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
-from utils import UserError, command
+from utils import UserError
 
 MANY = 50_000  # photos whose texts take minutes to become tokens
 
@@ -178,8 +178,8 @@ def check_splits(settings: SimpleNamespace, splits: Splits, what: str) -> None:
     for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
         if not splits[split]:
             raise UserError(
-                f"no photo of the split {split!r} {what}: see "
-                f"{command('prepare_dataset.py', '--check')}"
+                f"no photo of the split {split!r} {what}: add some, or split otherwise "
+                "(--split ratio, with another --train_split_ratio)"
             )
 
 

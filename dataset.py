@@ -26,7 +26,7 @@ from features import Features
 from options import SPLITS, fits
 from photo_names import LONGEST, by_last_part, find_names, is_drawn, is_photo, links_in
 from tokenizer import ANSWER_ID, PAD_ID, CaptionTokenizer, normalize
-from utils import SURROGATES, UserError, command, files_in, read_json, read_text, uncollected
+from utils import SURROGATES, UserError, files_in, preparing, read_json, read_text, uncollected
 
 PLAIN = '{"photo.jpg": ["caption", ...]}'  # the form of captions.json
 WRITTEN = ("wandb/", "features/", "temp_download/")  # folders in DATA_DIR that hold no photos
@@ -78,16 +78,16 @@ def data_paths(settings: SimpleNamespace) -> DataPaths:
     elif not known and (linked := [at for at in links_in(root) if has_photos(at)]):
         images = linked[0] if len(linked) == 1 else root
 
-    def latest(file: Path) -> Path:
+    def latest(file: Path, kind: str = "") -> Path:
         """What is in a form of its own has been converted by prepare_dataset.py."""
-        converted = converted_file(root, file)
+        converted = converted_file(root, file, kind)
         return converted if converted.exists() else file
 
     return DataPaths(
         data_dir=root,
         images=images,
         captions=latest(place("CAPTIONS_FILE", "captions.json")),
-        questions=latest(place("QUESTIONS_FILE", "questions.json")),
+        questions=latest(place("QUESTIONS_FILE", "questions.json"), "questions"),
         splits=root / "splits.json",
         vocab=place("VOCAB_FILE", "vocab.json"),
         merges=place("MERGES_FILE", "merges.txt"),
@@ -102,9 +102,10 @@ def place_of(source: Path, data_dir: Path) -> str:
     return str(place.relative_to(root) if place.is_relative_to(root) else place)
 
 
-def converted_file(data_dir: Path, source: Path) -> Path:
-    """Where texts are kept that were read from `source`, a file in another form."""
-    digest = hashlib.sha256(os.fsencode(place_of(source, data_dir))).hexdigest()[:6]
+def converted_file(data_dir: Path, source: Path, kind: str = "") -> Path:
+    """Where texts are kept that were read from `source`, a file in another form; by their `kind`,
+    as a file of conversations may hold captions and questions."""
+    digest = hashlib.sha256(os.fsencode(place_of(source, data_dir) + kind)).hexdigest()[:6]
     return data_dir / f"{source.stem}.{digest}.prepared.json"
 
 
@@ -116,7 +117,7 @@ def _table_of(path: Path, table: Any, form: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(
             f"{path} holds a {type(table).__name__}, not an object: write {form}, or "
-            f"have it converted by {command('prepare_dataset.py')}"
+            f"have it converted by {preparing()}"
         )
     if not table:
         raise UserError(f"{path} is empty: it needs at least one photo: {form}")
@@ -130,7 +131,7 @@ def load_captions(path: Path) -> dict[str, list[str]]:
     table = _table_of(path, read_json(path), PLAIN)
     for name, captions in table.items():
         if not isinstance(captions, list) or not captions:
-            form = f"{PLAIN}; {command('prepare_dataset.py')} converts others, with the same flags"
+            form = f"{PLAIN}; {preparing()} converts others"
             raise UserError(f"{path}: {name!r} needs a list of at least one caption: {form}")
         for caption in captions:
             if not isinstance(caption, str) or not caption.strip():
@@ -282,8 +283,7 @@ def find_images(
 ) -> list[str]:
     """Return the names whose file is there, within the folder, links followed."""
     if not image_dir.is_dir():
-        remedy = f"run {command('prepare_dataset.py')}"
-        raise UserError(f"the photo folder {image_dir} is missing: {remedy}")
+        raise UserError(f"the photo folder {image_dir} is missing: run {preparing()}")
     root = os.path.realpath(image_dir) + os.sep
     resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
     found, missing = [], []
@@ -429,7 +429,7 @@ def load_splits(path: Path) -> Splits:
     table = read_json(path)
     splits = {split: table.get(split) for split in SPLITS} if isinstance(table, dict) else None
     if not fits(splits, Splits):
-        remedy = f"run {command('prepare_dataset.py')}"
+        remedy = f"run {preparing()}"
         raise UserError(f"{path} is not a table of splits, each a list of photos' names: {remedy}")
     return {split: [*dict.fromkeys(names)] for split, names in splits.items()}
 

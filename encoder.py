@@ -207,7 +207,7 @@ class FrozenEncoder(nn.Module):
         if not isinstance(layers, Sequence) or len(layers) > len(known) or {*layers} - known:
             raise UserError(
                 f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
-                "to -1"
+                f"to -1: give another with {flag}" + ", or other layers" * (flag != "--encoder")
             )
         revision = getattr(config, "_commit_hash", None) or revision
         source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}

@@ -243,7 +243,7 @@ def _announce(encoder: FrozenEncoder, folder: Path, wanted: int, missing: int) -
         f"features: {missing:,} to make, {wanted - missing:,} there already, in {folder}, "
         f"{size_text(size)} more"
     )
-    require_room([(folder, size)])
+    require_room([(folder, size)], "--features_dir")
 
 
 def add_pack(folder: Path, parts: Iterable[Part], rank: int = 0) -> dict[Item, Entry]:

@@ -46,9 +46,13 @@ from utils import UserError, first_line, shown, write_error
 WEIGHTS = "model.safetensors"
 
 
+def client(command: str) -> str:
+    """A command of the Hub's program, the one that came with this Python."""
+    return f"{shlex.quote(utils.program('hf'))} {command}"
+
+
 def login() -> str:
-    """How to log in, with the program that came with this Python."""
-    return f"run {utils.program('hf')} auth login"
+    return f"run {client('auth login')}"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -218,7 +222,7 @@ class HubPusher:
             self._report(
                 "Hub: the last checkpoint has not arrived "
                 f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
-                f"hf upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}"
+                + client(f"upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}")
             )
         return arrived
 

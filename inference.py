@@ -327,7 +327,9 @@ def write_all(
     options = given_options(args)
     count = args.n_best
     if count > change_options(captioner.options, asked, **options).beam_size:
-        raise UserError(f"--n_best {count} wants as many beams: add --beam_size {count}")
+        groups = options.get("groups", 1)  # of which the beams are a multiple
+        beams = f"--beam_size {-(-count // groups) * groups}"
+        raise UserError(f"--n_best {count} wants as many beams: add {beams}")
     writer = open_output(args, [photo for photo, _ in items], asked, files) if args.write else None
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):

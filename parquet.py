@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,21 +155,27 @@ def _how_to_fetch(file: Path, addresses: Sequence[str], captions: Sequence[str])
     said = "no photos: put those that it is about into DATA_DIR/images"
     if not (addresses and captions):
         return said
+    lists = shlex.quote(str(file.parent))
     return (
-        f"{said} (img2dataset --url_list {file.parent} --input_format parquet --url_col "
+        f"{said} (img2dataset --url_list {lists} --input_format parquet --url_col "
         f"{addresses[0]} --caption_col {captions[0]} --output_folder DATA_DIR/images)"
     )
 
 
 def _how_to_rename(file: Path) -> str:
     """What to do where no column is called as captions or questions are."""
+    folder = json.dumps(str(file.parent), ensure_ascii=False)
+    # An Arrow file becomes a parquet file, which counts before it.
+    read = {".arrow": "a.ipc.open_stream(a.memory_map(str(f))).read_all()"}
     code = (
-        "import pathlib, pyarrow.parquet as p; [p.write_table(p.read_table(f).rename_columns("
-        f"{{'COLUMN': 'caption'}}), f) for f in pathlib.Path('{file.parent}').iterdir()]"
+        "import pathlib, pyarrow as a, pyarrow.parquet as p; [p.write_table("
+        f'{read.get(file.suffix, "p.read_table(f)")}.rename_columns({{"COLUMN": "caption"}}), '
+        f'f.with_suffix(".parquet")) for f in pathlib.Path({folder}).glob("*{file.suffix}") '
+        'if "cache-" not in f.name]'
     )
     return (
         f"it needs captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer; "
-        f'COLUMN becomes such by {interpreter()} -c "{code}"'
+        f"COLUMN becomes such by {interpreter()} -c {shlex.quote(code)}"
     )
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from archive import MAX_ENTRY_BYTES, DamagedArchive, extract_photos, open_zip, select_entries
 from captions_file import TABLES
-from captions_search import ensure_captions, find_table, karpathy_files, lists_in, written_splits
+from captions_search import ensure_captions, find_tables, karpathy_files, lists_in, written_splits
 from check_data import check
 from dataset import (
     SPLIT_WORD,
@@ -120,7 +120,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
         )
     with open_zip(parts) as archive:
         packed = sum(part.stat().st_size for part in parts)
-        there = paths.captions.exists() or find_table(paths.data_dir, paths.images)
+        there = paths.captions.exists() or find_tables(paths.data_dir, paths.images)
         entries, tables = select_entries(archive, packed)
         photos = {name: info.file_size for name, info in entries.items() if is_photo(name)}
         if not photos:
@@ -243,10 +243,11 @@ def unpack_parquet(paths: DataPaths) -> bool:
     label = f"parquet {sizes}"
     if not files or (marker and marker["dataset"] == label and marker["photos"]):
         return paths.images.is_dir()
-    write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}
     questions: Questions = {}
     for name, photo, texts, asked in tqdm(read_parquet(files), desc="unpacking", disable=None):
+        if not captions:  # or what was put there as an error said would not count
+            write_marker(paths, label, {})
         if name not in captions:
             write_changed(paths.images / name, photo)  # it may be there, of a run that was killed
         known = captions.setdefault(name, [])
@@ -444,7 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags += ["--follow_links"] * (settings.follow_links and not tested)
     whole = max(SPLITS, key=lambda split: len(splits[split]))  # that of VAL_SHARDS is val
     scored = ["--checkpoint", "CHECKPOINT", "--task", tasks[0], "--split", whole]
-    script = ("evaluate.py", *scored) if tested else ("train.py",)
+    shards = ["--train_shards", "TARS"] * bool(settings.VAL_SHARDS and not settings.TRAIN_SHARDS)
+    script = ("evaluate.py", *scored) if tested else ("train.py", *shards)
     print(f"next      {command(*script, *flags)}")
     return 0
 

@@ -54,7 +54,8 @@ def ensure_questions(
             f"{others:,} questions tell another split than their photo has by its captions or its "
             "first question, which counts: splits are by photo"
         )
-    return replace(paths, questions=held_or_converted(paths.data_dir, place, texts)), splits
+    kept = held_or_converted(paths.data_dir, place, texts, "questions")
+    return replace(paths, questions=kept), splits
 
 
 def find_questions(source: Path) -> Questions:

@@ -65,6 +65,9 @@ MEASURES = {
 }
 KEPT = [name for name, measure in MEASURES.items() if measure.keep]
 LASTING = [name for name in KEPT if name != "val_loss"]  # kept under one name for all epochs
+# The parts of a decoder's configuration, and the settings that say them.
+SIZES = dict(width="DECODER_EMBED_DIM", layers="DECODER_LAYERS", heads="DECODER_HEADS")
+SIZES |= dict(ff_dim="DECODER_FF_DIM", max_length="MAX_CAPTION_LENGTH", dropout="DROPOUT")
 
 
 class Written(NamedTuple):
@@ -430,7 +433,8 @@ def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Te
     choose_dtype(settings.PRECISION, torch.device("cpu"))
     size = decoder_config(settings, vocab_size=len(begun.tokenizer) if begun else 1)
     if begun:
-        check_same(asdict(begun.model.config), asdict(size))
+        configs = (begun.model.config, size)
+        check_same(*({name: vars(c)[part] for part, name in SIZES.items()} for c in configs))
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
@@ -439,15 +443,8 @@ def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
             f"DECODER_EMBED_DIM = {settings.DECODER_EMBED_DIM} is no multiple of "
             f"DECODER_HEADS = {settings.DECODER_HEADS}: change one of them"
         )
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        width=settings.DECODER_EMBED_DIM,
-        layers=settings.DECODER_LAYERS,
-        heads=settings.DECODER_HEADS,
-        ff_dim=settings.DECODER_FF_DIM,
-        max_length=settings.MAX_CAPTION_LENGTH,
-        dropout=settings.DROPOUT,
-    )
+    sizes = {part: vars(settings)[name] for part, name in SIZES.items()}
+    return DecoderConfig(vocab_size=vocab_size, **sizes)
 
 
 # --- Random numbers -------------------------------------------------------------------------

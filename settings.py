@@ -16,6 +16,11 @@ from utils import UserError, redact
 FILES, OR_ON_HUB = ("_DIR", "_FILE", "CHECKPOINT_PATH"), ("ENCODER_MODEL_NAME", "CHECKPOINT")
 NO_ADDRESS = (*FILES, *OR_ON_HUB, "ENCODER", "CLIP", "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
 NO_ADDRESS += ("ATTENTION", "ARCHIVE")
+TEXTS_OR_NONE = (
+    "IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE VOCAB_FILE MERGES_FILE KARPATHY_FILE TRAIN_SHARDS "
+    "VAL_SHARDS ENCODER_REVISION FEATURES_DIR OUTPUT_DIR START_CHECKPOINT RESUME_CHECKPOINT_PATH "
+    "WANDB_PROJECT WANDB_ENTITY WANDB_RUN_NAME HF_REPO_ID"
+).split()
 ANY = 2**31 - 1  # stands for: no upper bound
 
 # What settings (capitals), flags and a run's state may be, both ends allowed: whole if the first is
@@ -66,7 +71,7 @@ def _boolean(text: str) -> bool:
 
 
 def _flag_type(name: str, default: object) -> Callable[[str], Any]:
-    if default is None:
+    if default is None or name in TEXTS_OR_NONE:  # config.py may name one, and a flag none
         return lambda text: None if text.lower() in ("", "none") else text
     kind = type(RANGES.get(name, (default,))[0])  # a rate of 0 may become 0.5
     return _boolean if kind is bool else kind

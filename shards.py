@@ -153,7 +153,7 @@ def take_stock(
                         f"shards: about {size_text(size * len(missing))} of features, if all are "
                         "like the first (--keep_shard_features false keeps none)"
                     )
-                    require_room([(folder, size * (len(missing) - 1))])
+                    require_room([(folder, size * (len(missing) - 1))], "--features_dir")
                 bar.step(1, f"{sum(shard.photos for shard in made):,} photos")
         known |= {shard.url: shard for part in team.all_gather(made) for shard in part}
     shards = [*known.values()]

@@ -99,7 +99,8 @@ class Tracker:
         """The command that sends what is in the run's files, of this and earlier sessions."""
         files = Path(self._run.dir).parent
         session = re.sub(r"run-[\d_]+-", "run-*-", files.name)
-        return f"{program('wandb')} sync {shlex.quote(str(files.parent))}/{session}"
+        place = shlex.quote(str(files.parent))
+        return f"{shlex.quote(program('wandb'))} sync {place}/{session}"
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Show values at an update of the training; steps must not fall."""
@@ -148,7 +149,7 @@ class Tracker:
         with self._careful():
             self._run.finish()
             if self._run.settings.mode in OFFLINE:
-                command = f"{program('wandb')} login && {self.sync_command}"
+                command = f"{shlex.quote(program('wandb'))} login && {self.sync_command}"
                 self._report(f"tracking: to see this run online: {command}")
             self._run = None
 

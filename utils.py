@@ -81,6 +81,11 @@ def command(script: str, *flags: object) -> str:
     return shlex.join([interpreter(), beside(script), *map(str, flags)])
 
 
+def preparing() -> str:
+    """How what stands in a data set of one's own becomes what training and evaluation read."""
+    return f"{command('prepare_dataset.py')} with the flags of before"
+
+
 def pip_install(requirements: str) -> str:
     return shlex.join([interpreter(), *"-m pip install -r".split(), beside(requirements)])
 
@@ -428,7 +433,8 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")  # noqa: SIM115 - closed below, with the lock
     except OSError as error:
-        raise write_error(error, folder, "" if wait else "choose another --output_dir") from error
+        flag = "--features_dir" if wait else "--output_dir"
+        raise write_error(error, folder, f"choose another {flag}") from error
     with file:
         if lock(file, f"waiting for another process to leave {folder}" if wait else None) is False:
             raise UserError(f"another run is writing to {folder}: wait for it, or set --output_dir")
@@ -501,7 +507,7 @@ def read_text(path: Path, older: bool = False) -> str:
         return decoded(path.read_bytes(), older)
     except FileNotFoundError:
         told = "name your data as in training (--data_dir, --questions_file, ...), or run"
-        raise UserError(f"{path} is missing: {told} {command('prepare_dataset.py')}") from None
+        raise UserError(f"{path} is missing: {told} {preparing()}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -553,7 +559,7 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
-def require_room(needs: Iterable[tuple[Path, int]]) -> None:
+def require_room(needs: Iterable[tuple[Path, int]], flag: str = "--data_dir") -> None:
     """Check that the disk of each folder, which need not exist yet, has room for so many bytes."""
     places, needed = {}, Counter()
     for folder, size in needs:
@@ -565,5 +571,5 @@ def require_room(needs: Iterable[tuple[Path, int]]) -> None:
             raise UserError(
                 f"the disk of {place} has {size_text(free)} free, but "
                 f"{size_text(needed[disk])} are needed: free some space, or choose another place "
-                "with --data_dir"
+                f"with {flag}"
             )

@@ -13,7 +13,7 @@ import pytest
 import commands
 import config
 import train
-from corpus import first_photos
+from corpus import check_splits, first_photos
 from tests.conftest import REPO, run, small_flags, write_photos
 from utils import UserError, pip_install, program
 
@@ -271,6 +271,8 @@ def test_the_first_photos_are_of_each_split_its_share():
     few = first_photos(splits, 5)
     assert few == {"train": ["a", "b", "c", "d"], "val": ["q"], "test": ["s"]}
     assert first_photos(splits, 1000) == splits
+    with pytest.raises(UserError, match=r"'val' can be read: .*another --train_split_ratio"):
+        check_splits(commands.train([]), splits | {"val": []}, "can be read")
 
 
 def test_a_first_try_trains_on_few_and_says_that_it_is_little(photos, encoder_dir):

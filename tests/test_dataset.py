@@ -53,9 +53,13 @@ def test_wrong_captions_are_refused_by_name(tmp_path, text):
 
 @pytest.mark.fault(count=2)
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(UserError, match="prepare_dataset.py"):
+    flags = "prepare_dataset.py with the flags of before"  # alone it is about another data set
+    with pytest.raises(UserError, match=flags):
         load_captions(tmp_path / "absent.json")
     path = tmp_path / "captions.json"
+    path.write_text('[{"image": "a.jpg", "caption": "a dog"}]')
+    with pytest.raises(UserError, match=flags):
+        load_captions(path)
     path.write_bytes('{"a.jpg": ["café"]}'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         load_captions(path)

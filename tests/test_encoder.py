@@ -203,6 +203,9 @@ def test_an_encoder_that_says_to_be_without_end_is_refused(encoder_dir, tmp_path
 def test_layers_outside_the_tower_are_refused(encoder_dir):
     with pytest.raises(UserError, match="ENCODER_LAYERS"):
         FrozenEncoder.load(str(encoder_dir), layers=(-9,))
+    deeper = {"name": "moved", "layers": [-9]}
+    with pytest.raises(UserError, match="-1: give another with --encoder$"):  # and no other flag
+        FrozenEncoder.load_as_trained(deeper, 32, str(encoder_dir))
     with pytest.raises(UserError, match="ENCODER_LAYERS"):
         parse_layers("last")
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import time
 import tracemalloc
@@ -914,6 +915,21 @@ def test_two_tables_are_said(tmp_path, capsys):
     assert "captions.csv, not from" in capsys.readouterr().out
 
 
+def test_captions_of_ones_own_give_way_to_no_newer_table(tmp_path, capsys):
+    own = json.dumps({name: ["My own words"] for name in IDS})
+    folder = lay_out(tmp_path / "a b", {"captions.json": own})
+    os.utime(folder / "captions.json", (1, 1))
+    for name in ("captions.csv", "metadata.csv"):  # as inference.py writes them
+        (folder / "images" / name).write_text(rows("image,caption", "{},{}"))
+    assert prepared(folder) == json.loads(own)
+    said = capsys.readouterr().out
+    assert "delete" not in said and "not from" not in said
+    [flags] = re.findall(r"used: (--captions_file '.*') takes the former", said)
+    assert check(folder, *shlex.split(flags)) == 0 and "is newer" not in capsys.readouterr().out
+    assert load_captions(paths_in(folder, CAPTIONS_FILE=shlex.split(flags)[1]).captions) == EXPECTED
+    assert (folder / "captions.json").read_text() == own
+
+
 def settings_of(folder: Path, *flags: object):
     argv = ["--dataset", "custom", "--data_dir", folder, "--split", "ratio", *flags]
     parser = Parser("")
@@ -1289,6 +1305,25 @@ def test_what_a_training_writes_beside_photos_changes_no_captions(tmp_path, caps
     for name in ("last.pt", "merges.txt", "samples.png", "splits.json"):
         (folder / name).touch()
     assert prepared(folder) == made and "made anew" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["captions.json", "talks.json"])
+def test_a_file_may_hold_captions_and_questions(tmp_path, file, capsys):
+    rows = []
+    for name in IDS:
+        for asked, said in (("Describe it.", "A dog runs"), ("Is it wet?", "no")):
+            talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+            rows.append({"image": name, "conversations": talk})
+    folder = lay_out(tmp_path, {file: json.dumps(rows)})
+    flags = ["--captions_file", folder / file] * (file != "captions.json")
+    assert check(folder, *flags) == 0
+    told = re.search(r"asks a question: (--.*) learns from it", capsys.readouterr().out)[1]
+    flags += told.replace("FILE", str(folder / file)).split()
+    assert check(folder, *flags) == check(folder, *flags, "--tasks", "captions,questions") == 0
+    places = {name: str(folder / file) for name in ("CAPTIONS_FILE", "QUESTIONS_FILE")}
+    paths = paths_in(folder, **places)
+    assert load_captions(paths.captions) == {name: ["A dog runs"] for name in IDS}
+    assert [len(asked) for asked in load_questions(paths.questions).values()] == [1] * len(IDS)
 
 
 def test_a_converted_file_is_no_source(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,13 +178,6 @@ def test_what_is_to_be_done_with_other_columns_is_said(tmp_path, capsys):
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match="not fetched: run git lfs pull"):
         list(read_parquet([file]))
-    columns = {"image": images(2), "En": ["A dog", "b"], "de": ["Ein Hund", "b"]}
-    file = write(tmp_path / "b" / "1.parquet", columns)
-    with pytest.raises(UserError, match="COLUMN becomes such by") as error:
-        list(read_parquet([file]))
-    code = str(error.value).split(' -c "')[1].rstrip('"').replace("COLUMN", "En")
-    assert run("-c", code).returncode == 0
-    assert [row[2] for row in read_parquet([file])] == [["A dog"], ["b"]]
 
 
 def test_parts_are_named_and_questions_alone_want_their_task(tmp_path, capsys):
@@ -277,6 +271,38 @@ def test_splits_of_files_or_a_column_are_folders(tmp_path, column):
     names = [[0], [1]] if column else [[0, 1], [0, 1]]
     assert splits["train"] == [f"train/{n}.jpg" for n in names[0]]
     assert splits["val"] == [f"val/{n}.jpg" for n in names[1]]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_what_is_told_of_other_columns_helps(tmp_path, suffix):
+    folder = tmp_path / "o'clock"
+    folder.mkdir()
+    table = {"image": images(3), "En": ["A dog", "b", "c"], "de": ["Ein Hund", "b", "c"]}
+    file = write(folder / "a.parquet", table)
+    if suffix == ".arrow":
+        for name in ("a.arrow", "cache-a.arrow"):
+            with pa.OSFile(str(folder / name), "wb") as target:
+                with pa.ipc.new_stream(target, pa.table(table).schema) as stream:
+                    stream.write_table(pa.table(table))
+        file.unlink()
+    (folder / "README.md").write_text("of the Hub")
+    flags = [*FLAGS, str(folder)]
+    with pytest.raises(UserError, match="COLUMN becomes such by ") as caught:
+        prepare_dataset.main(flags)
+    told = str(caught.value).partition("COLUMN becomes such by ")[2]
+    subprocess.run(told.replace("COLUMN", "En"), shell=True, check=True)
+    assert prepare_dataset.main(flags) == 0
+    assert [*load_captions(folder / "captions.json").values()] == [["A dog"], ["b"], ["c"]]
+
+
+def test_photos_that_are_put_where_an_error_says_count(tmp_path):
+    write(tmp_path / "a.parquet", {"image_id": ["0.jpg", "1.jpg"], "caption": ["a dog", "a cat"]})
+    with pytest.raises(UserError, match="put those that it is about into DATA_DIR/images"):
+        prepare_dataset.main([*FLAGS, str(tmp_path)])
+    (tmp_path / "images").mkdir()
+    for number in (0, 1):
+        (tmp_path / f"images/{number}.jpg").write_bytes(photo(number))
+    assert prepare_dataset.main([*FLAGS, str(tmp_path)]) == 0
 
 
 @pytest.mark.fault(count=5)

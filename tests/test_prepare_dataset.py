@@ -31,7 +31,7 @@ import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
 from captions_file import NOTHING, read_captions
-from captions_search import find_table
+from captions_search import find_tables
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
 from settings import Parser, load_settings
@@ -197,10 +197,9 @@ CAPTION_TEXT = ANY_TEXT.filter(
 NAME = st.from_regex(r"[a-zA-Z0-9_]{1,12}\.(jpg|png|JPEG)", fullmatch=True)
 
 
-def test_a_table_beside_the_photos_is_one(tmp_path, capsys):
+def test_a_table_beside_the_photos_is_one(tmp_path):
     (tmp_path / "captions.csv").write_text("a.jpg,a dog\n")
-    assert find_table(tmp_path, tmp_path) == tmp_path / "captions.csv"
-    assert capsys.readouterr().out == ""
+    assert find_tables(tmp_path, tmp_path) == [tmp_path / "captions.csv"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -136,6 +136,8 @@ def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):
     assert edited("HF_REPO_ID = None").HF_REPO_ID is None
     path = 'OUTPUT_DIR = __import__("pathlib").Path("out")'
     assert edited(path).OUTPUT_DIR == str(tmp_path / "out")
+    start = 'START_CHECKPOINT = "mine/captioner"'
+    assert edited(start, "--start_checkpoint", "none").START_CHECKPOINT is None
 
 
 def test_devices_and_precisions_are_checked():
@@ -262,6 +264,14 @@ def test_what_a_living_process_writes_stays_and_what_a_dead_one_left_goes(tmp_pa
     writer.wait()
     with sole_user(tmp_path):
         assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("waits, flag", [(True, "--features_dir"), (False, "--output_dir")])
+def test_a_folder_where_nobody_may_write_names_the_flag_for_another(tmp_path, waits, flag):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"can't be written .*: choose another {flag}"):
+        with sole_user(tmp_path / "file" / "within", wait=waits):
+            pass
 
 
 @pytest.mark.fault

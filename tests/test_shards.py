@@ -405,7 +405,7 @@ def write_as_before(table: Path) -> None:
 @pytest.mark.fault(count=7)
 def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys, monkeypatch):
     rooms: list[tuple[Path, int]] = []
-    monkeypatch.setattr("shards.require_room", rooms.extend)
+    monkeypatch.setattr("shards.require_room", lambda needs, flag: rooms.extend(needs))
     urls = expand_shards(write_shards(tmp_path / "tars", [5, 3, 4]))
 
     def taken() -> tuple[Stock, str]:
@@ -777,6 +777,10 @@ def test_tars_may_hold_photos_to_score_a_trained_model_on(tmp_path, capsys):
     flags = f"--data_dir {tmp_path}/data --split test --val_shards {write_shards(tmp_path, [3])}"
     assert prepare_dataset.main(flags.split()) == 0
     assert re.search(r"next .*evaluate.py .*--split val --data_dir", capsys.readouterr().out)
+    assert prepare_dataset.main(flags.replace("--split test ", "").split()) == 0
+    words = capsys.readouterr().out.partition("train.py ")[2].replace("TARS", f"{tmp_path}/t.tar")
+    (tmp_path / "t.tar").touch()
+    assert shards_to_train(commands.train(words.split())) == [f"{tmp_path}/t.tar"]
 
 
 def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):

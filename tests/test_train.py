@@ -481,7 +481,7 @@ def test_resuming_from_the_wrong_file(tmp_path, trained, encoder_dir):
     for_use = resume(best(trained, ".safetensors"))
     assert for_use.returncode == 1 and "for use only" in for_use.stderr
     other = resume(trained / "last.pt", "--decoder_layers", "3")
-    assert other.returncode == 1 and "layers 2 there, 3 here" in other.stderr
+    assert other.returncode == 1 and "(DECODER_LAYERS 2 there, 3 here)" in other.stderr
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes((trained / "last.pt").read_bytes()[:-2000])
     broken = resume(damaged)
@@ -570,7 +570,7 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     assert began == best(trained, ".pt").name
     other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
     other = run("train.py", *flags, *other)
-    assert other.returncode == 1 and "layers 2 there, 1 here" in other.stderr
+    assert other.returncode == 1 and "(DECODER_LAYERS 2 there, 1 here)" in other.stderr
     assert "to make" not in other.stdout  # said before photos are encoded
     other = ["--encoder_layers=-2", "--encoder_image_size=48", "--output_dir", tmp_path / "other"]
     other = run("train.py", *flags, *other)
@@ -617,6 +617,8 @@ def test_several_captions_of_each_picture(trained):
     assert json.loads(plain.stdout.splitlines()[-1]) == {"000.png": best[0]}
     many = run(*command, "--image_path", single, "--n_best", 9)
     assert many.returncode == 1 and "add --beam_size 9" in many.stderr
+    many = run(*command, "--image_path", single, "--n_best", 9, "--groups", 2, "--beam_size", 2)
+    assert "add --beam_size 10" in many.stderr  # a multiple of the groups
 
 
 def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_dir):
