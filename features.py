@@ -199,9 +199,9 @@ def build_features(
 
     def load(item: Item) -> tuple[tuple, Image.Image]:
         file = image_dir / item[0]
-        stat = os.stat(file)
+        stat, digest = os.stat(file), file_digest(file)  # before: it may be replaced meanwhile
         image = view_of(encoder.open(file), *item)
-        return (*item, stat.st_size, stat.st_mtime_ns, file_digest(file)), image
+        return (*item, stat.st_size, stat.st_mtime_ns, digest), image
 
     made: dict[Item, Entry] = {}
     bad: dict[str, str] = {}

@@ -85,6 +85,26 @@ def test_only_the_photo_that_changed_is_encoded_again(setting):
     assert said == []  # the newest of a photo's packs counts
 
 
+@pytest.mark.fault
+def test_a_photo_replaced_while_it_is_encoded_is_encoded_again(setting, monkeypatch):
+    image_dir, encoder, items, build, said = setting
+    opened = encoder.open
+
+    def replaced_after(file):
+        image = opened(file)
+        if file.name == "003.png":
+            paint("blue", "right", 99).save(file, "BMP")
+        return image
+
+    monkeypatch.setattr(encoder, "open", replaced_after)
+    build(items[:10])
+    monkeypatch.undo()
+    monkeypatch.setattr(features, "print", said.append, raising=False)
+    cache, _ = build(items[:10])
+    assert_fresh(cache, encoder, image_dir, items[:10])
+    assert "1 to make" in said[0]
+
+
 def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_path, encoder_dir):
     image_dir, encoder, items, build, said = setting
     build()
