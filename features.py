@@ -271,15 +271,16 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
         pack = index.with_suffix(".bin")
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, FileNotFoundError):
-            table = read_json(index)
+        # One that others alone may read, or a disk that fails, is no damage, and ends the run.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError):
+            table = json.loads(index.read_bytes())
             patches, width = map(operator.index, table["shape"])
             size = len(table["items"]) * max(1, patches) * max(1, width) * 2
             if pack.stat().st_size == size:
                 entries |= _entries(pack, table)
                 continue
         print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
-        index.unlink()
+        index.unlink(missing_ok=True)  # another run may have found it so as well
     return entries
 
 

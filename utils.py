@@ -428,7 +428,8 @@ def sole_user(folder: Path, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")  # noqa: SIM115 - closed below, with the lock
     except OSError as error:
-        raise write_error(error, folder, "" if wait else "choose another --output_dir") from error
+        flag = "--features_dir" if wait else "--output_dir"
+        raise write_error(error, folder, f"choose another {flag}") from error
     with file:
         if lock(file, f"waiting for another process to leave {folder}" if wait else None) is False:
             raise UserError(f"another run is writing to {folder}: wait for it, or set --output_dir")

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,29 @@ def test_damaged_tables_are_made_anew(setting):
         assert "identity.json is damaged" in said[0] and "of another kind" in said[1]
         assert len(said) == 2 and "weights" in identity.read_text()
     assert_fresh(cache, encoder, image_dir, items)
+
+
+@pytest.mark.fault(count=2)
+def test_a_table_that_can_not_be_read_is_not_taken_for_damaged(setting, monkeypatch):
+    """As another user's, or where a disk fails: it may stand for hours of encoding."""
+    *_, items, build, _ = setting
+    folder = build(items[:10])[0].folder
+    (index,), read = folder.glob("shard_*.json"), Path.read_bytes
+
+    def refused(path):
+        if path == index:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        build(items[:10])
+    monkeypatch.undo()
+    assert index.exists()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    with pytest.raises(UserError, match="choose another --features_dir"):
+        build(items)
 
 
 def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_dir, tmp_path):
