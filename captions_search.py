@@ -336,14 +336,17 @@ def ensure_captions(
         noted = {} if settings.CAPTIONS_FILE else note.get("splits", {})
         return replace(paths, captions=kept), note, splits or noted
     found.tell(place)
-    write_changed(usual, json.dumps(texts, ensure_ascii=False, indent=1))
+    content = json.dumps(texts, ensure_ascii=False, indent=1)
     made = {
         "source": "\n".join(place_of(source, paths.data_dir) for source in sources),
         "images": place_of(paths.images, paths.data_dir),
         "state": "\n".join(map(state_of, sources)),
-        "made": state_of(usual),
+        "made": hashlib.sha256(content.encode()).hexdigest(),
         "splits": splits,
     }
+    # Noted before: where what follows fails, captions.json would pass for the user's for ever.
+    save_splits(paths, {"method": settings.SPLIT} | written_splits(paths) | {"captions": made})
+    write_changed(usual, content)
     return replace(paths, captions=usual), made, splits
 
 
@@ -372,6 +375,16 @@ def written_splits(paths: DataPaths) -> dict[str, Any]:
     """splits.json as `prepare_dataset.py` wrote it; nothing where it is missing, or not by it."""
     table = read_json(paths.splits) if paths.splits.exists() else {}
     return table if isinstance(table, dict) and "method" in table else {}
+
+
+def save_splits(paths: DataPaths, table: Mapping[str, Any]) -> None:
+    """Write splits.json, if that changes it and it isn't the user's."""
+    if paths.splits.exists() and not written_splits(paths):
+        raise UserError(
+            f"{paths.splits} would be overwritten, and was not written by this script: name it "
+            "otherwise, and use it with --split karpathy --karpathy_file PATH"
+        )
+    write_changed(paths.splits, json.dumps(table, ensure_ascii=False))
 
 
 def captions_note(paths: DataPaths) -> tuple[dict[str, Any], list[Path]]:

@@ -86,8 +86,8 @@ def load_data(
     given is loaded, or one learned.
     """
     tasks = parse_tasks(settings.TASKS)
+    splits = load_splits(paths.splits)  # at once, as another preparation may split otherwise
     texts = load_texts(paths, tasks)
-    splits = load_splits(paths.splits)
     splits = {split: [name for name in names if name in texts] for split, names in splits.items()}
     if settings.TRAIN_SHARDS:
         splits["train"] = []

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "left out": scored.left_out,
         "beam_size": scored.options.beam_size,
         "options": dataclasses.asdict(scored.options),
-        "checkpoint": file_digest(settings.file)[:16],
+        "checkpoint": scored.digest,
         "precision": scored.precision,
     }
     print(json.dumps(scores | how))
@@ -89,6 +89,7 @@ class Scored:
         """Load what the settings name, then encode the photos, which may take long."""
         self.settings = settings
         self.checkpoint = load_checkpoint(settings.file)
+        self.digest = file_digest(settings.file)[:16]  # now: a training may replace the file
         self.checkpoint.require(settings.task)
         asked = settings.task == "questions"
         self.options = change_options(self.checkpoint.generation, asked, **given_options(settings))

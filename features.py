@@ -200,9 +200,9 @@ def build_features(
 
     def load(item: Item) -> tuple[tuple, Image.Image]:
         file = image_dir / item[0]
-        stat = os.stat(file)
+        stat, digest = os.stat(file), file_digest(file)  # before: it may be replaced meanwhile
         image = view_of(encoder.open(file), *item)
-        return (*item, stat.st_size, stat.st_mtime_ns, file_digest(file)), image
+        return (*item, stat.st_size, stat.st_mtime_ns, digest), image
 
     made: dict[Item, Entry] = {}
     bad: dict[str, str] = {}
@@ -272,15 +272,16 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
     entries: dict[Item, Entry] = {}
     for index in sorted(folder.glob("shard_*.json")):
         pack = index.with_suffix(".bin")
-        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, FileNotFoundError):
-            table = read_json(index)
+        # One that others alone may read, or a disk that fails, is no damage, and ends the run.
+        with contextlib.suppress(ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError):
+            table = json.loads(index.read_bytes())
             patches, width = map(operator.index, table["shape"])
             size = len(table["items"]) * max(1, patches) * max(1, width) * 2
             if pack.stat().st_size == size:
                 entries |= _entries(pack, table)
                 continue
         print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
-        index.unlink()
+        index.unlink(missing_ok=True)  # another run may have found it so as well
     return entries
 
 

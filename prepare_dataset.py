@@ -33,7 +33,14 @@ from tqdm import tqdm
 
 from archive import MAX_ENTRY_BYTES, DamagedArchive, extract_photos, open_zip, select_entries
 from captions_file import TABLES
-from captions_search import ensure_captions, find_tables, karpathy_files, lists_in, written_splits
+from captions_search import (
+    ensure_captions,
+    find_tables,
+    karpathy_files,
+    lists_in,
+    save_splits,
+    written_splits,
+)
 from check_data import check
 from dataset import (
     SPLIT_WORD,
@@ -332,13 +339,8 @@ def write_splits(
             source, splits, says = file.name, split_by_karpathy(names, file), f"{file} says"
         left = len(names) - sum(map(len, splits.values()))
         print(f"split as {says}{f'; {left} photos are of none' if left else ''}")
-    if paths.splits.exists() and not written_splits(paths):
-        raise UserError(
-            f"{paths.splits} would be overwritten, and was not written by this script: name it "
-            "otherwise, and use it with --split karpathy --karpathy_file PATH"
-        )
     table = {"method": settings.SPLIT, "source": source, **splits, "captions": note}
-    write_changed(paths.splits, json.dumps(table, ensure_ascii=False))
+    save_splits(paths, table)
 
 
 # --- Everything -----------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class TextFiles:
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
         for photo, group in itertools.groupby(rows, lambda row: row[0]):
+            if not self.wanted(photo, ""):
+                continue  # somebody has written about it meanwhile
             target = self.targets[photo]
             lines = [text.encode(errors="backslashreplace") for _, _, text in group]
             if self.existing == "append" and (there := _text(target)):

@@ -129,7 +129,10 @@ class CaptionTokenizer:
         note = f", of {source.hexdigest()[:16]}"
         with contextlib.suppress(OSError, UserError), open(merges_file, encoding="utf-8") as file:
             if file.readline().strip() == f"{VERSION}{note}":
-                return cls.load(vocab_file, merges_file)
+                made = cls.load(vocab_file, merges_file)
+                # Of a run that was killed, or two at once, they may not belong together.
+                if len(made) == MERGED_IDS + len({*map("".join, made.merges)}):
+                    return made
         made = cls.train(captions(), vocab_size)
         if os.access(merges_file.parent, os.W_OK):
             made.save(vocab_file, merges_file, note)

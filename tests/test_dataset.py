@@ -249,6 +249,11 @@ def test_a_tokenizer_is_learned_anew_when_captions_or_its_size_changed(tmp_path,
     assert "Ġcats" in learn([*captions, "cats", "cats"]) and len(sizes) == 5
     assert CaptionTokenizer.load(*files).vocab == learn([*captions, "cats", "cats"])
     assert len(sizes) == 5
+    learn(captions, 262)
+    few = merges.read_text()
+    learn(captions)
+    merges.write_text(few)  # as where a run was killed between the two files
+    assert len(learn(captions, 262)) == 262
 
 
 def test_files_and_json_give_the_same_tokenizer(tokenizer, tmp_path):

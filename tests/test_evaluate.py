@@ -72,6 +72,16 @@ def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
     assert too_long.returncode == 1 and "can write 19 tokens" in too_long.stderr
 
 
+def test_scores_name_the_checkpoint_that_was_scored(tmp_path, trained, monkeypatch, capsys):
+    """Also where a training that goes on has put a better one in its place meanwhile."""
+    best, score = tmp_path / "best.safetensors", evaluate.score_captions
+    shutil.copy(trained / "captioner_best_cider.safetensors", best)
+    expected = evaluate.file_digest(best)[:16]
+    monkeypatch.setattr(evaluate, "score_captions", lambda s: best.write_bytes(b"x") and score(s))
+    evaluate.main(["--checkpoint", str(best), "--data_dir", str(trained)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoint"] == expected
+
+
 def test_photos_of_another_source_are_scored_whole(tmp_path, joint):
     data = write_questions(write_photos(tmp_path / "held_out", count=12))
     scored = ["evaluate.py", "--checkpoint", joint / "captioner_best_cider.safetensors"]

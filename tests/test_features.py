@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,26 @@ def test_only_the_photo_that_changed_is_encoded_again(setting):
     assert_fresh(cache, encoder, image_dir, items)
     build()
     assert said == []  # the newest of a photo's packs counts
+
+
+@pytest.mark.fault
+def test_a_photo_replaced_while_it_is_encoded_is_encoded_again(setting, monkeypatch):
+    image_dir, encoder, items, build, said = setting
+    opened = encoder.open
+
+    def replaced_after(file):
+        image = opened(file)
+        if file.name == "003.png":
+            paint("blue", "right", 99).save(file, "BMP")
+        return image
+
+    monkeypatch.setattr(encoder, "open", replaced_after)
+    build(items[:10])
+    monkeypatch.undo()
+    monkeypatch.setattr(features, "print", said.append, raising=False)
+    cache, _ = build(items[:10])
+    assert_fresh(cache, encoder, image_dir, items[:10])
+    assert "1 to make" in said[0]
 
 
 def test_another_encoder_layer_or_preprocessing_is_another_cache(setting, tmp_path, encoder_dir):
@@ -188,6 +209,29 @@ def test_damaged_tables_are_made_anew(setting):
         assert "identity.json is damaged" in said[0] and "of another kind" in said[1]
         assert len(said) == 2 and "weights" in identity.read_text()
     assert_fresh(cache, encoder, image_dir, items)
+
+
+@pytest.mark.fault(count=2)
+def test_a_table_that_can_not_be_read_is_not_taken_for_damaged(setting, monkeypatch):
+    """As another user's, or where a disk fails: it may stand for hours of encoding."""
+    *_, items, build, _ = setting
+    folder = build(items[:10])[0].folder
+    (index,), read = folder.glob("shard_*.json"), Path.read_bytes
+
+    def refused(path):
+        if path == index:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        build(items[:10])
+    monkeypatch.undo()
+    assert index.exists()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    with pytest.raises(UserError, match="choose another --features_dir"):
+        build(items)
 
 
 def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_dir, tmp_path):

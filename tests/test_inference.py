@@ -225,6 +225,16 @@ def test_a_text_s_place_is_checked_before_the_work(tmp_path):
         TextFiles(None, "skip", [photo], []).wanted(photo, "")
 
 
+def test_a_text_that_came_meanwhile_is_kept(tmp_path):
+    """As what people write by hand beside the next photos, while a folder is captioned."""
+    photo = Photo(tmp_path / "a.jpg", "a.jpg")
+    writer = TextFiles(None, "skip", [photo], [])
+    assert writer.wanted(photo, "")
+    (tmp_path / "a.txt").write_text("by hand")
+    writer.write([(photo, "", "a dog")])
+    assert (tmp_path / "a.txt").read_text() == "by hand"
+
+
 @pytest.mark.fault
 def test_texts_beside_photos_that_nobody_may_write_beside(tmp_path, monkeypatch):
     def refuse(*_, **__):

@@ -1148,6 +1148,20 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["the first", "a later one"])
+def test_captions_are_followed_after_a_preparation_that_failed(tmp_path, before):
+    """As it has made captions.json, the next one must not take that for the user's own."""
+    folder = lay_out(tmp_path, {"labels.csv": "image,caption\n1.jpg,A dog\n2.jpg,B\n"})
+    if before:
+        prepared(folder)
+    lost = "".join(f"gone{number}.jpg,C\n" for number in range(11))
+    (folder / "labels.csv").write_text(f"image,caption\n1.jpg,A cat\n2.jpg,B\n{lost}")
+    with pytest.raises(UserError, match="take them out of the captions"):
+        prepare_dataset.prepare(settings_of(folder))
+    (folder / "labels.csv").write_text("image,caption\n1.jpg,A cow\n2.jpg,B\n")
+    assert prepared(folder) == {"1.jpg": ["A cow"], "2.jpg": ["B"]}
+
+
 def test_what_programs_write_for_no_caption_is_passed_over_beside_photos_too(tmp_path):
     said = dict(zip(IDS, ["A dog", "nan", "None"], strict=False))
     folder = lay_out(tmp_path, {f"images/{n[:-4]}.txt": text for n, text in said.items()})

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import commands
+import corpus
 import inference
 import prepare_dataset
 import train
@@ -124,6 +125,22 @@ def start(*flags: object) -> tuple[Run, Data]:
 def start_state(tmp_path: Path, encoder_dir: Path, *more: object) -> tuple[Run, Data]:
     data = write_photos(tmp_path / "data", 24)
     return start(*small_flags(data, encoder_dir), *more)
+
+
+@pytest.mark.fault
+def test_a_split_written_for_another_run_meanwhile_changes_nothing(
+    tmp_path, encoder_dir, monkeypatch
+):
+    """As of one with other tasks, which prepares the same data while this one reads captions."""
+    load = corpus.load_texts
+
+    def written_after(paths, tasks):
+        splits = json.loads(paths.splits.read_text())
+        paths.splits.write_text(json.dumps(splits | {"train": splits["train"][:2]}))
+        return load(paths, tasks)
+
+    monkeypatch.setattr(corpus, "load_texts", written_after)
+    assert len(start_state(tmp_path, encoder_dir)[1].train) > 2
 
 
 def first_batches(state: Run, data: Data, count: int):
