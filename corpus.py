@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,11 @@ from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, CaptionTokenizer
 from utils import UserError
 
+SIDES = re.compile(  # the words for left and right, in some languages
+    r"\b(left|right|links|rechts|linke[nrs]?|rechte[nrs]?|gauche|droite|izquierd[ao]|derech[ao]|"
+    r"sinistra|destra|esquerd[ao]|direit[ao]|слева|справа|лев\w+|прав\w+)\b|[左右]|왼|오른",
+    re.IGNORECASE,
+)
 MANY = 50_000  # photos whose texts take minutes to become tokens
 
 
@@ -112,8 +118,9 @@ def load_data(
     }
     urls, keep = shards_to_train(settings), settings.KEEP_SHARD_FEATURES
     stock = take_stock(encoder, urls, paths.features, keep_features=keep, **how) if urls else None
-    views = settings.FEATURE_VIEWS
-    items = [(name, view) for view in range(views) for name in splits["train"]]
+    views = views_to_show(texts, splits["train"], settings.FEATURE_VIEWS)
+    turns = range(settings.FEATURE_VIEWS)
+    items = [(name, view) for view in turns for name in splits["train"] if view in views[name]]
     items += [(name, 0) for name in splits["val"]]
     cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
@@ -143,6 +150,16 @@ def load_data(
         )
     tower = encoder.for_others(weights=False)
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
+
+
+def views_to_show(texts: Texts, names: Iterable[str], count: int) -> dict[str, range]:
+    """The first `count` views of each photo, but no mirror image of one of which is said what is
+    on its left or right."""
+
+    def tells_sides(name: str) -> bool:
+        return count > 1 and any(SIDES.search(f"{t.question} {t.target}") for t in texts[name])
+
+    return {name: range(0, count, 1 + tells_sides(name)) for name in names}
 
 
 def first_photos(splits: Splits, most: int) -> Splits:

@@ -531,14 +531,15 @@ class CaptionRows:
         self,
         groups: dict[str, list[list[int]]],
         features: Features | None,
-        views: int = 1,
+        views: Mapping[str, Sequence[int]] | None = None,
     ):
-        """Args: each photo's texts as ids from START to END; what `load` loads from; its views."""
+        """Args: each photo's texts as ids from START to END; what `load` loads from; a photo's
+        views that are shown, in turn, or only 0, the photo itself."""
         # Arrays, as lists of numbers take eight times the room.
         self.groups = {name: [array("i", ids) for ids in group] for name, group in groups.items()}
         self.names, self.captions = list(self.groups), list(self.groups.values())
         self.lengths = [sum(len(ids) - 1 for ids in group) for group in self.captions]
-        self.features, self.views = features, views
+        self.features, self.views = features, views or {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -558,8 +559,11 @@ class CaptionRows:
         Each epoch shows the next view of a photo, and different photos different ones; None is
         the photo as it is.
         """
-        turns = [0 if epoch is None else epoch + crc32(n.encode()) for n in batch.names]
-        items = [(name, turn % self.views) for name, turn in zip(batch.names, turns, strict=True)]
+        items = []
+        for name in batch.names:
+            turn = 0 if epoch is None else epoch + crc32(name.encode())
+            views = self.views.get(name, (0,))
+            items.append((name, views[turn % len(views)]))
         return batch, self.features.read(items) if items else torch.empty(0)
 
     def order(self, batch_size: int, seed: int, team: Team) -> str:

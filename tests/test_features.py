@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageOps
 
 import features
-from dataset import CaptionRows, make_batch
+from corpus import views_to_show
+from dataset import CaptionRows, Text, make_batch
 from encoder import FrozenEncoder, open_image
 from features import build_features, prefetch, view_of
 from tests.conftest import build_encoder, paint, write_photos
@@ -316,13 +317,24 @@ def test_views_are_what_they_say():
 def test_an_epoch_shows_all_views():
     names = [f"img_{number:04}.jpg" for number in range(100)]
     read = SimpleNamespace(read=lambda items: [view for _, view in items])
-    rows = CaptionRows({name: [[1, 2]] for name in names}, read, views=2)
+    rows = CaptionRows({name: [[1, 2]] for name in names}, read, dict.fromkeys(names, range(2)))
     batch = make_batch(names, rows.captions)
     assert not any(rows.load(batch, None)[1])  # the photos as they are
     for epoch in range(2):
         assert 30 < sum(rows.load(batch, epoch)[1]) < 70
     turned = zip(rows.load(batch, 0)[1], rows.load(batch, 1)[1], strict=True)
     assert all(sum(views) == 1 for views in turned)
+
+
+def test_of_who_tells_left_from_right_no_mirror_image_is_shown():
+    said = {
+        "a": [Text("a dog"), Text("a dog on the left")],
+        "b": [Text("yes", "is the cat Right of the dog?")],
+        "c": [Text("左边有一只狗")],
+        "d": [Text("a bright leftover")],
+    }
+    assert views_to_show(said, said, 4) == dict.fromkeys("abc", range(0, 4, 2)) | {"d": range(4)}
+    assert views_to_show(said, said, 1) == dict.fromkeys(said, range(1))
 
 
 def test_prefetch_keeps_order_and_bounds_and_passes_errors_on():
