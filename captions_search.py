@@ -48,13 +48,13 @@ BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
 
 def find_captions(
-    settings: SimpleNamespace, paths: DataPaths, changed: list[Path], made: bool = False
+    settings: SimpleNamespace, paths: DataPaths, changed: list[Path], made_of: str = ""
 ) -> tuple[list[Path], Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form: a
     file, a folder, or files that are parts of one.
 
     captions.json counts no more where what it was made of has `changed`, which is read again; where
-    it is as we `made` it, its texts need no mending.
+    it is as we made it, `made_of` says of what, and its texts need no mending.
     """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
@@ -75,12 +75,13 @@ def find_captions(
             return changed, found
     table, *others = find_tables(paths.data_dir, paths.images) or [None]
     if usual.exists() and not changed:
-        if table and table.stat().st_mtime > usual.stat().st_mtime:
+        newer = table and table.stat().st_mtime > usual.stat().st_mtime
+        if newer and place_of(table, paths.data_dir) not in made_of.split("\n"):
             remedy = f"--captions_file {shlex.quote(str(table))} takes the former"
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
-        return [usual], Captions("", read_json(usual)) if made else read_captions(usual)
+        return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
         if others:
             told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
@@ -322,7 +323,7 @@ def ensure_captions(
     """
     begun = time.time()
     note, changed = captions_note(paths)
-    sources, found = find_captions(settings, paths, changed, "made" in note)
+    sources, found = find_captions(settings, paths, changed, note.get("source", ""))
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if found.links and not settings.follow_links:
         leads = "is a link that leads out of its folder: if you laid it, use --follow_links"

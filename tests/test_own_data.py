@@ -1171,6 +1171,15 @@ def test_captions_saved_while_they_are_read_are_read_again(tmp_path, file, monke
     assert prepared(folder)["1.jpg"] == ["A cat that sleeps"]
 
 
+def test_a_table_of_a_later_date_that_says_the_same_is_what_captions_json_holds(tmp_path, capsys):
+    """As one that was saved without a change, or comes from a clock that is ahead."""
+    folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n2.jpg,B\n"})
+    prepared(folder)
+    os.utime(folder / "captions.csv", (2**32, 2**32))
+    prepared(folder)
+    assert "is newer" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["the first", "a later one"])
 def test_captions_are_followed_after_a_preparation_that_failed(tmp_path, before):
     """As it has made captions.json, the next one must not take that for the user's own."""
