@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -46,13 +48,13 @@ BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
 
 
 def find_captions(
-    settings: SimpleNamespace, paths: DataPaths, changed: list[Path], made: bool = False
+    settings: SimpleNamespace, paths: DataPaths, changed: list[Path], made_of: str = ""
 ) -> tuple[list[Path], Captions]:
     """Read the captions that are there, from the first place that has any, in whatever form: a
     file, a folder, or files that are parts of one.
 
     captions.json counts no more where what it was made of has `changed`, which is read again; where
-    it is as we `made` it, its texts need no mending.
+    it is as we made it, `made_of` says of what, and its texts need no mending.
     """
     usual = paths.data_dir / "captions.json"
     if settings.CAPTIONS_FILE:
@@ -73,12 +75,13 @@ def find_captions(
             return changed, found
     table, *others = find_tables(paths.data_dir, paths.images) or [None]
     if usual.exists() and not changed:
-        if table and table.stat().st_mtime > usual.stat().st_mtime:
+        newer = table and table.stat().st_mtime > usual.stat().st_mtime
+        if newer and place_of(table, paths.data_dir) not in made_of.split("\n"):
             remedy = f"--captions_file {shlex.quote(str(table))} takes the former"
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
-        return [usual], Captions("", read_json(usual)) if made else read_captions(usual)
+        return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
         if others:
             told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
@@ -318,8 +321,9 @@ def ensure_captions(
     A table in DATA_DIR becomes captions.json, if that is missing. What the user wrote is never
     changed: a captions.json or --captions_file that needs it is converted into a file beside.
     """
+    begun = time.time()
     note, changed = captions_note(paths)
-    sources, found = find_captions(settings, paths, changed, "made" in note)
+    sources, found = find_captions(settings, paths, changed, note.get("source", ""))
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if found.links and not settings.follow_links:
         leads = "is a link that leads out of its folder: if you laid it, use --follow_links"
@@ -340,7 +344,7 @@ def ensure_captions(
     made = {
         "source": "\n".join(place_of(source, paths.data_dir) for source in sources),
         "images": place_of(paths.images, paths.data_dir),
-        "state": "\n".join(map(state_of, sources)),
+        "state": "\n".join(state_of(source, begun) for source in sources),
         "made": hashlib.sha256(content.encode()).hexdigest(),
         "splits": splits,
     }
@@ -427,10 +431,12 @@ def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:
         print(f"{told}, of which some may now be scored")
 
 
-def state_of(source: Path) -> str:
-    """What changes when the captions in a file, or in a folder's texts, do."""
+def state_of(source: Path, begun: float = math.inf) -> str:
+    """What changes when the captions in a file, or in a folder's texts, do; empty where some
+    were saved after reading had `begun`, so that they are read again."""
     if source.is_file():
-        return hashlib.sha256(source.read_bytes()).hexdigest()
+        state = hashlib.sha256(source.read_bytes()).hexdigest()
+        return state if source.stat().st_ctime <= begun else ""
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
@@ -438,5 +444,7 @@ def state_of(source: Path) -> str:
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
+    if any(state.st_ctime > begun for state in states.values()):
+        return ""
     files = [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
     return hashlib.sha256(repr(files).encode()).hexdigest()

@@ -209,6 +209,9 @@ class FrozenEncoder(nn.Module):
                 f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
                 f"to -1: give another with {flag}" + ", or other layers" * (flag != "--encoder")
             )
+        for held in (*tower.parameters(), *tower.buffers()):
+            # Mapped, they would change, or crash, with a file that is written over.
+            held.data = held.data.clone()
         revision = getattr(config, "_commit_hash", None) or revision
         source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
         encoder = cls(tower, processor, layers, source)

@@ -100,6 +100,7 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 
 LOGIN_TIMEOUT = 5  # seconds that a training's start waits to be told whose login it has
 STALL_TIMEOUT = 60.0  # seconds that the Hub may stay silent in one request
+QUIET = 5.0  # seconds that a training's end waits for the last push before it says so
 REFUSALS = {
     401: "the Hub doesn't accept the login (401): {login}",
     403: "the login may not do this (403): {login} with a token that may, "
@@ -238,8 +239,12 @@ class HubPusher:
         return path
 
     def _wait(self, deadline: float) -> None:
+        quiet = QUIET
         while (thread := self._thread) and (left := deadline - time.monotonic()) > 0:
-            thread.join(left)
+            thread.join(min(left, quiet))
+            if thread.is_alive() and left > quiet:
+                self._tell(f"Hub: waiting for the last push to arrive, {left:.0f} s at most")
+                quiet = left
 
     def _upload(self, upload: _Upload) -> None:
         arrived = False

@@ -118,6 +118,19 @@ def test_frozen_means_frozen(encoder_dir):
     assert not first.requires_grad
 
 
+def test_a_file_that_is_written_over_changes_no_loaded_encoder(encoder_dir, tmp_path):
+    """Mapped weights would become the other's, or end the process where the file grew shorter."""
+    folder = shutil.copytree(encoder_dir, tmp_path / "encoder")
+    encoder = FrozenEncoder.load(str(folder))
+    before = {name: weight.clone() for name, weight in encoder.tower.state_dict().items()}
+    for file in folder.glob("*.safetensors"):
+        others = {name: weight + 1 for name, weight in load_file(file).items()}
+        save_file(others, tmp_path / "other", {"format": "pt"})
+        shutil.copyfile(tmp_path / "other", file)
+    after = encoder.tower.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.fault
 def test_missing_weights_are_an_error(tmp_path):
     folder = build_encoder("clip", tmp_path)

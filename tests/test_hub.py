@@ -266,6 +266,21 @@ result["seconds"] = time.monotonic() - started
     assert path.read_bytes() == b"public" and not list(tmp_path.glob(".*.tmp"))
 
 
+def test_close_says_that_it_waits(server, tmp_path):
+    server.faults["me/captioner"] = [("commit", HANG)]
+    code = """
+import hub
+hub.QUIET, hub.STALL_TIMEOUT = 0.3, 1.0
+pusher = HubPusher("me/captioner", report=lines.append)
+pusher.push(checkpoint("last"), FILES, "last")
+result["arrived"] = pusher.close(timeout=20)
+"""
+    result = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)
+    assert result["arrived"] is True
+    assert result["lines"][0] == "Hub: waiting for the last push to arrive, 20 s at most"
+    assert "not pushed" in result["lines"][1] and "Hub: pushed" in result["lines"][-1]
+
+
 def test_without_a_login_one_line_and_no_request(server, tmp_path):
     code = """
 pusher = HubPusher("me/captioner")

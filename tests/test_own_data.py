@@ -1148,6 +1148,38 @@ def test_captions_are_made_anew_when_their_source_changes(tmp_path, file, capsys
     assert prepared(folder) == mine  # what people wrote themselves is kept
 
 
+@pytest.mark.parametrize("file", ["captions.csv", "images/1.txt"])
+def test_captions_saved_while_they_are_read_are_read_again(tmp_path, file, monkeypatch):
+    """Thousands of texts take seconds, in which somebody writes on; a copy keeps its older date."""
+    old, new = (
+        f"image,caption\n1.jpg,{said}\n2.jpg,B\n" if file.endswith("csv") else said
+        for said in ("A dog", "A cat that sleeps")
+    )
+    folder = lay_out(tmp_path, {"images/2.txt": "B"} | {file: old})
+    find = captions_search.find_captions
+
+    def find_while_it_is_saved(*args):
+        found = find(*args)
+        time.sleep(0.02)  # a file's times are in steps
+        (folder / file).write_text(new)
+        os.utime(folder / file, (1, 1))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(captions_search, "find_captions", find_while_it_is_saved)
+        assert prepared(folder)["1.jpg"] == ["A dog"]
+    assert prepared(folder)["1.jpg"] == ["A cat that sleeps"]
+
+
+def test_a_table_of_a_later_date_that_says_the_same_is_what_captions_json_holds(tmp_path, capsys):
+    """As one that was saved without a change, or comes from a clock that is ahead."""
+    folder = lay_out(tmp_path, {"captions.csv": "image,caption\n1.jpg,A dog\n2.jpg,B\n"})
+    prepared(folder)
+    os.utime(folder / "captions.csv", (2**32, 2**32))
+    prepared(folder)
+    assert "is newer" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["the first", "a later one"])
 def test_captions_are_followed_after_a_preparation_that_failed(tmp_path, before):
     """As it has made captions.json, the next one must not take that for the user's own."""
