@@ -247,6 +247,13 @@ def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     [prefix] = tokenizer.prefixes(["what color is it?"], 40)
     assert ids[: len(prefix)] == prefix and prefix[-1] == ANSWER_ID
     assert tokenizer.decode(ids[len(prefix) :]) == "red"
+    for end in ("", ".", " ?", "??", "？", " ?\n"):  # as people ask, and data sets as well
+        assert tokenizer.prefixes([f"what color is it{end}"], 40) == [prefix]
+    older = json.loads(tokenizer.to_json())
+    del older["question_end"]  # whose questions were learned as they are
+    older = CaptionTokenizer.from_json(json.dumps(older))
+    assert [*older.prefixes(["what color is it"], 40)[0][:-1], 34, ANSWER_ID] == prefix
+    assert CaptionTokenizer.from_json(tokenizer.to_json()).prefixes(["is it"], 40)[0][-2] == 34
     [long] = tokenizer.prefixes(["what color is it? " * 30], 40)
     assert len(long) == 20 and long[-1] == ANSWER_ID
     assert tokenizer.prefixes(["what color is it?"], 3) == [[START_ID, ANSWER_ID]]
