@@ -313,6 +313,12 @@ def find_images(
 # --- Splits ---------------------------------------------------------------------------------
 
 
+def place_by_name(name: str) -> float:
+    """A place from 0 to 1 by a hash, so that photos of a folder are nowhere side by side: the first
+    of a split, which MAX_IMAGES uses and SCORED_IMAGES scores, are of all folders."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
     """Split photos by a hash of their name: adding photos never moves the others.
 
@@ -322,10 +328,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
     if not 0 < train_ratio < 1:
         raise UserError(f"TRAIN_SPLIT_RATIO is {train_ratio}: it must lie between 0 and 1")
     middle = (1 + train_ratio) / 2
-    places = {
-        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        for name in sorted(names)
-    }
+    places = {name: place_by_name(name) for name in names}
     order = sorted(places, key=places.get)
     # Where in this order training ends, and validation.
     own = [sum(place < end for place in places.values()) for end in (train_ratio, middle)]
@@ -337,7 +340,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
             f"{train_ratio}: the nearest are taken (--train_split_ratio changes the share)"
         )
     parts = order[:begin], order[begin:end], order[end:]
-    splits = {split: sorted(part) for split, part in zip(SPLITS, parts, strict=True)}
+    splits = dict(zip(SPLITS, parts, strict=True))
     return _checked(splits, f"--train_split_ratio {train_ratio}")
 
 
@@ -405,7 +408,7 @@ def split_by_own(
     `train_ratio` validate.
     """
     splits: Splits = {split: [] for split in SPLITS}
-    for name in names:
+    for name in sorted(names, key=place_by_name):
         if split := known.get(name) or split_in(os.path.dirname(name)):
             splits[split].append(name)
     if len(splits["train"]) > 1 and splits["test"] and not splits["val"]:

@@ -384,7 +384,8 @@ EXPLAINED = {
     "CIDEr-D": "like BLEU, but what is rarely said of photos counts most; it can exceed 100",
     "METEOR, SPICE": "shared words, stems and synonyms; shared things, attributes and relations",
     "CLIPScore": "how well photo and caption fit, as a CLIP model sees it, without references",
-    "human": "what one person's caption scores against the others' of the same photo",
+    "human": "what one person's caption scores against the others' of the same photo: one "
+    "reference fewer than the model has, which lowers BLEU and ROUGE-L, not CIDEr-D",
     "distinct-1, distinct-2": "different words, and pairs of words, among all written, in %",
     "length": "words a caption",
     "repetitive": "captions that say a word twice in a row, or three words twice, in %",

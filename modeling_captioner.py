@@ -65,6 +65,10 @@ class VisionCaptionerProcessor(transformers.ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [""] * max(1, len(photos)))
         if photos and len(photos) != len(texts):
             raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
+        stops, marks, end = self.tokenizer.init_kwargs.get("question_end", ("", "", ""))
+        if end:  # as in training, whatever it is asked with
+            texts = [" ".join(text.split()) for text in texts]
+            texts = [text and text.rstrip(stops).rstrip(marks) + end for text in texts]
         start, answer = self.tokenizer.convert_tokens_to_ids(["<start>", "<answer>"])
         encode = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         most = max(0, self.tokenizer.model_max_length // 2 - 2)

@@ -157,7 +157,8 @@ def fit_reranker(store: Any, captions: Mapping[str, Sequence[Sequence[int]]]) ->
         store: a `FeatureCache`, or one in memory, whose `read` gives features of photos' views.
         captions: each photo's, as ids with END.
     """
-    names = [*captions][:: -(-len(captions) // MOST_PHOTOS)]
+    names, kept = [*captions], min(len(captions), MOST_PHOTOS)
+    names = [names[place * len(names) // kept] for place in range(kept)]
     table = _table([captions[name] for name in names])
     if not len(table[0]):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from checkpoint import Checkpoint
-from tokenizer import ANSWER, ANSWER_ID, END_ID, PAD_ID, START_ID
+from tokenizer import ANSWER, ANSWER_ID, ASKING, END_ID, FULL_STOPS, PAD_ID, START_ID
 from utils import UserError
 
 CODE = "modeling_captioner"
@@ -84,6 +84,8 @@ def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str,
     of_tokenizer = json.loads(files["tokenizer_config.json"])
     of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}
     of_tokenizer["model_max_length"] = size.max_length  # half of which a question may take
+    if end := checkpoint.tokenizer.question_end:  # what it takes the place of, one after the other
+        of_tokenizer["question_end"] = [f" .{FULL_STOPS}", ASKING, end]
     texts = {
         "config.json": config,
         "generation_config.json": generation,

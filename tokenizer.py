@@ -27,6 +27,7 @@ PAD_ID, START_ID, END_ID, ANSWER_ID = range(len(SPECIAL_TOKENS))
 VERSION = "#version: 0.2"  # how merges.txt begins
 MERGED_IDS = len(SPECIAL_TOKENS) + 256  # ids from here on are of several bytes
 FULL_STOPS = "。．｡।॥۔։።།။។"  # as scripts other than Latin have them
+ASKING = " ?？؟"  # how a question ends, if it does
 # GPT-2's, in which a letter's marks part words: of Hindi and Thai no piece had two letters.
 _PIECES = (
     r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}[\p{L}\p{M}\u200c\u200d]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
@@ -64,13 +65,16 @@ def normalize(caption: str) -> str:
 class CaptionTokenizer:
     """Text to token ids and back. Special tokens have the ids 0 to 3, words the ids after."""
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]):
-        """Use a vocabulary, in which the special tokens stand first, and its merge rules."""
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], question_end: str = "?"
+    ):
+        """Use a vocabulary, in which the special tokens stand first, and its merge rules; each
+        question gets the same end, as people ask with and without ("": as it is written)."""
         if any(vocab.get(token) != i for i, token in enumerate(SPECIAL_TOKENS)):
             raise UserError(f"the vocabulary doesn't begin with {', '.join(SPECIAL_TOKENS)}")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("the vocabulary's ids are not 0, 1, 2 and so on, each once")
-        self.vocab, self.merges = vocab, merges
+        self.vocab, self.merges, self.question_end = vocab, merges, question_end
         self._tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
 
     @classmethod
@@ -88,17 +92,19 @@ class CaptionTokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(map(normalize, captions), trainer)
-        return cls.from_json(tokenizer.to_str())
+        model = json.loads(tokenizer.to_str())["model"]
+        return cls(model["vocab"], [tuple(pair) for pair in model["merges"]])
 
     @classmethod
     def from_json(cls, text: str) -> CaptionTokenizer:
-        """Read back what `to_json` wrote."""
-        model = json.loads(text)["model"]
-        return cls(model["vocab"], [tuple(pair) for pair in model["merges"]])
+        """Read back what `to_json` wrote; an older version left questions as they were."""
+        model, end = json.loads(text)["model"], json.loads(text).get("question_end", "")
+        return cls(model["vocab"], [tuple(pair) for pair in model["merges"]], end)
 
     def to_json(self) -> str:
         """The whole tokenizer as one string, for checkpoints."""
-        return json.dumps({"model": {"vocab": self.vocab, "merges": self.merges}})
+        model = {"vocab": self.vocab, "merges": self.merges}
+        return json.dumps({"model": model, "question_end": self.question_end})
 
     @classmethod
     def load(cls, vocab_file: Path, merges_file: Path) -> CaptionTokenizer:
@@ -185,7 +191,10 @@ class CaptionTokenizer:
         """What a text follows: `[START]`, or `[START, question, ANSWER]` where there is a question,
         which is cut so that all is at most half of `max_length` ids long."""
         most = max(0, max_length // 2 - 2)
-        asked = iter(self.encode([*filter(None, questions)]))  # captions, of which are most, none
+        asked: Iterable[str] = filter(None, questions)  # captions, of which are most, have none
+        if self.question_end:
+            asked = (f"{normalize(q).rstrip(ASKING)}{self.question_end}" for q in asked)
+        asked = iter(self.encode([*asked]))
         return [[START_ID, *next(asked)[:most], ANSWER_ID] if q else [START_ID] for q in questions]
 
     def encode_texts(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[list[int]]:

@@ -90,7 +90,7 @@ def take_place(run: Run, data: Data) -> None:
             f"processes or stage have changed): epoch {progress.epoch + 1} begins anew"
         )
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
-    texts = [(name, data.texts[name]) for name in data.val.names]
+    texts = [(name, data.texts[name]) for name in sorted(data.val.names)]
     judged = order_name(data.tasks, texts, settings.SCORED_IMAGES, settings.NO_REPEAT_NGRAM)
     by = order_name(data.tasks, texts)  # which is all that the loss depends on
     # Older versions noted the photos and texts alone.

@@ -149,6 +149,14 @@ def test_karpathy_split(tmp_path):
         split_by_karpathy(["0.jpg"], path)
 
 
+def test_the_first_photos_of_a_split_are_of_all_folders():
+    names = [f"{kind}/{i}.jpg" for kind in "abcd" for i in range(100)]
+    own = split_by_own([f"{s}/{name}" for s in ("train", "val") for name in names], {}, 0.5)
+    for splits in (split_by_ratio(names, 0.5), own):
+        for split in ("train", "val"):
+            assert {name.split("/")[-2] for name in splits[split][:20]} == {*"abcd"}
+
+
 def test_of_several_words_for_splits_in_a_folder_s_name_the_last_counts():
     found = split_by_own(["train/0.jpg", "train/val/1.jpg", "dev/test/2.jpg"], {}, 0.5)
     assert found == {

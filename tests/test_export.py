@@ -341,7 +341,7 @@ def folder(joint, tmp_path_factory):
 def test_plain_transformers_writes_what_we_write(folder, joint, tmp_path):
     photos = [str(path) for path in sorted((joint / "images").iterdir())[:5]]
     captioner = load_captioner(joint / "captioner_best_cider.safetensors", precision="fp32")
-    question = "What color is the square?"
+    question = "What color is the square ?."
     other, long = "on the left or on the right?", "is the square on the left? " * 9
     ours = [captioner.caption(photos, beam_size=1)]
     ours += [captioner.answer(photos, [asked] * 5) for asked in (question, other, long)]

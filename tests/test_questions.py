@@ -10,7 +10,7 @@ import torch
 
 import train
 from checkpoint import load_checkpoint
-from corpus import say_cut
+from corpus import say_cut, say_repeats
 from dataset import CaptionRows, Text, encode_rows, load_questions, make_batch
 from evaluate import accuracy_by_kind, common_answers
 from generation import generate
@@ -247,6 +247,13 @@ def test_questions_are_encoded_the_same_way_for_learning_and_asking():
     [prefix] = tokenizer.prefixes(["what color is it?"], 40)
     assert ids[: len(prefix)] == prefix and prefix[-1] == ANSWER_ID
     assert tokenizer.decode(ids[len(prefix) :]) == "red"
+    for end in ("", ".", " ?", "??", "？", " ?\n"):  # as people ask, and data sets as well
+        assert tokenizer.prefixes([f"what color is it{end}"], 40) == [prefix]
+    older = json.loads(tokenizer.to_json())
+    del older["question_end"]  # whose questions were learned as they are
+    older = CaptionTokenizer.from_json(json.dumps(older))
+    assert [*older.prefixes(["what color is it"], 40)[0][:-1], 34, ANSWER_ID] == prefix
+    assert CaptionTokenizer.from_json(tokenizer.to_json()).prefixes(["is it"], 40)[0][-2] == 34
     [long] = tokenizer.prefixes(["what color is it? " * 30], 40)
     assert len(long) == 20 and long[-1] == ANSWER_ID
     assert tokenizer.prefixes(["what color is it?"], 3) == [[START_ID, ANSWER_ID]]
@@ -391,6 +398,19 @@ def test_a_split_without_questions_is_said(tmp_path, encoder_dir):
     refused = run("evaluate.py", *command)
     assert refused.returncode == 1
     assert "no photo of the split 'val' in " in refused.stderr and "has questions" in refused.stderr
+
+
+def test_captions_that_the_search_would_never_write_are_counted(capsys):
+    captions = ["a red dog and a red dog", "अलग अलग रंग", "a red dog"]
+    tokenizer = CaptionTokenizer.train(captions * 2, 400)
+    texts = {"a.jpg": [*map(Text, captions), Text("a a a a", "what?")]}
+    rows = CaptionRows(encode_rows(tokenizer, texts, ["a.jpg"], 50), None)
+    say_repeats(rows, 3)
+    assert "2 of 3 captions say 3 tokens again or a word twice" in capsys.readouterr().out
+    say_repeats(rows, 0)
+    rows = CaptionRows(encode_rows(tokenizer, {"a.jpg": [Text("a red dog")]}, ["a.jpg"], 50), None)
+    say_repeats(rows, 3)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

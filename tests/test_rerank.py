@@ -98,7 +98,7 @@ def test_what_is_expected_is_the_definition(fitted):
     assert got == pytest.approx(wanted, rel=0.01, abs=1)
 
 
-@pytest.mark.parametrize("most", [KINDS * EACH, KINDS * EACH // 2])
+@pytest.mark.parametrize("most", [KINDS * EACH, KINDS * EACH - 1, KINDS * EACH // 2])
 def test_a_new_photo_expects_what_its_kind_is_called(monkeypatch, most):
     monkeypatch.setattr("rerank.MOST_PHOTOS", most)
     store = Store()
