@@ -155,6 +155,7 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"] | {"param_groups": how})
             self.progress = Progress.restored(saved["progress"])
             self.reranker = begun.reranker  # until it is fitted to what is trained on now
+            say_other_settings(settings, begun.settings)
         self.progress.job = team.job
         set_random_state(self, saved)
 
@@ -420,9 +421,7 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
 def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Team) -> None:
     """Refuse what can't be, what isn't the same in all processes of a team, or a decoder's size
     that isn't that of what training goes on from."""
-    values = constants(settings).items()
-    texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
-    own = {name: value for name, value in values if isinstance(value, int | float) or name in texts}
+    own = deciding(constants(settings))
     for name, value in team.on_rank0(lambda: own).items():
         if own.get(name) != value:
             raise UserError(
@@ -435,6 +434,20 @@ def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Te
     if begun:
         configs = (begun.model.config, size)
         check_same(*({name: vars(c)[part] for part, name in SIZES.items()} for c in configs))
+
+
+def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is learned: numbers, and some texts; no places."""
+    texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
+    return {n: value for n, value in values.items() if isinstance(value, int | float) or n in texts}
+
+
+def say_other_settings(settings: SimpleNamespace, saved: Mapping[str, Any]) -> None:
+    """Say what is set otherwise than where a run goes on, which may be another training's place."""
+    now, before = deciding(constants(settings)), deciding(saved)
+    other = [f"{n} {now[n]} (was {before[n]})" for n in now if before.get(n, now[n]) != now[n]]
+    if other:
+        print(f"resumed   with {', '.join(other)}")
 
 
 def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:

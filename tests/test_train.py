@@ -425,7 +425,7 @@ def test_resume_equals_uninterrupted(tmp_path, encoder_dir, epochs):
     assert 2 <= progress["epoch"] < 6
     resumed = run("train.py", *arguments, "--resume_checkpoint_path", cut / "last.pt")
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed   after" in resumed.stdout
+    assert "resumed   after" in resumed.stdout and "resumed   with" not in resumed.stdout
     assert_same_weights(whole / "last.pt", cut / "last.pt")
     one, two = (load_checkpoint(d / "last.pt").training for d in (whole, cut))
     assert one["progress"]["step"] == two["progress"]["step"]
@@ -638,7 +638,7 @@ def test_several_captions_of_each_picture(trained):
     assert "add --beam_size 10" in many.stderr  # a multiple of the groups
 
 
-def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_dir):
+def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_dir, capsys):
     data = write_photos(tmp_path / "data")
     flags = small_flags(data, encoder_dir)
     first = run("train.py", *flags, "--epochs", 1)
@@ -652,6 +652,9 @@ def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_d
         rates.append(train.learning_rate(state, found))
         assert [g["weight_decay"] for g in state.optimizer.param_groups] == [0.5, 0.0]
     assert rates[0] == rates[1]
+    told = [line for line in capsys.readouterr().out.splitlines() if "with NUM_EPOCHS" in line]
+    assert len(told) == 1 and told[0].startswith("resumed   with NUM_EPOCHS 3 (was 1), ")
+    assert "LEARNING_RATE 0.0001 (was " in told[0] and "WEIGHT_DECAY 0.5 (was " in told[0]
 
 
 def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
