@@ -6,6 +6,7 @@ What can be derived is not kept: which epochs were best follows from the history
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -271,10 +272,14 @@ class Run:
         """
         ended = self.progress.history[-1]
         won = {name: self.file_of(name, ended) for name in KEPT if ended in self.bests(name)[-1:]}
+        best = won.pop("val_loss", None)
+        if best:
+            self._write(best, save_for_use, self.checkpoint(scores))
         for path in won.values():
-            self._write(path, save_for_use, self.checkpoint(scores))
-        best = won.get("val_loss")
+            self._write(path, save_for_use, self.checkpoint(scores), waiting(path))
         self.save_training(scores, best and best.with_suffix(".pt"))
+        for path in won.values():  # now that `last.pt` knows it: it may be the end of an older one
+            self.team.on_rank0(functools.partial(waiting(path).replace, path))
         keep = self.settings.KEEP_CHECKPOINTS
         for entry in self.bests("val_loss")[:-keep] if keep else ():
             old = self.file_of("val_loss", entry)
@@ -298,13 +303,20 @@ class Run:
         if also:  # second, so that what `last.pt` tells of is there
             self._write(last, name_again, also)
 
-    def _write(self, path: Path, write: Callable[[Path, Any], str], content: Any) -> None:
-        """Let `write` make the file; another training's of that name is set aside before."""
+    def _write(
+        self,
+        path: Path,
+        write: Callable[[Path, Any], str],
+        content: Any,
+        place: Path | None = None,
+    ) -> None:
+        """Let `write` make the file, at first in another `place` if one is given; another
+        training's of that name is set aside before."""
 
         def first() -> str:
             if path.name not in self.progress.written:
                 set_aside([path])
-            return write(path, content)
+            return write(place or path, content)
 
         self.progress.written[path.name] = self.team.on_rank0(first)
 
@@ -379,6 +391,9 @@ def keep_apart(run: Run) -> Progress:
     """
     source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
     standing = ["last.pt", *(run.file_of(name, {}).name for name in LASTING)]
+    for best in (run.output / name for name in standing):
+        if progress.written.get(best.name, "") == stored_digest(waiting(best)):
+            waiting(best).replace(best)  # a kill came between
     # What it goes on from can't have noted its own digest, under either of its names.
     newest = [run.file_of("val_loss", e).with_suffix(".pt").name for e in run.bests("val_loss")]
     known = (*standing, *progress.written, *newest[-1:])
@@ -508,6 +523,11 @@ def on_record(settings: SimpleNamespace) -> dict[str, Any]:
 
 def output_dir(settings: SimpleNamespace) -> Path:
     return Path(settings.OUTPUT_DIR or settings.DATA_DIR).expanduser()
+
+
+def waiting(best: Path) -> Path:
+    """Where a best lies until `last.pt` knows it, in whose place it then comes."""
+    return best.with_name(f"next_{best.name}")
 
 
 def set_aside(paths: Iterable[Path]) -> None:
