@@ -39,10 +39,9 @@ from tars import expand_shards, identity, shard_name, shards_named
 from tokenizer import ANSWER_ID, END_ID, MERGED_IDS, CaptionTokenizer
 from utils import UserError
 
-SIDES = re.compile(  # the words for left and right, in some languages
+SIDES = re.compile(  # the words for left and right, in some languages, in lower case
     r"\b(left|right|links|rechts|linke[nrs]?|rechte[nrs]?|gauche|droite|izquierd[ao]|derech[ao]|"
-    r"sinistra|destra|esquerd[ao]|direit[ao]|слева|справа|лев\w+|прав\w+)\b|[左右]|왼|오른",
-    re.IGNORECASE,
+    r"sinistra|destra|esquerd[ao]|direit[ao]|слева|справа|лев\w+|прав\w+)\b|[左右]|왼|오른"
 )
 MANY = 50_000  # photos whose texts take minutes to become tokens
 MANY_REPEAT = 0.05  # of captions; 0.5 % of Flickr8k's do, and most of those of three sentences
@@ -91,7 +90,8 @@ def load_data(
     """Read what the tasks want, and encode the photos that aren't in the feature cache yet.
 
     The tokenizer is that of `begun`, from which training goes on; without it the one that was
-    given is loaded, or one learned.
+    given is loaded, or one learned. Where an epoch would have fewer than MIN_STEPS, BATCH_SIZE
+    becomes less.
     """
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)  # at once, as another preparation may split otherwise
@@ -143,8 +143,7 @@ def load_data(
         train = StreamedRows(stock, tokenizer, length, settings.SHUFFLE_BUFFER)
     elif critical_epochs(settings):
         references = references_of(texts, splits["train"])
-        captions = (ids for group in train.captions for ids in group if ANSWER_ID not in ids)
-        longest = max(map(len, captions), default=2) - 1
+        longest = max(map(len, train.without_questions()), default=2) - 1
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE, longest)
     if train.count(settings.BATCH_SIZE) < settings.MIN_STEPS:
         settings.BATCH_SIZE = fewer = max(1, len(train) // settings.MIN_STEPS)
@@ -160,9 +159,10 @@ def views_to_show(texts: Texts, names: Iterable[str], count: int) -> dict[str, r
     on its left or right."""
 
     def tells_sides(name: str) -> bool:
-        return count > 1 and any(SIDES.search(f"{t.question} {t.target}") for t in texts[name])
+        said = "\n".join(f"{text.question} {text.target}" for text in texts[name])
+        return bool(SIDES.search(said.lower()))
 
-    return {name: range(0, count, 1 + tells_sides(name)) for name in names}
+    return {name: range(0, count, 1 + (count > 1 and tells_sides(name))) for name in names}
 
 
 def first_photos(splits: Splits, most: int) -> Splits:
@@ -198,9 +198,11 @@ def say_cut(
 
 def say_repeats(rows: CaptionRows, size: int) -> None:
     """Say if many of people's captions hold what a search with NO_REPEAT_NGRAM never writes."""
-    captions = [ids for group in rows.captions for ids in group if ANSWER_ID not in ids]
+    captions = [*rows.without_questions()]
     count = 0
     for ids in captions if size else ():
+        if len({*ids}) == len(ids):
+            continue  # most: at a start, 150,000 captions are looked through
         grams = [*zip(*(ids[start:] for start in range(size)), strict=False)]
         twice = any(word == after >= MERGED_IDS for word, after in itertools.pairwise(ids))
         count += twice or len({*grams}) < len(grams)

@@ -576,9 +576,12 @@ class CaptionRows:
     @property
     def texts(self) -> tuple[int, int]:
         """How many captions there are, and how many questions."""
-        sequences = [ids for group in self.captions for ids in group]
-        asked = sum(ANSWER_ID in ids for ids in sequences)
-        return len(sequences) - asked, asked
+        said = sum(1 for _ in self.without_questions())
+        return said, sum(map(len, self.captions)) - said
+
+    def without_questions(self) -> Iterator[Sequence[int]]:
+        """The ids of each caption."""
+        return (ids for group in self.captions for ids in group if ANSWER_ID not in ids)
 
     def count(self, batch_size: int) -> int:
         """Batches in an epoch."""

@@ -19,7 +19,6 @@ import importlib.util
 import io
 import json
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -54,7 +53,7 @@ from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from options import SPLITS, change_options, given_options
-from utils import UserError, check_output, command, first_line, interpreter, run_script, write_file
+from utils import UserError, check_output, command, first_line, pip, run_script, write_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -322,8 +321,7 @@ def java_scores(
     if shutil.which("java") is None:
         return {}, dict.fromkeys(both, "needs Java")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        install = f"{shlex.quote(interpreter())} -m pip install pycocoevalcap"
-        return {}, dict.fromkeys(both, f"needs {install}")
+        return {}, dict.fromkeys(both, f"needs {pip('pycocoevalcap')}")
     ours = {name: [" ".join(metrics.tokenize(text))] for name, text in captions.items()}
     theirs = {name: [" ".join(metrics.tokenize(t)) for t in references[name]] for name in captions}
     scores, missing = {}, {}

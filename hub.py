@@ -46,13 +46,8 @@ from utils import UserError, first_line, shown, write_error
 WEIGHTS = "model.safetensors"
 
 
-def client(command: str) -> str:
-    """A command of the Hub's program, the one that came with this Python."""
-    return f"{shlex.quote(utils.program('hf'))} {command}"
-
-
 def login() -> str:
-    return f"run {client('auth login')}"
+    return f"run {utils.program_command('hf', 'auth login')}"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -223,7 +218,9 @@ class HubPusher:
             self._report(
                 "Hub: the last checkpoint has not arrived "
                 f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
-                + client(f"upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}")
+                + utils.program_command(
+                    "hf", f"upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}"
+                )
             )
         return arrived
 

@@ -175,7 +175,7 @@ def _how_to_rename(file: Path) -> str:
     )
     return (
         f"it needs captions in one of {', '.join(CAPTION_KEYS)}, or a question and an answer; "
-        f"COLUMN becomes such by {interpreter()} -c {shlex.quote(code)}"
+        f"COLUMN becomes such by {shlex.join([interpreter(), '-c', code])}"
     )
 
 

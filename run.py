@@ -391,7 +391,7 @@ def keep_apart(run: Run) -> Progress:
     """
     source, progress = Path(run.settings.RESUME_CHECKPOINT_PATH or "").expanduser(), run.progress
     standing = ["last.pt", *(run.file_of(name, {}).name for name in LASTING)]
-    for best in (run.output / name for name in standing):
+    for best in (run.output / name for name in standing[1:]):
         if progress.written.get(best.name, "") == stored_digest(waiting(best)):
             waiting(best).replace(best)  # a kill came between
     # What it goes on from can't have noted its own digest, under either of its names.

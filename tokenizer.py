@@ -92,13 +92,14 @@ class CaptionTokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(map(normalize, captions), trainer)
-        model = json.loads(tokenizer.to_str())["model"]
-        return cls(model["vocab"], [tuple(pair) for pair in model["merges"]])
+        return cls.from_json(tokenizer.to_str(), "?")
 
     @classmethod
-    def from_json(cls, text: str) -> CaptionTokenizer:
-        """Read back what `to_json` wrote; an older version left questions as they were."""
-        model, end = json.loads(text)["model"], json.loads(text).get("question_end", "")
+    def from_json(cls, text: str, question_end: str = "") -> CaptionTokenizer:
+        """Read back what `to_json` wrote, or an older version, which left questions as they were:
+        where the end of questions isn't told, it is this one."""
+        table = json.loads(text)
+        model, end = table["model"], table.get("question_end", question_end)
         return cls(model["vocab"], [tuple(pair) for pair in model["merges"]], end)
 
     def to_json(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoint import link_for_others
 from encoder import open_image
-from utils import first_line, program
+from utils import first_line, program_command
 
 OFFLINE = ("offline", "dryrun")  # two spellings of the library's for one mode
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
@@ -61,7 +61,7 @@ class Tracker:
                 return
             self.run_id = self._run.id
             if mode in OFFLINE:
-                login = f"{program('wandb')} login"
+                login = program_command("wandb", "login")
                 report(f"tracking: Weights & Biases, offline (`{login}` to see runs online)")
             else:
                 report(
@@ -99,8 +99,7 @@ class Tracker:
         """The command that sends what is in the run's files, of this and earlier sessions."""
         files = Path(self._run.dir).parent
         session = re.sub(r"run-[\d_]+-", "run-*-", files.name)
-        place = shlex.quote(str(files.parent))
-        return f"{shlex.quote(program('wandb'))} sync {place}/{session}"
+        return program_command("wandb", f"sync {shlex.quote(str(files.parent))}/{session}")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Show values at an update of the training; steps must not fall."""
@@ -149,7 +148,7 @@ class Tracker:
         with self._careful():
             self._run.finish()
             if self._run.settings.mode in OFFLINE:
-                command = f"{shlex.quote(program('wandb'))} login && {self.sync_command}"
+                command = f"{program_command('wandb', 'login')} && {self.sync_command}"
                 self._report(f"tracking: to see this run online: {command}")
             self._run = None
 

@@ -71,6 +71,12 @@ def program(name: str) -> str:
     return path if os.path.isfile(path) else name
 
 
+def program_command(name: str, words: str) -> str:
+    """A command to be copied, of a program that came with this Python; the words are as a shell
+    wants them."""
+    return f"{shlex.quote(program(name))} {words}"
+
+
 def beside(name: str) -> str:
     """What to write for a file of this project."""
     return _from_here(os.path.join(os.path.dirname(os.path.realpath(__file__)), name))
@@ -86,8 +92,12 @@ def preparing() -> str:
     return f"{command('prepare_dataset.py')} with the flags of before"
 
 
+def pip(*words: str) -> str:
+    return shlex.join([interpreter(), *"-m pip install".split(), *words])
+
+
 def pip_install(requirements: str) -> str:
-    return shlex.join([interpreter(), *"-m pip install -r".split(), beside(requirements)])
+    return pip("-r", beside(requirements))
 
 
 def _from_here(path: str) -> str:
