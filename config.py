@@ -47,10 +47,10 @@ DECODER_LAYERS = 6  # Transformer blocks
 DECODER_HEADS = 8  # attention heads; must divide DECODER_EMBED_DIM
 DECODER_FF_DIM = 2048  # hidden width of the feed-forward layers
 DROPOUT = 0.1  # on embeddings, residual branches and the memory
-PATCH_DROPOUT = 0.0  # share of a photo's vectors left out while training, others each time
+PATCH_DROPOUT = 0.5  # share of a photo's vectors left out while training, others each time
 
 # --- Training -------------------------------------------------------------------------------
-NUM_EPOCHS = 20  # passes over the training photos, each with all of its captions
+NUM_EPOCHS = 12  # passes over the training photos, each with all of its captions
 BATCH_SIZE = 32  # photos per step, of all processes together; each brings its captions, about 5
 MIN_STEPS = 1  # steps of an epoch at least: where photos are few, each is of fewer
 GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
@@ -68,7 +68,7 @@ COMPILE = False  # torch.compile the decoder's training: meant for GPUs, little 
 PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or fp32
 
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
-SCST_EPOCHS = 10  # epochs after NUM_EPOCHS; 0: no second stage
+SCST_EPOCHS = 3  # epochs after NUM_EPOCHS; 0: no second stage
 SCST_BEAM_SIZE = 5  # captions searched per photo, each measured against the others' mean
 SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
 
@@ -103,14 +103,12 @@ presets = {
         "DECODER_HEADS": 4,
         "DECODER_FF_DIM": 1024,
         "DROPOUT": 0.2,
-        "PATCH_DROPOUT": 0.5,
         "NUM_EPOCHS": 14,
         "MIN_STEPS": 64,
         "LEARNING_RATE": 1e-3,
         "WARMUP_STEPS": 200,
         "EMA_DECAY": 0.995,
         "QUESTION_WEIGHT": 4.0,
-        "SCST_EPOCHS": 3,
         "SCST_LEARNING_RATE": 4e-5,
         "SCORED_IMAGES": 500,
     },

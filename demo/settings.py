@@ -27,6 +27,7 @@ DEMO = {
     # New scenes cost little to draw, so each is seen five times only: there is no overfitting to
     # hold back, and what holds it back elsewhere slows the learning (measured: 64 % to 77 % right).
     "DROPOUT": 0.0,
+    "PATCH_DROPOUT": 0.0,
     "LABEL_SMOOTHING": 0.0,
     "SCST_EPOCHS": 0,
     "SAMPLE_IMAGES": 2,

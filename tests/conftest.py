@@ -286,6 +286,7 @@ def write_questions(data: Path) -> Path:
 def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
     """A data folder in which a short training for both tasks has left its checkpoints."""
     more = "--tasks captions,questions --epochs 30 --scst_epochs 2 --dropout 0".split()
+    more += ["--patch_dropout", "0"]
 
     def make(folder: Path) -> None:
         train_small(write_questions(write_photos(folder, 48)), encoder_dir, *more)

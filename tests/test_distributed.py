@@ -29,6 +29,8 @@ FLAGS = [
     3e-3,
     "--dropout",
     0,
+    "--patch_dropout",
+    0,
     "--tasks",
     "captions,questions",
     "--gradient_accumulation_steps",

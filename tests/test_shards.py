@@ -603,6 +603,8 @@ def flags_of(data: Path, encoder_dir: Path, pattern: str, *more: object) -> list
         pattern,
         "--dropout",
         0,
+        "--patch_dropout",
+        0,
         "--split",
         "karpathy",
         "--scored_images",

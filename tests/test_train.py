@@ -93,7 +93,7 @@ def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
 def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
     """Two batches in one update move the weights as their union does."""
     data = write_photos(tmp_path / "data", 24)
-    flags = [*small_flags(data, encoder_dir), "--dropout", "0"]
+    flags = [*small_flags(data, encoder_dir), "--dropout", "0", "--patch_dropout", "0"]
     weights = []
     for sizes in ((8,), (3, 5), (2, 2, 4)):
         state, found = start(*flags)
