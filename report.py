@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -301,6 +302,7 @@ class Update:
     norm: Tensor  # of the gradient
     bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
     rate: float  # the learning rate
+    copied: torch.Event | None = None  # after which a GPU's figures can be read here
 
 
 class Ledger:
@@ -318,6 +320,10 @@ class Ledger:
         self.bar = Bar(batches, label, "batch", run.progress.batch, quiet=not run.team.leads)
 
     def note(self, update: Update) -> None:
+        if update.totals.is_cuda:  # asked for later, they would come after the next step as well
+            for name in ("totals", "norm", "bad"):
+                setattr(update, name, getattr(update, name).to("cpu", non_blocking=True))
+            update.copied = torch.cuda.current_stream(self.run.device).record_event()
         self.waiting.append(update)
         self._enter(self.late)
         progress = self.run.progress
@@ -335,6 +341,8 @@ class Ledger:
         progress = self.run.progress
         while len(self.waiting) > late:
             update = self.waiting.popleft()
+            if update.copied:
+                update.copied.synchronize()
             figure, count, stop, photos = update.totals.tolist()
             self.stopping = stop > 0  # who is asked once stays so
             self.photos += int(photos)

@@ -155,7 +155,8 @@ def update(
             loss.backward()
         totals[0] += figure
         totals[1] += count
-    totals[2], totals[3] = stop, len(names)
+    totals[2] += stop  # to assign a number would wait for a GPU
+    totals[3] += len(names)
     totals = run.team.all_reduce(totals)
     figure, count = totals[:2]
     scale = run.team.size / count.clamp(min=1)

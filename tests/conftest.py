@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import load_checkpoint
 from tests.forked import ENVIRONMENT, Forked, can_fork
@@ -57,6 +58,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     survived, injected = faults("passed"), faults("passed") + faults("failed")
     if injected:
         terminalreporter.write_line(f"faults injected: {injected}, survived: {survived}")
+
+
+# --- What a GPU would be waited for ----------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Notes what is done within it that would wait for a GPU to have done all that it was told:
+    a number read, places looked for by a mask, a number assigned (written by a copy) or a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, (first, *others) = func._schema.name, [*args, None]
+        masks = [i for i in others[0] or () if i is not None] if "index" in name else []
+        number = name == "aten::copy_" and first.dim() == 0
+        if (
+            name == "aten::_local_scalar_dense"
+            or any(mask.dtype == torch.bool for mask in masks)
+            or (number and first.data_ptr() != others[0].data_ptr())
+        ):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
 
 
 # --- Encoders and photos --------------------------------------------------------------------

@@ -32,7 +32,15 @@ from report import Ledger, Report
 from run import Run
 from self_critical import Critic, advantages
 from shards import StreamedRows
-from tests.conftest import REPO, build_encoder, run, small_flags, write_photos, write_questions
+from tests.conftest import (
+    REPO,
+    Waits,
+    build_encoder,
+    run,
+    small_flags,
+    write_photos,
+    write_questions,
+)
 from tests.forked import Forked
 from tokenizer import ANSWER_ID, END_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError, sole_user
@@ -282,6 +290,37 @@ def test_accounts_kept_one_step_late_are_the_same(tmp_path, encoder_dir):
         state.end_epoch({}, [], 0.0)
         assert state.progress.loss_sum == state.progress.loss_count == 0  # the next one's
     assert sums[0] == sums[1]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU's, which says that it is a GPU's."""
+
+    is_cuda = True
+
+
+def test_a_gpus_figures_are_on_their_way_before_the_next_step_begins(
+    tmp_path, encoder_dir, monkeypatch
+):
+    state, data = start_state(tmp_path, encoder_dir)
+    ledger, told = ledger_of(state), []
+
+    def record_event() -> SimpleNamespace:
+        step = state.progress.step
+        told.append(f"copied {step}")
+        return SimpleNamespace(synchronize=lambda: told.append(f"waited for {step}"))
+
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: stream)
+    stream = SimpleNamespace(record_event=record_event)
+    ledger.late = 1
+    for pair in first_batches(state, data, 2):
+        with Waits() as waits:
+            update = train.update(state, data, [pair])
+        assert not waits.found
+        for name in ("totals", "norm", "bad"):
+            setattr(update, name, getattr(update, name).as_subclass(OnGpu))
+        ledger.note(update)
+    ledger.settle()
+    assert told == ["copied 1", "copied 2", "waited for 1", "waited for 2"]
 
 
 def test_the_average_follows_the_weights(tmp_path, encoder_dir):
