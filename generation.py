@@ -238,7 +238,8 @@ class _Rows:
 
     def _constrain(self, allowed: Tensor, length: int) -> Tensor:
         """Log-probabilities (rows, beams, vocab) with what the options forbid taken out."""
-        allowed[..., [PAD_ID, START_ID, ANSWER_ID]] = MINUS_INFINITY
+        for never in (PAD_ID, START_ID, ANSWER_ID):  # a list of them would be sent to a GPU
+            allowed[..., never] = MINUS_INFINITY
         if length < self.options.min_length:
             allowed[..., END_ID] = MINUS_INFINITY
         size = self.options.no_repeat_ngram
@@ -250,8 +251,8 @@ class _Rows:
             grams = self.history.unfold(2, size, 1)  # (rows, beams, starts, size)
             tail = self.history[:, :, length - size :].unsqueeze(2)
             repeated = (grams[..., :-1] == tail).all(-1)
-            row, beam, start = repeated.nonzero(as_tuple=True)
-            allowed[row, beam, grams[row, beam, start, -1]] = MINUS_INFINITY
+            last = grams[..., -1].masked_fill(~repeated, PAD_ID)  # which is taken out already
+            allowed.scatter_(2, last, MINUS_INFINITY)
         return allowed
 
     # --- which tokens do follow: (rows, beams) parents and tokens ---
@@ -305,9 +306,9 @@ class _Rows:
         parents, tokens = places // vocab, places % vocab
         ends = tokens == END_ID
         possible = values > MINUS_INFINITY
-        for row, rank in (ends & possible)[:, :size].nonzero().tolist():
-            beam = parents[row, rank]
-            self._found(row, beam + start, scores[row, beam, END_ID].item(), True)
+        row, rank = (ends & possible)[:, :size].nonzero(as_tuple=True)
+        beam = parents[row, rank]
+        self._found(row, beam + start, scores[row, beam, END_ID])
         open_first = torch.sort(ends.long(), dim=1, stable=True).indices[:, :size]
         parents, tokens = parents.gather(1, open_first), tokens.gather(1, open_first)
         if leads:
@@ -323,12 +324,13 @@ class _Rows:
         beam = self.greedy.clamp(min=0)
         token = scores[rows, beam].argmax(-1)
         alive = self.greedy >= 0
-        for row in (alive & (token == END_ID)).nonzero().flatten().tolist():
-            self._found(row, beam[row], scores[row, beam[row], END_ID].item(), True)
+        (over,) = (alive & (token == END_ID)).nonzero(as_tuple=True)
+        self._found(over, beam[over], scores[over, beam[over], END_ID])
         alive = alive & (token != END_ID)
         same = (parents == beam[:, None]) & (tokens == token[:, None])
         lost = alive & ~same.any(1)
-        parents[lost, -1], tokens[lost, -1] = beam[lost], token[lost]
+        for kept, own in ((parents, beam), (tokens, token)):
+            kept[:, -1] = torch.where(lost, own, kept[:, -1])
         place = torch.where(lost, parents.shape[1] - 1, same.long().argmax(1))
         self.greedy = torch.where(alive, place, -1)
 
@@ -347,13 +349,14 @@ class _Rows:
 
     def _retire(self) -> None:
         """Put aside what is complete, and drop its rows, several at a time."""
-        for row in self._complete():
-            # Cut captions count only where no other is to be had.
-            if self.options.sample or not self.found[self.images[row]]:
-                scores, ended = self.log_probability[row].tolist(), self.ended[row].tolist()
-                for beam, score in enumerate(scores):
-                    self._found(row, beam, score, ended[beam])
-            self.done.add(self.images[row])
+        complete, beams = self._complete(), range(self.tokens.shape[1])
+        # Cut captions count only where no other is to be had.
+        wanting = [r for r in complete if self.options.sample or not self.found[self.images[r]]]
+        if wanting:
+            places = [(row, beam) for row in wanting for beam in beams]
+            row, beam = torch.tensor(places, device=self.tokens.device).T
+            self._found(row, beam, self.log_probability[row, beam], self.ended[row, beam])
+        self.done.update(self.images[row] for row in complete)
         rows = sorted(range(len(self.images)), key=lambda row: self.images[row] in self.done)
         size = fitting(sum(image not in self.done for image in self.images))
         if size < len(rows):
@@ -384,16 +387,20 @@ class _Rows:
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keep(index)
 
-    def _found(self, row: int, beam: int | Tensor, log_probability: float, ended: bool) -> None:
-        """Note the hypothesis that a beam holds, up to its END if it stands there already."""
-        if self.images[row] in self.done:
-            return
-        tokens = self.history[row, beam].tolist()
-        if END_ID in tokens:
-            tokens = tokens[: tokens.index(END_ID)]
-        length = len(tokens) + ended
-        score = log_probability / length**self.options.length_penalty
-        found = Hypothesis(tokens, log_probability, score, ended)
-        group = self.found[self.images[row]]
-        if self.options.sample or all(other.tokens != tokens for other in group):
-            group.append(found)
+    def _found(
+        self, row: Tensor, beam: Tensor, log_probability: Tensor, ended: Tensor | None = None
+    ) -> None:
+        """Note the hypotheses that beams hold, up to their END if it stands there already, where
+        `ended` (None: here) they end: all at once, as a GPU is waited for each time it is asked."""
+        parts = [part.tolist() for part in (row, self.history[row, beam], log_probability)]
+        parts.append([True] * len(row) if ended is None else ended.tolist())
+        for number, tokens, total, over in zip(*parts, strict=True):
+            image = self.images[number]
+            if image in self.done:
+                continue
+            if END_ID in tokens:
+                tokens = tokens[: tokens.index(END_ID)]
+            score = total / (len(tokens) + over) ** self.options.length_penalty
+            found = Hypothesis(tokens, total, score, over)
+            if self.options.sample or all(other.tokens != tokens for other in self.found[image]):
+                self.found[image].append(found)

@@ -11,6 +11,7 @@ import torch
 import generation
 from generation import generate, largest
 from options import GenerationOptions
+from tests.conftest import Waits
 from tests.test_model import VOCAB, build_model, features, plain_logits
 from tokenizer import ANSWER_ID, END_ID, PAD_ID, SPECIAL_TOKENS, START_ID
 from utils import UserError
@@ -204,6 +205,14 @@ def test_samples_follow_the_seed_and_the_distribution(ending):
             assert drawn.keys() == set(wanted.indices[:size].tolist())
             likely = wanted.values[0].item() / wanted.values[:size].sum().item()
             assert drawn.most_common(1)[0][1] / 1000 == pytest.approx(likely, abs=0.06)
+
+
+def test_a_search_asks_for_all_that_ended_at_once(ending):
+    """Each answer is waited for until a GPU has done all that it was told."""
+    for options in (GenerationOptions(beam_size=4), GenerationOptions(3, sample=True)):
+        with Waits() as waits:
+            found = generate(ending, features(5), options)
+        assert sum(map(len, found)) > 10 and not waits.found
 
 
 def test_groups_differ_more_than_beams(ending):
