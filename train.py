@@ -147,18 +147,20 @@ def update(
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = rate
     names = [name for batch, _ in group for name in batch.names]
-    totals = torch.zeros(4, device=run.device)
+    totals = torch.zeros(5, device=run.device)
     for number, (batch, features) in enumerate(group, start=1):
         last = number == len(group)  # with which the gradients of a team are averaged
         with contextlib.nullcontext() if last else run.shared.no_sync():
-            loss, figure, count = run.shared(step_loss, run, data, batch, features)
+            loss, figure, count, weight = run.shared(step_loss, run, data, batch, features)
             loss.backward()
         totals[0] += figure
         totals[1] += count
+        totals[4] += weight
     totals[2] += stop  # to assign a number would wait for a GPU
     totals[3] += len(names)
     totals = run.team.all_reduce(totals)
-    figure, count = totals[:2]
+    figure, count, *_, weight = totals
+    figure *= count / weight.clamp(min=1e-9)  # nats a token, whatever answers weigh, even 0
     scale = run.team.size / count.clamp(min=1)
     for parameter in run.model.parameters():
         if parameter.grad is not None:
@@ -171,7 +173,7 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    return Update(run.progress.step, len(group), names, totals, norm, bad, rate)
+    return Update(run.progress.step, len(group), names, totals[:4], norm, bad, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:
@@ -236,27 +238,27 @@ def with_features(
 
 def step_loss(
     run: Run, data: Data, batch: Batch, features: Tensor
-) -> tuple[Tensor, Tensor | float, int]:
+) -> tuple[Tensor, Tensor | float, int, Tensor | int]:
     """What an update's gradient is of: the loss summed over a batch.
 
     Returns:
-        The loss, the figure to show, and what that is summed over: nats and tokens, or in the
-        self-critical stage CIDEr-D and captions.
+        The loss, the figure to show, what that is summed over, and what these weigh in it: nats and
+        tokens, or in the self-critical stage CIDEr-D and captions.
     """
     settings = run.settings
     features = drop_patches(features, settings.PATCH_DROPOUT)
     if run.self_critical:
-        return self_critical_loss(run, data, batch, features)
+        loss, rewards, count = self_critical_loss(run, data, batch, features)
+        return loss, rewards, count, count
     if not batch.names:
-        return no_loss(run.model), 0.0, 0
+        return no_loss(run.model), 0.0, 0, 0
     scales = None
     if len(data.tasks) > 1 and settings.QUESTION_WEIGHT != 1:
         scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
     with autocast(run.device, run.dtype):
         loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
-    # So that it is nats a token; questions alone may weigh 0.
-    share = 1 if scales is None else len(scales) / scales.sum().clamp(min=1e-9)
-    return loss, loss.detach() * share, len(batch.targets)
+    count = len(batch.targets)
+    return loss, loss.detach(), count, count if scales is None else scales.sum()
 
 
 def self_critical_loss(

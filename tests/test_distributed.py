@@ -33,6 +33,8 @@ FLAGS = [
     0,
     "--tasks",
     "captions,questions",
+    "--question_weight",  # what is shown is of all processes' tokens, as they weigh
+    4,
     "--gradient_accumulation_steps",
     2,
     "--feature_batch_size",
