@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ PASSES = {b"\xff\xd8": (b"\xff\xda", 200)} | dict.fromkeys((b"P1", b"P2", b"P3")
 MOST_READS, MOST_OF_GIF = 1_000_000, 5_000
 MOST_SAID = 4096  # layers of an encoder, and pixels along a side of what it sees
 SIDES = "height width longest_edge shortest_edge".split()
+TILE = (322, 323)  # the TIFF tags, a tile's width and length, which is unpacked whole
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 
 
@@ -109,7 +111,8 @@ def as_rgb(image: Image.Image, name: str = "the picture", least: int | None = No
     with _named(name):
         if least and not image.info.get("progressive"):
             image.draft(None, (least, least))
-        pixels = image.width * image.height
+        tags = getattr(image, "tag_v2", {})
+        pixels = max(image.width * image.height, math.prod(int(tags.get(t, 0)) for t in TILE))
         most = LARGEST_OF.get(image.format, LARGEST)
         if pixels > most:
             raise ImageError(
@@ -203,8 +206,9 @@ class FrozenEncoder(nn.Module):
                 f"tower, first {wrong[0]}: it would be partly random. Choose another encoder."
             )
         depth = config.num_hidden_layers
-        known = {*range(-depth - 1, 0)}
-        if not isinstance(layers, Sequence) or len(layers) > len(known) or {*layers} - known:
+        known = range(-depth - 1, 0)
+        few = isinstance(layers, Sequence) and len(layers) <= len(known)
+        if not few or any(layer not in known for layer in layers):
             raise UserError(
                 f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
                 f"to -1: give another with {flag}" + ", or other layers" * (flag != "--encoder")

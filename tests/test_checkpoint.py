@@ -309,13 +309,14 @@ def test_odd_headers_are_refused_in_one_line(checkpoint, tmp_path, place, value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.fault(count=3)
-@pytest.mark.parametrize("what", ["layers", "width", "name"])
+@pytest.mark.fault
+@pytest.mark.parametrize("what", ["layers", "tables", "width", "name"])
 def test_an_odd_encoder_is_refused(trained, tmp_path, what):
     checkpoint = load_checkpoint(trained / "captioner_best_cider.safetensors")
     identity = checkpoint.encoder
     width = checkpoint.model.feature_width + (what == "width")
     identity |= {"layers": [-1] * 100_000} if what == "layers" else {}
+    identity |= {"layers": [{}]} if what == "tables" else {}
     identity |= {"name": "/nowhere"} if what == "name" else {}
     with pytest.raises(UserError, match="ENCODER_LAYERS|not the one|can't be loaded") as error:
         FrozenEncoder.load_as_trained(identity, width)

@@ -375,6 +375,17 @@ def test_exif_and_tags_that_take_many_times_their_size_are_refused(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.fault
+def test_a_tiff_of_few_pixels_in_a_large_tile_is_refused(tmp_path):
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: 2**15, 323: 2**15, 324: 134}
+    tags[325] = len(tile := zlib.compress(bytes(2**20)))  # of 1 MB, a whole one gives 1 GB
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<LH", 8, len(tags))
+    (tmp_path / "a.tif").write_bytes(head + entries + bytes(4) + tile)
+    with pytest.raises(ImageError, match="too large a picture: it has 1074 megapixels"):
+        open_image(tmp_path / "a.tif")
+
+
 @pytest.mark.fault(count=4)
 def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
     Image.effect_noise((64, 64), 90).save(tmp_path / "a.jpg", progressive=True)
