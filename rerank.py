@@ -60,9 +60,10 @@ class Reranker:
             tensors = dict(tensors) | {"modes": modes, "gains": modes.new_zeros(1).float()}
         made = cls(**tensors)
         sizes, places, starts = made.sizes, made.places, made.starts
+        count = sizes["photos"]  # without principal components, any number takes no byte
         expected = layout(feature_width, **sizes)
         wrong = [n for n, want in expected.items() if (tensors[n].dtype, *tensors[n].shape) != want]
-        if wrong or not len(places) or not 0 <= places.min() <= places.max() < sizes["photos"]:
+        if wrong or not len(places) or not 0 <= places.min() <= places.max() < count <= MOST_PHOTOS:
             raise ValueError(f"the reranker doesn't fit together {wrong}")
         if starts[0] != 0 or starts[-1] != sizes["entries"] or starts.diff().min() < 1:
             raise ValueError("the reranker's n-grams overlap")

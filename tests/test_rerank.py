@@ -180,6 +180,16 @@ def test_photos_that_all_look_the_same_give_none():
         assert fit_reranker(store, {photo: captions_of(photo) for photo in range(8)}) is None
 
 
+@pytest.mark.fault
+def test_a_reranker_of_few_bytes_remembers_no_billion_photos(fitted):
+    tensors = fitted.tensors()
+    tensors["query"] = tensors["query"][:, :0]
+    tensors["photos"] = tensors["modes"] = torch.empty(10**9, 0, dtype=torch.float16)
+    tensors["gains"] = tensors["gains"][:1]
+    with pytest.raises(ValueError, match="doesn't fit together"):
+        Reranker.restored(tensors, WIDTH)
+
+
 @pytest.mark.fault(count=10)
 def test_a_reranker_that_does_not_fit_together_is_refused(trained, tmp_path):
     checkpoint = load_checkpoint(best_file(trained))
