@@ -92,7 +92,7 @@ def _pictures(cell: Any) -> list[tuple[bytes, str]]:
     """The files of the pictures in a cell, each with its path, if it tells one."""
     each = cell if isinstance(cell, list) else [cell]
     each = [part if isinstance(part, dict) else {"bytes": part} for part in each]
-    return [(part["bytes"], part.get("path") or "") for part in each if part["bytes"]]
+    return [(part["bytes"], str(part.get("path") or "")) for part in each if part["bytes"]]
 
 
 def _questions(where: str, row: dict[str, Any], passed: list[str]) -> Iterator[dict[str, Any]]:
@@ -135,8 +135,10 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
         captions, asked = [name for name in ANSWERS if name in kinds][:1], []
     has = f"{file} has the columns {', '.join(kinds)}"
     if not photos:
-        addresses = [key for key in texts if any("://" in str(row[key]) for row in rows)]
-        raise UserError(f"{has}, and {_how_to_fetch(file, addresses, captions)}")
+        real = {plain_key(name): name for name in schema.names}  # LAION's are URL and TEXT
+        addresses = [real[key] for key in texts if any("://" in str(row[key]) for row in rows)]
+        how = _how_to_fetch(file, addresses, [real[key] for key in captions])
+        raise UserError(f"{has}, and {how}")
     if not (captions or "question" in kinds):
         raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
@@ -155,11 +157,9 @@ def _how_to_fetch(file: Path, addresses: Sequence[str], captions: Sequence[str])
     said = "no photos: put those that it is about into DATA_DIR/images"
     if not (addresses and captions):
         return said
-    lists = shlex.quote(str(file.parent))
-    return (
-        f"{said} (img2dataset --url_list {lists} --input_format parquet --url_col "
-        f"{addresses[0]} --caption_col {captions[0]} --output_folder DATA_DIR/images)"
-    )
+    words = ["img2dataset", "--url_list", str(file.parent), "--input_format", "parquet"]
+    words += ["--url_col", addresses[0], "--caption_col", captions[0]]
+    return f"{said} ({shlex.join([*words, '--output_folder', 'DATA_DIR/images'])})"
 
 
 def _how_to_rename(file: Path) -> str:

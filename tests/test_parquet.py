@@ -84,6 +84,12 @@ def test_photos_and_captions_are_found_by_their_columns(tmp_path, columns, texts
     assert [name for name, *_ in found] == names
 
 
+def test_a_path_that_is_no_text_names_no_photo(tmp_path):
+    columns = {"image": [{"bytes": photo(0), "path": 5}], "caption": ["a"]}
+    [(name, *_)] = read_parquet([write(tmp_path / "a.parquet", columns)])
+    assert name == "000000.jpg"
+
+
 def test_objects_without_bytes_are_no_photos(tmp_path):
     columns = {"image": [{"data": photo(0), "name": "0.jpg"}], "caption": ["a"]}
     file = write(tmp_path / "a.parquet", columns)
@@ -171,8 +177,10 @@ def test_a_parquet_file_may_be_a_table_of_photos_in_a_folder(tmp_path):
 
 
 def test_what_is_to_be_done_with_other_columns_is_said(tmp_path, capsys):
-    file = write(tmp_path / "a" / "1.parquet", {"url": ["https://x/1.jpg"], "caption": ["A"]})
-    fetch = f"--url_list {file.parent} --input_format parquet --url_col url --caption_col caption"
+    columns = {"its; URL": ["https://x/1.jpg"], "TEXT": ["A"]}  # LAION's are in capitals
+    file = write(tmp_path / "a" / "1.parquet", columns)
+    fetch = f"--url_list {file.parent} --input_format parquet --url_col 'its; URL'"
+    fetch += " --caption_col TEXT --output_folder DATA_DIR/images"
     with pytest.raises(UserError, match=fetch):
         list(read_parquet([file]))
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
