@@ -36,7 +36,16 @@ from captions_file import (
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
-from utils import UserError, files_in, preparing, read_json, read_text, uncollected, write_changed
+from utils import (
+    UserError,
+    files_in,
+    leads_out,
+    preparing,
+    read_json,
+    read_text,
+    uncollected,
+    write_changed,
+)
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
@@ -300,6 +309,7 @@ def read_own(table: Path, folder: Path) -> Captions:
     """The captions of a table, whose names are relative to its own folder if that is within the
     photos' and has some."""
     found = read_captions(table, folder)
+    found.links += [table] * leads_out(table)
     if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
         return found
     place = table.parent.relative_to(folder)
@@ -325,9 +335,14 @@ def ensure_captions(
     note, changed = captions_note(paths)
     sources, found = find_captions(settings, paths, changed, note.get("source", ""))
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
+    if not settings.CAPTIONS_FILE:  # splits.json may come from a stranger, too
+        given = Path(settings.KARPATHY_FILE or paths.images).expanduser()
+        homes = [os.path.realpath(place) for place in (paths.data_dir, paths.images, given)]
+        real = ((source, Path(os.path.realpath(source))) for source in sources)
+        found.links += [at for at, file in real if not any(map(file.is_relative_to, homes))]
     if found.links and not settings.follow_links:
-        leads = "is a link that leads out of its folder: if you laid it, use --follow_links"
-        raise UserError(f"{found.links[0]} {leads}")
+        leads = "lies, or is a link that leads, out of its folder: if you laid it, use"
+        raise UserError(f"{found.links[0]} {leads} --follow_links")
     if not found.texts:
         raise UserError("; ".join([f"{place} holds no captions", *found.passed[:3]]))
     texts = match_names(found.texts, paths.images)

@@ -228,8 +228,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     if not captions:
         raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
     splits = {"train": [], "val": list(captions), "test": []}
-    write_file(paths.captions, json.dumps(captions, ensure_ascii=False))
-    write_file(paths.splits, json.dumps(splits, ensure_ascii=False))
+    write_changed(paths.captions, json.dumps(captions, ensure_ascii=False))
+    write_changed(paths.splits, json.dumps(splits, ensure_ascii=False))
     write_marker(paths, label, photo_sizes(paths.images))
 
 
@@ -268,10 +268,10 @@ def unpack_parquet(paths: DataPaths) -> bool:
         print(f"  of {', '.join(parts)}: move away what is not to be learned, and run it again")
     if any(captions.values()) or not questions:
         captions = {name: texts or [""] for name, texts in captions.items()}
-        write_file(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
+        write_changed(paths.captions, json.dumps(captions, ensure_ascii=False, indent=1))
     place = paths.data_dir / "questions.json"
     if questions and (begun or not place.exists()):
-        write_file(place, json.dumps(questions, ensure_ascii=False, indent=1))
+        write_changed(place, json.dumps(questions, ensure_ascii=False, indent=1))
     write_marker(paths, label, photo_sizes(paths.images))
     return True
 

@@ -387,6 +387,12 @@ def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
+def leads_out(path: Path) -> bool:
+    """Is it a link out of its folder? In one that came from a stranger, it may lead to any file."""
+    folder = os.path.realpath(path.parent)
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], elsewhere: str = "") -> Iterator[Path]:
     """Give a temporary path beside `path`; once the block has ended well, it becomes `path`.
@@ -429,6 +435,8 @@ def write_changed(path: Path, new: str | bytes) -> None:
     """Write a file of DATA_DIR, if that changes it: where nobody may write, what is there does."""
     new = new.encode() if isinstance(new, str) else new
     if not path.is_file() or path.read_bytes() != new:
+        if leads_out(path):  # what is written holds other people's texts, which a shell may run
+            raise UserError(f"{path} would be written, and is a link out of its folder: remove it")
         write_file(path, new, "choose another --data_dir, and give --image_dir, --captions_file")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -1919,10 +1920,48 @@ def test_texts_beside_photos_that_are_links_elsewhere_need_the_flag(tmp_path):
     flags = ["--dataset", "custom", "--split", "ratio", "--data_dir", "data"]
     (tmp_path / "data" / "images" / "000.txt").symlink_to(tmp_path / "secret")
     told = run("prepare_dataset.py", *flags, cwd=tmp_path)
-    assert told.returncode == 1 and "000.txt is a link that leads out" in told.stderr
+    assert told.returncode == 1 and "000.txt lies, or is a link that leads, out" in told.stderr
     assert not (tmp_path / "data" / "captions.json").exists()
     told = run("prepare_dataset.py", *flags, "--follow_links", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("way", ["table", "list", "splits"])
+def test_captions_elsewhere_need_the_flag(tmp_path, way):
+    """As a login in ~/.netrc, of which a stranger calls a photo `machine.png`."""
+    write_photos(tmp_path / "data", 9)
+    captions, name = tmp_path / "data" / "captions.json", tmp_path / "data" / "images" / "000.png"
+    name.rename(name.with_stem("machine"))
+    (tmp_path / ".netrc").write_text("machine api.example password secret\n")
+    if way == "splits":
+        made = hashlib.sha256(captions.read_bytes()).hexdigest()
+        note = {"source": "../.netrc", "images": "images", "state": "", "made": made, "splits": {}}
+        table = {"method": "ratio", "captions": note}
+        (tmp_path / "data" / "splits.json").write_text(json.dumps(table))
+    else:
+        captions.unlink()
+        link = tmp_path / "data" / {"table": "captions.csv", "list": "some.csv"}[way]
+        link.symlink_to("../.netrc")
+    before = captions.read_bytes() if captions.exists() else b""
+    with pytest.raises(UserError, match=r"lies, or .* use --follow_links"):
+        prepare_dataset.main(
+            ["--dataset", "custom", "--split", "test", "--data_dir", f"{tmp_path}/data"]
+        )
+    assert (captions.read_bytes() if captions.exists() else b"") == before
+
+
+@pytest.mark.fault
+def test_texts_of_others_are_not_written_through_a_link(tmp_path):
+    write_photos(tmp_path / "data", 9)
+    captions = tmp_path / "data" / "captions.json"
+    captions.rename(captions.with_stem("some"))
+    captions.symlink_to("../.bash_aliases")
+    with pytest.raises(UserError, match="captions.json would be written, and is a link out"):
+        prepare_dataset.main(
+            ["--dataset", "custom", "--split", "test", "--data_dir", f"{tmp_path}/data"]
+        )
+    assert not (tmp_path / ".bash_aliases").exists()
 
 
 def test_lists_and_names_without_end_are_not_looked_into(tmp_path):
