@@ -439,8 +439,8 @@ def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:
     table, before = written_splits(paths), trained.get("SPLIT")
     now = table.get("source") if table.get("method") == "ratio" else table.get("method")
     if before == "ratio":
-        before = f"TRAIN_SPLIT_RATIO = {trained['TRAIN_SPLIT_RATIO']}"
-    same = Path(trained.get("DATA_DIR", "")).name == paths.data_dir.resolve().name
+        before = f"TRAIN_SPLIT_RATIO = {trained.get('TRAIN_SPLIT_RATIO')}"
+    same = Path(str(trained.get("DATA_DIR"))).name == paths.data_dir.resolve().name
     if same and now and before and now != before:
         told = f"note: the checkpoint learned from another split of these photos ({before})"
         print(f"{told}, of which some may now be scored")
