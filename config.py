@@ -55,7 +55,7 @@ BATCH_SIZE = 32  # photos per step, of all processes together; each brings its c
 MIN_STEPS = 1  # steps of an epoch at least: where photos are few, each is of fewer
 GRADIENT_ACCUMULATION_STEPS = 1  # steps whose gradients are summed before one update
 LEARNING_RATE = 5e-4  # peak of the schedule
-MIN_LEARNING_RATE = 1e-5  # where the cosine decay ends
+MIN_LEARNING_RATE = 2e-4  # where the cosine decay ends; high, as what is saved is an average
 WARMUP_STEPS = 500  # updates of linear warm-up (at most a tenth of the run)
 WEIGHT_DECAY = 0.05  # AdamW, on matrices only
 GRADIENT_CLIP = 1.0  # largest norm of the gradient
@@ -70,7 +70,7 @@ PRECISION = "auto"  # auto (bf16 where the hardware multiplies it fast), bf16 or
 # --- Self-critical training: a second stage that raises CIDEr-D itself ------------------------
 SCST_EPOCHS = 3  # epochs after NUM_EPOCHS; 0: no second stage
 SCST_BEAM_SIZE = 5  # captions searched per photo, each measured against the others' mean
-SCST_LEARNING_RATE = 3e-5  # peak; falls linearly to MIN_LEARNING_RATE
+SCST_LEARNING_RATE = 3e-5  # falls linearly to MIN_LEARNING_RATE, if that is less
 
 # --- Checkpoints ----------------------------------------------------------------------------
 OUTPUT_DIR = None  # checkpoints and logs; None: DATA_DIR
@@ -103,9 +103,9 @@ presets = {
         "DECODER_HEADS": 4,
         "DECODER_FF_DIM": 1024,
         "DROPOUT": 0.2,
-        "NUM_EPOCHS": 14,
         "MIN_STEPS": 64,
         "LEARNING_RATE": 1e-3,
+        "MIN_LEARNING_RATE": 4e-4,
         "WARMUP_STEPS": 200,
         "EMA_DECAY": 0.995,
         "QUESTION_WEIGHT": 4.0,

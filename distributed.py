@@ -201,7 +201,8 @@ class StopSignal:
         self.asked = True
         if self.team.leads:
             again = "" if self.team.job else "; once more stops at once"
-            print(f"\nstopping{' after this step' * self.waits}{again}", file=sys.stderr)
+            # Whole, as it may come in the midst of another line; see `Output.write`.
+            sys.stderr.write(f"\nstopping{' after this step' * self.waits}{again}\n")
         if not self.waits:
             self.waits = True
             raise KeyboardInterrupt

@@ -212,7 +212,11 @@ class Output:
             stream.reconfigure(errors="backslashreplace")  # its encoding may lack a letter
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(shown(text, self.spared)))
+        said = shown(text, self.spared)
+        try:
+            self._try(lambda: self.stream.write(said))
+        except RuntimeError:  # by a signal's handler in the midst of another write: past its buffer
+            self._try(lambda: os.write(self.stream.fileno(), said.encode()))
         return len(text)
 
     def flush(self) -> None:

@@ -23,6 +23,7 @@ DEMO = {
     "NUM_EPOCHS": 5,
     "BATCH_SIZE": 8,
     "LEARNING_RATE": 2e-3,
+    "MIN_LEARNING_RATE": 1e-5,
     "WARMUP_STEPS": 100,
     # New scenes cost little to draw, so each is seen five times only: there is no overfitting to
     # hold back, and what holds it back elsewhere slows the learning (measured: 64 % to 77 % right).

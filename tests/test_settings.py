@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from device import choose_device, choose_dtype
 from run import on_record
 from settings import Parser, load_settings
 from tests.conftest import REPO, run
-from utils import Bar, UserError, atomic_write, bounded_memory, shown, sole_user
+from utils import Bar, Output, UserError, atomic_write, bounded_memory, shown, sole_user
 
 
 @pytest.fixture
@@ -245,6 +246,23 @@ def test_a_link_leads_to_the_file_that_is_replaced(tmp_path):
             temporary.write_text("new")
         assert (tmp_path / name).is_symlink()
         assert (tmp_path / "real" / name).read_text() == "new"
+
+
+@pytest.mark.fault
+def test_a_signals_handler_speaks_in_the_midst_of_another_line(tmp_path):
+    """As Ctrl-C does while a bar is drawn: Python's own stream refuses that."""
+
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            if handlers:
+                handlers.pop()()
+            return super().write(data)
+
+    with Interrupted(tmp_path / "said", "w") as raw:
+        said = Output(io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True), "\n")
+        handlers = [lambda: said.write("stopping\n")]
+        print("a bar", file=said)
+    assert sorted((tmp_path / "said").read_text().split("\n")) == ["", "a bar", "stopping"]
 
 
 @pytest.mark.fault

@@ -241,7 +241,7 @@ class OneOfTwo(Team):
     """A process of a team whose other one has five photos in each update."""
 
     def all_reduce(self, figures: torch.Tensor) -> torch.Tensor:
-        return figures + torch.tensor([0.0, 0.0, 0.0, 5.0])
+        return figures + torch.tensor([0.0, 0.0, 0.0, 5.0, 0.0])
 
 
 def test_photos_of_all_processes_are_counted(tmp_path, encoder_dir):
@@ -698,6 +698,7 @@ def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_d
 
 def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
     stages = ["--epochs", 3, "--scst_epochs", 2, "--scst_learning_rate", 1e-4]
+    stages += ["--min_learning_rate", 1e-5]
     flags, ends = small_flags(write_photos(tmp_path / "data", 24), encoder_dir), []
     for size in (2, 4, 8):
         state, found = start(*flags, *stages, "--batch_size", size)
