@@ -252,7 +252,6 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             names = near
             break
     stems = {os.path.splitext(name)[0] for name in names}
-    home = os.path.realpath(place or folder)
     counts = Counter(end for stem in stems for end in ends_of(stem))
     for name in names:
         ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
@@ -270,7 +269,7 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             if file.suffix == ".caption" and os.path.isfile(text := file.with_suffix(".txt")):
                 tags.append(text)
             found.older += is_older(file)
-            if os.path.islink(file) and not Path(os.path.realpath(file)).is_relative_to(home):
+            if os.path.islink(file) and leads_out(file, place or folder):
                 found.links.append(file)
             continue
         found.passed.append(f"{folder / name}: no caption beside it")
@@ -309,7 +308,7 @@ def read_own(table: Path, folder: Path) -> Captions:
     """The captions of a table, whose names are relative to its own folder if that is within the
     photos' and has some."""
     found = read_captions(table, folder)
-    found.links += [table] * leads_out(table)
+    found.links += [table] * leads_out(table, table.parent)
     if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
         return found
     place = table.parent.relative_to(folder)
@@ -337,9 +336,8 @@ def ensure_captions(
     place, usual = ", ".join(map(str, sources)), paths.data_dir / "captions.json"
     if not settings.CAPTIONS_FILE:  # splits.json may come from a stranger, too
         given = Path(settings.KARPATHY_FILE or paths.images).expanduser()
-        homes = [os.path.realpath(place) for place in (paths.data_dir, paths.images, given)]
-        real = ((source, Path(os.path.realpath(source))) for source in sources)
-        found.links += [at for at, file in real if not any(map(file.is_relative_to, homes))]
+        homes = paths.data_dir, paths.images, given
+        found.links += [source for source in sources if leads_out(source, *homes)]
     if found.links and not settings.follow_links:
         leads = "lies, or is a link that leads, out of its folder: if you laid it, use"
         raise UserError(f"{found.links[0]} {leads} --follow_links")

@@ -391,10 +391,10 @@ def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
-def leads_out(path: Path) -> bool:
-    """Is it a link out of its folder? In one that came from a stranger, it may lead to any file."""
-    folder = os.path.realpath(path.parent)
-    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(folder)
+def leads_out(path: Path, *homes: Path) -> bool:
+    """Does it lie, links followed, out of all these folders? A stranger's may lead to any file."""
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(os.path.realpath(home)) for home in homes)
 
 
 @contextlib.contextmanager
@@ -439,7 +439,7 @@ def write_changed(path: Path, new: str | bytes) -> None:
     """Write a file of DATA_DIR, if that changes it: where nobody may write, what is there does."""
     new = new.encode() if isinstance(new, str) else new
     if not path.is_file() or path.read_bytes() != new:
-        if leads_out(path):  # what is written holds other people's texts, which a shell may run
+        if leads_out(path, path.parent):  # of texts of others, which a shell might run
             raise UserError(f"{path} would be written, and is a link out of its folder: remove it")
         write_file(path, new, "choose another --data_dir, and give --image_dir, --captions_file")
 

@@ -224,6 +224,8 @@ def small_flags(data: Path, encoder: Path) -> list[str]:
         "epochs": 2,
         "batch_size": 4,
         "learning_rate": 3e-3,
+        "min_learning_rate": 1e-5,
+        "patch_dropout": 0,
         "precision": "fp32",
         "device": "cpu",
         "scst_epochs": 0,
@@ -311,7 +313,6 @@ def write_questions(data: Path) -> Path:
 def joint(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Path:
     """A data folder in which a short training for both tasks has left its checkpoints."""
     more = "--tasks captions,questions --epochs 30 --scst_epochs 2 --dropout 0".split()
-    more += ["--patch_dropout", "0"]
 
     def make(folder: Path) -> None:
         train_small(write_questions(write_photos(folder, 48)), encoder_dir, *more)

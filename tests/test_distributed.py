@@ -29,8 +29,6 @@ FLAGS = [
     3e-3,
     "--dropout",
     0,
-    "--patch_dropout",
-    0,
     "--tasks",
     "captions,questions",
     "--question_weight",  # what is shown is of all processes' tokens, as they weigh

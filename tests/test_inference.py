@@ -151,7 +151,7 @@ def test_text_files_hold_all_texts_and_stay_where_they_are_sent(folder, caption,
     (folder / "a.png.txt").unlink()  # as in a run that was killed between the two
     again = caption(folder, *kind, "skip")
     assert again.returncode == 0 and len((folder / "a.png.txt").read_text().splitlines()) == 1
-    assert b.read_text("utf-8").startswith("café\n") and b.read_bytes().count(b"\n") == 3
+    assert b.read_text("utf-8").startswith("café\na ") and b.read_bytes().count(b"\n") == 3
     before = sorted(folder.rglob("*"))
     out = tmp_path / "out"
     result = caption(folder / "b.PNG", folder / "sub", *kind, "overwrite", "--output", out)

@@ -13,7 +13,8 @@ import torch
 from checkpoint import load_checkpoint, save_for_training
 from tests.conftest import run, small_flags, write_photos
 
-# Two epochs of each stage of three updates, with accumulation, two views and dropout.
+# Two epochs of each stage of three updates, with accumulation, two views and dropout,
+# of patches as well.
 FLAGS = [
     "--epochs",
     2,
@@ -25,6 +26,8 @@ FLAGS = [
     2,
     "--dropout",
     0.1,
+    "--patch_dropout",
+    0.5,
     "--scst_beam_size",
     3,
     "--feature_batch_size",

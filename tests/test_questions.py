@@ -443,8 +443,6 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
             "captions,questions",
             "--dropout",
             0,
-            "--patch_dropout",
-            0,
             "--question_weight",
             weight,
         ]

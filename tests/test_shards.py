@@ -603,8 +603,6 @@ def flags_of(data: Path, encoder_dir: Path, pattern: str, *more: object) -> list
         pattern,
         "--dropout",
         0,
-        "--patch_dropout",
-        0,
         "--split",
         "karpathy",
         "--scored_images",

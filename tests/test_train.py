@@ -101,7 +101,7 @@ def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
 def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
     """Two batches in one update move the weights as their union does."""
     data = write_photos(tmp_path / "data", 24)
-    flags = [*small_flags(data, encoder_dir), "--dropout", "0", "--patch_dropout", "0"]
+    flags = [*small_flags(data, encoder_dir), "--dropout", "0"]
     weights = []
     for sizes in ((8,), (3, 5), (2, 2, 4)):
         state, found = start(*flags)
@@ -698,7 +698,6 @@ def test_a_resumed_run_takes_the_rate_and_decay_that_are_set(tmp_path, encoder_d
 
 def test_a_stage_keeps_its_rates_when_the_batches_change(tmp_path, encoder_dir):
     stages = ["--epochs", 3, "--scst_epochs", 2, "--scst_learning_rate", 1e-4]
-    stages += ["--min_learning_rate", 1e-5]
     flags, ends = small_flags(write_photos(tmp_path / "data", 24), encoder_dir), []
     for size in (2, 4, 8):
         state, found = start(*flags, *stages, "--batch_size", size)
