@@ -22,7 +22,7 @@ from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
-from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
+from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_asked, is_rejected, listed, talk_in, texts_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -71,7 +71,8 @@ TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)
 ENDS = re.compile(r"^\s*(startseq|<start>|<bos>|<s>)\s|\s(endseq|<end>|<eos>|</s>)\s*$")
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
-PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
+PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
+PROMPTS |= dict(suffix="prefix", output="instruction")
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
 NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
@@ -399,6 +400,11 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = {plain_key(key): value for key, value in row.items()}
             if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
                 row["question"] = row.pop("text", None)
+            asking = "query" in row or is_asked(row.get("prompt"))
+            if asking and isinstance(row.get("label"), str):  # as ChartQA and VisualGLM answer
+                row["response"] = row.pop("label")
+            if {"query", "response"} <= {*row}:  # as ms-swift asks
+                row["prompt"] = row.pop("query")
             for answer, prompt in PROMPTS.items():
                 if answer in row and isinstance(asked := row.get(prompt), str):
                     asks = {} if TO_CAPTION.search(asked) else {"question": asked}
@@ -482,7 +488,8 @@ def choose_columns(
     usual, captions, splits = (
         [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
     )
-    if "prompt" in map(PROMPTS.get, keys):  # then it asks for the caption
+    asking = sum(is_asked(row.get("prompt")) for row in sample)
+    if "prompt" in map(PROMPTS.get, keys) or asking > len(sample) / 2:  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
     if usual and all(map(is_same, captions)):  # such as blip_caption, re_caption, sentences_raw

@@ -818,6 +818,21 @@ TWICE[2]["value"] = "Can you describe its colour?"
             ],
             AB,  # a prompt is the caption only where nothing answers it
         ),
+        (
+            [
+                {"img": "1.jpg", "prompt": "描述这张图片。", "label": "A"},  # as VisualGLM has them
+                {"images": ["2.jpg"], "query": "<image>Describe it.", "response": "B"},  # ms-swift
+                {"imgname": "3.jpg", "query": "Find the sum", "label": "14"},  # ChartQA
+                {"image": "4.jpg", "prompt": "What is red?", "answer": "a dog"},
+            ],
+            AB,
+        ),
+        ([{"image": f"{n}.jpg", "prompt": "Is it?", "text": "AB"[n - 1]} for n in (1, 2)], AB),
+        (
+            [{"image": "1.jpg", "prompt": "A? B", "label": 1}] * 2
+            + [{"image": f"{n}.jpg", "prompt": "a b", "label": "fake"} for n in (2, 3, 4)],
+            {"1.jpg": ["A? B"] * 2, "2.jpg": ["a b"], "3.jpg": ["a b"], "4.jpg": ["a b"]},
+        ),
         ([{"Image Path": " 1.jpg", "Caption": "A"}, {"image-path": "2.jpg", "caption": "B"}], AB),
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
