@@ -68,7 +68,10 @@ NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IG
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-ENDS = re.compile(r"^\s*(startseq|<start>|<bos>|<s>)\s|\s(endseq|<end>|<eos>|</s>)\s*$")
+ENDS = re.compile(
+    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
+    re.IGNORECASE,
+)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
 PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")

@@ -1319,11 +1319,12 @@ def test_choices_in_our_own_form_are_what_is_learned(tmp_path):
 
 def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
-    ends = "startseq a dog endseq", "<start> a startseq <end> "  # as Keras' and PyTorch's lessons
+    # As Keras', TensorFlow's and PyTorch's lessons have them.
+    ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert (found["2.jpg"], found["3.jpg"]) == (["a dog"], ["a startseq"])
+    assert (found["2.jpg"], found["3.jpg"]) == (["a dog", "B", "C"], ["a startseq"])
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
