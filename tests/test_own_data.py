@@ -1626,6 +1626,25 @@ CHAT = turns("user", "assistant", "content", "role")
         ("a.json", json.dumps({e["image"]: e | {"image": ""} for e in QUESTIONS})),
         ("a.json", json.dumps([{"id": n, "qas": [ASKED]} for n in (1, 2, 3)])),  # Visual Genome
         ("a.json", json.dumps({"images": [{"filename": n, "qa_pairs": [ASKED]} for n in IDS]})),
+        (  # ViTextVQA, as COCO
+            "a.json",
+            json.dumps(
+                {
+                    "images": [{"id": 9 - n, "filename": f"{n}.jpg"} for n in (1, 2, 3)],
+                    "annotations": [{"id": n, "image_id": 9 - n} | ASKED for n in (1, 2, 3)],
+                }
+            ),
+        ),
+        (  # OpenViVQA; who asks about a photo that isn't told asks about none
+            "a.json",
+            json.dumps(
+                {
+                    "images": {str(9 - n): f"{n}.jpg" for n in (1, 2, 3)},
+                    "annotations": {str(n): {"image_id": 9 - n} | ASKED for n in (1, 2, 3, 8)},
+                }
+            ),
+        ),
+        ("a.json", json.dumps({n: [{k.title(): v for k, v in ASKED.items()}] for n in IDS})),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
