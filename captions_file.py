@@ -319,7 +319,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         """One by pandas' index, or by a photo with captions of a less usual name?"""
         if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
             return isinstance(v, dict)
-        return not texts_of(v) and any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        like = any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        return like and not texts_of(v | {"title": None})
 
     if all(map(is_row, values)):
         return [{"image_id": key} | value for key, value in table.items()]
@@ -495,8 +496,12 @@ def choose_columns(
     if "prompt" in map(PROMPTS.get, keys) or asking > len(sample) / 2:  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
-    if usual and all(map(is_same, captions)):  # such as blip_caption, re_caption, sentences_raw
-        captions += [k for k in keys if LIKE_CAPTIONS.fullmatch(k) and k not in captions]
+    # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
+    like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
+    if usual and all(map(is_same, captions)):
+        captions += like
+    elif captions == ["title"]:
+        captions = [key for key in like if "caption" in key] or captions
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]

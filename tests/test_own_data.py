@@ -891,8 +891,16 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({"columns": ["image", "caption"], "index": [0, 1], "data": [*AB.items()]}, AB),  # pandas
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
+        (
+            [
+                {"title": "me irl", "img_fname": f"{n}.jpg", "img_captions": ["AB"[n - 1]]}
+                for n in (1, 2)  # as MemeCap has them
+            ],
+            AB,
+        ),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
+        ({n: {"title": "x", "blip_caption": AB[n][0]} for n in AB}, AB),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
         (
