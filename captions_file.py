@@ -485,6 +485,9 @@ def choose_columns(
         cells = [str(row[key]) for row in sample if row.get(key)]
         return key not in PLAINLY and len(cells) > 9 and len({*cells}) == 1
 
+    def is_split(said: Any) -> bool:
+        return bool(SPLIT_WORD.fullmatch(str(said).lower()))
+
     def tells_split(key: str) -> bool:
         said = {*map(split_in, {str(row.get(key)) for row in rows})}
         return "train" in said and bool(said & {"val", "test"})
@@ -492,6 +495,7 @@ def choose_columns(
     usual, captions, splits = (
         [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
     )
+    splits += [key for key in keys if all(is_split(row.get(key)) for row in rows)]  # `data set`
     asking = sum(is_asked(row.get("prompt")) for row in sample)
     if "prompt" in map(PROMPTS.get, keys) or asking > len(sample) / 2:  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]

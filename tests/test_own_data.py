@@ -1251,7 +1251,7 @@ def test_what_a_model_wrote_is_not_taken_for_what_people_wrote(tmp_path, place, 
         assert prepared(folder) == {name: [text] for name in names}
 
 
-@pytest.mark.parametrize("column", ["", "split", "subset"])
+@pytest.mark.parametrize("column", ["", "split", "subset", "data set"])
 def test_a_split_without_validation_takes_some_of_training(tmp_path, column, capsys):
     names = [f"train/{n}.jpg" for n in range(8)] + ["test/8.jpg", "test/9.jpg"]
     splits = [os.path.dirname(name) for name in names]
