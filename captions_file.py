@@ -446,7 +446,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         elif isinstance(shown, list):  # as reports have that are about two X-rays
             found.passed.append(f"{where} shows {len(shown)} photos, not one")
-        elif name := found.name_of(where, shown, OBJECT, bare=photo in IDS):
+        elif name := found.name_of(where, shown, OBJECT, isinstance(shown, str) or photo in IDS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
             texts = texts or texts_of(next(filter(None, told), None))
             if texts or not any(map(talk_in, told)):

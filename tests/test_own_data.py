@@ -892,6 +892,10 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
         (
+            [{"image": "x-1", "text": "A"}, {"images": "2", "captions": ["B"]}],
+            {"x-1": ["A"], "2": ["B"]},
+        ),
+        (
             [
                 {"title": "me irl", "img_fname": f"{n}.jpg", "img_captions": ["AB"[n - 1]]}
                 for n in (1, 2)  # as MemeCap has them
