@@ -1932,6 +1932,20 @@ def test_names_that_were_absolute_elsewhere_find_their_photos(tmp_path, root):
     assert list(prepared(data)) == [f"{i:03d}.png" for i in range(4)]
 
 
+def test_a_list_far_down_counts_where_none_is_nearer(tmp_path):
+    places = [f"all_data/{split}/radiology" for split in ("train", "validation", "test")]  # ROCO's
+    names = [f"{place}/images/ROCO_{n}.jpg" for n, place in enumerate(places)]
+    for n, place in enumerate(places):
+        (tmp_path / place / "images").mkdir(parents=True)
+        Image.new("RGB", (70, 70), (n, 0, 0)).save(tmp_path / names[n])
+        (tmp_path / place / "captions.txt").write_text(f"ROCO_{n}\t A, b\n")
+    assert prepared(tmp_path, "--split", "karpathy") == {name: ["A, b"] for name in names}
+    (tmp_path / "captions.json").unlink()
+    nearer = "image,caption\n" + "".join(f"{name},C\n" for name in names)
+    (tmp_path / "all_data/mine.csv").write_text(nearer)
+    assert prepared(tmp_path, "--split", "karpathy") == {name: ["C"] for name in names}
+
+
 def test_metadata_in_sub_folders_is_read(tmp_path):
     data = write_photos(tmp_path / "data", 6)
     (data / "captions.json").unlink()
