@@ -22,7 +22,7 @@ from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
-from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
+from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_asked, is_rejected, listed, talk_in, texts_of
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -68,10 +68,14 @@ NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IG
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-ENDS = re.compile(r"^\s*(startseq|<start>|<bos>|<s>)\s|\s(endseq|<end>|<eos>|</s>)\s*$")
+ENDS = re.compile(
+    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
+    re.IGNORECASE,
+)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
-PROMPTS = dict(suffix="prefix", response="prompt", completion="prompt", output="instruction")
+PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
+PROMPTS |= dict(suffix="prefix", output="instruction")
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
 NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
@@ -315,7 +319,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         """One by pandas' index, or by a photo with captions of a less usual name?"""
         if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
             return isinstance(v, dict)
-        return not texts_of(v) and any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        like = any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        return like and not texts_of(v | {"title": None})
 
     if all(map(is_row, values)):
         return [{"image_id": key} | value for key, value in table.items()]
@@ -399,6 +404,11 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = {plain_key(key): value for key, value in row.items()}
             if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
                 row["question"] = row.pop("text", None)
+            asking = "query" in row or is_asked(row.get("prompt"))
+            if asking and isinstance(row.get("label"), str):  # as ChartQA and VisualGLM answer
+                row["response"] = row.pop("label")
+            if {"query", "response"} <= {*row}:  # as ms-swift asks
+                row["prompt"] = row.pop("query")
             for answer, prompt in PROMPTS.items():
                 if answer in row and isinstance(asked := row.get(prompt), str):
                     asks = {} if TO_CAPTION.search(asked) else {"question": asked}
@@ -436,7 +446,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
             raise UserError(f"{where} names no photo and caption: {OBJECT}")
         elif isinstance(shown, list):  # as reports have that are about two X-rays
             found.passed.append(f"{where} shows {len(shown)} photos, not one")
-        elif name := found.name_of(where, shown, OBJECT, bare=photo in IDS):
+        elif name := found.name_of(where, shown, OBJECT, isinstance(shown, str) or photo in IDS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
             texts = texts or texts_of(next(filter(None, told), None))
             if texts or not any(map(talk_in, told)):
@@ -475,6 +485,9 @@ def choose_columns(
         cells = [str(row[key]) for row in sample if row.get(key)]
         return key not in PLAINLY and len(cells) > 9 and len({*cells}) == 1
 
+    def is_split(said: Any) -> bool:
+        return bool(SPLIT_WORD.fullmatch(str(said).lower()))
+
     def tells_split(key: str) -> bool:
         said = {*map(split_in, {str(row.get(key)) for row in rows})}
         return "train" in said and bool(said & {"val", "test"})
@@ -482,11 +495,17 @@ def choose_columns(
     usual, captions, splits = (
         [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
     )
-    if "prompt" in map(PROMPTS.get, keys):  # then it asks for the caption
+    splits += [key for key in keys if all(is_split(row.get(key)) for row in rows)]  # `data set`
+    asking = sum(is_asked(row.get("prompt")) for row in sample)
+    if "prompt" in map(PROMPTS.get, keys) or asking > len(sample) / 2:  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
-    if usual and all(map(is_same, captions)):  # such as blip_caption, re_caption, sentences_raw
-        captions += [k for k in keys if LIKE_CAPTIONS.fullmatch(k) and k not in captions]
+    # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
+    like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
+    if usual and all(map(is_same, captions)):
+        captions += like
+    elif captions == ["title"]:
+        captions = [key for key in like if "caption" in key] or captions
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]

@@ -49,7 +49,7 @@ from utils import (
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
 TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
-DEPTH = 3  # of folders, in which lists of captions are looked for
+DEPTH = 4  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 KARPATHY_FILES = "dataset_*.json"
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
@@ -191,7 +191,7 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
 
 
 def read_lists(
-    root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any], near: int = DEPTH
+    root: Path, names: Iterable[str], likely: str, read: Callable[[Path], Any], near: int = 3
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What `read` finds in lists, by their names, and why others can't be read; of copies the first
     counts. Only if those with `likely` names hold nothing, the rest are read, as COCO's take

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -141,13 +142,20 @@ def _own(where: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_ids(table: dict[str, Any]) -> Any:
-    """The objects within a JSON object: by their ids or photos, by split, or in the only list of
-    them; our own form stays as it is."""
+    """The objects within a JSON object: by their ids or photos, by split, in the only list of them,
+    or COCO's `annotations` with their `images`; our own form stays as it is."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        images, asked = table["images"], table["annotations"]  # lists, or OpenViVQA's by their ids
+        of = images if isinstance(images, dict) else {str(each["id"]): each for each in images}
+        asked = [*asked.values()] if isinstance(asked, dict) else asked
+        return [q | {"image": of.get(str(q["image_id"])), "image_id": None} for q in asked]
     lists = {key: v for key, v in table.items() if isinstance(v, list) and _are_objects(v)}
     if len(lists) == len(table) and {*table} <= {*SPLITS, *OTHER_SPLITS}:
         return [{"split": split} | each for split, part in lists.items() for each in part]
     if len(lists) == 1 and not any(map(is_photo, lists)):
         return [*lists.values()][0]  # as VQA has it, TextVQA, CLEVR and Visual7W
+    if len(lists) == len(table) and not any("question" in q for v in lists.values() for q in v):
+        return [{"image": k} | q for k, v in lists.items() for q in v]  # EarthVQA: "Question"
     if not _are_objects(table.values()):
         return table
     return [each | ({"image": k} if is_photo(k) else {}) for k, each in table.items()]

@@ -35,6 +35,11 @@ def is_rejected(row: Mapping[str, Any]) -> bool:
     return str(judged).lower() in ("rejected", "reject", "ignore")
 
 
+def is_asked(said: Any) -> bool:
+    """Is it a prompt that asks something, and no caption that a picture was made from?"""
+    return isinstance(said, str) and bool(ASKS.search(said) or TO_CAPTION.search(said))
+
+
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answers in a conversation to who asks for a caption, or the only one, unless it answers a

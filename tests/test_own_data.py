@@ -818,6 +818,21 @@ TWICE[2]["value"] = "Can you describe its colour?"
             ],
             AB,  # a prompt is the caption only where nothing answers it
         ),
+        (
+            [
+                {"img": "1.jpg", "prompt": "描述这张图片。", "label": "A"},  # as VisualGLM has them
+                {"images": ["2.jpg"], "query": "<image>Describe it.", "response": "B"},  # ms-swift
+                {"imgname": "3.jpg", "query": "Find the sum", "label": "14"},  # ChartQA
+                {"image": "4.jpg", "prompt": "What is red?", "answer": "a dog"},
+            ],
+            AB,
+        ),
+        ([{"image": f"{n}.jpg", "prompt": "Is it?", "text": "AB"[n - 1]} for n in (1, 2)], AB),
+        (
+            [{"image": "1.jpg", "prompt": "A? B", "label": 1}] * 2
+            + [{"image": f"{n}.jpg", "prompt": "a b", "label": "fake"} for n in (2, 3, 4)],
+            {"1.jpg": ["A? B"] * 2, "2.jpg": ["a b"], "3.jpg": ["a b"], "4.jpg": ["a b"]},
+        ),
         ([{"Image Path": " 1.jpg", "Caption": "A"}, {"image-path": "2.jpg", "caption": "B"}], AB),
         ({"version": 1, "1.jpg": ["A"], "2.jpg": "B"}, AB),
         ([{"image": "1.HEIC", "text": "X"}, {"image": "1.jpg", "text": "A"}], {"1.jpg": ["A"]}),
@@ -876,8 +891,20 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({"columns": ["image", "caption"], "index": [0, 1], "data": [*AB.items()]}, AB),  # pandas
         ({kind: [{"filename": f"{kind}.jpg", "raw": AB[f"{kind}.jpg"]}] for kind in "12"}, AB),
         ([{"image": "1.jpg", "caption_1": "A", "caption_2": "B"}], {"1.jpg": ["A", "B"]}),
+        (
+            [{"image": "x-1", "text": "A"}, {"images": "2", "captions": ["B"]}],
+            {"x-1": ["A"], "2": ["B"]},
+        ),
+        (
+            [
+                {"title": "me irl", "img_fname": f"{n}.jpg", "img_captions": ["AB"[n - 1]]}
+                for n in (1, 2)  # as MemeCap has them
+            ],
+            AB,
+        ),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
+        ({n: {"title": "x", "blip_caption": AB[n][0]} for n in AB}, AB),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
         (
@@ -1228,7 +1255,7 @@ def test_what_a_model_wrote_is_not_taken_for_what_people_wrote(tmp_path, place, 
         assert prepared(folder) == {name: [text] for name in names}
 
 
-@pytest.mark.parametrize("column", ["", "split", "subset"])
+@pytest.mark.parametrize("column", ["", "split", "subset", "data set"])
 def test_a_split_without_validation_takes_some_of_training(tmp_path, column, capsys):
     names = [f"train/{n}.jpg" for n in range(8)] + ["test/8.jpg", "test/9.jpg"]
     splits = [os.path.dirname(name) for name in names]
@@ -1304,11 +1331,12 @@ def test_choices_in_our_own_form_are_what_is_learned(tmp_path):
 
 def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
-    ends = "startseq a dog endseq", "<start> a startseq <end> "  # as Keras' and PyTorch's lessons
+    # As Keras', TensorFlow's and PyTorch's lessons have them.
+    ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert (found["2.jpg"], found["3.jpg"]) == (["a dog"], ["a startseq"])
+    assert (found["2.jpg"], found["3.jpg"]) == (["a dog", "B", "C"], ["a startseq"])
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
@@ -1610,6 +1638,25 @@ CHAT = turns("user", "assistant", "content", "role")
         ("a.json", json.dumps({e["image"]: e | {"image": ""} for e in QUESTIONS})),
         ("a.json", json.dumps([{"id": n, "qas": [ASKED]} for n in (1, 2, 3)])),  # Visual Genome
         ("a.json", json.dumps({"images": [{"filename": n, "qa_pairs": [ASKED]} for n in IDS]})),
+        (  # ViTextVQA, as COCO
+            "a.json",
+            json.dumps(
+                {
+                    "images": [{"id": 9 - n, "filename": f"{n}.jpg"} for n in (1, 2, 3)],
+                    "annotations": [{"id": n, "image_id": 9 - n} | ASKED for n in (1, 2, 3)],
+                }
+            ),
+        ),
+        (  # OpenViVQA; who asks about a photo that isn't told asks about none
+            "a.json",
+            json.dumps(
+                {
+                    "images": {str(9 - n): f"{n}.jpg" for n in (1, 2, 3)},
+                    "annotations": {str(n): {"image_id": 9 - n} | ASKED for n in (1, 2, 3, 8)},
+                }
+            ),
+        ),
+        ("a.json", json.dumps({n: [{k.title(): v for k, v in ASKED.items()}] for n in IDS})),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
@@ -1883,6 +1930,20 @@ def test_names_that_were_absolute_elsewhere_find_their_photos(tmp_path, root):
     rows = "".join(f"{root}{i:03d}.png,a dog\n" for i in range(4))
     (data / "captions.csv").write_text("image,caption\n" + rows)
     assert list(prepared(data)) == [f"{i:03d}.png" for i in range(4)]
+
+
+def test_a_list_far_down_counts_where_none_is_nearer(tmp_path):
+    places = [f"all_data/{split}/radiology" for split in ("train", "validation", "test")]  # ROCO's
+    names = [f"{place}/images/ROCO_{n}.jpg" for n, place in enumerate(places)]
+    for n, place in enumerate(places):
+        (tmp_path / place / "images").mkdir(parents=True)
+        Image.new("RGB", (70, 70), (n, 0, 0)).save(tmp_path / names[n])
+        (tmp_path / place / "captions.txt").write_text(f"ROCO_{n}\t A, b\n")
+    assert prepared(tmp_path, "--split", "karpathy") == {name: ["A, b"] for name in names}
+    (tmp_path / "captions.json").unlink()
+    nearer = "image,caption\n" + "".join(f"{name},C\n" for name in names)
+    (tmp_path / "all_data/mine.csv").write_text(nearer)
+    assert prepared(tmp_path, "--split", "karpathy") == {name: ["C"] for name in names}
 
 
 def test_metadata_in_sub_folders_is_read(tmp_path):
