@@ -24,6 +24,7 @@ from dataset import (
     encode_rows,
     load_splits,
     load_texts,
+    place_by_name,
     prompts_about,
     references_of,
 )
@@ -166,9 +167,11 @@ def views_to_show(texts: Texts, names: Iterable[str], count: int) -> dict[str, r
 
 
 def first_photos(splits: Splits, most: int) -> Splits:
-    """So many photos in all, of each split its share, and of one that has any at least one."""
+    """So many photos in all, of each split its share, and of one that has any at least one: the
+    first by a hash, as a list may be sorted by what is to be seen."""
     total = max(1, sum(map(len, splits.values())))
-    return {split: names[: -(-most * len(names) // total)] for split, names in splits.items()}
+    parts = {split: sorted(names, key=place_by_name) for split, names in splits.items()}
+    return {split: names[: -(-most * len(names) // total)] for split, names in parts.items()}
 
 
 def say_cut(

@@ -315,7 +315,7 @@ def find_images(
 
 def place_by_name(name: str) -> float:
     """A place from 0 to 1 by a hash, so that photos of a folder are nowhere side by side: the first
-    of a split, which MAX_IMAGES uses and SCORED_IMAGES scores, are of all folders."""
+    by it, which MAX_IMAGES uses, are of all folders."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 

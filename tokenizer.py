@@ -74,6 +74,8 @@ class CaptionTokenizer:
             raise UserError(f"the vocabulary doesn't begin with {', '.join(SPECIAL_TOKENS)}")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise UserError("the vocabulary's ids are not 0, 1, 2 and so on, each once")
+        if alien := [pair for pair in merges if "".join(pair) not in vocab]:  # the library panics
+            raise UserError(f"the merge of {' and '.join(alien[0])} is not in the vocabulary")
         self.vocab, self.merges, self.question_end = vocab, merges, question_end
         self._tokenizer = _byte_level(models.BPE(vocab=vocab, merges=merges))
 

@@ -147,11 +147,12 @@ def update(
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = rate
     names = [name for batch, _ in group for name in batch.names]
+    asked = answers_weight(run, data, group)
     totals = torch.zeros(5, device=run.device)
     for number, (batch, features) in enumerate(group, start=1):
         last = number == len(group)  # with which the gradients of a team are averaged
         with contextlib.nullcontext() if last else run.shared.no_sync():
-            loss, figure, count, weight = run.shared(step_loss, run, data, batch, features)
+            loss, figure, count, weight = run.shared(step_loss, run, data, batch, features, asked)
             loss.backward()
         totals[0] += figure
         totals[1] += count
@@ -236,33 +237,46 @@ def with_features(
 # --- The loss -------------------------------------------------------------------------------
 
 
+def answers_weight(run: Run, data: Data, group: Sequence[tuple[Batch, Tensor]]) -> float:
+    """What a token of an answer weighs in an update: beside a caption's token, or in the
+    self-critical stage so that an answer's mean token counts beside a caption searched."""
+    weight, beams = run.settings.QUESTION_WEIGHT, run.settings.SCST_BEAM_SIZE
+    if not run.self_critical:
+        return weight
+    known = sum(name in data.critic.references for batch, _ in group for name in batch.names)
+    tokens = sum(int(batch.asked.sum()) for batch, _ in group)
+    counts = torch.tensor([beams * known, tokens], dtype=torch.float32)
+    captions, tokens = run.team.all_reduce(counts).clamp(min=1).tolist()
+    return weight * captions / tokens
+
+
 def step_loss(
-    run: Run, data: Data, batch: Batch, features: Tensor
+    run: Run, data: Data, batch: Batch, features: Tensor, asked: float
 ) -> tuple[Tensor, Tensor | float, int, Tensor | int]:
-    """What an update's gradient is of: the loss summed over a batch.
+    """What an update's gradient is of: the loss summed over a batch, in which an answer's token
+    weighs `asked`.
 
     Returns:
         The loss, the figure to show, what that is summed over, and what these weigh in it: nats and
         tokens, or in the self-critical stage CIDEr-D and captions.
     """
-    settings = run.settings
-    features = drop_patches(features, settings.PATCH_DROPOUT)
+    features = drop_patches(features, run.settings.PATCH_DROPOUT)
     if run.self_critical:
-        loss, rewards, count = self_critical_loss(run, data, batch, features)
+        loss, rewards, count = self_critical_loss(run, data, batch, features, asked)
         return loss, rewards, count, count
     if not batch.names:
         return no_loss(run.model), 0.0, 0, 0
     scales = None
-    if len(data.tasks) > 1 and settings.QUESTION_WEIGHT != 1:
-        scales = torch.where(batch.asked, settings.QUESTION_WEIGHT, 1.0)
+    if len(data.tasks) > 1 and asked != 1:
+        scales = torch.where(batch.asked, asked, 1.0)
     with autocast(run.device, run.dtype):
-        loss = run.model.loss(features.float(), batch, settings.LABEL_SMOOTHING, scales)
+        loss = run.model.loss(features.float(), batch, run.settings.LABEL_SMOOTHING, scales)
     count = len(batch.targets)
     return loss, loss.detach(), count, count if scales is None else scales.sum()
 
 
 def self_critical_loss(
-    run: Run, data: Data, batch: Batch, features: Tensor
+    run: Run, data: Data, batch: Batch, features: Tensor, asked: float
 ) -> tuple[Tensor, float, int]:
     """The policy gradient's loss on the model's own beams, their summed rewards, and their number.
 
@@ -276,15 +290,10 @@ def self_critical_loss(
     rows = [beams.ids + own for beams, own in zip(found, answers, strict=True)]
     taught = make_batch(batch.names, rows)
     rewards = [reward for beams in found for reward in beams.rewards]
-    weight = 0.0
-    if "questions" in data.tasks:
-        counts = torch.tensor([len(rewards), taught.asked.sum()], dtype=torch.float32)
-        captions, tokens = run.team.all_reduce(counts).clamp(min=1).tolist()
-        weight = run.settings.QUESTION_WEIGHT * captions / tokens
     if not len(taught.targets):
         return no_loss(run.model), 0.0, 0
     # An advantage times -log p has the policy's gradient; the beams' stand in their own order.
-    scales = torch.full([len(taught.targets)], weight)
+    scales = torch.full([len(taught.targets)], asked)
     scales[~taught.asked] = torch.tensor([scale for beams in found for scale in beams.scales])
     taught, scales = taught.to(run.device), scales.to(run.device)
     with autocast(run.device, run.dtype):  # anew: weights as the search cast them take no gradient

@@ -275,6 +275,7 @@ ODD = [
     ("feature_width", None),
     ("merges", [["zz", "qq"]]),
     ("merges", [[1, 2, 3]]),
+    ("merges", [["<answer>", "<answer>"]]),  # longer than all tokens, of which the library panics
     ("vocab", SPECIAL),
     ("vocab", {"a": "b"}),
     ("tokenizer", "[" * 100_000),

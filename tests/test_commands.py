@@ -269,8 +269,11 @@ def test_a_setting_that_somebody_added_is_a_flag_and_may_stand_in_a_preset(monke
 def test_the_first_photos_are_of_each_split_its_share():
     splits = {"train": list("abcdefghijklmnop"), "val": list("qr"), "test": list("st")}
     few = first_photos(splits, 5)
-    assert few == {"train": ["a", "b", "c", "d"], "val": ["q"], "test": ["s"]}
-    assert first_photos(splits, 1000) == splits
+    assert {split: len(names) for split, names in few.items()} == {"train": 4, "val": 1, "test": 1}
+    assert {split: sorted(names) for split, names in first_photos(splits, 1000).items()} == splits
+    classes = [f"{kind}{i}.jpg" for kind in "abcd" for i in range(100)]  # a list that is sorted
+    some, more = (first_photos({"train": classes}, most)["train"] for most in (20, 30))
+    assert {name[0] for name in some} == {*"abcd"} and {*some} < {*more}
     with pytest.raises(UserError, match=r"'val' can be read: .*another --train_split_ratio"):
         check_splits(commands.train([]), splits | {"val": []}, "can be read")
 

@@ -466,5 +466,5 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
         assert not train.update(state, found, [alone]).bad
         found.tasks = ("questions",)
         plain = state.model.loss(feature.float(), alone[0], 0.1).item()
-        loss, *_ = train.step_loss(state, found, *alone)
+        loss, *_ = train.step_loss(state, found, *alone, weight)
         assert loss.item() == pytest.approx(plain, rel=1e-3)

@@ -98,10 +98,15 @@ def test_the_encoder_is_untouched_by_training(tmp_path, trained, encoder_dir):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
+@pytest.mark.parametrize("critical", [False, True])
+def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys, critical):
     """Two batches in one update move the weights as their union does."""
-    data = write_photos(tmp_path / "data", 24)
-    flags = [*small_flags(data, encoder_dir), "--dropout", "0"]
+    data = write_questions(write_photos(tmp_path / "data", 24))
+    asked = json.loads((data / "questions.json").read_text())
+    few = {name: asked[name] for name in sorted(asked)[::3]}  # batches have some, or none
+    (data / "questions.json").write_text(json.dumps(few))
+    flags = [*small_flags(data, encoder_dir), "--dropout", "0", "--tasks", "captions,questions"]
+    flags += ["--epochs", "0", "--scst_epochs", "1"] * critical
     weights = []
     for sizes in ((8,), (3, 5), (2, 2, 4)):
         state, found = start(*flags)
@@ -113,12 +118,13 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys):
             first += size
         done = train.update(state, found, group)
         loss = (done.totals[0] / done.totals[1]).item()
-        weights.append([loss, *(p.detach().clone() for p in state.model.parameters())])
+        moved = [p.detach().clone() for p in state.model.parameters()]
+        weights.append([loss, done.norm.item(), *moved])
     state.settings.GRADIENT_ACCUMULATION_STEPS = 3
     assert len([*train.batch_groups(state, found)]) == state.updates_per_epoch(rows) == 2
     for other in weights[1:]:
-        assert other[0] == pytest.approx(weights[0][0], rel=1e-5)
-        for one, two in zip(weights[0][1:], other[1:], strict=True):
+        assert other[:2] == pytest.approx(weights[0][:2], rel=1e-4)
+        for one, two in zip(weights[0][2:], other[2:], strict=True):
             torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
 
 
@@ -356,7 +362,8 @@ def test_the_self_critical_gradient_is_the_plain_policy_gradient(tmp_path, encod
     state, data = start(*small_flags(photos, encoder_dir), *flags, "--tasks", tasks)
     ((batch, features),) = first_batches(state, data, 1)
     state.model.eval()
-    loss, summed, count = train.self_critical_loss(state, data, batch, features)
+    weight = train.answers_weight(state, data, [(batch, features)])
+    loss, summed, count = train.self_critical_loss(state, data, batch, features, weight)
     gradients = torch.autograd.grad(loss, list(state.model.parameters()))
 
     plain, total, captions = 0.0, 0.0, 0
