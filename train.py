@@ -241,7 +241,7 @@ def answers_weight(run: Run, data: Data, group: Sequence[tuple[Batch, Tensor]]) 
     """What a token of an answer weighs in an update: beside a caption's token, or in the
     self-critical stage so that an answer's mean token counts beside a caption searched."""
     weight, beams = run.settings.QUESTION_WEIGHT, run.settings.SCST_BEAM_SIZE
-    if not run.self_critical:
+    if not run.self_critical or "questions" not in data.tasks:
         return weight
     known = sum(name in data.critic.references for batch, _ in group for name in batch.names)
     tokens = sum(int(batch.asked.sum()) for batch, _ in group)
