@@ -11,8 +11,10 @@ This file stands beside the weights in a repository, with copies of `pictures.py
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import threading
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from .rerank import Reranker, layout
 
 require_version("transformers>=4.57", "Run pip install -U transformers")
 logger = transformers.utils.logging.get_logger(__name__)
+# Before 5.2, threads that ask for hidden layers get one another's photos (its issue #42673).
+ENCODING = threading.Lock() if transformers.__version__ < "5.2" else contextlib.nullcontext()
 MODEL_TYPE = "vision_captioner"
 # What reaches the repository of an encoder that has one of its own, too.
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "token"}
@@ -201,7 +205,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             raise ValueError('no photo: give pixel_values, or to a pipeline (photo, text="")')
         deep = list(self.config.layers) != [-1]
         call = self.config.tower["call"]  # where it sees photos of another size
-        output = self.tower(pixel_values=pixel_values, output_hidden_states=deep, **call)
+        with ENCODING:
+            output = self.tower(pixel_values=pixel_values, output_hidden_states=deep, **call)
         last, hidden = output.last_hidden_state, output.hidden_states
         features = [last if i == -1 else hidden[i] for i in self.config.layers]
         return torch.cat(features, dim=-1)

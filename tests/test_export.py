@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -583,6 +585,28 @@ def test_the_cache_is_heeded_whatever_a_version_calls_it(folder, joint, name, mo
         cache = cache if name else {"past_key_values": step.past_key_values}
     whole = model(input_ids=tokens, memory=memory)
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1])
+
+
+def test_threads_get_their_own_photos_features_of_old_versions_too(folder, tmp_path, monkeypatch):
+    """Those wrapped the layers in each call, so that two at once took each other's."""
+    shutil.copytree(folder, tmp_path / "captioner_of_old")
+    monkeypatch.setattr("transformers.__version__", "5.1.0")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "captioner_of_old", trust_remote_code=True
+    )
+    inside, most = [], []
+
+    def enter(*_: object) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.1)
+
+    model.tower.register_forward_pre_hook(enter)
+    model.tower.register_forward_hook(lambda *_: inside.pop() and None)
+    size = model.tower.config.image_size
+    with ThreadPoolExecutor(3) as threads, torch.no_grad():
+        list(threads.map(model.features, torch.rand(3, 1, 3, size, size)))
+    assert most == [1, 1, 1]
 
 
 def test_weights_that_another_version_names_otherwise_are_no_random_ones(folder, tmp_path):
