@@ -173,7 +173,7 @@ def test_a_tracker_that_dies_changes_nothing(tracked, tmp_path, encoder_dir):
     data = write_photos(tmp_path / "data", 24)
     flags = [*small_flags(data, encoder_dir), *FLAGS]
     result = run("-c", KILL_THE_TRACKER, *flags, **nobody(tmp_path))
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout.count("tracking: stopped") == 1
     assert "wandb sync" in result.stdout
