@@ -218,7 +218,7 @@ class Report(contextlib.AbstractContextManager):
         loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
         if loss:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
-        if path != loss and "val_cider" in entry:
+        if path == run.file_of("val_cider", entry):
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         for answers in run.bests("val_accuracy")[-1:]:
             right = f"{answers['val_accuracy']:.1f} % right"
