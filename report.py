@@ -223,8 +223,7 @@ class Report(contextlib.AbstractContextManager):
         for answers in run.bests("val_accuracy")[-1:]:
             right = f"{answers['val_accuracy']:.1f} % right"
             print(f"best answers ({right}): {run.file_of('val_accuracy', answers)}")
-        splits = self.data.splits
-        name = (splits["test"] or splits["val"])[0]
+        name = self.data.splits["val"][0]  # which was read; of those to test none was
         photo, question = self.data.paths.images / name, self._question([name])
         flags = ["--image_path", photo, "--checkpoint", path]
         flags += ["--question", question] if question else []
