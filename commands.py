@@ -62,6 +62,7 @@ WITHOUT_EFFECT = (
     (SEARCH, "without captions", lambda s: "captions" in s.TASKS),
     (CRITICAL, "with --train_shards", lambda s: not s.TRAIN_SHARDS),
     ("preset", "with --demo", lambda s: not s.demo),
+    ("image_dir captions_file archive", "with --val_shards", lambda s: not s.VAL_SHARDS),
     ("karpathy_file", "with --split ratio", lambda s: s.SPLIT != "ratio"),
     ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),

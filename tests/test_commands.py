@@ -108,6 +108,7 @@ NOTES = [
     ("train --train_shards a.tar --rerank 0.1", "--rerank", "with --train_shards"),
     ("train --vocab_size 9 --vocab_file v --merges_file m", "--vocab_size", "--vocab_file"),
     ("train --split ratio --karpathy_file k.json", "--karpathy_file", "with --split ratio"),
+    ("train --val_shards a.tar --captions_file c.json", "--captions_file", "with --val_shards"),
     ("train --demo --preset small", "--preset", "--demo"),
     ("train --scst_epochs 0 --scst_beam_size 3", "--scst_beam_size", "--scst_epochs 0"),
     (
