@@ -122,9 +122,10 @@ class Report(contextlib.AbstractContextManager):
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         begun = settings.START_CHECKPOINT or run.progress.epoch >= run.epochs
         if 0 < updates < FEW_UPDATES and not begun:
+            lower = ", or lower --batch_size" * (settings.BATCH_SIZE > 1)
             print(
                 f"few       only {updates} updates: what it writes will be poor "
-                '("a man is a the a"); raise --num_epochs, or lower --batch_size'
+                f'("a man is a the a"); raise --num_epochs{lower}'
             )
         if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:
             print(f"small     --preset small is meant for fewer than {FEW_PHOTOS:,} photos")
