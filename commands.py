@@ -49,6 +49,7 @@ def resumes(settings: Any) -> bool:
 WITHOUT_EFFECT = (
     ("temperature top_k top_p seed", "without --sample", lambda s: s.sample),
     ("groups diversity", "with --sample", lambda s: not s.sample),
+    ("length_penalty rerank", "with --beam_size 1", lambda s: s.beam_size != 1),
     ("diversity", "without --groups", lambda s: (s.groups or 1) > 1),
     ("existing", "without --write", lambda s: s.write),
     ("prefix suffix batch_size", "with --attention", lambda s: not s.attention),

@@ -98,6 +98,8 @@ NOTES = [
     ("inference a.jpg --checkpoint x --attention b.png --prefix p", "--prefix", "--attention"),
     ("evaluate --checkpoint x --questions_file q.json", "--questions_file", "without questions"),
     ("evaluate --checkpoint x --task questions --questions_file q.json", "", ""),
+    ("evaluate --checkpoint x --beam_size 1 --rerank 1", "--rerank", "with --beam_size 1"),
+    ("evaluate --checkpoint x --beam_size 2 --rerank 1", "", ""),
     ("evaluate --checkpoint x --diversity 1 --groups 2 --beam_size 2", "", ""),
     ("tools.export --checkpoint x --encoder e", "--encoder", "--with-encoder"),
     ("train --questions_file q.json", "--questions_file", "without questions"),
