@@ -49,6 +49,7 @@ def resumes(settings: Any) -> bool:
 WITHOUT_EFFECT = (
     ("temperature top_k top_p seed", "without --sample", lambda s: s.sample),
     ("groups diversity", "with --sample", lambda s: not s.sample),
+    ("length_penalty rerank", "with --beam_size 1", lambda s: s.beam_size != 1),
     ("diversity", "without --groups", lambda s: (s.groups or 1) > 1),
     ("existing", "without --write", lambda s: s.write),
     ("prefix suffix batch_size", "with --attention", lambda s: not s.attention),
@@ -62,6 +63,7 @@ WITHOUT_EFFECT = (
     (SEARCH, "without captions", lambda s: "captions" in s.TASKS),
     (CRITICAL, "with --train_shards", lambda s: not s.TRAIN_SHARDS),
     ("preset", "with --demo", lambda s: not s.demo),
+    ("image_dir captions_file archive", "with --val_shards", lambda s: not s.VAL_SHARDS),
     ("karpathy_file", "with --split ratio", lambda s: s.SPLIT != "ratio"),
     ("train_split_ratio", "without --split ratio", lambda s: s.SPLIT == "ratio"),
     ("keep_shard_features shuffle_buffer", "without --train_shards", lambda s: s.TRAIN_SHARDS),

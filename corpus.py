@@ -148,9 +148,8 @@ def load_data(
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE, longest)
     if train.count(settings.BATCH_SIZE) < settings.MIN_STEPS:
         settings.BATCH_SIZE = fewer = max(1, len(train) // settings.MIN_STEPS)
-        print(
-            f"batch     {fewer} photos, so that an epoch has {settings.MIN_STEPS} steps (MIN_STEPS)"
-        )
+        steps, least = train.count(fewer), settings.MIN_STEPS
+        print(f"batch     {fewer} photos, so that an epoch has {steps} steps (MIN_STEPS = {least})")
     tower = encoder.for_others(weights=False)
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
 

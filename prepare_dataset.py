@@ -362,7 +362,9 @@ def prepare(settings: SimpleNamespace) -> DataPaths:
             correct = "correct --karpathy_file (or use --split ratio) or --vqa_..."
             raise UserError(f"{file} is not there: {correct}")
     with sole_preparer(paths.data_dir):
-        if settings.VAL_SHARDS:
+        if settings.VAL_SHARDS:  # never among photos and captions of one's own elsewhere
+            inside = {"IMAGE_DIR": None, "CAPTIONS_FILE": None}
+            paths = data_paths(SimpleNamespace(**vars(settings) | inside))
             unpack_shards(settings.VAL_SHARDS, paths, settings.MAX_BAD_IMAGES)
             return paths
         if settings.DATASET != "custom" or settings.archive:

@@ -122,9 +122,10 @@ class Report(contextlib.AbstractContextManager):
         updates = run.updates_per_epoch(data.train) * settings.NUM_EPOCHS
         begun = settings.START_CHECKPOINT or run.progress.epoch >= run.epochs
         if 0 < updates < FEW_UPDATES and not begun:
+            lower = ", or lower --batch_size" * (settings.BATCH_SIZE > 1)
             print(
                 f"few       only {updates} updates: what it writes will be poor "
-                '("a man is a the a"); raise --num_epochs, or lower --batch_size'
+                f'("a man is a the a"); raise --num_epochs{lower}'
             )
         if len(data.train) < FEW_PHOTOS and run.model.config.width > 256:
             print(f"small     --preset small is meant for fewer than {FEW_PHOTOS:,} photos")
@@ -218,13 +219,12 @@ class Report(contextlib.AbstractContextManager):
         loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
         if loss:
             print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
-        if path != loss and "val_cider" in entry:
+        if path == run.file_of("val_cider", entry):
             print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
         for answers in run.bests("val_accuracy")[-1:]:
             right = f"{answers['val_accuracy']:.1f} % right"
             print(f"best answers ({right}): {run.file_of('val_accuracy', answers)}")
-        splits = self.data.splits
-        name = (splits["test"] or splits["val"])[0]
+        name = self.data.splits["val"][0]  # which was read; of those to test none was
         photo, question = self.data.paths.images / name, self._question([name])
         flags = ["--image_path", photo, "--checkpoint", path]
         flags += ["--question", question] if question else []

@@ -98,6 +98,8 @@ NOTES = [
     ("inference a.jpg --checkpoint x --attention b.png --prefix p", "--prefix", "--attention"),
     ("evaluate --checkpoint x --questions_file q.json", "--questions_file", "without questions"),
     ("evaluate --checkpoint x --task questions --questions_file q.json", "", ""),
+    ("evaluate --checkpoint x --beam_size 1 --rerank 1", "--rerank", "with --beam_size 1"),
+    ("evaluate --checkpoint x --beam_size 2 --rerank 1", "", ""),
     ("evaluate --checkpoint x --diversity 1 --groups 2 --beam_size 2", "", ""),
     ("tools.export --checkpoint x --encoder e", "--encoder", "--with-encoder"),
     ("train --questions_file q.json", "--questions_file", "without questions"),
@@ -108,6 +110,7 @@ NOTES = [
     ("train --train_shards a.tar --rerank 0.1", "--rerank", "with --train_shards"),
     ("train --vocab_size 9 --vocab_file v --merges_file m", "--vocab_size", "--vocab_file"),
     ("train --split ratio --karpathy_file k.json", "--karpathy_file", "with --split ratio"),
+    ("train --val_shards a.tar --captions_file c.json", "--captions_file", "with --val_shards"),
     ("train --demo --preset small", "--preset", "--demo"),
     ("train --scst_epochs 0 --scst_beam_size 3", "--scst_beam_size", "--scst_epochs 0"),
     (
@@ -278,13 +281,20 @@ def test_the_first_photos_are_of_each_split_its_share():
         check_splits(commands.train([]), splits | {"val": []}, "can be read")
 
 
-def test_a_first_try_trains_on_few_and_says_that_it_is_little(photos, encoder_dir):
-    flags = ["--max_images", 10, "--epochs", 1, "--min_steps", 3]
+@pytest.mark.parametrize(
+    ("least", "batch", "steps", "more"), [(3, 2, 4, ", or lower --batch_size"), (64, 1, 7, "")]
+)
+def test_a_first_try_trains_on_few_and_says_that_it_is_little(
+    photos, encoder_dir, least, batch, steps, more
+):
+    flags = ["--max_images", 10, "--epochs", 1, "--min_steps", least]
     result = run("train.py", *small_flags(photos, encoder_dir), *flags)
     assert result.returncode == 0, result.stderr
     assert "data      7 photos with 14 captions to train on, 3 to validate" in result.stdout
-    assert "batch     2 photos, so that an epoch has 3 steps (MIN_STEPS)" in result.stdout
-    assert "only 4 updates: what it writes will be poor" in result.stdout
+    said = f"{batch} photos, so that an epoch has {steps} steps (MIN_STEPS = {least})\n"
+    assert f"batch     {said}" in result.stdout
+    assert f"only {steps} updates: what it writes will be poor" in result.stdout
+    assert f"raise --num_epochs{more}\n" in result.stdout
     assert "of 3 photos hardly tell which epoch is best (a lower --train_split" in result.stdout
 
 

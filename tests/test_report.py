@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,3 +209,26 @@ def test_a_command_names_a_script_that_is_found_from_where_one_is(tmp_path, monk
     assert beside("train.py") == "train.py"
     monkeypatch.chdir(tmp_path)
     assert Path(beside("train.py")) == REPO / "train.py"
+
+
+def test_the_best_answers_are_not_named_as_the_best_captions(joint, encoder_dir, tmp_path):
+    for name in ("last.pt", "captioner_best_accuracy.safetensors"):  # and no best captions
+        shutil.copy(joint / name, tmp_path)
+    more = "--tasks captions,questions --epochs 30 --scst_epochs 2 --dropout 0".split()
+    more += ["--output_dir", tmp_path, "--resume_checkpoint_path", tmp_path / "last.pt"]
+    result = run("train.py", *small_flags(joint, encoder_dir), *more)
+    assert result.returncode == 0 and "nothing to train" in result.stdout, result.stderr
+    assert f"% right): {tmp_path / 'captioner_best_accuracy.safetensors'}" in result.stdout
+    assert "best captions" not in result.stdout
+
+
+def test_the_command_in_the_end_is_about_a_photo_that_was_read(trained, encoder_dir, tmp_path):
+    data = shutil.copytree(trained, tmp_path / "data")
+    for name in json.loads((data / "splits.json").read_text())["test"]:
+        (data / "images" / name).write_bytes(b"no photo")
+    resume = ["--resume_checkpoint_path", data / "last.pt"]
+    result = run("train.py", *small_flags(data, encoder_dir), *resume)
+    assert result.returncode == 0 and "nothing to train" in result.stdout, result.stderr
+    *_, command = result.stdout.strip().splitlines()
+    caption = run(*shlex.split(command)[1:], "--encoder", encoder_dir)
+    assert caption.returncode == 0 and caption.stdout, caption.stderr

@@ -783,6 +783,19 @@ def test_tars_may_hold_photos_to_score_a_trained_model_on(tmp_path, capsys):
     assert shards_to_train(commands.train(words.split())) == [f"{tmp_path}/t.tar"]
 
 
+def test_tars_that_validate_are_not_unpacked_among_files_of_ones_own(tmp_path):
+    pattern, own, photos = write_shards(tmp_path, [3]), tmp_path / "own.json", tmp_path / "photos"
+    own.write_text('{"a.png": ["my own caption"]}')
+    photos.mkdir()
+    flags = ["--data_dir", f"{tmp_path}/data", "--val_shards", pattern, "--image_dir", f"{photos}"]
+    flags += ["--captions_file", f"{own}"]
+    for _ in range(2):  # the second time the tar is newer
+        assert prepare_dataset.main(flags) == 0
+        assert len(load_captions(tmp_path / "data" / "captions.json")) == 3
+        os.utime(tmp_path / "00000.tar", (time.time() + 60,) * 2)
+    assert "my own caption" in own.read_text() and not [*photos.iterdir()]
+
+
 def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):
     paths = data_paths(commands.train(["--data_dir", str(tmp_path / "data")]))
     pattern, path = write_shards(tmp_path, [3]), tmp_path / "00000.tar"
