@@ -33,7 +33,7 @@ from captions_file import (
     merged,
     read_captions,
 )
-from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
+from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
 from photo_names import ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
 from utils import (
@@ -232,9 +232,9 @@ def lists_in(root: Path, names: Sequence[str] = ()) -> list[str]:
 
 
 def are_alike(files: Iterable[str]) -> bool:
-    """Are files, at least one, called alike but for a split, or the number of a part?"""
-    called = map(os.path.basename, files)
-    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", name)) for name in called}) == 1
+    """Are files, at least one, called alike but for a split and numbers, other than a version's?"""
+    called = {SPLIT_WORD.sub("", apart(os.path.basename(name))) for name in files}
+    return len({re.sub(r"(?<![^a-z]v)(?<!\d)\d+", "", name) for name in called}) == 1
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------

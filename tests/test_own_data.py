@@ -409,10 +409,27 @@ def test_files_that_share_photos_are_no_splits(tmp_path):
         check(lay_out(tmp_path, files, SIX))
 
 
-def test_parts_by_number_are_one_list(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"),
+        ("shard-000000.jsonl", "shard-000001.jsonl"),
+        ("part1/captions_csv.jsonl", "part2/captions_csv2.jsonl"),
+        ("train_20170902.jsonl", "validation_20170910.jsonl"),
+        ("CaptionsTrain.jsonl", "CaptionsTest.jsonl"),
+        ("captions_v1.jsonl", "captions_v2.jsonl"),
+    ],
+)
+def test_parts_by_number_or_split_are_one_list(tmp_path, names):
     lines = [json.dumps({"image": n, "caption": text}) for n, text in PAIRS]
-    files = {f"a-0000{n}-of-00002.jsonl": lines[2 * n] for n in (0, 1)}
-    assert prepared(lay_out(tmp_path, files)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    folder = lay_out(tmp_path, {name: lines[2 * n] for n, name in enumerate(names)})
+    if "v1" in names[0]:
+        with pytest.raises(UserError, match=r"one of .*v1\.jsonl, .*v2\.jsonl\?"):
+            prepared(folder)
+    else:
+        assert prepared(folder) == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
 
 
 def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path):
