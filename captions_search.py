@@ -305,15 +305,17 @@ def read_nested(folder: Path) -> Captions:
 
 
 def read_own(table: Path, folder: Path) -> Captions:
-    """The captions of a table, whose names are relative to its own folder if that is within the
-    photos' and has some."""
+    """The captions of a table, whose names are those of the photos in its own folder if that is
+    within the photos' and has some."""
     found = read_captions(table, folder)
     found.links += [table] * leads_out(table, table.parent)
-    if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
+    if folder not in table.parent.parents or not (there := photos_in(table.parent)):
         return found
-    place = table.parent.relative_to(folder)
-    texts = {str(place / name): said for name, said in found.texts.items()}
-    splits = {str(place / name): split for name, split in found.splits.items()}
+    place, real = table.parent.relative_to(folder), find_names(found.texts, there)
+    own = {name: str(place / real.get(name, name)) for name in found.texts}
+    own |= {name: name for name in own if name not in real and os.path.isfile(folder / name)}
+    texts = {own[name]: said for name, said in found.texts.items()}
+    splits = {own[name]: split for name, split in found.splits.items()}
     return replace(found, texts=texts, splits=splits)
 
 

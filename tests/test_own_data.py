@@ -1963,6 +1963,27 @@ def test_a_list_far_down_counts_where_none_is_nearer(tmp_path):
     assert prepared(tmp_path, "--split", "karpathy") == {name: ["C"] for name in names}
 
 
+def test_names_of_a_list_are_looked_for_below_its_own_folder(tmp_path):
+    names = {f"{split}/images/{n}.jpg": f"{split} {n}" for split in ("train", "val") for n in "123"}
+    missing = "val/images/4.jpg"  # which is not the one to train on
+    lay_out(tmp_path, {}, [*names, "train/images/4.jpg"])
+    for file in [*(tmp_path / "images").iterdir()]:
+        file.rename(tmp_path / file.name)
+    (tmp_path / "images").rmdir()
+    for split in ("train", "val"):
+        said = {**names, missing: "val 4"}
+        rows = [f"{Path(n).name},{said[n]}\n" for n in said if n.startswith(split)]
+        (tmp_path / split / "captions.csv").write_text("image,caption\n" + "".join(rows))
+    found = prepared(tmp_path, "--split", "karpathy")
+    assert found == {**{n: [text] for n, text in names.items()}, "val/4.jpg": ["val 4"]}
+
+
+def test_a_list_in_one_folder_may_name_photos_of_others(tmp_path):
+    folder = lay_out(tmp_path, {}, ["a/1.jpg", "b/2.jpg"])
+    (folder / "images/a/list.csv").write_text("image,caption\na/1.jpg,A\nb/2.jpg,B\n")
+    assert prepared(folder) == {"a/1.jpg": ["A"], "b/2.jpg": ["B"]}
+
+
 def test_metadata_in_sub_folders_is_read(tmp_path):
     data = write_photos(tmp_path / "data", 6)
     (data / "captions.json").unlink()
