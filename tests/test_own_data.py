@@ -552,6 +552,8 @@ def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
         ("a b.zip", "--archive '.*a b.zip'"),
         ("a b.tar.gz", "tar -xf '.*a b.tar.gz' -C "),
         ("1.tar 2.tar", "2 tars are unpacked by for f in "),  # each into a folder of its own
+        ("1.tar 1.parquet 2.tar", "2 tars are unpacked by for f in "),  # img2dataset's
+        ("1.zip 2.zip", "2 zips are unpacked by find "),
     ],
 )
 def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
