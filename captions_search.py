@@ -116,7 +116,15 @@ def read_again(paths: DataPaths, sources: Iterable[Path]) -> Captions:
             parts[""] = read_folder(place)
         else:
             parts[place_of(place, paths.data_dir)] = read_texts_beside(paths.images, place)
-    return merged(next(iter(parts.values())).form, parts)
+    return joined(parts, paths.images)
+
+
+def joined(parts: Mapping[str, Captions], folder: Path) -> Captions:
+    """The captions of one place, or of several, of which each may lack the others' texts."""
+    found = merged(next(iter(parts.values())).form + ", in parts" * (len(parts) > 1), parts)
+    elsewhere = {without_text(folder / name) for name in found.texts}
+    found.passed = [line for line in dict.fromkeys(found.passed) if line not in elsewhere]
+    return found
 
 
 def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
@@ -125,8 +133,7 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     places = [paths.data_dir / name for name in others]
     photos = [name for found in others.values() for name in found.texts]
     if are_alike(others) and len(photos) == len({*photos}):  # one, or parts of one
-        form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
-        return places, merged(form, others)
+        return places, joined(others, paths.images)
     seen = f" ({refused[0]})" if refused else ""
     if paths.questions.is_file() and not others:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
@@ -272,12 +279,16 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             if os.path.islink(file) and leads_out(file, place or folder):
                 found.links.append(file)
             continue
-        found.passed.append(f"{folder / name}: no caption beside it")
+        found.passed.append(without_text(folder / name))
     if tags:
         said = f"{len(tags):,} texts beside a .caption, which counts before them, first: {tags[0]}"
         found.passed.insert(0, said)
     found.drop_nothing(place or folder)
     return found
+
+
+def without_text(photo: Path) -> str:
+    return f"{photo}: no caption beside it"
 
 
 def _lines(file: Path) -> list[str]:

@@ -1532,6 +1532,19 @@ def test_photos_behind_many_texts_are_found(tmp_path):
     assert paths_in(tmp_path).images == tmp_path
 
 
+def test_a_text_in_one_of_several_folders_is_not_missed_in_the_others(tmp_path, capsys):
+    folder = lay_out(tmp_path, {}, [f"{n}.jpg" for n in range(5)])
+    for n in range(4):
+        place = folder / "captions" / ("train", "val")[n % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n}.txt").write_text(f"Number {n}")
+    for number in ("Number", "No."):  # again after a change, too
+        (folder / "captions/val/3.txt").write_text(f"{number} 3")
+        assert prepared(folder)["3.jpg"] == [f"{number} 3"]
+        said = [line for line in capsys.readouterr().out.split("\n") if "beside it" in line]
+        assert said == [f"  passed over: {folder}/images/4.jpg: no caption beside it"]
+
+
 def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
     folder = lay_out(tmp_path, {}, ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.jpg"])
     (folder / "texts").mkdir()
