@@ -90,6 +90,9 @@ def find_captions(
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
+        if late := late_parts(paths.data_dir, made_of.split("\n"), usual.stat().st_mtime):
+            remedy = f"rm {shlex.quote(str(usual))} has all read"
+            print(f"{usual} was made before {', '.join(late)} came: {remedy}")
         return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
         if others:
@@ -242,6 +245,14 @@ def are_alike(files: Iterable[str]) -> bool:
     """Are files, at least one, called alike but for a split and numbers, other than a version's?"""
     called = {SPLIT_WORD.sub("", apart(os.path.basename(name))) for name in files}
     return len({re.sub(r"(?<![^a-z]v)(?<!\d)\d+", "", name) for name in called}) == 1
+
+
+def late_parts(root: Path, made_of: Sequence[str], made: float) -> list[str]:
+    """Lists that came later beside those that captions were `made_of`, and are called alike."""
+    parts = {root / name for name in made_of if Path(name).name not in TABLES}
+    beside = {file for part in parts if part.is_file() for file in part.parent.iterdir()}
+    late = sorted(str(f) for f in beside - parts if may_list(f) and f.stat().st_ctime > made)
+    return [name for name in late if are_alike([*made_of, name])]
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------

@@ -955,6 +955,19 @@ def test_json_lines_in_a_file_of_another_name(tmp_path):
     assert read_captions(tmp_path / "table.json").texts == {"1.jpg": ["A"], "42": ["B"]}
 
 
+def test_a_part_that_comes_later_is_said_until_it_is_read(tmp_path, capsys):
+    folder = lay_out(tmp_path / "a b", {"train.jsonl": lines_of("train")}, SIX)
+    (folder / "test.csv").write_text("image\n" + "\n".join(n for n in SIX if OF[n] == "test"))
+    assert len(prepared(folder)) == len(prepared(folder)) == 4
+    assert "came" not in capsys.readouterr().out  # of what holds no captions
+    (folder / "val.jsonl").write_text(lines_of("val"))
+    assert len(prepared(folder)) == 4
+    [remedy] = re.findall(r"made before \S.*/val\.jsonl came: (rm .*) has", capsys.readouterr().out)
+    assert os.system(remedy) == 0
+    assert len(prepared(folder, "--split", "karpathy")) == len(prepared(folder)) == 5
+    assert "came" not in capsys.readouterr().out
+
+
 def test_two_tables_are_said(tmp_path, capsys):
     table = rows("image,caption", "{},{}")
     folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
