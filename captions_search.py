@@ -197,6 +197,8 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
         with contextlib.suppress(UserError):
             if file.stem not in ends and find_names(read_own(file, paths.images).texts, there):
                 unasked.append(f"{file}?")
+    if unasked[1:]:  # one alone would leave out the others' photos
+        unasked = [", ".join([*unasked, "or several, each renamed like captions_train.txt"])]
     return found, [*unasked, *refused.values(), *foreign]
 
 

@@ -447,7 +447,7 @@ def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path)
     with pytest.raises(UserError, match=r"'1\.jpg' is wanted.*'a/1\.jpg' and more of that name"):
         check(folder)
     folder = lay_out(tmp_path / "c", {"captions.csv": "foto,caption\n1,A\n"})
-    with pytest.raises(UserError, match="none is known to name photos: call it image"):
+    with pytest.raises(UserError, match="to name photos: call it image.* or name another file"):
         check(folder)
 
 
@@ -1578,6 +1578,10 @@ def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
         ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
         ({"some.txt": TOKENS, "names.txt": "1.jpg"}, "(.*/some.txt?)"),
+        (
+            {"train.txt": "1.jpg\tA", "val.txt": "2.jpg\tA"},
+            "(.*/train.txt., .*/val.txt., or several",
+        ),
         ({"x.xls": "PK\3\4"}, "(.*x.xls is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
