@@ -34,7 +34,7 @@ from captions_file import (
     read_captions,
 )
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
-from photo_names import ends_of, find_names, is_photo, match_names, photos_in
+from photo_names import are_meant, ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
 from utils import (
     UserError,
@@ -100,8 +100,10 @@ def find_captions(
             print(f"captions are read from {table}, {told}")
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
-    for file in (*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))):
-        if in_karpathys_form(file, CAPTION_KEY) and (found := read_captions(file)).texts:
+    files = [*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))]
+    files = [file for file in files if in_karpathys_form(file, CAPTION_KEY)]
+    for file in files if given or len(files) == 1 else ():  # or else it shows which are meant
+        if (found := read_captions(file)).texts:
             return [file], found
     if (found := read_folder(paths.images)).texts:
         return [paths.images], found
@@ -192,6 +194,10 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
     lists = [name for name in lists_in(root, names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
     found = {name: captions for name, captions in texts.items() if captions.texts} | lists
+    if here := {name for name in found if len(found) > 1 and are_meant(found[name].texts, there)}:
+        for name in sorted(found.keys() - here):
+            print(f"{root / name} is passed over: its photos are not in {paths.images}")
+            del found[name]
     unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
     for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
         with contextlib.suppress(UserError):

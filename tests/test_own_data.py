@@ -2016,6 +2016,38 @@ def test_a_list_in_one_folder_may_name_photos_of_others(tmp_path):
     assert prepared(folder) == {"a/1.jpg": ["A"], "b/2.jpg": ["B"]}
 
 
+def karpathy_of(names: list[str]) -> str:
+    images = [
+        {"filename": n, "split": OF.get(n, "train"), "sentences": [{"raw": "A"}]} for n in names
+    ]
+    return json.dumps({"images": images})
+
+
+@pytest.mark.parametrize("place", ["dataset_{}.json", "caption_datasets/dataset_{}.json"])
+def test_of_several_lists_those_of_photos_that_are_there_count(tmp_path, place, capsys):
+    """As caption_datasets.zip has Karpathy's three, whose numbers may be alike by chance."""
+    photos = [*SIX, *(f"{n}.jpg" for n in range(7, 121))]
+    coco = karpathy_of([f"COCO_val2014_{n:012d}.jpg" for n in range(120, 1000)])
+    lists = {"coco": coco, "flickr30k": karpathy_of(photos), "flickr8k": karpathy_of(["x.jpg"])}
+    (tmp_path / "caption_datasets").mkdir()
+    folder = lay_out(tmp_path, {place.format(name): text for name, text in lists.items()}, photos)
+    assert prepared(folder, "--split", "karpathy") == dict.fromkeys(photos, ["A"])
+    assert capsys.readouterr().out.count("is passed over: its photos are not in") == 2
+    (folder / "captions.json").unlink()
+    (folder / place.format("flickr8k")).write_text(karpathy_of(["4.jpg", "x.jpg"]))
+    with pytest.raises(UserError, match="one of .*flickr30k.json, .*flickr8k.json"):
+        prepared(folder)
+
+
+def test_lists_of_photos_of_one_name_in_several_folders_are_candidates(tmp_path):
+    there = {"train": SIX, "val": SIX[:2]}
+    lists = {f"{split}.csv": "".join(f"{n},A\n" for n in names) for split, names in there.items()}
+    photos = [f"{split}/{n}" for split, names in there.items() for n in names]
+    folder = lay_out(tmp_path, lists, photos)
+    with pytest.raises(UserError, match=r"one of .*train\.csv, .*val\.csv\?"):
+        prepared(folder)
+
+
 def test_metadata_in_sub_folders_is_read(tmp_path):
     data = write_photos(tmp_path / "data", 6)
     (data / "captions.json").unlink()
