@@ -175,13 +175,17 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
     root, there = paths.data_dir, photos_in(paths.images)
     ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
     names = names_in(root)
-    folders = set()
-    for name in names:
-        parts = os.path.splitext(name)[0].split("/")
-        depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
-        if depths and name.endswith(TEXT_SUFFIXES):
-            folders.add("/".join(parts[: depths[0]]))
-    texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+
+    def read_folders(*ends_of_texts: str) -> dict[str, Captions]:
+        folders = set()
+        for name in names:
+            parts = os.path.splitext(name)[0].split("/")
+            depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
+            if depths and name.endswith(ends_of_texts):
+                folders.add("/".join(parts[: depths[0]]))
+        texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+        return {name: captions for name, captions in texts.items() if captions.texts}
+
     foreign = []
 
     def read(file: Path) -> Captions | None:
@@ -193,7 +197,7 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
 
     lists = [name for name in lists_in(root, names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
-    found = {name: captions for name, captions in texts.items() if captions.texts} | lists
+    found = read_folders(*TEXT_SUFFIXES) | lists or read_folders(".json")
     if here := {name for name in found if len(found) > 1 and are_meant(found[name].texts, there)}:
         for name in sorted(found.keys() - here):
             print(f"{root / name} is passed over: its photos are not in {paths.images}")
@@ -485,8 +489,8 @@ def state_of(source: Path, begun: float = math.inf) -> str:
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet", *(() if objects else (".json",)))
     objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
-    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     if any(state.st_ctime > begun for state in states.values()):

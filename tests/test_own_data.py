@@ -1517,6 +1517,19 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
     assert prepared(folder)["a/2.jpg"] == ["A cat"]
 
 
+def test_objects_in_a_folder_of_their_own_are_found_where_no_list_is(tmp_path):
+    folder = lay_out(tmp_path, {}, ["1.jpg", "2.jpg"])
+    (folder / "annotations").mkdir()
+    for text in ("A dog", "An old dog"):  # and read again when they change
+        for n in (1, 2):
+            said = {"image": f"{n}.jpg", "caption": f"{text} {n}"}
+            (folder / f"annotations/{n}.json").write_text(json.dumps(said))
+        assert prepared(folder) == {"1.jpg": [f"{text} 1"], "2.jpg": [f"{text} 2"]}
+    (folder / "captions.json").unlink()
+    (folder / "list.csv").write_text("image,caption\n1.jpg,A list's\n2.jpg,A list's\n")
+    assert prepared(folder) == {"1.jpg": ["A list's"], "2.jpg": ["A list's"]}
+
+
 @pytest.mark.parametrize(
     ("photos", "texts", "without"),
     [
