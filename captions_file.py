@@ -555,7 +555,8 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         raise UserError(
             f"{table.rows[0][0]}: of the columns {', '.join(filter(None, table.names))} none is "
             f"known to name {what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and "
-            "begin with a row like image,caption, or like photo.jpg,A caption"
+            "begin with a row like image,caption, or like photo.jpg,A caption; or name another "
+            "file, or a folder of texts, with --captions_file"
         )
     found = _read_rows(table, photos[0], captions, split, bare=not begun)
     if not found.texts:

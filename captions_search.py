@@ -33,8 +33,8 @@ from captions_file import (
     merged,
     read_captions,
 )
-from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, converted_file, place_of
-from photo_names import ends_of, find_names, is_photo, match_names, photos_in
+from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
+from photo_names import are_meant, ends_of, find_names, is_photo, match_names, photos_in
 from texts import CAPTION_KEYS, texts_of
 from utils import (
     UserError,
@@ -90,6 +90,9 @@ def find_captions(
             print(f"{table} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
+        if late := late_parts(paths.data_dir, made_of.split("\n"), usual.stat().st_mtime):
+            remedy = f"rm {shlex.quote(str(usual))} has all read"
+            print(f"{usual} was made before {', '.join(late)} came: {remedy}")
         return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
         if others:
@@ -97,8 +100,10 @@ def find_captions(
             print(f"captions are read from {table}, {told}")
         return [table], read_captions(table, paths.images)
     given = [Path(settings.KARPATHY_FILE).expanduser()] if settings.KARPATHY_FILE else []
-    for file in (*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))):
-        if in_karpathys_form(file, CAPTION_KEY) and (found := read_captions(file)).texts:
+    files = [*given, *sorted(paths.data_dir.glob(KARPATHY_FILES))]
+    files = [file for file in files if in_karpathys_form(file, CAPTION_KEY)]
+    for file in files if given or len(files) == 1 else ():  # or else it shows which are meant
+        if (found := read_captions(file)).texts:
             return [file], found
     if (found := read_folder(paths.images)).texts:
         return [paths.images], found
@@ -116,7 +121,15 @@ def read_again(paths: DataPaths, sources: Iterable[Path]) -> Captions:
             parts[""] = read_folder(place)
         else:
             parts[place_of(place, paths.data_dir)] = read_texts_beside(paths.images, place)
-    return merged(next(iter(parts.values())).form, parts)
+    return joined(parts, paths.images)
+
+
+def joined(parts: Mapping[str, Captions], folder: Path) -> Captions:
+    """The captions of one place, or of several, of which each may lack the others' texts."""
+    found = merged(next(iter(parts.values())).form + ", in parts" * (len(parts) > 1), parts)
+    elsewhere = {without_text(folder / name) for name in found.texts}
+    found.passed = [line for line in dict.fromkeys(found.passed) if line not in elsewhere]
+    return found
 
 
 def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
@@ -125,8 +138,7 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     places = [paths.data_dir / name for name in others]
     photos = [name for found in others.values() for name in found.texts]
     if are_alike(others) and len(photos) == len({*photos}):  # one, or parts of one
-        form = next(iter(others.values())).form + ", in parts" * (len(others) > 1)
-        return places, merged(form, others)
+        return places, joined(others, paths.images)
     seen = f" ({refused[0]})" if refused else ""
     if paths.questions.is_file() and not others:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
@@ -163,13 +175,17 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
     root, there = paths.data_dir, photos_in(paths.images)
     ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
     names = names_in(root)
-    folders = set()
-    for name in names:
-        parts = os.path.splitext(name)[0].split("/")
-        depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
-        if depths and name.endswith(TEXT_SUFFIXES):
-            folders.add("/".join(parts[: depths[0]]))
-    texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+
+    def read_folders(*ends_of_texts: str) -> dict[str, Captions]:
+        folders = set()
+        for name in names:
+            parts = os.path.splitext(name)[0].split("/")
+            depths = [n for n in range(1, DEPTH + 1) if "/".join(parts[n:]) in ends]
+            if depths and name.endswith(ends_of_texts):
+                folders.add("/".join(parts[: depths[0]]))
+        texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
+        return {name: captions for name, captions in texts.items() if captions.texts}
+
     foreign = []
 
     def read(file: Path) -> Captions | None:
@@ -181,12 +197,18 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
 
     lists = [name for name in lists_in(root, names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
-    found = {name: captions for name, captions in texts.items() if captions.texts} | lists
+    found = read_folders(*TEXT_SUFFIXES) | lists or read_folders(".json")
+    if here := {name for name in found if len(found) > 1 and are_meant(found[name].texts, there)}:
+        for name in sorted(found.keys() - here):
+            print(f"{root / name} is passed over: its photos are not in {paths.images}")
+            del found[name]
     unasked = []  # other texts, of which lists of labels and of splits look alike, are only named
     for file in () if found else (root / n for n in names if re.fullmatch(r"[^/]+\.txt", n)):
         with contextlib.suppress(UserError):
             if file.stem not in ends and find_names(read_own(file, paths.images).texts, there):
                 unasked.append(f"{file}?")
+    if unasked[1:]:  # one alone would leave out the others' photos
+        unasked = [", ".join([*unasked, "or several, each renamed like captions_train.txt"])]
     return found, [*unasked, *refused.values(), *foreign]
 
 
@@ -232,9 +254,17 @@ def lists_in(root: Path, names: Sequence[str] = ()) -> list[str]:
 
 
 def are_alike(files: Iterable[str]) -> bool:
-    """Are files, at least one, called alike but for a split, or the number of a part?"""
-    called = map(os.path.basename, files)
-    return len({re.sub(r"\d{5}", "", SPLIT_WORD.sub("", name)) for name in called}) == 1
+    """Are files, at least one, called alike but for a split and numbers, other than a version's?"""
+    called = {SPLIT_WORD.sub("", apart(os.path.basename(name))) for name in files}
+    return len({re.sub(r"(?<![^a-z]v)(?<!\d)\d+", "", name) for name in called}) == 1
+
+
+def late_parts(root: Path, made_of: Sequence[str], made: float) -> list[str]:
+    """Lists that came later beside those that captions were `made_of`, and are called alike."""
+    parts = {root / name for name in made_of if Path(name).name not in TABLES}
+    beside = {file for part in parts if part.is_file() for file in part.parent.iterdir()}
+    late = sorted(str(f) for f in beside - parts if may_list(f) and f.stat().st_ctime > made)
+    return [name for name in late if are_alike([*made_of, name])]
 
 
 # --- Texts beside photos, and metadata in their folders --------------------------------------
@@ -272,12 +302,16 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
             if os.path.islink(file) and leads_out(file, place or folder):
                 found.links.append(file)
             continue
-        found.passed.append(f"{folder / name}: no caption beside it")
+        found.passed.append(without_text(folder / name))
     if tags:
         said = f"{len(tags):,} texts beside a .caption, which counts before them, first: {tags[0]}"
         found.passed.insert(0, said)
     found.drop_nothing(place or folder)
     return found
+
+
+def without_text(photo: Path) -> str:
+    return f"{photo}: no caption beside it"
 
 
 def _lines(file: Path) -> list[str]:
@@ -305,15 +339,17 @@ def read_nested(folder: Path) -> Captions:
 
 
 def read_own(table: Path, folder: Path) -> Captions:
-    """The captions of a table, whose names are relative to its own folder if that is within the
-    photos' and has some."""
+    """The captions of a table, whose names are those of the photos in its own folder if that is
+    within the photos' and has some."""
     found = read_captions(table, folder)
     found.links += [table] * leads_out(table, table.parent)
-    if folder not in table.parents or not any(map(is_photo, files_in(table.parent))):
+    if folder not in table.parent.parents or not (there := photos_in(table.parent)):
         return found
-    place = table.parent.relative_to(folder)
-    texts = {str(place / name): said for name, said in found.texts.items()}
-    splits = {str(place / name): split for name, split in found.splits.items()}
+    place, real = table.parent.relative_to(folder), find_names(found.texts, there)
+    own = {name: str(place / real.get(name, name)) for name in found.texts}
+    own |= {name: name for name in own if name not in real and os.path.isfile(folder / name)}
+    texts = {own[name]: said for name, said in found.texts.items()}
+    splits = {own[name]: split for name, split in found.splits.items()}
     return replace(found, texts=texts, splits=splits)
 
 
@@ -453,8 +489,8 @@ def state_of(source: Path, begun: float = math.inf) -> str:
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet", *(() if objects else (".json",)))
     objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
-    ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet")
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     if any(state.st_ctime > begun for state in states.values()):

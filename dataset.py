@@ -395,8 +395,13 @@ def _lists_in(folder: Path) -> Splits:
 def split_in(text: object) -> str:
     """The split that a word in a text names, the last one, as in `train2017/`, `x_val.csv` or
     `valImages`."""
-    words = SPLIT_WORD.findall(re.sub("(?<=[a-z])(?=[A-Z])", " ", str(text)).lower())
+    words = SPLIT_WORD.findall(apart(str(text)))
     return OTHER_SPLITS.get(words[-1], words[-1]) if words else ""
+
+
+def apart(text: str) -> str:
+    """In lower case, words apart: `valImages` is `val images`."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", " ", text).lower()
 
 
 def split_by_own(

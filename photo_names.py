@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -127,6 +127,14 @@ def by_last_part(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
     """Which of the photos there the names mean by their last part alone, as far as no other name
     and no other photo has the same: {name: photo}."""
     return _alike(wanted, there, _last_part)
+
+
+def are_meant(wanted: Collection[str], there: Collection[str]) -> bool:
+    """May the names be of the photos there, or of some of one name, and by more than chance, by
+    which COCO's numbers are some of Flickr30k's?"""
+    least, parts = min(len(wanted), len(there)) / 100, {*map(_last_part, there)}
+    alike = sum(_last_part(name) in parts for name in wanted)
+    return alike > least or len(find_names(wanted, there)) > least
 
 
 # --- How names may be alike -------------------------------------------------------------------

@@ -243,7 +243,8 @@ def unpack_parquet(paths: DataPaths) -> bool:
     if not begun and (paths.captions.exists() or paths.images.is_dir()):
         return paths.images.is_dir()  # before folders of many photos are looked through
     there = sorted(paths.data_dir / name for name in files_in(paths.data_dir))
-    files = [file for file in there if file.suffix == ".parquet"] or [
+    # Beside a tar of its name it is img2dataset's, of what the tar holds.
+    files = [f for f in there if f.suffix == ".parquet" and not f.with_suffix(".tar").exists()] or [
         file for file in there if file.suffix == ".arrow" and "cache-" not in file.name
     ]
     sizes = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
@@ -396,15 +397,20 @@ def no_photos(paths: DataPaths) -> str:
     if paths.images.is_symlink() and not paths.images.exists():
         leads = f"{paths.images} is a link to {os.readlink(paths.images)}, which is not there"
         return f"{leads}: ln -sfn /the/whole/path/of/photos {shlex.quote(str(paths.images))}"
-    if file := max(paths.data_dir.rglob("*.zip"), key=os.path.getsize, default=None):
-        return f"{said}; {file} is unpacked by --archive {shlex.quote(str(file))}"
-    root, files = shlex.quote(str(paths.data_dir)), sorted(paths.data_dir.glob("*.t[ag][rz]*"))
-    if len(files) > 1:  # whose photos may have the same names
+    root, zips = shlex.quote(str(paths.data_dir)), sorted(paths.data_dir.rglob("*.zip"))
+    tars = sorted(paths.data_dir.glob("*.t[ag][rz]*"))
+    if len(zips) == 1:
+        return f"{said}; {zips[0]} is unpacked by --archive {shlex.quote(str(zips[0]))}"
+    if zips:  # of which one may hold the captions, as COCO's do
+        each = 'unzip -qn "$f" -d "${f%.zip}"'
+        unpack = f"find {root} -name '*.zip' | while read -r f; do {each}; done"
+        return f"{said}; {len(zips)} zips are unpacked by {unpack}"
+    if len(tars) > 1:  # whose photos may have the same names
         each = 'd="${f%.t*}"; mkdir -p "$d"; tar -xf "$f" -C "$d"'
         unpack = f"for f in {root}/*.t[ag][rz]*; do {each}; done"
-        return f"{said}; {len(files)} tars are unpacked by {unpack} (or use --train_shards)"
-    if files:
-        return f"{said}; {files[0]} is unpacked by tar -xf {shlex.quote(str(files[0]))} -C {root}"
+        return f"{said}; {len(tars)} tars are unpacked by {unpack} (or use --train_shards)"
+    if tars:
+        return f"{said}; {tars[0]} is unpacked by tar -xf {shlex.quote(str(tars[0]))} -C {root}"
     return said
 
 

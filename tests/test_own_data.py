@@ -409,10 +409,27 @@ def test_files_that_share_photos_are_no_splits(tmp_path):
         check(lay_out(tmp_path, files, SIX))
 
 
-def test_parts_by_number_are_one_list(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"),
+        ("shard-000000.jsonl", "shard-000001.jsonl"),
+        ("part1/captions_csv.jsonl", "part2/captions_csv2.jsonl"),
+        ("train_20170902.jsonl", "validation_20170910.jsonl"),
+        ("CaptionsTrain.jsonl", "CaptionsTest.jsonl"),
+        ("captions_v1.jsonl", "captions_v2.jsonl"),
+    ],
+)
+def test_parts_by_number_or_split_are_one_list(tmp_path, names):
     lines = [json.dumps({"image": n, "caption": text}) for n, text in PAIRS]
-    files = {f"a-0000{n}-of-00002.jsonl": lines[2 * n] for n in (0, 1)}
-    assert prepared(lay_out(tmp_path, files)) == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    folder = lay_out(tmp_path, {name: lines[2 * n] for n, name in enumerate(names)})
+    if "v1" in names[0]:
+        with pytest.raises(UserError, match=r"one of .*v1\.jsonl, .*v2\.jsonl\?"):
+            prepared(folder)
+    else:
+        assert prepared(folder) == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
 
 
 def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path):
@@ -430,7 +447,7 @@ def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path)
     with pytest.raises(UserError, match=r"'1\.jpg' is wanted.*'a/1\.jpg' and more of that name"):
         check(folder)
     folder = lay_out(tmp_path / "c", {"captions.csv": "foto,caption\n1,A\n"})
-    with pytest.raises(UserError, match="none is known to name photos: call it image"):
+    with pytest.raises(UserError, match="to name photos: call it image.* or name another file"):
         check(folder)
 
 
@@ -535,6 +552,8 @@ def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
         ("a b.zip", "--archive '.*a b.zip'"),
         ("a b.tar.gz", "tar -xf '.*a b.tar.gz' -C "),
         ("1.tar 2.tar", "2 tars are unpacked by for f in "),  # each into a folder of its own
+        ("1.tar 1.parquet 2.tar", "2 tars are unpacked by for f in "),  # img2dataset's
+        ("1.zip 2.zip", "2 zips are unpacked by find "),
     ],
 )
 def test_what_lies_there_in_place_of_photos_is_named(tmp_path, name, says):
@@ -934,6 +953,19 @@ def test_json_of_other_people(tmp_path, table, expected):
 def test_json_lines_in_a_file_of_another_name(tmp_path):
     (tmp_path / "table.json").write_text("\n".join(json.dumps(row) for row in ROWS))
     assert read_captions(tmp_path / "table.json").texts == {"1.jpg": ["A"], "42": ["B"]}
+
+
+def test_a_part_that_comes_later_is_said_until_it_is_read(tmp_path, capsys):
+    folder = lay_out(tmp_path / "a b", {"train.jsonl": lines_of("train")}, SIX)
+    (folder / "test.csv").write_text("image\n" + "\n".join(n for n in SIX if OF[n] == "test"))
+    assert len(prepared(folder)) == len(prepared(folder)) == 4
+    assert "came" not in capsys.readouterr().out  # of what holds no captions
+    (folder / "val.jsonl").write_text(lines_of("val"))
+    assert len(prepared(folder)) == 4
+    [remedy] = re.findall(r"made before \S.*/val\.jsonl came: (rm .*) has", capsys.readouterr().out)
+    assert os.system(remedy) == 0
+    assert len(prepared(folder, "--split", "karpathy")) == len(prepared(folder)) == 5
+    assert "came" not in capsys.readouterr().out
 
 
 def test_two_tables_are_said(tmp_path, capsys):
@@ -1485,6 +1517,19 @@ def test_a_folder_of_texts_or_of_objects_is_found(tmp_path, capsys):
     assert prepared(folder)["a/2.jpg"] == ["A cat"]
 
 
+def test_objects_in_a_folder_of_their_own_are_found_where_no_list_is(tmp_path):
+    folder = lay_out(tmp_path, {}, ["1.jpg", "2.jpg"])
+    (folder / "annotations").mkdir()
+    for text in ("A dog", "An old dog"):  # and read again when they change
+        for n in (1, 2):
+            said = {"image": f"{n}.jpg", "caption": f"{text} {n}"}
+            (folder / f"annotations/{n}.json").write_text(json.dumps(said))
+        assert prepared(folder) == {"1.jpg": [f"{text} 1"], "2.jpg": [f"{text} 2"]}
+    (folder / "captions.json").unlink()
+    (folder / "list.csv").write_text("image,caption\n1.jpg,A list's\n2.jpg,A list's\n")
+    assert prepared(folder) == {"1.jpg": ["A list's"], "2.jpg": ["A list's"]}
+
+
 @pytest.mark.parametrize(
     ("photos", "texts", "without"),
     [
@@ -1513,6 +1558,19 @@ def test_photos_behind_many_texts_are_found(tmp_path):
     assert paths_in(tmp_path).images == tmp_path
 
 
+def test_a_text_in_one_of_several_folders_is_not_missed_in_the_others(tmp_path, capsys):
+    folder = lay_out(tmp_path, {}, [f"{n}.jpg" for n in range(5)])
+    for n in range(4):
+        place = folder / "captions" / ("train", "val")[n % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n}.txt").write_text(f"Number {n}")
+    for number in ("Number", "No."):  # again after a change, too
+        (folder / "captions/val/3.txt").write_text(f"{number} 3")
+        assert prepared(folder)["3.jpg"] == [f"{number} 3"]
+        said = [line for line in capsys.readouterr().out.split("\n") if "beside it" in line]
+        assert said == [f"  passed over: {folder}/images/4.jpg: no caption beside it"]
+
+
 def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
     folder = lay_out(tmp_path, {}, ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/3.jpg"])
     (folder / "texts").mkdir()
@@ -1533,6 +1591,10 @@ def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
         ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
         ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
         ({"some.txt": TOKENS, "names.txt": "1.jpg"}, "(.*/some.txt?)"),
+        (
+            {"train.txt": "1.jpg\tA", "val.txt": "2.jpg\tA"},
+            "(.*/train.txt., .*/val.txt., or several",
+        ),
         ({"x.xls": "PK\3\4"}, "(.*x.xls is a zip or a spreadsheet"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
@@ -1944,6 +2006,59 @@ def test_a_list_far_down_counts_where_none_is_nearer(tmp_path):
     nearer = "image,caption\n" + "".join(f"{name},C\n" for name in names)
     (tmp_path / "all_data/mine.csv").write_text(nearer)
     assert prepared(tmp_path, "--split", "karpathy") == {name: ["C"] for name in names}
+
+
+def test_names_of_a_list_are_looked_for_below_its_own_folder(tmp_path):
+    names = {f"{split}/images/{n}.jpg": f"{split} {n}" for split in ("train", "val") for n in "123"}
+    missing = "val/images/4.jpg"  # which is not the one to train on
+    lay_out(tmp_path, {}, [*names, "train/images/4.jpg"])
+    for file in [*(tmp_path / "images").iterdir()]:
+        file.rename(tmp_path / file.name)
+    (tmp_path / "images").rmdir()
+    for split in ("train", "val"):
+        said = {**names, missing: "val 4"}
+        rows = [f"{Path(n).name},{said[n]}\n" for n in said if n.startswith(split)]
+        (tmp_path / split / "captions.csv").write_text("image,caption\n" + "".join(rows))
+    found = prepared(tmp_path, "--split", "karpathy")
+    assert found == {**{n: [text] for n, text in names.items()}, "val/4.jpg": ["val 4"]}
+
+
+def test_a_list_in_one_folder_may_name_photos_of_others(tmp_path):
+    folder = lay_out(tmp_path, {}, ["a/1.jpg", "b/2.jpg"])
+    (folder / "images/a/list.csv").write_text("image,caption\na/1.jpg,A\nb/2.jpg,B\n")
+    assert prepared(folder) == {"a/1.jpg": ["A"], "b/2.jpg": ["B"]}
+
+
+def karpathy_of(names: list[str]) -> str:
+    images = [
+        {"filename": n, "split": OF.get(n, "train"), "sentences": [{"raw": "A"}]} for n in names
+    ]
+    return json.dumps({"images": images})
+
+
+@pytest.mark.parametrize("place", ["dataset_{}.json", "caption_datasets/dataset_{}.json"])
+def test_of_several_lists_those_of_photos_that_are_there_count(tmp_path, place, capsys):
+    """As caption_datasets.zip has Karpathy's three, whose numbers may be alike by chance."""
+    photos = [*SIX, *(f"{n}.jpg" for n in range(7, 121))]
+    coco = karpathy_of([f"COCO_val2014_{n:012d}.jpg" for n in range(120, 1000)])
+    lists = {"coco": coco, "flickr30k": karpathy_of(photos), "flickr8k": karpathy_of(["x.jpg"])}
+    (tmp_path / "caption_datasets").mkdir()
+    folder = lay_out(tmp_path, {place.format(name): text for name, text in lists.items()}, photos)
+    assert prepared(folder, "--split", "karpathy") == dict.fromkeys(photos, ["A"])
+    assert capsys.readouterr().out.count("is passed over: its photos are not in") == 2
+    (folder / "captions.json").unlink()
+    (folder / place.format("flickr8k")).write_text(karpathy_of(["4.jpg", "x.jpg"]))
+    with pytest.raises(UserError, match="one of .*flickr30k.json, .*flickr8k.json"):
+        prepared(folder)
+
+
+def test_lists_of_photos_of_one_name_in_several_folders_are_candidates(tmp_path):
+    there = {"train": SIX, "val": SIX[:2]}
+    lists = {f"{split}.csv": "".join(f"{n},A\n" for n in names) for split, names in there.items()}
+    photos = [f"{split}/{n}" for split, names in there.items() for n in names]
+    folder = lay_out(tmp_path, lists, photos)
+    with pytest.raises(UserError, match=r"one of .*train\.csv, .*val\.csv\?"):
+        prepared(folder)
 
 
 def test_metadata_in_sub_folders_is_read(tmp_path):
