@@ -20,7 +20,7 @@ from archive import check_unpacked
 from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, unescaped
 from dataset import split_in
 from photo_names import is_photo, plain_name
-from questions_file import ANSWERS, ASKED, questions_in, read_entry
+from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
 from tables import MOST_MEMORY, opened_parquet, plain_key
 from tars import MOST_BYTES
 from texts import CAPTION_KEYS, TO_CAPTION, texts_of
@@ -129,7 +129,7 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     rows = [*itertools.islice(_rows(file, schema, read, texts), SAMPLE)] if texts else []
     found, captions, _ = choose_columns([*kinds], rows)
     captions = caption_columns(texts, [name for name in captions if name in texts])
-    asked = [name for name in kinds if name in ASKED]
+    asked = [name for name in kinds if name in ASKED or LETTERED.fullmatch(name)]
     asks = [str(row.get("question")) for row in rows]
     if not captions and rows and all(TO_CAPTION.search(ask) and "?" not in ask for ask in asks):
         captions, asked = [name for name in ANSWERS if name in kinds][:1], []

@@ -107,6 +107,12 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
             "Question": ["Which?"] * 3,
             "answers": [[{"answer": "red", "answer_id": 1}], [], [{"answer": " ", "answer_id": 2}]],
         },
+        {  # MMBench
+            "question": ["Which?", "", "How?"],
+            "A": ["blue", "x", "x"],
+            "B": ["red", "x", "x"],
+            "answer": ["B", "A", ""],
+        },
     ],
 )
 def test_questions_beside_photos_are_unpacked(tmp_path, said):
