@@ -139,7 +139,7 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
         addresses = [real[key] for key in texts if any("://" in str(row[key]) for row in rows)]
         how = _how_to_fetch(file, addresses, [real[key] for key in captions])
         raise UserError(f"{has}, and {how}")
-    if not (captions or "question" in kinds):
+    if not (captions or {"question", "questions"} & {*kinds}):
         raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]

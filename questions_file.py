@@ -23,7 +23,7 @@ from utils import UserError, brief, read_json, uncollected, write_file
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options", "choice")
 KINDS = ("type", "question_type", "answer_type")
-ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
+ASKED = ("question", "questions", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 Questions = dict[str, list[dict[str, Any]]]  # about each photo, as questions.json has them
@@ -171,8 +171,12 @@ def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("question") or "prefix" in row:
         return [row] if row.get("question") else []
     lists = [value for value in row.values() if isinstance(value, list) and _are_objects(value)]
+    asked, said = row.get("questions"), row.get("answers")
+    if isinstance(asked, list) and isinstance(said, list) and len(asked) == len(said):
+        lists.append([{"question": q, "answer": a} for q, a in zip(asked, said, strict=True)])
+        row = row | {"answers": None}
     for asked in lists:
-        if all(each.get("question") for each in asked):
+        if any(each.get("question") for each in asked):
             return [row | each for each in asked]
     talk = next(filter(None, (talk_in(row.get(key)) for key in TALKS)), [])
     told = [(_asked(asked), answer) for asked, answer in talk]
@@ -215,11 +219,11 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     several = next(filter(None, lists), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
     answer = next((each for each in own if as_text(each) != "" and each is not several), "")
-    kind = next(filter(None, map(entry.get, KINDS)), "")
+    kinds = texts_of(next(filter(None, map(entry.get, KINDS)), ""))  # InfographicVQA's are lists
     lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
     choices = next(filter(None, map(entry.get, CHOICES)), lettered)
     found = {"question": _asked(entry.get("question")), "answer": _chosen(answer, choices)}
-    found |= {"answers": answers, "type": kind}
+    found |= {"answers": answers, "type": ", ".join(map(as_text, kinds))}
     return found | {"answer": read_question(where, found, answered).target}
 
 

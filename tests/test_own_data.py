@@ -1657,6 +1657,10 @@ CHAT = turns("user", "assistant", "content", "role")
             ),
         ),
         ("a.json", json.dumps({n: [{k.title(): v for k, v in ASKED.items()}] for n in IDS})),
+        (
+            "a.json",
+            json.dumps([{"image": n, "questions": ["Which?"], "answers": ["red"]} for n in IDS]),
+        ),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
@@ -1701,6 +1705,7 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
                 {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
+                {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
             )
         ),
         (

@@ -107,6 +107,7 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
             "Question": ["Which?"] * 3,
             "answers": [[{"answer": "red", "answer_id": 1}], [], [{"answer": " ", "answer_id": 2}]],
         },
+        {"questions": [["Which?", ""], [], []], "answers": [["red", "x"], [], []]},  # OCR-VQA
         {  # MMBench
             "question": ["Which?", "", "How?"],
             "A": ["blue", "x", "x"],
