@@ -269,7 +269,7 @@ def convert_vqa(
     for pair in zip(questions, annotations, strict=True):
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)
         try:
-            _add_vqa(asked, answered, table)
+            _add_vqa(asked, answered, Path(pair[0]).name, table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
     if not table:
@@ -287,24 +287,33 @@ def convert_vqa(
         )
 
 
-def _add_vqa(asked: Any, answered: Any, table: Questions) -> None:
-    subtype = asked.get("data_subtype") or answered.get("data_subtype")
-    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts: dict[tuple[str, ...], Any] = {}
-    for entry in asked["questions"]:  # whose ids may count anew for each photo
-        key = str(entry["question_id"]), str(entry.get("image_id"))
-        texts[key] = texts[key[:1]] = entry["question"]
+def _add_vqa(asked: Any, answered: Any, called: str, table: Questions) -> None:
+    told = {"coco_split": "", "split": called}
+    for content in (answered, asked):
+        if isinstance(content, dict) and (subtype := content.get("data_subtype")):
+            told |= {"coco_split": subtype, "split": subtype}
+    if isinstance(answered, dict):  # VQA-CP's are lists, and RSVQA calls them answers
+        answered = answered["annotations" if "annotations" in answered else "answers"]
+    texts: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in asked if isinstance(asked, list) else asked["questions"]:
+        key = str(entry.get("question_id", entry.get("id"))), str(entry.get("image_id"))
+        texts[key] = texts[key[:1]] = entry  # as ids may count anew for each photo
     passed = 0
-    for entry in answered["annotations"]:
+    for entry in answered:
+        if not entry.get("active", True):  # taken back, in RSVQA
+            continue
+        key = str(entry["question_id"]), str(entry.get("image_id"))
+        entry = told | texts.get(key, texts.get(key[:1], {})) | entry
         try:
-            key = str(entry["question_id"]), str(entry["image_id"])
-            asked_of = {"question": texts.get(key, texts.get(key[:1]))}
-            question = read_entry("it", entry | asked_of, answered=True)
+            question = read_entry("it", entry, answered=True)
         except UserError:
             passed += 1
             continue
-        number = str(entry["image_id"])
+        number = str(entry["img_id"] if "img_id" in entry else entry["image_id"])
+        # COCO's name: COCO_val2014_000000000042.jpg
+        stem = f"COCO_{entry['coco_split']}_" if entry["coco_split"] else ""
         name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
+        question |= {"split": split} if (split := split_in(entry["split"])) else {}
         table.setdefault(name, []).append(question)
     if passed:
         print(f"  passed over: {passed:,} annotations without a question or an answer")
