@@ -222,16 +222,19 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     kinds = texts_of(next(filter(None, map(entry.get, KINDS)), ""))  # InfographicVQA's are lists
     lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
     choices = next(filter(None, map(entry.get, CHOICES)), lettered)
-    found = {"question": _asked(entry.get("question")), "answer": _chosen(answer, choices)}
+    found = {"question": _asked(entry.get("question")), "answer": _chosen(where, answer, choices)}
     found |= {"answers": answers, "type": ", ".join(map(as_text, kinds))}
     return found | {"answer": read_question(where, found, answered).target}
 
 
-def _chosen(answer: Any, choices: Any) -> Any:
-    """An answer; where it is the number (from 0), letter or key of one of the choices, that one."""
+def _chosen(where: str, answer: Any, choices: Any) -> Any:
+    """An answer; where it is the number (from 0), letter or key of one of the choices, that one.
+    Numbers that seem to count from 1 are refused: by them all answers but these would be others."""
     said = str(as_text(answer)).strip(" .()")
     if isinstance(choices, dict):  # {"A": "a dog", "B": "a cat"}
-        return choices.get(said, choices.get(said.upper(), answer))
+        if named := choices.get(said, choices.get(said.upper())):
+            return named
+        choices = [*choices.values()]
     choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
     # Among texts a number is a place, as IconQA's 0 of ["2", "0"]; as a text it may be one of them.
     counted = isinstance(answer, int | float) and all(isinstance(each, str) for each in choices)
@@ -239,6 +242,11 @@ def _chosen(answer: Any, choices: Any) -> Any:
         return answer
     letter = ord(said.upper()) - ord("A") if len(said) == 1 else -1
     place = int(said) if said.isdecimal() else letter
+    if said == str(len(choices)):
+        raise UserError(
+            f"{where} has number {said} of {said} choices as its answer, but they count from 0: "
+            "write each answer as one less, or as the choice itself"
+        )
     return choices[place] if 0 <= place < len(choices) else answer
 
 

@@ -1703,6 +1703,7 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["blue", "red"], "answer": "b"},
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
+                {"Choice A": "blue", "Choice B": "red", "answer": 1},
                 {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
                 {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
@@ -1867,6 +1868,15 @@ def test_answers_are_texts_and_several_may_stand_under_either_name(
     else:
         [question] = read_questions(file)["1.jpg"]
         assert (question["answer"], question["answers"]) == (answer, answers)
+
+
+def test_numbers_of_choices_that_count_from_one_are_refused(tmp_path):
+    file, entry = tmp_path / "q.json", {"image": "1.jpg", "question": "Which?"}
+    for answer in (2, "2", "(2)"):
+        told = [entry | {"answer": each, "choices": ["red", "blue"]} for each in (1, answer)]
+        file.write_text(json.dumps(told))
+        with pytest.raises(UserError, match=r"entry 2 has number 2 of 2 choices.*count from 0"):
+            read_questions(file)
 
 
 def test_vqa_files_of_two_sets_are_refused(tmp_path):
