@@ -372,7 +372,11 @@ def test_inference_answers(joint, tmp_path):
         command = ["inference.py", tmp_path, "--checkpoint", checkpoint, "--json"]
         told = run(*command, "--questions_file", tmp_path / name)
         assert told.returncode == 0, told.stderr
-        assert '.png": [{"question": "what color' in told.stdout.splitlines()[-1]
+        answer, last = told.stdout.splitlines()  # how names are read stands elsewhere
+        assert ".png: what color" in answer and '.png": [{"question": "what color' in last
+    both = run(*command[:1], tmp_path / "two.png", *command[2:], "--questions_file", many.args[-2])
+    assert both.returncode == 0 and list(json.loads(both.stdout.splitlines()[-1])) == ["two.png"]
+    assert "asks about 1 photos that are not in" in both.stderr and "'one.png'" in both.stderr
     for odd in ("3", "null", '[{"image": "one.png", "question": "", "answers": 3}]'):
         (tmp_path / "q.json").write_text(odd)
         told = run(*command, "--questions_file", tmp_path / "q.json")
