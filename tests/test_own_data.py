@@ -470,6 +470,21 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
     assert "has changed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_who_does_not_prepare_is_told_of_questions_that_have_changed(tmp_path, given, capsys):
+    folder = lay_out(tmp_path, {"vqa.json": json.dumps(QUESTIONS)})
+    flags = ["--tasks", "questions", *(["--questions_file", folder / "vqa.json"] * given)]
+    assert check(folder, *flags) == 0
+    settings = settings_of(folder, *flags)
+    for ago, said in ((0, False), (9, True)):
+        made = data_paths(settings).questions
+        before = time.time() + 1 - ago
+        os.utime(made, (before, before))
+        capsys.readouterr()
+        captions_search.say_outdated(settings, data_paths(settings), "questions")
+        assert ("vqa.json has changed, and" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(
     ("wanted", "there"),
     [
