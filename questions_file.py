@@ -218,7 +218,8 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
     several = next(filter(None, lists), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
-    answer = next((each for each in own if as_text(each) != "" and each is not several), "")
+    own = [each for each in own if as_text(each) not in ("", []) and each is not several]
+    answer = (own or [""])[0]
     kinds = texts_of(next(filter(None, map(entry.get, KINDS)), ""))  # InfographicVQA's are lists
     lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
     choices = next(filter(None, map(entry.get, CHOICES)), lettered)
