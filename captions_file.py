@@ -76,6 +76,7 @@ LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
 PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
 PROMPTS |= dict(suffix="prefix", output="instruction")
+PAIRS = [*PROMPTS.items(), ("label", "query"), ("response", "query")]  # ChartQA's and ms-swift's
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
 NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
@@ -402,23 +403,30 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                 named = [said for name, said in told.items() if TO_CAPTION.search(name)]
                 row = told | task | {"caption": named or [*told.values()]}
             row = {plain_key(key): value for key, value in row.items()}
-            if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
-                row["question"] = row.pop("text", None)
-            asking = "query" in row or is_asked(row.get("prompt"))
-            if asking and isinstance(row.get("label"), str):  # as ChartQA and VisualGLM answer
-                row["response"] = row.pop("label")
-            if {"query", "response"} <= {*row}:  # as ms-swift asks
-                row["prompt"] = row.pop("query")
-            for answer, prompt in PROMPTS.items():
-                if answer in row and isinstance(asked := row.get(prompt), str):
-                    asks = {} if TO_CAPTION.search(asked) else {"question": asked}
-                    row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
-                    row["prefix"] = row.pop(prompt)
+            row = as_asked(row)
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
+
+
+def as_asked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what its prompt asks for, a question and its answer or a caption, called so."""
+    if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
+        row["question"] = row.pop("text", None)
+    asking = "query" in row or is_asked(row.get("prompt"))
+    if asking and isinstance(row.get("label"), str | list):  # as ChartQA and VisualGLM answer
+        row["response"] = row.pop("label")
+    if {"query", "response"} <= {*row}:  # as ms-swift asks
+        row["prompt"] = row.pop("query")
+    for answer, prompt in PROMPTS.items():
+        if answer in row and isinstance(asked := row.get(prompt), str):
+            caption = TO_CAPTION.search(asked) and "question" not in row
+            asks = {} if caption else {"question": asked}
+            row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
+            row["prefix"] = row.pop(prompt)
+    return row
 
 
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:

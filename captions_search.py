@@ -456,16 +456,20 @@ def captions_note(paths: DataPaths) -> tuple[dict[str, Any], list[Path]]:
     return note, sources if changed else []
 
 
-def say_outdated(settings: SimpleNamespace, paths: DataPaths) -> None:
-    """Say which captions were made from a file that has changed since, for who doesn't prepare."""
-    source = Path(settings.CAPTIONS_FILE or paths.data_dir / "captions.json").expanduser()
-    changed = [] if settings.CAPTIONS_FILE else captions_note(paths)[1]
-    if source.is_file() and source.stat().st_mtime > paths.captions.stat().st_mtime:
-        changed = [source]
+def say_outdated(settings: SimpleNamespace, paths: DataPaths, task: str = "captions") -> None:
+    """Say which texts were made from a file that has changed since, for who doesn't prepare."""
+    given, made = vars(settings)[f"{task.upper()}_FILE"], getattr(paths, task)
+    source = Path(given or paths.data_dir / f"{task}.json").expanduser()
+    changed = [] if given or task == "questions" else captions_note(paths)[1]
+    files = [source]
+    if task == "questions" and not source.is_file():  # which were found in lists of a folder
+        root = source if source.is_dir() else paths.data_dir
+        files = [root / name for name in lists_in(root)]
+    when = made.stat().st_mtime if made.exists() else math.inf
+    changed = [file for file in files if file.is_file() and file.stat().st_mtime > when] or changed
     if changed:
         names = ", ".join(map(str, changed))
-        told = f"{names} has changed, and {paths.captions} was made before"
-        print(f"{told}: {preparing()} makes it anew")
+        print(f"{names} has changed, and {made} was made before: {preparing()} makes it anew")
 
 
 def say_other_split(paths: DataPaths, trained: Mapping[str, Any]) -> None:

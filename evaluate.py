@@ -108,7 +108,7 @@ class Scored:
                 f"{self.paths.splits} is missing: name --data_dir as in training; {how}"
             )
         self.splits = load_splits(self.paths.splits)
-        say_outdated(settings, self.paths)
+        say_outdated(settings, self.paths, settings.task)
         say_other_split(self.paths, self.checkpoint.settings)
         self.texts = load_texts(self.paths, [settings.task])
         names = [name for name in self.splits[settings.split] if name in self.texts]

@@ -356,8 +356,8 @@ def model_card(
         license="other",
         license_name="see-license-section",
         base_model=None if local else encoder,
-        pipeline_tag="image-to-text",
-        tags=["image-captioning", "pytorch"],
+        pipeline_tag="visual-question-answering" if question else "image-to-text",
+        tags=["pytorch"] if question else ["image-captioning", "pytorch"],
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(

@@ -41,7 +41,7 @@ from features import encode, prefetch
 from generation import Hypothesis, dice_of, generate
 from hub import locate_checkpoint
 from options import GenerationOptions, change_options, given_options
-from photo_names import OTHER_PICTURES, is_photo, match_names
+from photo_names import OTHER_PICTURES, find_names, is_photo
 from questions_file import read_questions
 from settings import check_ranges
 from sidecar import Photo, open_output
@@ -415,19 +415,19 @@ def asked_about(args: argparse.Namespace, photos: Sequence[Photo]) -> list[tuple
     if not args.questions_file:
         return [(photo, args.question or "") for photo in photos]
     by_name = {photo.name: photo for photo in photos}
-    file, folder = Path(args.questions_file).expanduser(), Path(args.paths[0]).expanduser()
+    file = Path(args.questions_file).expanduser()
     if not file.is_file():
         raise UserError(f"--questions_file {file}: there is no such file")
-    table = load_questions(file, False, read_questions(file, answered=False))
-    with contextlib.suppress(UserError):  # which names are missing is said below
-        table = match_names(table, folder) if len(args.paths) == 1 else table
-    missing = [name for name in table if name not in by_name]
-    if missing:
-        raise UserError(
-            f"{args.questions_file} asks about {len(missing)} photos that are not in "
-            f"{', '.join(args.paths)}, first {missing[0]!r}"
-        )
-    return [(by_name[name], text.question) for name, group in table.items() for text in group]
+    with contextlib.redirect_stdout(sys.stderr):  # standard output holds answers, and no more
+        table = load_questions(file, False, read_questions(file, answered=False))
+    real = find_names(table, by_name)
+    if missing := [name for name in table if name not in real]:
+        said = f"{file} asks about {len(missing):,} photos that are not in {', '.join(args.paths)}"
+        if not real:
+            raise UserError(f"{said}, first {missing[0]!r}")
+        print(shown(f"passed over: {said}, first {missing[0]!r}"), file=sys.stderr)
+    there = [(by_name[real[name]], asked) for name, asked in table.items() if name in real]
+    return [(photo, text.question) for photo, asked in there for text in asked]
 
 
 def captioner_of(args: argparse.Namespace) -> Captioner:

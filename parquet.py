@@ -17,10 +17,20 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, unescaped
+from captions_file import (
+    BARE,
+    IDS,
+    PAIRS,
+    SAMPLE,
+    SPLIT_KEYS,
+    as_asked,
+    caption_columns,
+    choose_columns,
+    unescaped,
+)
 from dataset import split_in
 from photo_names import is_photo, plain_name
-from questions_file import ANSWERS, ASKED, questions_in, read_entry
+from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
 from tables import MOST_MEMORY, opened_parquet, plain_key
 from tars import MOST_BYTES
 from texts import CAPTION_KEYS, TO_CAPTION, texts_of
@@ -65,7 +75,9 @@ def read_parquet(
                     without["with several photos" if pictures else "without a photo"] += 1
                     continue
                 content, path = pictures[0]
-                texts = texts_of([row[column] for column in columns["captions"]])
+                talk = as_asked({key: row[key] for key in columns["questions"]})
+                told = [row[column] for column in columns["captions"]]
+                texts = texts_of([*told, talk.get("caption")])
                 texts = [text for text in texts if isinstance(text, str)]
                 if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
                     raise ValueError(f"a row has captions of {size:,} characters")
@@ -76,7 +88,6 @@ def read_parquet(
                     names[digest] = _name(own, [path, *said], taken)
                 elif os.path.dirname(names[digest]) != own:
                     moved.add(names[digest])
-                talk = {key: row[key] for key in columns["questions"]}
                 asked = [*_questions(str(file), talk, passed)]
                 yield names[digest], content, [*map(unescaped, texts)], asked
     if moved:
@@ -129,7 +140,9 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     rows = [*itertools.islice(_rows(file, schema, read, texts), SAMPLE)] if texts else []
     found, captions, _ = choose_columns([*kinds], rows)
     captions = caption_columns(texts, [name for name in captions if name in texts])
-    asked = [name for name in kinds if name in ASKED]
+    pairs = [pair for pair in PAIRS if {*pair} <= {*kinds}]
+    asking = {*ASKED, *itertools.chain(*pairs)}
+    asked = [name for name in kinds if name in asking or LETTERED.fullmatch(name)]
     asks = [str(row.get("question")) for row in rows]
     if not captions and rows and all(TO_CAPTION.search(ask) and "?" not in ask for ask in asks):
         captions, asked = [name for name in ANSWERS if name in kinds][:1], []
@@ -139,7 +152,7 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
         addresses = [real[key] for key in texts if any("://" in str(row[key]) for row in rows)]
         how = _how_to_fetch(file, addresses, [real[key] for key in captions])
         raise UserError(f"{has}, and {how}")
-    if not (captions or "question" in kinds):
+    if not (captions or pairs or {"question", "questions"} & {*kinds}):
         raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]

@@ -23,7 +23,7 @@ from utils import UserError, brief, read_json, uncollected, write_file
 ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
 CHOICES = ("choices", "options", "choice")
 KINDS = ("type", "question_type", "answer_type")
-ASKED = ("question", *ANSWERS, *CHOICES, *KINDS, *TALKS)
+ASKED = ("question", "questions", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 Questions = dict[str, list[dict[str, Any]]]  # about each photo, as questions.json has them
@@ -171,8 +171,12 @@ def questions_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("question") or "prefix" in row:
         return [row] if row.get("question") else []
     lists = [value for value in row.values() if isinstance(value, list) and _are_objects(value)]
+    asked, said = row.get("questions"), row.get("answers")
+    if isinstance(asked, list) and isinstance(said, list) and len(asked) == len(said):
+        lists.append([{"question": q, "answer": a} for q, a in zip(asked, said, strict=True)])
+        row = row | {"answers": None}
     for asked in lists:
-        if all(each.get("question") for each in asked):
+        if any(each.get("question") for each in asked):
             return [row | each for each in asked]
     talk = next(filter(None, (talk_in(row.get(key)) for key in TALKS)), [])
     told = [(_asked(asked), answer) for asked, answer in talk]
@@ -214,20 +218,24 @@ def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dic
     lists = [entry.get(key) for key in ANSWERS[2:]] + [v for v in own if isinstance(v, list)]
     several = next(filter(None, lists), None)
     answers = listed(several, _people) if isinstance(several, str) else _people(several)
-    answer = next((each for each in own if as_text(each) != "" and each is not several), "")
-    kind = next(filter(None, map(entry.get, KINDS)), "")
+    own = [each for each in own if as_text(each) not in ("", []) and each is not several]
+    answer = (own or [""])[0]
+    kinds = texts_of(next(filter(None, map(entry.get, KINDS)), ""))  # InfographicVQA's are lists
     lettered = {key[-1].upper(): said for key, said in entry.items() if LETTERED.fullmatch(key)}
     choices = next(filter(None, map(entry.get, CHOICES)), lettered)
-    found = {"question": _asked(entry.get("question")), "answer": _chosen(answer, choices)}
-    found |= {"answers": answers, "type": kind}
+    found = {"question": _asked(entry.get("question")), "answer": _chosen(where, answer, choices)}
+    found |= {"answers": answers, "type": ", ".join(map(as_text, kinds))}
     return found | {"answer": read_question(where, found, answered).target}
 
 
-def _chosen(answer: Any, choices: Any) -> Any:
-    """An answer; where it is the number (from 0), letter or key of one of the choices, that one."""
+def _chosen(where: str, answer: Any, choices: Any) -> Any:
+    """An answer; where it is the number (from 0), letter or key of one of the choices, that one.
+    Numbers that seem to count from 1 are refused: by them all answers but these would be others."""
     said = str(as_text(answer)).strip(" .()")
     if isinstance(choices, dict):  # {"A": "a dog", "B": "a cat"}
-        return choices.get(said, choices.get(said.upper(), answer))
+        if named := choices.get(said, choices.get(said.upper())):
+            return named
+        choices = [*choices.values()]
     choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
     # Among texts a number is a place, as IconQA's 0 of ["2", "0"]; as a text it may be one of them.
     counted = isinstance(answer, int | float) and all(isinstance(each, str) for each in choices)
@@ -235,6 +243,11 @@ def _chosen(answer: Any, choices: Any) -> Any:
         return answer
     letter = ord(said.upper()) - ord("A") if len(said) == 1 else -1
     place = int(said) if said.isdecimal() else letter
+    if said == str(len(choices)):
+        raise UserError(
+            f"{where} has number {said} of {said} choices as its answer, but they count from 0: "
+            "write each answer as one less, or as the choice itself"
+        )
     return choices[place] if 0 <= place < len(choices) else answer
 
 
@@ -265,7 +278,7 @@ def convert_vqa(
     for pair in zip(questions, annotations, strict=True):
         asked, answered = (read_json(Path(path).expanduser()) for path in pair)
         try:
-            _add_vqa(asked, answered, table)
+            _add_vqa(asked, answered, Path(pair[0]).name, table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{' and '.join(pair)} are no VQA pair ({error!r} is off)") from None
     if not table:
@@ -283,24 +296,33 @@ def convert_vqa(
         )
 
 
-def _add_vqa(asked: Any, answered: Any, table: Questions) -> None:
-    subtype = asked.get("data_subtype") or answered.get("data_subtype")
-    stem = f"COCO_{subtype}_" if subtype else ""  # COCO's name: COCO_val2014_000000000042.jpg
-    texts: dict[tuple[str, ...], Any] = {}
-    for entry in asked["questions"]:  # whose ids may count anew for each photo
-        key = str(entry["question_id"]), str(entry.get("image_id"))
-        texts[key] = texts[key[:1]] = entry["question"]
+def _add_vqa(asked: Any, answered: Any, called: str, table: Questions) -> None:
+    told = {"coco_split": "", "split": called}
+    for content in (answered, asked):
+        if isinstance(content, dict) and (subtype := content.get("data_subtype")):
+            told |= {"coco_split": subtype, "split": subtype}
+    if isinstance(answered, dict):  # VQA-CP's are lists, and RSVQA calls them answers
+        answered = answered["annotations" if "annotations" in answered else "answers"]
+    texts: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in asked if isinstance(asked, list) else asked["questions"]:
+        key = str(entry.get("question_id", entry.get("id"))), str(entry.get("image_id"))
+        texts[key] = texts[key[:1]] = entry  # as ids may count anew for each photo
     passed = 0
-    for entry in answered["annotations"]:
+    for entry in answered:
+        if not entry.get("active", True):  # taken back, in RSVQA
+            continue
+        key = str(entry["question_id"]), str(entry.get("image_id"))
+        entry = told | texts.get(key, texts.get(key[:1], {})) | entry
         try:
-            key = str(entry["question_id"]), str(entry["image_id"])
-            asked_of = {"question": texts.get(key, texts.get(key[:1]))}
-            question = read_entry("it", entry | asked_of, answered=True)
+            question = read_entry("it", entry, answered=True)
         except UserError:
             passed += 1
             continue
-        number = str(entry["image_id"])
+        number = str(entry["img_id"] if "img_id" in entry else entry["image_id"])
+        # COCO's name: COCO_val2014_000000000042.jpg
+        stem = f"COCO_{entry['coco_split']}_" if entry["coco_split"] else ""
         name = f"{stem}{int(number):012d}.jpg" if number.isdigit() else number
+        question |= {"split": split} if (split := split_in(entry["split"])) else {}
         table.setdefault(name, []).append(question)
     if passed:
         print(f"  passed over: {passed:,} annotations without a question or an answer")

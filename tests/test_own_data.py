@@ -487,6 +487,21 @@ def test_who_does_not_prepare_is_told_of_what_has_changed(tmp_path, given, capsy
     assert "has changed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_who_does_not_prepare_is_told_of_questions_that_have_changed(tmp_path, given, capsys):
+    folder = lay_out(tmp_path, {"vqa.json": json.dumps(QUESTIONS)})
+    flags = ["--tasks", "questions", *(["--questions_file", folder / "vqa.json"] * given)]
+    assert check(folder, *flags) == 0
+    settings = settings_of(folder, *flags)
+    for ago, said in ((0, False), (9, True)):
+        made = data_paths(settings).questions
+        before = time.time() + 1 - ago
+        os.utime(made, (before, before))
+        capsys.readouterr()
+        captions_search.say_outdated(settings, data_paths(settings), "questions")
+        assert ("vqa.json has changed, and" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(
     ("wanted", "there"),
     [
@@ -1719,6 +1734,10 @@ CHAT = turns("user", "assistant", "content", "role")
             ),
         ),
         ("a.json", json.dumps({n: [{k.title(): v for k, v in ASKED.items()}] for n in IDS})),
+        (
+            "a.json",
+            json.dumps([{"image": n, "questions": ["Which?"], "answers": ["red"]} for n in IDS]),
+        ),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
@@ -1761,8 +1780,10 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["blue", "red"], "answer": "b"},
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
+                {"Choice A": "blue", "Choice B": "red", "answer": 1},
                 {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
+                {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
             )
         ),
         (
@@ -1924,6 +1945,15 @@ def test_answers_are_texts_and_several_may_stand_under_either_name(
     else:
         [question] = read_questions(file)["1.jpg"]
         assert (question["answer"], question["answers"]) == (answer, answers)
+
+
+def test_numbers_of_choices_that_count_from_one_are_refused(tmp_path):
+    file, entry = tmp_path / "q.json", {"image": "1.jpg", "question": "Which?"}
+    for answer in (2, "2", "(2)"):
+        told = [entry | {"answer": each, "choices": ["red", "blue"]} for each in (1, answer)]
+        file.write_text(json.dumps(told))
+        with pytest.raises(UserError, match=r"entry 2 has number 2 of 2 choices.*count from 0"):
+            read_questions(file)
 
 
 def test_vqa_files_of_two_sets_are_refused(tmp_path):

@@ -107,6 +107,15 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
             "Question": ["Which?"] * 3,
             "answers": [[{"answer": "red", "answer_id": 1}], [], [{"answer": " ", "answer_id": 2}]],
         },
+        {"questions": [["Which?", ""], [], []], "answers": [["red", "x"], [], []]},  # OCR-VQA
+        {"query": ["Which?", "Why?", "How?"], "label": [["red"], [""], []]},  # ChartQA
+        {"question": ["Which?", "", ""], "answer": ["red", "", ""], "prompt": ["Describe it."] * 3},
+        {  # MMBench
+            "question": ["Which?", "", "How?"],
+            "A": ["blue", "x", "x"],
+            "B": ["red", "x", "x"],
+            "answer": ["B", "A", ""],
+        },
     ],
 )
 def test_questions_beside_photos_are_unpacked(tmp_path, said):
@@ -119,6 +128,15 @@ def test_questions_beside_photos_are_unpacked(tmp_path, said):
         ("Which?", "red")
     ] * 2
     assert not (tmp_path / "captions.json").exists()
+
+
+def test_prompts_ask_for_captions_and_questions(tmp_path):
+    said = {"prefix": ["Which?", "caption en"], "suffix": ["red", "A dog"]}  # PaliGemma's
+    file = write(tmp_path / "a.parquet", {"image": images(2)} | said)
+    rows = [
+        (captions, [q["answer"] for q in asked]) for *_, captions, asked in read_parquet([file])
+    ]
+    assert rows == [([], ["red"]), (["A dog"], [])]
 
 
 def test_questions_that_lack_a_part_are_passed_over(tmp_path, capsys):

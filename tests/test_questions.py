@@ -105,6 +105,34 @@ def test_vqa_files_become_questions(tmp_path):
         convert_vqa(pair[1], pair[0], tmp_path / "questions.json", tmp_path / "images")
 
 
+@pytest.mark.parametrize("form", ["VQAv2", "VQA-CP", "RSVQA"])
+def test_pairs_of_vqa_tell_their_split(tmp_path, form):
+    pairs = []
+    for number, split in enumerate(("train", "val")):
+        asked = [{"question_id": 1, "image_id": number, "question": "Which?"}]
+        answered = [{"question_id": 1, "image_id": number, "answers": [{"answer": "red"}]}]
+        pair, called = ({"questions": asked}, {"annotations": answered}), f"{split}_"
+        if form == "VQAv2":
+            pair[0]["data_subtype"], called = f"{split}2014", ""
+        elif form == "VQA-CP":
+            pair = [each | {"coco_split": "val2014"} for each in asked], answered
+        else:
+            back = {"id": 2, "active": False}  # taken back
+            asked = [{"id": 1, "img_id": number, "question": "Which?", "active": True}, back]
+            answered = [{"id": 9, "question_id": 1, "answer": "red", "active": True}, back]
+            pair = {"questions": asked}, {"answers": answered}
+        pairs.append([tmp_path / f"{called}{what}{number}.json" for what in "qa"])
+        for file, content in zip(pairs[-1], pair, strict=True):
+            file.write_text(json.dumps(content))
+    files = [[str(file) for file in files] for files in zip(*pairs, strict=True)]
+    convert_vqa(*files, tmp_path / "questions.json", tmp_path / "images")
+    found = json.loads((tmp_path / "questions.json").read_text())
+    stems = {"VQAv2": ("COCO_train2014_", "COCO_val2014_"), "VQA-CP": ("COCO_val2014_",) * 2}
+    names = [f"{stem}{n:012d}.jpg" for n, stem in enumerate(stems.get(form, ("", "")))]
+    asked = [(entry["answer"], entry["split"]) for name in names for entry in found[name]]
+    assert asked == [("red", "train"), ("red", "val")]
+
+
 def test_tasks():
     assert parse_tasks("questions, captions") == ("captions", "questions")
     with pytest.raises(UserError, match="TASKS"):
@@ -344,7 +372,11 @@ def test_inference_answers(joint, tmp_path):
         command = ["inference.py", tmp_path, "--checkpoint", checkpoint, "--json"]
         told = run(*command, "--questions_file", tmp_path / name)
         assert told.returncode == 0, told.stderr
-        assert '.png": [{"question": "what color' in told.stdout.splitlines()[-1]
+        answer, last = told.stdout.splitlines()  # how names are read stands elsewhere
+        assert ".png: what color" in answer and '.png": [{"question": "what color' in last
+    both = run(*command[:1], tmp_path / "two.png", *command[2:], "--questions_file", many.args[-2])
+    assert both.returncode == 0 and list(json.loads(both.stdout.splitlines()[-1])) == ["two.png"]
+    assert "asks about 1 photos that are not in" in both.stderr and "'one.png'" in both.stderr
     for odd in ("3", "null", '[{"image": "one.png", "question": "", "answers": 3}]'):
         (tmp_path / "q.json").write_text(odd)
         told = run(*command, "--questions_file", tmp_path / "q.json")
