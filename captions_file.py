@@ -7,7 +7,6 @@ list or lines of JSON objects, a table with or without a header, or a text besid
 from __future__ import annotations
 
 import contextlib
-import html
 import itertools
 import json
 import os
@@ -22,7 +21,21 @@ from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
-from texts import CAPTION_KEYS, TALKS, TO_CAPTION, is_asked, is_rejected, listed, talk_in, texts_of
+from texts import (
+    CAPTION_KEYS,
+    NOTHING,
+    PROMPTS,
+    TALKS,
+    TO_CAPTION,
+    as_asked,
+    has_word,
+    is_asked,
+    is_rejected,
+    listed,
+    talk_in,
+    texts_of,
+    unescaped,
+)
 from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
@@ -67,19 +80,8 @@ OTHER_KINDS = {
 NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
-TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-ENDS = re.compile(
-    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
-    re.IGNORECASE,
-)
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
-# What is to be written, and after which prompt: PaliGemma's names, and others'.
-PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
-PROMPTS |= dict(suffix="prefix", output="instruction")
-PAIRS = [*PROMPTS.items(), ("label", "query"), ("response", "query")]  # ChartQA's and ms-swift's
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
-# What programs write for empty cells, and spreadsheets for what they took for a formula.
-NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
 # Flickr30k's results.csv has one row without its last delimiter:
 # `2199200615.jpg| 4   A dog runs across the grass .`
 MISSING_DELIMITER = re.compile(r"^(2199200615\.jpg\| 4)(?= )", re.M)
@@ -179,22 +181,6 @@ def name_within(where: object, name: str) -> str:
     name = re.sub(r"^(([A-Za-z]:)?/+|(\.\./)+(?=[^/]+/))(?=[^/])", "", name)
     check_name(where, name)
     return name
-
-
-def unescaped(text: str) -> str:
-    """With `&amp;` and the like as what they mean, escaped up to ten times; without its semicolon
-    `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, other programs' of
-    a caption's start and end, and a page's tags, such as `<br>`."""
-    text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
-    for _ in range(10 if "&" in text else 0):
-        text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
-    text = ENDS.sub("", text)
-    return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
-
-
-def has_word(text: str) -> bool:
-    """Has it a letter, number, mark or symbol? A caption of signs alone is an empty target."""
-    return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)
 
 
 def read_captions(path: Path, folder: Path | None = None) -> Captions:
@@ -409,24 +395,6 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
-
-
-def as_asked(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what its prompt asks for, a question and its answer or a caption, called so."""
-    if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
-        row["question"] = row.pop("text", None)
-    asking = "query" in row or is_asked(row.get("prompt"))
-    if asking and isinstance(row.get("label"), str | list):  # as ChartQA and VisualGLM answer
-        row["response"] = row.pop("label")
-    if {"query", "response"} <= {*row}:  # as ms-swift asks
-        row["prompt"] = row.pop("query")
-    for answer, prompt in PROMPTS.items():
-        if answer in row and isinstance(asked := row.get(prompt), str):
-            caption = TO_CAPTION.search(asked) and "question" not in row
-            asks = {} if caption else {"question": asked}
-            row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
-            row["prefix"] = row.pop(prompt)
-    return row
 
 
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:

@@ -17,23 +17,13 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import (
-    BARE,
-    IDS,
-    PAIRS,
-    SAMPLE,
-    SPLIT_KEYS,
-    as_asked,
-    caption_columns,
-    choose_columns,
-    unescaped,
-)
+from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
 from tables import MOST_MEMORY, opened_parquet, plain_key
 from tars import MOST_BYTES
-from texts import CAPTION_KEYS, TO_CAPTION, texts_of
+from texts import CAPTION_KEYS, PAIRS, TO_CAPTION, as_asked, texts_of, unescaped
 from utils import UserError, interpreter
 
 # The type of a column of bytes, or of objects, alone or in lists, with `bytes`.

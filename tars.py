@@ -24,11 +24,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from captions_file import NOTHING, has_word, unescaped
 from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from photo_names import LONGEST
-from texts import texts_of
+from texts import NOTHING, has_word, texts_of, unescaped
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further

@@ -1,11 +1,14 @@
-"""The texts in a JSON value, or in a cell: captions, lists of them, and conversations."""
+"""The texts in a JSON value, or in a cell: captions, lists of them, what is asked and answered in
+prompts and conversations; and what in them is no text."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import html
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +27,18 @@ TO_CAPTION = re.compile(  # a prompt that asks for one
     r"caption|descr[ei]|décri|beschr|summar|опиши|mô tả|描述|描写|描绘|概括|説明して|설명|^\W*$",
     re.IGNORECASE,
 )
+# What is to be written, and after which prompt: PaliGemma's names, and others'.
+PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
+PROMPTS |= dict(suffix="prefix", output="instruction")
+PAIRS = [*PROMPTS.items(), ("label", "query"), ("response", "query")]  # ChartQA's and ms-swift's
 ASKS = re.compile("[?？؟]")
+TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
+ENDS = re.compile(
+    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
+    re.IGNORECASE,
+)
+# What programs write for empty cells, and spreadsheets for what they took for a formula.
+NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 
 
@@ -38,6 +52,24 @@ def is_rejected(row: Mapping[str, Any]) -> bool:
 def is_asked(said: Any) -> bool:
     """Is it a prompt that asks something, and no caption that a picture was made from?"""
     return isinstance(said, str) and bool(ASKS.search(said) or TO_CAPTION.search(said))
+
+
+def as_asked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what its prompt asks for, a question and its answer or a caption, called so."""
+    if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
+        row["question"] = row.pop("text", None)
+    asking = "query" in row or is_asked(row.get("prompt"))
+    if asking and isinstance(row.get("label"), str | list):  # as ChartQA and VisualGLM answer
+        row["response"] = row.pop("label")
+    if {"query", "response"} <= {*row}:  # as ms-swift asks
+        row["prompt"] = row.pop("query")
+    for answer, prompt in PROMPTS.items():
+        if answer in row and isinstance(asked := row.get(prompt), str):
+            caption = TO_CAPTION.search(asked) and "question" not in row
+            asks = {} if caption else {"question": asked}
+            row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
+            row["prefix"] = row.pop(prompt)
+    return row
 
 
 def texts_of(said: Any) -> list[Any]:
@@ -87,3 +119,19 @@ def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[s
             if all(isinstance(each, str) for each in texts):
                 return texts
     return [text]
+
+
+def unescaped(text: str) -> str:
+    """With `&amp;` and the like as what they mean, escaped up to ten times; without its semicolon
+    `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, other programs' of
+    a caption's start and end, and a page's tags, such as `<br>`."""
+    text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
+    for _ in range(10 if "&" in text else 0):
+        text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
+    text = ENDS.sub("", text)
+    return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
+
+
+def has_word(text: str) -> bool:
+    """Has it a letter, number, mark or symbol? A caption of signs alone is an empty target."""
+    return any(unicodedata.category(sign)[0] in "LNMS" for sign in text)

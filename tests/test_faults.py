@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import commands
 import config
 import prepare_dataset
-from captions_file import SHOWN, read_captions, unescaped
+from captions_file import SHOWN, read_captions
 from captions_search import BOX
 from checkpoint import Checkpoint, digest, load_checkpoint, stored_digest
 from dataset import load_captions, load_questions
@@ -43,6 +43,7 @@ from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
+from texts import unescaped
 from utils import UserError, first_line, last_part, read_json, redact, run_script, write_changed
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}

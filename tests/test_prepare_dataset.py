@@ -30,7 +30,7 @@ import config
 import download
 import prepare_dataset
 from archive import DamagedArchive, JoinedFiles
-from captions_file import NOTHING, read_captions
+from captions_file import read_captions
 from captions_search import find_tables
 from dataset import load_captions, load_splits
 from prepare_dataset import extract, prepare
@@ -38,6 +38,7 @@ from settings import Parser, load_settings
 from tests.conftest import run
 from tests.download_server import DownloadServer, Remote, serving
 from tests.forked import Forked
+from texts import NOTHING
 from utils import UserError, atomic_write, size_text, sole_user
 
 ROOT = Path(prepare_dataset.__file__).resolve().parent
