@@ -24,7 +24,7 @@ from tables import Table, is_comment, parquet_rows, plain_key, table_of
 from texts import (
     CAPTION_KEYS,
     NOTHING,
-    PROMPTS,
+    PAIRS,
     TALKS,
     TO_CAPTION,
     as_asked,
@@ -472,8 +472,8 @@ def choose_columns(
         [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
     )
     splits += [key for key in keys if all(is_split(row.get(key)) for row in rows)]  # `data set`
-    asking = sum(is_asked(row.get("prompt")) for row in sample)
-    if "prompt" in map(PROMPTS.get, keys) or asking > len(sample) / 2:  # it asks for the caption
+    asked = sum(is_asked(row.get("prompt")) for row in sample) > len(sample) / 2
+    if asked or any((key, "prompt") in PAIRS for key in keys):  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
     headed = usual or captions or "question" in keys
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.

@@ -28,6 +28,7 @@ from utils import UserError, interpreter
 
 # The type of a column of bytes, or of objects, alone or in lists, with `bytes`.
 PICTURES = re.compile(r"(\w*list<\w+: )?(\w*binary|struct<(.*\W)?bytes: \w*binary)")
+QUESTIONS = re.compile(r"\w*list<\w+: struct<(.*\W)?question: ")
 
 
 # The columns by what they hold: photos (one column), captions, questions with what goes with them,
@@ -66,7 +67,7 @@ def read_parquet(
                     continue
                 content, path = pictures[0]
                 talk = as_asked({key: row[key] for key in columns["questions"]})
-                told = [row[column] for column in columns["captions"]]
+                told = [row[column] for column in columns["captions"]] or [talk.get("messages")]
                 texts = texts_of([*told, talk.get("caption")])
                 texts = [text for text in texts if isinstance(text, str)]
                 if (size := sum(map(len, texts))) > MOST_BYTES["txt"]:
@@ -130,19 +131,21 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     rows = [*itertools.islice(_rows(file, schema, read, texts), SAMPLE)] if texts else []
     found, captions, _ = choose_columns([*kinds], rows)
     captions = caption_columns(texts, [name for name in captions if name in texts])
-    pairs = [pair for pair in PAIRS if {*pair} <= {*kinds}]
-    asking = {*ASKED, *itertools.chain(*pairs)}
+    flat = {name for name in plain if not kinds[name].startswith("struct")}
+    pairs = [pair for pair in PAIRS if {*pair} <= flat]
+    lists = [name for name in kinds if QUESTIONS.match(kinds[name])]  # Visual Genome's `qas`
+    asking = {*ASKED, *lists, *itertools.chain(*pairs)}
     asked = [name for name in kinds if name in asking or LETTERED.fullmatch(name)]
     asks = [str(row.get("question")) for row in rows]
     if not captions and rows and all(TO_CAPTION.search(ask) and "?" not in ask for ask in asks):
-        captions, asked = [name for name in ANSWERS if name in kinds][:1], []
+        captions, asked = [name for name in (*ANSWERS, "response") if name in kinds][:1], []
     has = f"{file} has the columns {', '.join(kinds)}"
     if not photos:
         real = {plain_key(name): name for name in schema.names}  # LAION's are URL and TEXT
         addresses = [real[key] for key in texts if any("://" in str(row[key]) for row in rows)]
         how = _how_to_fetch(file, addresses, [real[key] for key in captions])
         raise UserError(f"{has}, and {how}")
-    if not (captions or pairs or {"question", "questions"} & {*kinds}):
+    if not (captions or pairs or lists or {"question", "questions"} & {*kinds}):
         raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]

@@ -28,9 +28,12 @@ TO_CAPTION = re.compile(  # a prompt that asks for one
     re.IGNORECASE,
 )
 # What is to be written, and after which prompt: PaliGemma's names, and others'.
-PROMPTS = dict.fromkeys(("response", "completion", "answer"), "prompt")
-PROMPTS |= dict(suffix="prefix", output="instruction")
-PAIRS = [*PROMPTS.items(), ("label", "query"), ("response", "query")]  # ChartQA's and ms-swift's
+PROMPTS = dict.fromkeys(
+    "response completion answer".split(), "query problem instruction prompt".split()
+)
+PROMPTS |= dict(suffix=["prefix"], output=["instruction"])
+PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in prompts]
+PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
 ENDS = re.compile(
@@ -61,14 +64,18 @@ def as_asked(row: dict[str, Any]) -> dict[str, Any]:
     asking = "query" in row or is_asked(row.get("prompt"))
     if asking and isinstance(row.get("label"), str | list):  # as ChartQA and VisualGLM answer
         row["response"] = row.pop("label")
-    if {"query", "response"} <= {*row}:  # as ms-swift asks
-        row["prompt"] = row.pop("query")
-    for answer, prompt in PROMPTS.items():
-        if answer in row and isinstance(asked := row.get(prompt), str):
+    if "question" in row and "response" in row and not {*row} & {"answer", "answers"}:
+        row["answer"] = row.pop("response")
+    if all(isinstance(row.get(key), list) for key in ("prompt", "completion")):  # TRL's messages
+        row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+    for answer, prompts in PROMPTS.items():
+        prompt = next((key for key in prompts if isinstance(row.get(key), str)), "")
+        if answer in row and prompt:
+            asked = row.pop(prompt)
             caption = TO_CAPTION.search(asked) and "question" not in row
             asks = {} if caption else {"question": asked}
             row = asks | {"answer" if asks else "caption": row.pop(answer)} | row
-            row["prefix"] = row.pop(prompt)
+            row["prefix"] = asked
     return row
 
 

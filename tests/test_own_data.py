@@ -846,9 +846,10 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ),
         (
             [
-                {"image": "1.jpg", "prompt": "Describe it in a sentence.", "response": "A"},
+                {"image": "1.jpg", "instruction": "Describe it in a sentence.", "response": "A"},
                 {"image": "2.jpg", "instruction": "Write a caption", "input": "", "output": "B"},
                 {"image": "2.jpg", "prompt": "What is red here, please?", "completion": "C"},
+                {"image": "2.jpg", "instruction": "What is red?", "response": "C"},
             ],
             AB,  # a prompt is the caption only where nothing answers it
         ),

@@ -110,6 +110,18 @@ def test_objects_without_bytes_are_no_photos(tmp_path):
         {"questions": [["Which?", ""], [], []], "answers": [["red", "x"], [], []]},  # OCR-VQA
         {"query": ["Which?", "Why?", "How?"], "label": [["red"], [""], []]},  # ChartQA
         {"question": ["Which?", "", ""], "answer": ["red", "", ""], "prompt": ["Describe it."] * 3},
+        {"query": ["Which?", "Why?", "How?"], "answer": [["red"], [""], []]},  # ViDoRe
+        {"question": ["Which?", "", "How?"], "response": ["red", "x", ""]},
+        {"instruction": ["Which?", "Why?", "How?"], "response": ["red", "", ""]},
+        {"problem": ["<image>Which?", "Why?", "How?"], "answer": ["red", "", ""]},  # Geometry3k
+        {  # Visual Genome
+            "url": ["https://x.org/1.jpg"] * 3,
+            "qas": [[{"qa_id": 1, "question": "Which?", "answer": "red"}], [], []],
+        },
+        {  # TRL
+            "prompt": [[{"role": "user", "content": "Which?"}]] * 3,
+            "completion": [[{"role": "assistant", "content": said}] for said in ("red", "", "")],
+        },
         {  # MMBench
             "question": ["Which?", "", "How?"],
             "A": ["blue", "x", "x"],
