@@ -485,6 +485,7 @@ def choose_columns(
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
+    others.sort(key=is_given)
     photos = [key for key in (*usual, *others) if share(key) >= 0.5]
     # An `id` may count rows, which would be taken for 1.jpg and so on.
     photos += [key for key in usual if key != "id"]
@@ -494,6 +495,11 @@ def choose_columns(
         captions = []  # all that are numbered, and no title
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
+
+
+def is_given(column: str) -> bool:
+    """Is it of what a described picture was made from, as ControlNet's `source` of a `target`?"""
+    return bool(re.match("source|mask|cond|control|hint|input|depth|canny|seg", column))
 
 
 def caption_columns(keys: Iterable[str], captions: Sequence[str]) -> list[str]:

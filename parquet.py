@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns
+from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, is_given
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
@@ -124,7 +124,7 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     Of several with pictures, one with a usual name for photos goes before a `control_image` or an
     `audio`. What is not used is said.
     """
-    photos = [name for name, kind in kinds.items() if PICTURES.match(kind)]
+    photos = sorted((n for n, kind in kinds.items() if PICTURES.match(kind)), key=is_given)
     # In one of the type `null` nothing stands.
     plain = [name for name in kinds if "binary" not in kinds[name]]
     texts = [name for name in plain if re.search("string|(?<!not )null", kinds[name])]

@@ -862,6 +862,10 @@ TWICE[2]["value"] = "Can you describe its colour?"
             ],
             AB,
         ),
+        (  # ControlNet's
+            [{"source": "9.jpg", "target": f"{n}.jpg", "prompt": "AB"[n - 1]} for n in (1, 2)],
+            AB,
+        ),
         ([{"image": f"{n}.jpg", "prompt": "Is it?", "text": "AB"[n - 1]} for n in (1, 2)], AB),
         (
             [{"image": "1.jpg", "prompt": "A? B", "label": 1}] * 2

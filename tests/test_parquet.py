@@ -70,6 +70,7 @@ def images(count: int, first: int = 0) -> list[dict]:
         ({"image": images(2), "caption": ["", ""], "text": ["A dog", "b"]}, ["A dog"]),
         ({"image": images(2), "caption": [3, 4], "text": ["A dog", "b"]}, ["A dog"]),
         ({"control_image": images(2, 9), "image": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
+        ({"source": images(2, 9), "target": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
         (
             {"audio": [{"bytes": b"RIFF"}] * 2, "image": images(2), "text": ["A dog", "b"]},
             ["A dog"],
