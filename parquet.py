@@ -148,6 +148,8 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     if not (captions or pairs or lists or {"question", "questions"} & {*kinds}):
         raise UserError(f"{has}: {_how_to_rename(file)}")
     [photo, *_] = [name for name in (*found, *photos) if name in photos]
+    if len(photos) > 1 and (number := re.search(r"\d+$", photo)):  # as Winoground has pairs
+        captions = [name for name in captions if name.endswith(number[0])] or captions
     called = [n for n in found if n in texts and any(_called(n, row[n]) for row in rows)]
     splits = [name for name in SPLIT_KEYS if name in kinds]
     columns = {"photos": [photo], "captions": captions, "questions": asked}

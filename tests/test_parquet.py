@@ -72,6 +72,15 @@ def images(count: int, first: int = 0) -> list[dict]:
         ({"control_image": images(2, 9), "image": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
         ({"source": images(2, 9), "target": images(2), "prompt": ["A dog", "b"]}, ["A dog"]),
         (
+            {
+                "image_0": images(2),
+                "image_1": images(2, 9),
+                "caption_0": ["A dog", "b"],
+                "caption_1": ["A dog of image_1", "b"],
+            },
+            ["A dog"],
+        ),
+        (
             {"audio": [{"bytes": b"RIFF"}] * 2, "image": images(2), "text": ["A dog", "b"]},
             ["A dog"],
         ),
