@@ -24,10 +24,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from dataset import TEXT_KEYS
 from encoder import PHOTO_SUFFIXES
 from photo_names import LONGEST
-from texts import NOTHING, has_word, texts_of, unescaped
+from texts import NOTHING, as_asked, has_word, texts_of, unescaped
 from utils import UserError, decoded, first_line, hide_keys, redact, require_extra, size_text
 
 ATTEMPTS = 5  # at reading a shard that is elsewhere, without getting further
@@ -232,7 +231,7 @@ class _Sized(io.RawIOBase):
 
 def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | str:
     """A photo with its captions, or what it lacks. A `.txt` is one caption; where there is none, a
-    `.json` has it under a name of TEXT_KEYS."""
+    `.json` has it under a usual name, if no title."""
     if TOO_LONG in files:
         return TOO_LONG
     for kind, (suffix, content) in files.items():
@@ -242,7 +241,7 @@ def _sample(key: str, files: dict[str, tuple[str, bytes | None]]) -> Sample | st
     if "json" in files and not has_word(texts[0]):
         # Numbers don't matter, and Python refuses long ones.
         table = json.loads(decoded(files["json"][1]), parse_int=float)
-        texts = texts_of(next((table[key] for key in TEXT_KEYS if table.get(key)), None))
+        texts = texts_of(as_asked(table) | {"title": None})
     lines = map(_line, filter(None, texts))
     captions = [line for line in lines if has_word(line) and line not in NOTHING]
     if "photo" not in files:

@@ -167,6 +167,10 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("null.json", b'{"captions": [null, "one", "?"]}'),
         ("pandas.jpg", b"Q"),
         ("pandas.txt", b"nan"),
+        ("made.jpg", b"R"),
+        ("made.json", b'{"seed": 1, "title": "No", "prompt": "a dog, 4k"}'),
+        ("asks.jpg", b"S"),
+        ("asks.json", b'{"prompt": "What is red?", "response": "A dog"}'),
         ("z.WEBP", b"Z"),
         ("z.TXT", b"the &quot;last&quot;"),
     ]
@@ -183,9 +187,10 @@ def test_what_counts_as_a_photo_with_a_caption(tmp_path):
         ("json", "jfif", b"M", ["half ? of an emoji"]),
         ("été", "jpeg", b"N", ["with a zero"]),
         ("null", "jpg", b"P", ["one"]),
+        ("made", "jpg", b"R", ["a dog, 4k"]),
         ("z", "webp", b"Z", ['the "last"']),
     ]
-    assert passed == {"without a photo": 1, "without a caption": 6, "with another's name": 1}
+    assert passed == {"without a photo": 1, "without a caption": 7, "with another's name": 1}
     assert list(bad) == ["odd", "list", "broken", "deep", "large"]
     assert "odd.tar: large can't be read: its .jpg is larger than 67.1 MB" in bad["large"]
 
