@@ -419,7 +419,8 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
         elif photo is None and any(row.get(talk) for talk in TALKS):
             found.passed.append(f"{where} shows no photo")
         elif photo is None or not told:
-            raise UserError(f"{where} names no photo and caption: {OBJECT}")
+            keys = ", ".join([*row][:9])
+            raise UserError(f"{where} names no photo and caption, with {keys}: {OBJECT}")
         elif isinstance(shown, list):  # as reports have that are about two X-rays
             found.passed.append(f"{where} shows {len(shown)} photos, not one")
         elif name := found.name_of(where, shown, OBJECT, isinstance(shown, str) or photo in IDS):

@@ -71,6 +71,7 @@ def test_each_form_of_captions_gives_the_same(tmp_path, name):
         ('{"image": "1.jpg", "captions": ["x", 3]}', "a caption that is no text"),
         ('{"image": "../1.jpg", "caption": "x"}', "is not a name within"),
         ("[]", "line 2 names no photo and caption"),
+        ('{"image": "1.jpg", "body": "x"}', "caption, with image, body: write"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(tmp_path, line, says):
