@@ -262,7 +262,8 @@ def are_alike(files: Iterable[str]) -> bool:
 def late_parts(root: Path, made_of: Sequence[str], made: float) -> list[str]:
     """Lists that came later beside those that captions were `made_of`, and are called alike."""
     parts = {root / name for name in made_of if Path(name).name not in TABLES}
-    beside = {file for part in parts if part.is_file() for file in part.parent.iterdir()}
+    folders = {part.parent for part in parts if part.is_file()}
+    beside = {file for folder in folders for file in folder.iterdir()}
     late = sorted(str(f) for f in beside - parts if may_list(f) and f.stat().st_ctime > made)
     return [name for name in late if are_alike([*made_of, name])]
 

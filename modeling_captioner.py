@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import image_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -32,7 +33,8 @@ from .rerank import Reranker, layout
 require_version("transformers>=4.57", "Run pip install -U transformers")
 logger = transformers.utils.logging.get_logger(__name__)
 # Before 5.2, threads that ask for hidden layers get one another's photos (its issue #42673).
-ENCODING = threading.Lock() if transformers.__version__ < "5.2" else contextlib.nullcontext()
+OLD = Version(transformers.__version__) < Version("5.2")
+ENCODING = threading.Lock() if OLD else contextlib.nullcontext()
 MODEL_TYPE = "vision_captioner"
 # What reaches the repository of an encoder that has one of its own, too.
 HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "token"}

@@ -244,7 +244,7 @@ def answers_weight(run: Run, data: Data, group: Sequence[tuple[Batch, Tensor]]) 
     if not run.self_critical or "questions" not in data.tasks:
         return weight
     known = sum(name in data.critic.references for batch, _ in group for name in batch.names)
-    tokens = sum(int(batch.asked.sum()) for batch, _ in group)
+    tokens = sum(batch.asked.sum() for batch, _ in group)  # read once, as a GPU is waited for
     counts = torch.tensor([beams * known, tokens], dtype=torch.float32)
     captions, tokens = run.team.all_reduce(counts).clamp(min=1).tolist()
     return weight * captions / tokens
