@@ -74,9 +74,11 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
         pixels = pixels.permute(0, 5, 1, 3, 2, 4).reshape(3, 3, rows * patch, columns * patch)
     else:
         rows, columns = (side // encoder.patch_size for side in pixels.shape[-2:])
-        first = vectors - rows * columns
-    if not 0 <= first <= vectors - rows * columns:
-        raise UserError("this encoder's vectors don't lie on a grid: no attention to show")
+        first = max(0, vectors - rows * columns)
+        while rows * columns > vectors:  # Swin joins four into one after a stage
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        if first + rows * columns != vectors:
+            raise UserError("this encoder's vectors don't lie on a grid: no attention to show")
     place, black, white = pixels.double().numpy()  # (3, height, width) each
     # Where black and white came out the same, there is no photo but padding.
     inside = (black != white).all(0)

@@ -182,7 +182,7 @@ class FrozenEncoder(nn.Module):
                 where = loading_options(name, revision)
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
-                tower_class, options = _tower_class(name, config)
+                tower_class, options = _tower_class(config)
                 _check_size(name, "layers", config.num_hidden_layers)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
@@ -190,6 +190,7 @@ class FrozenEncoder(nn.Module):
                 for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
                     sides = [dict(size).get(side) or 0 for side in SIDES]
                     _check_size(name, "pixels along a side", max(sides))
+                processor(images=[Image.new("RGB", (8, 8))])  # it may lack a library
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
@@ -294,8 +295,7 @@ class FrozenEncoder(nn.Module):
     def for_others(self, weights: bool) -> dict[str, Any]:
         """What `modeling_captioner.py` needs: the tower's configuration if its weights are there,
         else its name, and the preprocessor's. Of a folder here only the last part is told."""
-        name = self.source["name"]
-        tower_class, options = _tower_class(name, self.tower.config)
+        tower_class, options = _tower_class(self.tower.config)
         if weights:
             options.pop("key_mapping", None)
             tower: dict[str, Any] = {"config": self.tower.config.to_dict()}
@@ -454,16 +454,16 @@ def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
     return transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **where)
 
 
-def _tower_class(name: str, config: Any) -> tuple[type, dict[str, Any]]:
+def _tower_class(config: Any) -> tuple[type, dict[str, Any]]:
     if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
-        raise UserError(f"{name!r} is a {config.model_type} model, not a vision Transformer")
+        raise ValueError(f"it is a {config.model_type} model, not a vision Transformer")
     if type(config) not in transformers.AutoModel._model_mapping:
         # AutoModel doesn't know the towers of BLIP, BLIP-2 or MetaCLIP 2, nor do all of them know
         # their weights' prefix in the whole model.
         named = type(config).__name__.replace("Config", "Model")
         if tower_class := getattr(transformers, named, None):
             return tower_class, {"key_mapping": {r"^vision_model\.": ""}}
-        raise UserError(f"the tower of {name!r}, a {config.model_type}, can't be loaded by itself")
+        raise ValueError(f"the tower of a {config.model_type} model can't be loaded by itself")
     tower_class = transformers.AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters:
         return tower_class, {"add_pooling_layer": False}

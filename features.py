@@ -430,8 +430,8 @@ def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict
     with atomic_write(pack) as path, open(path, "wb") as file:
         for labels, features in parts:
             if not features.isfinite().all():
-                wrong = "the encoder gave features that are not finite"
-                raise UserError(f"{wrong}: run with --precision fp32")
+                wrong = "the encoder gave features that are not finite in half precision (65,504)"
+                raise UserError(f"{wrong}: take other --encoder_layers, or another encoder")
             for label, row in zip(labels, features.cpu().numpy(), strict=True):
                 content = row.tobytes()
                 file.write(content)

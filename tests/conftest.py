@@ -138,6 +138,9 @@ def build_encoder(family: str, folder: Path) -> Path:
         processor = tf.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=size)
     elif family == "dinov3":
         model = tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**vision_sizes(num_register_tokens=4)))
+    elif family == "swin":
+        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4}
+        model = tf.SwinModel(tf.SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 4]))
     elif family == "blip":
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)

@@ -246,6 +246,17 @@ def test_naflex_grids_of_any_shape_with_padding_after_them(tmp_path):
     assert np.allclose(grid.area, (0, 0, 1, 1), atol=0.01)
 
 
+@pytest.mark.parametrize(("layer", "rows", "size"), [(-1, 4, 32), (-3, 8, 32), (-1, 5, 36)])
+def test_a_tower_that_joins_patches_has_a_smaller_grid(tmp_path, layer, rows, size):
+    encoder = FrozenEncoder.load(str(build_encoder("swin", tmp_path)), None, (layer,), "", size)
+    before = features_of(encoder, plain := noise((size, size)))
+    grid = patch_grid(encoder, plain.size, len(before))
+    assert (grid.rows, grid.columns, grid.first) == (rows, rows, 0)
+    changed = plain.copy()
+    changed.paste((255, 0, 0), [round(side) for side in box(grid, 1, 1, plain.size)])
+    assert (features_of(encoder, changed) - before).norm(dim=1).argmax() == grid.columns + 1
+
+
 def test_an_encoder_without_a_grid_is_refused(encoder_dir):
     with pytest.raises(UserError, match="grid"):
         patch_grid(FrozenEncoder.load(str(encoder_dir)), (40, 40), 9)

@@ -148,11 +148,22 @@ def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match="another one with --encoder[.]$"):
         FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="not a vision Transformer"):
+    with pytest.raises(UserError, match="a gpt2 model, not a vision .* with --encoder_model_name"):
         FrozenEncoder.load(str(tmp_path))
     (build_encoder("vit", tmp_path) / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="no preprocessor_config.json: copy that of the model"):
         FrozenEncoder.load(str(tmp_path))
+
+
+def test_a_library_that_the_preprocessing_needs_is_named(encoder_dir, monkeypatch):
+    """OWLv2's needs scipy, which it misses only when it is given a picture."""
+
+    def resize(*_, **__):
+        raise ImportError("\nIt requires scipy but it was not found. Install it with:\n`pip`.\n")
+
+    monkeypatch.setattr(transformers.ViTImageProcessorPil, "resize", resize)
+    with pytest.raises(UserError, match="loaded .*: It requires scipy .* with: `pip`. Give"):
+        FrozenEncoder.load(str(encoder_dir))
 
 
 def test_files_that_git_lfs_did_not_fetch_are_named(encoder_dir, tmp_path):

@@ -278,12 +278,14 @@ def test_a_photo_that_is_gone_is_left_out_or_too_many(setting):
 
 
 @pytest.mark.fault
-def test_features_that_are_no_numbers_are_refused(setting):
+def test_features_that_are_no_numbers_in_half_precision_are_refused(setting):
+    """They are kept in it whatever --precision is."""
     _, encoder, _, build, _ = setting
-    for parameter in encoder.parameters():
-        parameter.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="not finite: run with --precision fp32"):
-        build()
+    for value in (float("nan"), 1e5):
+        for parameter in encoder.parameters():
+            parameter.data.fill_(value)
+        with pytest.raises(UserError, match="not finite in half precision .*: take other --enc"):
+            build()
 
 
 @pytest.mark.fault
