@@ -21,6 +21,8 @@ CAPTION_KEYS = (
     *"taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
+# Notes, names and cameras' own words where there is another, though it is blank.
+ASIDE = ("title", "comment", "prompt", "imagedescription")
 TALKS = ("conversations", "messages", "texts")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 TO_CAPTION = re.compile(  # a prompt that asks for one
@@ -92,7 +94,9 @@ def texts_of(said: Any) -> list[Any]:
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
-        return texts_of(next((said[key] for key in CAPTION_KEYS if said.get(key)), None))
+        keys = [key for key in CAPTION_KEYS if key in said]
+        keys = [key for key in keys if key not in ASIDE] or keys
+        return texts_of(next((said[key] for key in keys if said[key]), None))
     return [] if said is None or said != said else [said]  # nor NaN
 
 

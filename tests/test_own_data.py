@@ -62,6 +62,22 @@ def test_each_form_of_captions_gives_the_same(tmp_path, name):
     assert read_captions(tmp_path / name).texts == captions
 
 
+def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tmp_path):
+    head = "SourceFile,Description,ImageDescription,Caption-Abstract,Comment\n"
+    rows = "1.jpg,A red dog,A,,\n2.jpg,,SONY DSC,Two cats,\n3.jpg,,SONY DSC,,too blurry\n"
+    (tmp_path / "captions.csv").write_text(head + rows)
+    found = read_captions(tmp_path / "captions.csv")
+    assert found.texts == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
+    assert "imagedescription, comment are ignored" in found.form
+
+
+def test_a_photo_in_base64_fills_no_message(tmp_path):
+    (tmp_path / "captions.tsv").write_text(f"0\t100\tA dog\t{'/9j/4AAQ' * 1000}\n")  # OFA's
+    with pytest.raises(UserError) as error:
+        read_captions(tmp_path / "captions.tsv")
+    assert len(str(error.value)) < 2000
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -943,6 +959,14 @@ TWICE[2]["value"] = "Can you describe its colour?"
             AB,
         ),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        (  # what says why a caption is missing is none
+            [
+                {"image": "1.jpg", "caption": "A", "comment": "", "title": "x"},
+                {"image": "2.jpg", "caption": "", "comment": "blurry, skip", "title": "y"},
+            ],
+            {"1.jpg": ["A"]},
+        ),
+        ({n: {"caption": AB[n][0] * (n == "1.jpg"), "title": "x"} for n in AB}, {"1.jpg": ["A"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
         ({n: {"title": "x", "blip_caption": AB[n][0]} for n in AB}, AB),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
