@@ -1768,6 +1768,15 @@ CHAT = turns("user", "assistant", "content", "role")
             "a.json",
             json.dumps([{"image": n, "questions": ["Which?"], "answers": ["red"]} for n in IDS]),
         ),
+        (  # OCR-VQA's own file
+            "a.json",
+            json.dumps(
+                {
+                    n[0]: {"URL": "http://x/7.jpg", "questions": ["Which?"], "answers": ["red"]}
+                    for n in IDS
+                }
+            ),
+        ),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
