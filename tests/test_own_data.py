@@ -2126,8 +2126,12 @@ def test_lists_of_photos_of_one_name_in_several_folders_are_candidates(tmp_path)
     lists = {f"{split}.csv": "".join(f"{n},A\n" for n in names) for split, names in there.items()}
     photos = [f"{split}/{n}" for split, names in there.items() for n in names]
     folder = lay_out(tmp_path, lists, photos)
-    with pytest.raises(UserError, match=r"one of .*train\.csv, .*val\.csv\?"):
+    says = r"one of .*train\.csv, .*val\.csv\?\); 2 of them name '1.jpg': move each file into the"
+    with pytest.raises(UserError, match=says):
         prepared(folder)
+    for split in there:
+        (folder / f"{split}.csv").rename(folder / "images" / split / f"{split}.csv")
+    assert prepared(folder, "--split", "karpathy") == {photo: ["A"] for photo in photos}
 
 
 def test_metadata_in_sub_folders_is_read(tmp_path):
