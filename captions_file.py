@@ -53,7 +53,7 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
     "image_file image_filename images img img_name img_path img_id photo imageid image_url "
-    "captioning photo_id image_urls name jpg png id"
+    "captioning photo_id image_urls picture coco_id cocoid imgid name jpg png id"
 ).split()
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
@@ -63,7 +63,7 @@ LIKE_CAPTIONS = re.compile(
     r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-IDS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
+IDS = "image_id image_name img_id photo_id picture coco_id cocoid imgid id".split()  # or numbers
 LONG = 2**25  # bytes of captions, which take some ten seconds to read
 SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions --questions_file FILE learns from it"

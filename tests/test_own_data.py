@@ -959,6 +959,10 @@ TWICE[2]["value"] = "Can you describe its colour?"
             AB,
         ),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        *(  # an object's own number is not its photo's
+            ([{"id": 1, key: 7, "caption": "A"}], {"7": ["A"]})
+            for key in ("picture", "coco_id", "cocoid", "imgid")
+        ),
         (  # what says why a caption is missing is none
             [
                 {"image": "1.jpg", "caption": "A", "comment": "", "title": "x"},
