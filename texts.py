@@ -39,7 +39,8 @@ PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
 ENDS = re.compile(
-    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
+    r"^\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}"
+    r"|(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$",
     re.IGNORECASE,
 )
 # What programs write for empty cells, and spreadsheets for what they took for a formula.

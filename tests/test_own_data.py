@@ -1412,12 +1412,14 @@ def test_choices_in_our_own_form_are_what_is_learned(tmp_path):
 
 def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
-    # As Keras', TensorFlow's and PyTorch's lessons have them.
+    # As Keras', TensorFlow's and PyTorch's lessons have them, and models' tokenizers.
     ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
+    ends = f"{ends[0]}\n</s><s>D</s>\n[CLS] E [SEP]\nA <s> F<|endoftext|>", ends[1]
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert (found["2.jpg"], found["3.jpg"]) == (["a dog", "B", "C"], ["a startseq"])
+    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F"]
+    assert found["3.jpg"] == ["a startseq"]
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
