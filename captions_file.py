@@ -307,7 +307,7 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         """One by pandas' index, or by a photo with captions of a less usual name?"""
         if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
             return isinstance(v, dict)
-        like = any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        like = any(LIKE_CAPTIONS.fullmatch(k) or NUMBERED.fullmatch(k) for k in map(plain_key, v))
         return like and not texts_of(v | {"title": None})
 
     if all(map(is_row, values)):
