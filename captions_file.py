@@ -22,6 +22,7 @@ from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
 from texts import (
+    ASIDE,
     CAPTION_KEYS,
     NOTHING,
     PAIRS,
@@ -52,7 +53,7 @@ TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
 NAME_KEYS = (
     "image image_name file_name filename filepath file_path image_path path image_id "
     "image_file image_filename images img img_name img_path img_id photo imageid image_url "
-    "captioning photo_id image_urls name jpg png id"
+    "captioning photo_id image_urls picture coco_id cocoid imgid name jpg png id"
 ).split()
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
@@ -62,7 +63,7 @@ LIKE_CAPTIONS = re.compile(
     r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
 )
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-IDS = "image_id image_name img_id photo_id id".split()  # COCO's, or names without suffix
+IDS = "image_id image_name img_id photo_id picture coco_id cocoid imgid id".split()  # or numbers
 LONG = 2**25  # bytes of captions, which take some ten seconds to read
 SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions --questions_file FILE learns from it"
@@ -306,7 +307,7 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         """One by pandas' index, or by a photo with captions of a less usual name?"""
         if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
             return isinstance(v, dict)
-        like = any(LIKE_CAPTIONS.fullmatch(plain_key(key)) for key in v)
+        like = any(LIKE_CAPTIONS.fullmatch(k) or NUMBERED.fullmatch(k) for k in map(plain_key, v))
         return like and not texts_of(v | {"title": None})
 
     if all(map(is_row, values)):
@@ -410,7 +411,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
-        told = [row[key] for key in (*columns, *captions) if key in row]
+        told = [row[key] for key in (*columns, *captions, *ASIDE) if key in row]
         shown = photo_in(row.get(photo))
         if row.get("question") and not told:
             found.passed.append(f"{where} {QUESTION}")
@@ -425,7 +426,7 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
             found.passed.append(f"{where} shows {len(shown)} photos, not one")
         elif name := found.name_of(where, shown, OBJECT, isinstance(shown, str) or photo in IDS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
-            texts = texts or texts_of(next(filter(None, told), None))
+            texts = texts or texts_of(next(filter(None, map(row.get, captions)), None))
             if texts or not any(map(talk_in, told)):
                 found.add(name, texts, where, row.get(split))
             else:
@@ -455,7 +456,9 @@ def choose_columns(
         return sum(good) / max(1, len(good))
 
     def words(key: str) -> int:
-        return sum(len(re.findall(r"[^\W\d_]+", str(texts_of(row.get(key))))) for row in sample)
+        told = (str(texts_of(row.get(key))) for row in sample)
+        count = sum(len(re.findall(r"[^\W\d_]+", said)) for said in told)
+        return min(count, 1) if key == "imagedescription" else count  # which cameras fill
 
     def is_same(key: str) -> bool:
         """Is it the same of all photos, as the `description` of a task is in a crowd's answers?"""
@@ -495,6 +498,7 @@ def choose_columns(
     if not plain and any(re.fullmatch(r"caption[_ ]?\d+", key) for key in keys):
         captions = []  # all that are numbered, and no title
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
+    captions[1:] = [key for key in captions[1:] if key not in ASIDE]
     return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
 
 
@@ -520,8 +524,8 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     table = table_of(lines, folder)
-    photos, captions, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
-    captions = caption_columns(table.names, captions)
+    photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
+    captions = caption_columns(table.names, told)
     table.headed = bool(photos and captions)
     shown = [is_photo(plain_name(value)) for value, _ in table.rows[0][1]]
     begun = not captions and any(shown)
@@ -532,16 +536,17 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         if shown[-1] and not (shown[0] or NO_CAPTION.fullmatch(table.rows[0][1][0][0])):
             table.names = ["caption", "image"]
-        photos, captions, split = ["image"], ["caption"], None
+        photos, told, split = ["image"], ["caption"], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)
+        names = brief(", ".join(filter(None, table.names)))  # or a photo in base64
         raise UserError(
-            f"{table.rows[0][0]}: of the columns {', '.join(filter(None, table.names))} none is "
-            f"known to name {what}: call it {usual[0]} ({', '.join(usual[1:])} are known too), and "
-            "begin with a row like image,caption, or like photo.jpg,A caption; or name another "
-            "file, or a folder of texts, with --captions_file"
+            f"{table.rows[0][0]}: of the columns {names} none is known to name {what}: call it "
+            f"{usual[0]} ({', '.join(usual[1:])} are known too), and begin with a row like "
+            "image,caption, or like photo.jpg,A caption; or name another file, or a folder of "
+            "texts, with --captions_file"
         )
-    found = _read_rows(table, photos[0], captions, split, bare=not begun)
+    found = _read_rows(table, photos[0], told, split, bare=not begun)
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
@@ -549,20 +554,22 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
 
 
 def _read_rows(
-    table: Table, photo: str, captions: Sequence[str], split: str | None, bare: bool
+    table: Table, photo: str, likely: Sequence[str], split: str | None, bare: bool
 ) -> Captions:
-    """Rows of these columns; where there are more than photo and caption, what lacks one of these
-    is passed over, and refused otherwise.
+    """Rows of the likeliest captions, or another usual column's where they are blank; where there
+    are more than photo and caption, what lacks one is passed over, and refused otherwise.
 
     Without a header the last column may hold several captions, by tabs or each in quotes. Names
     may be `bare` of their suffix.
     """
+    captions = caption_columns(table.names, likely)
+    instead = [key for key in likely if key in CAPTION_KEYS and key not in (*captions, "text")]
     last = table.names.index(captions[-1])
     others = [name for name in table.names if name and name not in (photo, *captions, split)]
-    ignored = [name for name in others if name not in NUMBER_KEYS]
+    ignored = [name for name in others if name not in (*NUMBER_KEYS, *instead)]
     columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
     found = Captions(f"a table{columns}")
-    strict = not ignored and len(captions) == 1
+    strict = not (ignored or instead) and len(captions) == 1
     ended = table.headed and table.names[-1] in (photo, *captions)  # by what may not be empty
     for where, row in table.rows:
         whole = table.fit(row, last, ended)
@@ -580,6 +587,7 @@ def _read_rows(
             raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")
         if name := found.name_of(where, cells[photo], ROW, bare, strict):
             texts = [cells[key] for key in captions if cells[key]]
+            texts = texts or [*filter(None, map(cells.get, instead))][:1]
             if len(whole) > 1 and not table.headed:
                 apart = table.delimiter == "\t" or all(s.lstrip()[:1] == '"' for _, s in whole)
                 texts = [value for value, _ in whole] if apart else texts

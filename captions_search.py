@@ -136,14 +136,18 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
     """Read the only file with captions in DATA_DIR, or those that are parts of one."""
     others, refused = find_others(paths)
     places = [paths.data_dir / name for name in others]
-    photos = [name for found in others.values() for name in found.texts]
-    if are_alike(others) and len(photos) == len({*photos}):  # one, or parts of one
+    photos = Counter(name for found in others.values() for name in found.texts)
+    again, count = next(iter(photos.most_common(1)), ("", 0))
+    if are_alike(others) and count == 1:  # one, or parts of one
         return places, joined(others, paths.images)
     seen = f" ({refused[0]})" if refused else ""
     if paths.questions.is_file() and not others:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
         seen = f" (one of {', '.join(map(str, places[:9]))}?)"
+        if are_alike(others):
+            own = f"move each file into the folder of its photos, if these are {count}"
+            seen += f"; {count} of them name {again!r}: {own}"
     raise UserError(
         f"{paths.data_dir / 'captions.json'} is missing: write {PLAIN} there, or put one of "
         f"{', '.join(TABLES)} into {paths.data_dir}, or a photo.txt beside each photo.jpg, or "

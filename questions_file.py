@@ -158,6 +158,8 @@ def _without_ids(table: dict[str, Any]) -> Any:
         return [{"image": k} | q for k, v in lists.items() for q in v]  # EarthVQA: "Question"
     if not _are_objects(table.values()):
         return table
+    if all("questions" in each for each in table.values()):  # by photo, as OCR-VQA has them
+        return [{"image_id": k} | each for k, each in table.items()]
     return [each | ({"image": k} if is_photo(k) else {}) for k, each in table.items()]
 
 

@@ -21,6 +21,8 @@ CAPTION_KEYS = (
     *"taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
+# Notes, names and cameras' own words where there is another, though it is blank.
+ASIDE = ("title", "comment", "prompt", "imagedescription")
 TALKS = ("conversations", "messages", "texts")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
 TO_CAPTION = re.compile(  # a prompt that asks for one
@@ -37,7 +39,8 @@ PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
 ENDS = re.compile(
-    r"^\s*(startseq|[<\[]start[>\]]|<[bs]os>|<s>)\s|\s(endseq|[<\[]end[>\]]|<eos>|</s>)\s*$",
+    r"^\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}"
+    r"|(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$",
     re.IGNORECASE,
 )
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
@@ -92,7 +95,9 @@ def texts_of(said: Any) -> list[Any]:
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
-        return texts_of(next((said[key] for key in CAPTION_KEYS if said.get(key)), None))
+        keys = [key for key in CAPTION_KEYS if key in said]
+        keys = [key for key in keys if key not in ASIDE] or keys
+        return texts_of(next((said[key] for key in keys if said[key]), None))
     return [] if said is None or said != said else [said]  # nor NaN
 
 

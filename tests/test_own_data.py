@@ -62,6 +62,22 @@ def test_each_form_of_captions_gives_the_same(tmp_path, name):
     assert read_captions(tmp_path / name).texts == captions
 
 
+def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tmp_path):
+    head = "SourceFile,Description,ImageDescription,Caption-Abstract,Comment\n"
+    rows = "1.jpg,A red dog,A,,\n2.jpg,,SONY DSC,Two cats,\n3.jpg,,SONY DSC,,too blurry\n"
+    (tmp_path / "captions.csv").write_text(head + rows)
+    found = read_captions(tmp_path / "captions.csv")
+    assert found.texts == {"1.jpg": ["A red dog"], "2.jpg": ["Two cats"]}
+    assert "imagedescription, comment are ignored" in found.form
+
+
+def test_a_photo_in_base64_fills_no_message(tmp_path):
+    (tmp_path / "captions.tsv").write_text(f"0\t100\tA dog\t{'/9j/4AAQ' * 1000}\n")  # OFA's
+    with pytest.raises(UserError) as error:
+        read_captions(tmp_path / "captions.tsv")
+    assert len(str(error.value)) < 2000
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -943,8 +959,21 @@ TWICE[2]["value"] = "Can you describe its colour?"
             AB,
         ),
         ([{"filename": "1.jpg", "raw": "A", "raw_1": "B"}], {"1.jpg": ["A", "B"]}),
+        *(  # an object's own number is not its photo's
+            ([{"id": 1, key: 7, "caption": "A"}], {"7": ["A"]})
+            for key in ("picture", "coco_id", "cocoid", "imgid")
+        ),
+        (  # what says why a caption is missing is none
+            [
+                {"image": "1.jpg", "caption": "A", "comment": "", "title": "x"},
+                {"image": "2.jpg", "caption": "", "comment": "blurry, skip", "title": "y"},
+            ],
+            {"1.jpg": ["A"]},
+        ),
+        ({n: {"caption": AB[n][0] * (n == "1.jpg"), "title": "x"} for n in AB}, {"1.jpg": ["A"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
         ({n: {"title": "x", "blip_caption": AB[n][0]} for n in AB}, AB),
+        ({"1.jpg": {"caption_1": "A", "caption_2": "B"}}, {"1.jpg": ["A", "B"]}),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
         (
@@ -1384,12 +1413,14 @@ def test_choices_in_our_own_form_are_what_is_learned(tmp_path):
 
 def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     marked = "[/EN#1/people Two young guys] with [/EN#23/bodyparts/other shaggy hair] ."
-    # As Keras', TensorFlow's and PyTorch's lessons have them.
+    # As Keras', TensorFlow's and PyTorch's lessons have them, and models' tokenizers.
     ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
+    ends = f"{ends[0]}\n</s><s>D</s>\n[CLS] E [SEP]\nA <s> F<|endoftext|>", ends[1]
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert (found["2.jpg"], found["3.jpg"]) == (["a dog", "B", "C"], ["a startseq"])
+    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F"]
+    assert found["3.jpg"] == ["a startseq"]
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
@@ -1744,6 +1775,15 @@ CHAT = turns("user", "assistant", "content", "role")
             "a.json",
             json.dumps([{"image": n, "questions": ["Which?"], "answers": ["red"]} for n in IDS]),
         ),
+        (  # OCR-VQA's own file
+            "a.json",
+            json.dumps(
+                {
+                    n[0]: {"URL": "http://x/7.jpg", "questions": ["Which?"], "answers": ["red"]}
+                    for n in IDS
+                }
+            ),
+        ),
         (  # LLaVA: conversations, some about no photo
             "a.json",
             json.dumps(
@@ -2093,8 +2133,12 @@ def test_lists_of_photos_of_one_name_in_several_folders_are_candidates(tmp_path)
     lists = {f"{split}.csv": "".join(f"{n},A\n" for n in names) for split, names in there.items()}
     photos = [f"{split}/{n}" for split, names in there.items() for n in names]
     folder = lay_out(tmp_path, lists, photos)
-    with pytest.raises(UserError, match=r"one of .*train\.csv, .*val\.csv\?"):
+    says = r"one of .*train\.csv, .*val\.csv\?\); 2 of them name '1.jpg': move each file into the"
+    with pytest.raises(UserError, match=says):
         prepared(folder)
+    for split in there:
+        (folder / f"{split}.csv").rename(folder / "images" / split / f"{split}.csv")
+    assert prepared(folder, "--split", "karpathy") == {photo: ["A"] for photo in photos}
 
 
 def test_metadata_in_sub_folders_is_read(tmp_path):
