@@ -278,6 +278,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         set_by = options if {"max_length", "max_new_tokens"} & {*options} else vars(settings)
         wanted, longest = set_by.get("max_new_tokens"), set_by.get("max_length")
         options.pop("max_length", None)
+        if set_by is not options and longest == transformers.GenerationConfig().max_length:
+            longest = None  # nobody asked: before 5.0 it is 20 where nothing is said
         if longest and wanted is None:
             wanted = longest - input_ids.shape[1]
         options["max_new_tokens"] = min(room, room if wanted is None else wanted)

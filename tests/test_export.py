@@ -393,6 +393,18 @@ def test_the_length_is_as_asked(folder, joint):
         assert ids.shape[1] == length, asked
 
 
+def test_a_length_that_nobody_asked_for_cuts_nothing(folder, joint, monkeypatch):
+    """Before 5.0 a `GenerationConfig` says 20 where it was told nothing."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=[Image.open(joint / "images" / "000.png")])
+    never = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor(2), -1e9)]}
+    monkeypatch.setattr("transformers.GenerationConfig", lambda: SimpleNamespace(max_length=6))
+    model.generation_config.max_length = 6
+    for asked, length in (({}, 20), ({"max_length": 6}, 6)):
+        assert model.generate(**inputs, **never, **asked, num_beams=1).shape[1] == length
+
+
 def test_pictures_are_seen_there_as_here(folder, joint, tmp_path):
     encoder = load_checkpoint(joint / "captioner_best_cider.safetensors").load_encoder()
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
