@@ -151,6 +151,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.tower = None
         if "name" not in config.tower:  # its weights are here
             tower_class = getattr(transformers, config.tower["class"])
@@ -229,6 +230,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
         use_cache: bool = False,
+        labels: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         memory = self.memory(self.features(pixel_values)) if memory is None else memory
@@ -255,7 +257,10 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             logits = nn.functional.linear(hidden, embedding(ids))
         else:
             logits = self.decoder.logits(hidden)
-        return CausalLMOutputWithPast(logits=logits, **caches)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **others)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **caches)
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):

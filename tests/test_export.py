@@ -599,6 +599,23 @@ def test_the_cache_is_heeded_whatever_a_version_calls_it(folder, joint, name, mo
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1])
 
 
+def test_labels_give_a_loss_to_train_further_by(folder, joint):
+    """As the library's Trainer asks for it: its batches are parts of what it steps by."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = processor(images=[Image.open(joint / "images" / "000.png")] * 2)["pixel_values"]
+    ids = torch.tensor([[1, 9, 8, 2], [1, 7, 2, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": photo}
+    given["labels"] = ids.masked_fill(ids == 0, -100)
+    whole = model(**given)
+    counts = ids[:, 1:] > 0
+    right = torch.nn.functional.cross_entropy(whole.logits[:, :-1][counts], ids[:, 1:][counts])
+    torch.testing.assert_close(whole.loss, right)
+    torch.testing.assert_close(model(**given, num_items_in_batch=10).loss, right / 2)
+    whole.loss.backward()
+    assert model.decoder.token_embedding.weight.grad.any()
+
+
 def test_threads_get_their_own_photos_features_of_old_versions_too(folder, tmp_path, monkeypatch):
     """Those wrapped the layers in each call, so that two at once took each other's."""
     shutil.copytree(folder, tmp_path / "captioner_of_old")
