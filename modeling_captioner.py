@@ -68,7 +68,8 @@ class VisionCaptionerProcessor(transformers.ProcessorMixin):
 
     def __call__(self, images=None, text=None, return_tensors="pt", **_: Any):
         photos = [] if images is None else list(image_utils.make_flat_list_of_images(images))
-        texts = [text] if isinstance(text, str) else list(text or [""] * max(1, len(photos)))
+        texts = [text] if isinstance(text, str) else text or [None] * max(1, len(photos))
+        texts = [each or "" for each in texts]
         if photos and len(photos) != len(texts):
             raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
         stops, marks, end = self.tokenizer.init_kwargs.get("question_end", ("", "", ""))
@@ -243,6 +244,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         length = input_ids.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(input_ids.shape[0], seen + length)
+        if attention_mask.dim() != 2:  # made by the library for a cache of a fixed length
+            raise ValueError("static caches are not supported: leave cache_implementation away")
         real = attention_mask.bool()
         causal = real.new_ones(seen + length, seen + length).tril()[seen:]
         # Padding attends to itself, as attention to nothing is no number.

@@ -477,7 +477,7 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     checkpoint = load_checkpoint(joint / "captioner_best_cider.safetensors")
     photos = [Image.open(path) for path in sorted((joint / "images").iterdir())[:2]]
-    asked = processor(images=photos, text=["", "What color is the square?"])
+    asked = processor(images=photos, text=[None, "What color is the square?"])
     with torch.no_grad():
         features = model.features(asked["pixel_values"])
 
@@ -502,6 +502,8 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     for impossible in ({"num_beams": 5, "num_return_sequences": 6}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
             model.generate(**asked, **impossible)
+    with pytest.raises(ValueError, match="static caches are not supported"):
+        model.generate(**asked, cache_implementation="static")
     with pytest.raises(ValueError, match="leaves no room"):
         long = torch.full((1, model.config.max_position_embeddings), 9)
         model.generate(long, processor(images=photos[:1])["pixel_values"])
