@@ -68,7 +68,8 @@ class VisionCaptionerProcessor(transformers.ProcessorMixin):
 
     def __call__(self, images=None, text=None, return_tensors="pt", **_: Any):
         photos = [] if images is None else list(image_utils.make_flat_list_of_images(images))
-        texts = [text] if isinstance(text, str) else list(text or [""] * max(1, len(photos)))
+        texts = [text] if isinstance(text, str) else text or [None] * max(1, len(photos))
+        texts = [each or "" for each in texts]
         if photos and len(photos) != len(texts):
             raise ValueError(f"{len(photos)} photos, but {len(texts)} texts: give one for each")
         stops, marks, end = self.tokenizer.init_kwargs.get("question_end", ("", "", ""))
@@ -151,6 +152,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
 
     def __init__(self, config: VisionCaptionerConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.tower = None
         if "name" not in config.tower:  # its weights are here
             tower_class = getattr(transformers, config.tower["class"])
@@ -229,6 +231,7 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         attention_mask: Tensor | None = None,
         memory: Tensor | None = None,
         use_cache: bool = False,
+        labels: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         memory = self.memory(self.features(pixel_values)) if memory is None else memory
@@ -241,6 +244,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         length = input_ids.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(input_ids.shape[0], seen + length)
+        if attention_mask.dim() != 2:  # made by the library for a cache of a fixed length
+            raise ValueError("static caches are not supported: leave cache_implementation away")
         real = attention_mask.bool()
         causal = real.new_ones(seen + length, seen + length).tril()[seen:]
         # Padding attends to itself, as attention to nothing is no number.
@@ -255,7 +260,10 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
             logits = nn.functional.linear(hidden, embedding(ids))
         else:
             logits = self.decoder.logits(hidden)
-        return CausalLMOutputWithPast(logits=logits, **caches)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **others)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **caches)
 
     @torch.no_grad()
     def generate(self, input_ids=None, pixel_values=None, **options: Any):
@@ -278,6 +286,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         set_by = options if {"max_length", "max_new_tokens"} & {*options} else vars(settings)
         wanted, longest = set_by.get("max_new_tokens"), set_by.get("max_length")
         options.pop("max_length", None)
+        if set_by is not options and longest == transformers.GenerationConfig().max_length:
+            longest = None  # nobody asked: before 5.0 it is 20 where nothing is said
         if longest and wanted is None:
             wanted = longest - input_ids.shape[1]
         options["max_new_tokens"] = min(room, room if wanted is None else wanted)

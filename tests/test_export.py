@@ -393,6 +393,18 @@ def test_the_length_is_as_asked(folder, joint):
         assert ids.shape[1] == length, asked
 
 
+def test_a_length_that_nobody_asked_for_cuts_nothing(folder, joint, monkeypatch):
+    """Before 5.0 a `GenerationConfig` says 20 where it was told nothing."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=[Image.open(joint / "images" / "000.png")])
+    never = {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.tensor(2), -1e9)]}
+    monkeypatch.setattr("transformers.GenerationConfig", lambda: SimpleNamespace(max_length=6))
+    model.generation_config.max_length = 6
+    for asked, length in (({}, 20), ({"max_length": 6}, 6)):
+        assert model.generate(**inputs, **never, **asked, num_beams=1).shape[1] == length
+
+
 def test_pictures_are_seen_there_as_here(folder, joint, tmp_path):
     encoder = load_checkpoint(joint / "captioner_best_cider.safetensors").load_encoder()
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -465,7 +477,7 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     checkpoint = load_checkpoint(joint / "captioner_best_cider.safetensors")
     photos = [Image.open(path) for path in sorted((joint / "images").iterdir())[:2]]
-    asked = processor(images=photos, text=["", "What color is the square?"])
+    asked = processor(images=photos, text=[None, "What color is the square?"])
     with torch.no_grad():
         features = model.features(asked["pixel_values"])
 
@@ -490,6 +502,8 @@ def test_beams_are_reranked_there_as_here(folder, joint):
     for impossible in ({"num_beams": 5, "num_return_sequences": 6}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=r"num_beams|max_new_tokens"):
             model.generate(**asked, **impossible)
+    with pytest.raises(ValueError, match="static caches are not supported"):
+        model.generate(**asked, cache_implementation="static")
     with pytest.raises(ValueError, match="leaves no room"):
         long = torch.full((1, model.config.max_position_embeddings), 9)
         model.generate(long, processor(images=photos[:1])["pixel_values"])
@@ -585,6 +599,23 @@ def test_the_cache_is_heeded_whatever_a_version_calls_it(folder, joint, name, mo
         cache = cache if name else {"past_key_values": step.past_key_values}
     whole = model(input_ids=tokens, memory=memory)
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1])
+
+
+def test_labels_give_a_loss_to_train_further_by(folder, joint):
+    """As the library's Trainer asks for it: its batches are parts of what it steps by."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    photo = processor(images=[Image.open(joint / "images" / "000.png")] * 2)["pixel_values"]
+    ids = torch.tensor([[1, 9, 8, 2], [1, 7, 2, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": photo}
+    given["labels"] = ids.masked_fill(ids == 0, -100)
+    whole = model(**given)
+    counts = ids[:, 1:] > 0
+    right = torch.nn.functional.cross_entropy(whole.logits[:, :-1][counts], ids[:, 1:][counts])
+    torch.testing.assert_close(whole.loss, right)
+    torch.testing.assert_close(model(**given, num_items_in_batch=10).loss, right / 2)
+    whole.loss.backward()
+    assert model.decoder.token_embedding.weight.grad.any()
 
 
 def test_threads_get_their_own_photos_features_of_old_versions_too(folder, tmp_path, monkeypatch):
