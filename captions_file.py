@@ -27,8 +27,8 @@ from texts import (
     NOTHING,
     PAIRS,
     TALKS,
-    TO_CAPTION,
     as_asked,
+    as_labelled,
     has_word,
     is_asked,
     is_rejected,
@@ -380,17 +380,9 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
-            if isinstance(task := row.get("data"), dict):  # as Label Studio exports it
-                done = [each for each in row["annotations"] if not each.get("was_cancelled")]
-                results = [each for said in done for each in said["result"]]
-                told: dict[str, list[Any]] = {}  # by what each field of the form is called
-                for each in results:
-                    if {*(value := each.get("value", {}))} == {"text"}:  # no box, as OCR's has
-                        told.setdefault(each.get("from_name", ""), []).extend(texts_of(value))
-                named = [said for name, said in told.items() if TO_CAPTION.search(name)]
-                row = told | task | {"caption": named or [*told.values()]}
-            row = {plain_key(key): value for key, value in row.items()}
-            row = as_asked(row)
+            if isinstance(row.get("data"), dict):
+                row = as_labelled(row)
+            row = as_asked({plain_key(key): value for key, value in row.items()})
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
             rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):

@@ -82,6 +82,18 @@ def as_asked(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def as_labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """An entry of Label Studio's export as a row: its task's fields, and what was typed for it, as
+    captions those fields of the form that are called so, or else all."""
+    done = [each for each in row["annotations"] if not each.get("was_cancelled")]
+    told: dict[str, list[Any]] = {}  # by what each field of the form is called
+    for each in (each for said in done for each in said["result"]):
+        if {*(value := each.get("value", {}))} == {"text"}:  # no box, as OCR's has
+            told.setdefault(each.get("from_name", ""), []).extend(texts_of(value))
+    named = [said for name, said in told.items() if TO_CAPTION.search(name)]
+    return told | row["data"] | {"caption": named or [*told.values()]}
+
+
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answers in a conversation to who asks for a caption, or the only one, unless it answers a
