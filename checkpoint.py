@@ -257,7 +257,7 @@ def _restored(
     with torch.device("meta"):
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True).eval()
+    model.eval()
     reranker = Reranker.restored(held, model.feature_width) if held else None
     generation = typed(GenerationOptions, description["generation"])
     tasks = tuple(description.get("tasks", ["captions"]))
