@@ -38,7 +38,7 @@ from model import CaptionModel
 from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
-from settings import check_ranges, constants
+from settings import FILES, OR_ON_HUB, TEXTS_OR_NONE, check_ranges, constants
 from shards import Rows
 from utils import UserError, first_line, last_part, redact
 
@@ -457,14 +457,15 @@ def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Te
 
 
 def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is learned: numbers, and some texts; no places."""
-    texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
-    return {n: value for n, value in values.items() if isinstance(value, int | float) or n in texts}
+    """The settings that decide what is learned: numbers and texts, but for names and places."""
+    others = {*TEXTS_OR_NONE, "DATASET", "CHECKPOINT_PREFIX", "DEVICE"}
+    kept = (n for n in values if n not in others and not n.endswith((*FILES, *OR_ON_HUB)))
+    return {n: values[n] for n in kept if isinstance(values[n], str | int | float)}
 
 
 def say_other_settings(settings: SimpleNamespace, saved: Mapping[str, Any]) -> None:
     """Say what is set otherwise than where a run goes on, which may be another training's place."""
-    now, before = deciding(constants(settings)), deciding(saved)
+    now, before = deciding(on_record(settings)), deciding(saved)
     other = [f"{n} {now[n]} (was {before[n]})" for n in now if before.get(n, now[n]) != now[n]]
     if other:
         print(f"resumed   with {', '.join(other)}")

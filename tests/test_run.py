@@ -14,11 +14,20 @@ import pytest
 import torch
 
 import commands
+import config
 import train
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
 from distributed import ALONE, Team
 from model import CaptionModel
-from run import Progress, Run, find_checkpoint, random_state, set_aside, set_random_state
+from run import (
+    Progress,
+    Run,
+    find_checkpoint,
+    random_state,
+    say_other_settings,
+    set_aside,
+    set_random_state,
+)
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError
 
@@ -295,6 +304,13 @@ def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, va
     says = r"last\.pt holds (no state of a training.*--start_checkpoint .*last\.pt|weights)"
     with pytest.raises(UserError, match=says):
         find_checkpoint(settings, ALONE)
+
+
+def test_a_new_setting_that_is_a_text_is_told_on_resuming(capsys):
+    before, now = vars(config) | {"SCHEDULE": "cosine"}, vars(config) | {"SCHEDULE": "constant"}
+    more = {"DATA_DIR": "/elsewhere", "DEVICE": "cpu", "WANDB_PROJECT": "other"}
+    say_other_settings(SimpleNamespace(**now | more), before)
+    assert capsys.readouterr().out == "resumed   with SCHEDULE constant (was cosine)\n"
 
 
 def sgd(model, settings):
