@@ -124,8 +124,10 @@ def digest(content: Any) -> str:
             hasher.update(f"[{len(value)}".encode())
             for part in value:
                 feed(part)
-        else:
+        elif value is None or type(value) in (bool, int, float, str):
             hasher.update(f"{type(value).__name__}:{value!r};".encode())
+        else:
+            raise TypeError(f"{value!r} in a checkpoint: it would be saved, but not be loaded")
 
     feed(content)
     return hasher.hexdigest()

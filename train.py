@@ -354,6 +354,8 @@ def validate(run: Run, data: Data) -> tuple[dict[str, float], list[Written]]:
     if answered and settings.SCORED_IMAGES:
         right = [vqa_accuracy(said, text.answers or [text.target]) for _, text, said in answered]
         scores["val_accuracy"] = 100 * sum(right) / len(right)
+    # NumPy's numbers, and tensors, are none that a checkpoint may hold.
+    scores = {name: float(figure) for name, figure in scores.items() if math.isfinite(figure)}
     return scores, captioned + answered
 
 
