@@ -124,8 +124,10 @@ def digest(content: Any) -> str:
             hasher.update(f"[{len(value)}".encode())
             for part in value:
                 feed(part)
-        else:
+        elif value is None or type(value) in (bool, int, float, str):
             hasher.update(f"{type(value).__name__}:{value!r};".encode())
+        else:
+            raise TypeError(f"{value!r} in a checkpoint: it would be saved, but not be loaded")
 
     feed(content)
     return hasher.hexdigest()
@@ -257,7 +259,7 @@ def _restored(
     with torch.device("meta"):
         model = CaptionModel(description["feature_width"], config)
     model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True).eval()
+    model.eval()
     reranker = Reranker.restored(held, model.feature_width) if held else None
     generation = typed(GenerationOptions, description["generation"])
     tasks = tuple(description.get("tasks", ["captions"]))

@@ -38,7 +38,7 @@ from model import CaptionModel
 from options import GenerationOptions, fits, parse_tasks, typed
 from rerank import Reranker
 from self_critical import critical_epochs
-from settings import check_ranges, constants
+from settings import FILES, OR_ON_HUB, TEXTS_OR_NONE, check_ranges, constants
 from shards import Rows
 from utils import UserError, first_line, last_part, redact
 
@@ -354,12 +354,9 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
         Progress.restored(saved["progress"])
         weights, own = saved["weights"], model.state_dict()
         pairs = [(weights.get(name), own.get(name)) for name in {**weights, **own}]
-        groups, moments = make_optimizer(model, settings).param_groups, saved["optimizer"]["state"]
-        moved = [weight for group in groups for weight in group["params"]]
-        for number, weight in enumerate(moved if moments else ()):  # none before the first update
-            held = moments[number]
-            pairs += [(held["exp_avg"], weight), (held["exp_avg_sq"], weight)]
-            pairs.append((held["step"], torch.tensor(0.0)))
+        kept = kept_by(make_optimizer(model, settings))
+        for number, held in saved["optimizer"]["state"].items():  # of weights that were moved
+            pairs += [(held[name], x) for name, x in kept[number].items() if torch.is_tensor(x)]
         chance = [saved["random"], *saved.get("other_random", [])]
         pairs += [(state["cpu"], torch.get_rng_state()) for state in chance]
         for there, wanted in pairs:
@@ -414,11 +411,8 @@ def keep_apart(run: Run) -> Progress:
 
 
 def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, not biases, norms or embeddings of positions.
-
-    Another optimizer must skip a step where its `found_inf` is 1, as fused ones do: see
-    `train.update`. What `load_to_resume` asks of its state are AdamW's names.
-    """
+    """AdamW that decays matrices, not biases, norms or embeddings of positions; `train.update`
+    gives all its groups one learning rate."""
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() == 2 and "position" not in n]
     others = [p for n, p in named.items() if p.dim() != 2 or "position" in n]
@@ -431,6 +425,17 @@ def make_optimizer(model: CaptionModel, settings: SimpleNamespace) -> torch.opti
         betas=(0.9, 0.98),
         fused=True,
     )
+
+
+def kept_by(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimizer keeps of each weight, found by a step that changes none."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.state_dict()["state"]
 
 
 def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Team) -> None:
@@ -452,14 +457,15 @@ def check_settings(settings: SimpleNamespace, begun: Checkpoint | None, team: Te
 
 
 def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is learned: numbers, and some texts; no places."""
-    texts = ("TASKS", "SPLIT", "ENCODER_LAYERS", "PRECISION")
-    return {n: value for n, value in values.items() if isinstance(value, int | float) or n in texts}
+    """The settings that decide what is learned: numbers and texts, but for names and places."""
+    others = {*TEXTS_OR_NONE, "DATASET", "CHECKPOINT_PREFIX", "DEVICE"}
+    kept = (n for n in values if n not in others and not n.endswith((*FILES, *OR_ON_HUB)))
+    return {n: values[n] for n in kept if isinstance(values[n], str | int | float)}
 
 
 def say_other_settings(settings: SimpleNamespace, saved: Mapping[str, Any]) -> None:
     """Say what is set otherwise than where a run goes on, which may be another training's place."""
-    now, before = deciding(constants(settings)), deciding(saved)
+    now, before = deciding(on_record(settings)), deciding(saved)
     other = [f"{n} {now[n]} (was {before[n]})" for n in now if before.get(n, now[n]) != now[n]]
     if other:
         print(f"resumed   with {', '.join(other)}")

@@ -119,6 +119,8 @@ def load_settings(
     group = parser.add_argument_group("settings (defaults stand in config.py)")
     for name in only or defaults:
         default = defaults[name]
+        if not isinstance(default, str | int | float | os.PathLike | None):
+            continue  # of a tuple's text its letters would be made
         group.add_argument(
             f"--{name.lower()}",
             *(["--epochs"] if name == "NUM_EPOCHS" else []),  # as others call it

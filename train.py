@@ -168,8 +168,10 @@ def update(
             parameter.grad.mul_(scale)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.GRADIENT_CLIP)
     bad = (~torch.isfinite(norm + figure)).float()
-    run.optimizer.found_inf = bad  # the fused optimizer does nothing where this is 1
-    if run.device.type != "mps" or not bad:  # whose kernel may not look: PyTorch #186360
+    fused = run.optimizer.defaults.get("fused") and run.device.type != "mps"  # PyTorch #186360
+    if fused:
+        run.optimizer.found_inf = bad  # where this is 1 it does nothing, and no GPU is waited for
+    if fused or not bad:
         run.optimizer.step()
     run.optimizer.zero_grad()
     run.update_ema(bad)
@@ -352,6 +354,8 @@ def validate(run: Run, data: Data) -> tuple[dict[str, float], list[Written]]:
     if answered and settings.SCORED_IMAGES:
         right = [vqa_accuracy(said, text.answers or [text.target]) for _, text, said in answered]
         scores["val_accuracy"] = 100 * sum(right) / len(right)
+    # NumPy's numbers, and tensors, are none that a checkpoint may hold.
+    scores = {name: float(figure) for name, figure in scores.items() if math.isfinite(figure)}
     return scores, captioned + answered
 
 

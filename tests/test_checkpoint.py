@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -102,6 +103,14 @@ def test_a_digest_is_what_it_was_and_tells_names_and_shapes_apart():
     assert digest(held).startswith("7fa53f91d4ebfbf5")  # or all files from before are "damaged"
     others = [{"b": numbers.view(3, 2), "a": held["a"]}, {"b": held["b"], "c": held["a"]}]
     assert len({*map(digest, [held, *others])}) == 3
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), {1, 2}, Path("x")])
+def test_what_could_not_be_loaded_again_is_not_saved(checkpoint, tmp_path, value):
+    checkpoint.training["mine"] = value
+    with pytest.raises(TypeError, match="would be saved, but not be loaded"):
+        save_for_training(tmp_path / "c.pt", checkpoint)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.fault(count=60)

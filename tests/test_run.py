@@ -14,9 +14,20 @@ import pytest
 import torch
 
 import commands
+import config
+import train
 from checkpoint import load_checkpoint, save_for_training, save_for_use, stored_digest
 from distributed import ALONE, Team
-from run import Progress, Run, find_checkpoint, random_state, set_aside, set_random_state
+from model import CaptionModel
+from run import (
+    Progress,
+    Run,
+    find_checkpoint,
+    random_state,
+    say_other_settings,
+    set_aside,
+    set_random_state,
+)
 from tests.conftest import run, small_flags, write_photos
 from utils import UserError
 
@@ -293,6 +304,42 @@ def test_a_state_that_no_run_wrote_is_refused_in_a_line(six, tmp_path, place, va
     says = r"last\.pt holds (no state of a training.*--start_checkpoint .*last\.pt|weights)"
     with pytest.raises(UserError, match=says):
         find_checkpoint(settings, ALONE)
+
+
+def test_a_new_setting_that_is_a_text_is_told_on_resuming(capsys):
+    before, now = vars(config) | {"SCHEDULE": "cosine"}, vars(config) | {"SCHEDULE": "constant"}
+    more = {"DATA_DIR": "/elsewhere", "DEVICE": "cpu", "WANDB_PROJECT": "other"}
+    say_other_settings(SimpleNamespace(**now | more), before)
+    assert capsys.readouterr().out == "resumed   with SCHEDULE constant (was cosine)\n"
+
+
+def sgd(model, settings):
+    return torch.optim.SGD(model.parameters(), momentum=0.9, fused=True)
+
+
+@pytest.mark.parametrize("changed", ["optimizer", "frozen"])
+def test_a_training_with_another_optimizer_or_frozen_weights_goes_on(
+    six, tmp_path, monkeypatch, changed
+):
+    data, flags = six
+    if changed == "optimizer":
+        monkeypatch.setattr("run.make_optimizer", sgd)
+    else:
+        made = CaptionModel.__init__
+
+        def frozen(self, *sizes):
+            made(self, *sizes)
+            self.project.requires_grad_(False)
+
+        monkeypatch.setattr(CaptionModel, "__init__", frozen)
+    flags = [*map(str, flags), "--output_dir", str(tmp_path)]
+    start = ["--start_checkpoint", str(data / BEST)]
+    assert train.main([*flags, "--num_epochs", "1", "--scst_epochs", "0", *start]) == 0
+    last = ["--resume_checkpoint_path", str(tmp_path / "last.pt")]
+    assert train.main([*flags, "--num_epochs", "2", "--scst_epochs", "0", *last]) == 0
+    before, after = (load_checkpoint(path) for path in (data / BEST, tmp_path / "last.pt"))
+    same = torch.equal(before.model.project.weight, after.model.project.weight)
+    assert len(after.training["progress"]["history"]) == 2 and same == (changed == "frozen")
 
 
 def test_chance_on_a_mac_is_kept_and_goes_on(monkeypatch):

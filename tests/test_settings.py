@@ -51,6 +51,14 @@ def test_flags_win_over_preset_and_preset_over_config(config):
     assert not hasattr(settings, "lower")
 
 
+def test_a_tuple_is_no_flag(config, capsys):
+    config.BETAS = (0.9, 0.98)
+    assert load_settings(config, [], Parser("d")).BETAS == (0.9, 0.98)
+    with pytest.raises(SystemExit):  # it was ("0", ".", "9", ...)
+        load_settings(config, ["--betas", "0.9,0.95"], Parser("d"))
+    assert "--betas" in capsys.readouterr().err
+
+
 def test_values_are_typed_by_the_default(config):
     settings = load_settings(
         config, ["--on", "true", "--name", "none", "--rate", "1e-3"], Parser("d")
