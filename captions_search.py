@@ -289,7 +289,8 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     stems = {os.path.splitext(name)[0] for name in names}
     counts = Counter(end for stem in stems for end in ends_of(stem))
     for name in names:
-        ways = [end for end in ends_of(name) if counts[os.path.splitext(end)[0]] == 1]
+        whole, *ends = ends_of(name)  # of which the whole is no other's, but may be its end
+        ways = [whole, *(end for end in ends if counts[os.path.splitext(end)[0]] == 1)]
         photos = [place / end for end in ways] if place else [folder / name]
         # Its own text counts before one that a photo of another suffix may share, unless that of
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.

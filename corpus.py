@@ -148,8 +148,8 @@ def load_data(
         critic = Critic(tokenizer, references, settings.SCST_BEAM_SIZE, longest)
     if train.count(settings.BATCH_SIZE) < settings.MIN_STEPS:
         settings.BATCH_SIZE = fewer = max(1, len(train) // settings.MIN_STEPS)
-        steps, least = train.count(fewer), settings.MIN_STEPS
-        print(f"batch     {fewer} photos, so that an epoch has {steps} steps (MIN_STEPS = {least})")
+        steps, asked = train.count(fewer), f"MIN_STEPS asks for {settings.MIN_STEPS}"
+        print(f"batch     {fewer} photos, so that an epoch has {steps} steps ({asked})")
     tower = encoder.for_others(weights=False)
     return Data(paths, tasks, texts, splits, identity, tower, cache, tokenizer, train, val, critic)
 
@@ -190,11 +190,11 @@ def say_cut(
     if cut:
         asked = (2 * ids.index(ANSWER_ID) + 2 for ids in cut if ANSWER_ID in ids)
         longest = max(*map(len, cut), *asked, 0)
+        half = ", of which a question takes half at most" * any(ANSWER_ID in ids for ids in cut)
         anew = "a decoder begun anew with " * fixed
         print(
             f"cut       {len(cut):,} of {len(pairs):,} texts, to MAX_CAPTION_LENGTH = {length} "
-            "tokens, of which a question takes half at most; "
-            f"{anew}--max_caption_length {longest} would keep all"
+            f"tokens{half}; {anew}--max_caption_length {longest} would keep all"
         )
 
 

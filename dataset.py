@@ -334,10 +334,10 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
     own = [sum(place < end for place in places.values()) for end in (train_ratio, middle)]
     begin = max(1, min(own[0], len(order) - 1))
     end = max(begin + 1, own[1])
-    if [begin, end] != own:
+    if [begin, end] != own and len(order) > 1:
         print(
-            "so few photos leave none to train or to validate on at TRAIN_SPLIT_RATIO = "
-            f"{train_ratio}: the nearest are taken (--train_split_ratio changes the share)"
+            f"of so few photos TRAIN_SPLIT_RATIO = {train_ratio} leaves none to train or to "
+            "validate on: one is taken for it (--train_split_ratio changes the share)"
         )
     parts = order[:begin], order[begin:end], order[end:]
     splits = dict(zip(SPLITS, parts, strict=True))

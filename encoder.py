@@ -130,7 +130,8 @@ def _named(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{name}: there is no such picture") from None
+        missing, address = ": there is no such picture", " is an address: download the photo"
+        raise ImageError(f"{name}{address if '://' in name else missing}") from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder, not a picture") from None
     except Image.DecompressionBombError as error:

@@ -334,8 +334,9 @@ def write_all(
     left = [item for item in items if writer is None or writer.wanted(*item)]
     if len(left) < len(items):
         where = f" in {args.output}, by their names in their folder" if args.output else ""
-        said = f"{len(items) - len(left)} of {len(items)} are written already"
-        print(said + shown(where), file=sys.stderr)
+        said = f"{len(items) - len(left)} of {len(items)} are written already{where}"
+        remedy = "" if left else ": --existing overwrite writes them anew"
+        print(shown(said + remedy), file=sys.stderr)
     alone = len(items) == len(args.paths) == 1 and not Path(args.paths[0]).expanduser().is_dir()
     table: dict[str, Any] = {}
     bad: dict[str, str] = {}
@@ -372,9 +373,10 @@ def write_all(
     if args.json:
         say_json(table)
     if bad:
-        listing = "\n  ".join(bad.values())
+        more = [f"and {len(bad) - 10} more, as said above"] * (len(bad) > 10)
         count = len({photo for photo, _ in items})
-        raise UserError(f"{len(bad)} of {count} photos can't be read:\n  {listing}")
+        said = f"{len(bad)} of {count} photos can't be read:"
+        raise UserError("\n  ".join([said, *[*bad.values()][:10], *more]))
 
 
 def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:

@@ -90,10 +90,25 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
         _by(_core),  # 42 is COCO_val2014_000000000042.jpg, upload/1/0a1b2c3d-1.jpg is 1.jpg
     )
     wanted, there = [*wanted], {*there}
-    found = {name: name for name in wanted if name in there}
-    for way in spellings:
-        left = [name for name in wanted if name not in found]
-        found |= _alike(left, there.difference(found.values()), way)
+
+    def spelled(names: Iterable[str]) -> dict[str, str]:
+        found = {name: name for name in names if name in there}
+        for way in spellings:
+            left = [name for name in names if name not in found]
+            found |= _alike(left, there.difference(found.values()), way)
+        return found
+
+    found = spelled(wanted)
+    # Below the folders that all names share, namesakes in several folders are told apart.
+    shared = [] if found else os.path.commonprefix([name.split("/")[:-1] for name in wanted])
+    for depth in range(1, len(shared) + 1) if len(shared) < DEEPEST else ():
+        whole = {name.split("/", depth)[depth]: name for name in wanted}
+        if not {*map(_bare, there)}.isdisjoint(map(_bare, whole)):
+            found = {whole[name]: photo for name, photo in spelled(whole).items()}
+            if len(found) < len(wanted):
+                found = max(found, _ending(wanted, there, _bare), key=len)
+            if found:
+                return found
     for way, cut in itertools.product(if_none_is_there, (_bare, _stem)):
         found = found or way(wanted, there, cut)
     return found

@@ -49,7 +49,7 @@ class Critic:
         if not (tells_apart(some) or tells_apart(references)):
             raise UserError(
                 "CIDEr-D, the reward of self-critical training, is 0 for every caption here (it "
-                "compares photos by their English words): use --scst_epochs 0"
+                "compares photos, two at least, by words not said of all): use --scst_epochs 0"
             )
 
     @functools.cached_property

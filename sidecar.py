@@ -146,9 +146,10 @@ class Table:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+            excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
             raise UserError(
-                f"{self.path} holds other rows than this run would write, or is not UTF-8 with "
-                "commas (Excel: save as CSV UTF-8): give another --output, or --existing overwrite"
+                f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "
+                "give another --output, or --existing overwrite"
             ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
@@ -200,4 +201,11 @@ def open_output(
             f"--output {path}: with --write {args.write} its name must end in .{args.write}"
         )
     check_output("--output", path, *read)
-    return Table(path, args.existing, asked, files)
+    table = Table(path, args.existing, asked, files)
+    known = {photo.name for photo in photos}
+    names = () if place else sorted({name for name, *_ in table.done} - known)  # of what is beside
+    if gone := [name for name in names if not os.path.lexists(path.parent / name)]:
+        said = f"{path} has rows of {len(gone)} photos that are gone, such as {gone[0]}, which no"
+        said += " training finds: take them out, or write all anew with --existing overwrite"
+        print(shown(said), file=sys.stderr)
+    return table

@@ -379,7 +379,8 @@ def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None
 
     def unread(error: OSError) -> None:
         if passed is not None:
-            print(shown(str(error)), file=sys.stderr)
+            said = f"passed over: {error.filename} can't be read ({error.strerror})"
+            print(shown(said), file=sys.stderr)
 
     for place, folders, files in os.walk(folder, onerror=unread):
         folders[:] = sorted(f for f in folders if recursive and not f.startswith(HIDDEN))

@@ -291,7 +291,7 @@ def test_a_first_try_trains_on_few_and_says_that_it_is_little(
     result = run("train.py", *small_flags(photos, encoder_dir), *flags)
     assert result.returncode == 0, result.stderr
     assert "data      7 photos with 14 captions to train on, 3 to validate" in result.stdout
-    said = f"{batch} photos, so that an epoch has {steps} steps (MIN_STEPS = {least})\n"
+    said = f"{batch} photos, so that an epoch has {steps} steps (MIN_STEPS asks for {least})\n"
     assert f"batch     {said}" in result.stdout
     assert f"only {steps} updates: what it writes will be poor" in result.stdout
     assert f"raise --num_epochs{more}\n" in result.stdout

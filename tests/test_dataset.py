@@ -89,7 +89,7 @@ def test_photos_must_be_there_and_within_the_folder(tmp_path):
         find_images(["out.jpg"], images, 0)
 
 
-def test_ratio_split_is_stable_and_disjoint():
+def test_ratio_split_is_stable_and_disjoint(capsys):
     names = [f"{i}.jpg" for i in range(2000)]
     before = split_by_ratio(names, 0.8)
     after = split_by_ratio([*names, *(f"new{i}.jpg" for i in range(500))], 0.8)
@@ -100,8 +100,10 @@ def test_ratio_split_is_stable_and_disjoint():
         assert set(members) <= set(after[split])
     with pytest.raises(UserError, match="TRAIN_SPLIT_RATIO"):
         split_by_ratio(names, 1.0)
+    capsys.readouterr()
     with pytest.raises(UserError, match="--train_split_ratio 0.999 leaves no photo for val"):
         split_by_ratio(names[:1], 0.999)
+    assert not capsys.readouterr().out  # that one is taken
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.5, 0.9, 0.999])

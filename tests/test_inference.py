@@ -27,7 +27,7 @@ from inference import load_captioner
 from sidecar import Photo, Table, TextFiles
 from tests.conftest import REPO, paint, run
 from tests.forked import Forked
-from utils import Bar, UserError
+from utils import Bar, UserError, files_in
 
 NAMES = ["a.jpg", "b.PNG", "sub/c.jfif", "sub/deep/d.webp"]
 
@@ -348,6 +348,32 @@ def test_a_killed_run_goes_on_with_nothing_twice_and_nothing_missing(tmp_path, t
     assert set(counts.values()) == {1}
 
 
+def test_many_photos_that_cannot_be_read_are_named_once_and_some_at_the_end(folder, caption):
+    for i in range(12):
+        (folder / f"z{i:02d}.jpg").write_bytes(b"no photo")
+    result = caption(folder, "--write", "jsonl")
+    lines = result.stderr.splitlines()
+    assert sum(line.startswith("can't be read: ") for line in lines) == 12
+    assert "12 of 16 photos can't be read:" in lines[-12]
+    assert "z09.jpg" in lines[-2] and lines[-1] == "  and 2 more, as said above"
+
+
+def test_rows_of_photos_that_are_gone_are_said_and_so_is_how_to_write_anew(folder, caption):
+    assert caption(folder, "--write", "jsonl").returncode == 0
+    again = caption(folder, "--write", "jsonl").stderr
+    assert "4 of 4 are written already: --existing overwrite writes them anew" in again
+    assert "gone" not in again
+    (folder / "a.jpg").rename(folder / "new.jpg")
+    said = caption(folder, "--write", "jsonl").stderr
+    assert "3 of 4 are written already\n" in said
+    assert "metadata.jsonl has rows of 1 photos that are gone, such as a.jpg" in said
+
+
+def test_a_folder_that_cannot_be_read_is_said_to_be_passed_over(tmp_path, capsys):
+    assert [*files_in(tmp_path / "locked", True, Counter())] == []  # root may read any
+    assert f"passed over: {tmp_path}/locked can't be read (No such file" in capsys.readouterr().err
+
+
 def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
     for args, message in (
         (["https://example.org/a.jpg"], "is an address: download the photo"),
@@ -415,6 +441,8 @@ def test_from_python(trained, folder):
     for wrong in (np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))] * 2, [None], None, 3, b"\xff\xd8"):
         with pytest.raises(TypeError, match="a picture is a file or a Pillow image, not"):
             captioner.caption(wrong)
+    with pytest.raises(ImageError, match="https://example.org/a.jpg is an address: download"):
+        captioner.caption("https://example.org/a.jpg")
     with pytest.raises(ImageError, match="no pixels"):
         captioner.caption(Image.new("RGB", (0, 5)))
     with pytest.raises(UserError, match="batch_size is 0"):

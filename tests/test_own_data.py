@@ -556,6 +556,29 @@ def test_numbers_that_lost_their_zeros_are_found_beside_others_that_had_none():
     assert find_names([*found, "z/7.jpg"], there) == found
 
 
+NAMESAKES = ["2.jpg", "b/2.JPG", "sub/2.jpg", "sub/deep/2.jpg", "6.jpg", "6.JPG", "a.jpg", "a.png"]
+
+
+@pytest.mark.parametrize("above", ["", "images", "my_photos/images"])
+def test_namesakes_in_several_folders_are_told_apart_by_these(above):
+    given = {f"{above}/{name}".lstrip("/"): name for name in NAMESAKES}
+    assert find_names(given, NAMESAKES) == given
+    assert not find_names(["x/2.jpg", "y/2.jpg"], ["2.jpg"])
+    gone = find_names(["x/sub/2.jpg", "x/gone/2.jpg"], NAMESAKES)
+    assert gone == {"x/sub/2.jpg": "sub/2.jpg"}
+
+
+def test_texts_in_a_folder_of_their_own_are_the_namesakes_in_theirs(tmp_path, capsys):
+    folder = lay_out(tmp_path, {}, NAMESAKES)
+    (folder / "texts/sub/deep").mkdir(parents=True)
+    (folder / "texts/b").mkdir()
+    for name in NAMESAKES:
+        (folder / f"texts/{name}.txt").write_text(name.replace("/", " "))
+    (folder / "texts/sub/2.jpg.txt").rename(folder / "texts/sub/2.txt")
+    found = captions_search.read_texts_beside(folder / "images", folder / "texts").texts
+    assert found == {name: [name.replace("/", " ")] for name in NAMESAKES}
+
+
 def test_label_studios_tasks_and_lists_of_words(tmp_path, capsys):
     said = [{"result": [{"value": {"text": ["A dog"]}}, {"value": {"choices": ["x"]}}]}]
     said += [{"was_cancelled": True, "result": [{"value": {"text": ["A draft"]}}]}]  # was skipped

@@ -402,4 +402,4 @@ def test_captions_that_are_cut_or_have_no_word_are_counted(photos, encoder_dir):
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "of '000.png' has no word" in result.stdout
-    assert "texts, to MAX_CAPTION_LENGTH = 5 tokens" in result.stdout
+    assert "texts, to MAX_CAPTION_LENGTH = 5 tokens; --max_caption_length" in result.stdout
