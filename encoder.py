@@ -201,13 +201,10 @@ class FrozenEncoder(nn.Module):
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(config)
-                _check_size(name, "layers", config.num_hidden_layers)
+                processor = _load_processor(name, config, where)
+                check_sizes(name, processor, config)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
-                processor = _load_processor(name, config, where)
-                for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
-                    sides = [dict(size).get(side) or 0 for side in SIDES]
-                    _check_size(name, "pixels along a side", max(sides))
                 processor(images=[Image.new("RGB", (8, 8))])  # it may lack a library
         except UserError:
             raise
@@ -455,10 +452,16 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
 
 
-def _check_size(name: str, what: str, said: int) -> None:
-    """Refuse what a file of a few bytes says, but no machine has the time or memory for."""
-    if said > MOST_SAID:
-        raise UserError(f"the encoder {name!r} says that it has {said:,} {what}: choose another")
+def check_sizes(name: str, processor: Any, *configs: Any) -> None:
+    """Refuse what files of a few bytes say, but no machine has the time or memory for."""
+    sizes = filter(None, (processor.size, getattr(processor, "crop_size", None)))
+    sides = [dict(size).get(side) or 0 for size in sizes for side in SIDES]
+    layers = [config.num_hidden_layers for config in configs]
+    for what, said in {"layers": layers, "pixels along a side": sides}.items():
+        if max(said, default=0) > MOST_SAID:
+            raise UserError(
+                f"the encoder {name!r} says that it has {max(said):,} {what}: choose another"
+            )
 
 
 def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
