@@ -180,7 +180,7 @@ def _read_state(partial: Path) -> dict[str, Any]:
     try:
         state = json.loads(_state_path(partial).read_text(encoding="utf-8"))
         return {"validator": state["validator"], "total": state["total"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

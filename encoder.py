@@ -12,7 +12,9 @@ import io
 import json
 import math
 import os
+import re
 import stat
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -41,6 +43,8 @@ LARGEST, LARGEST_OF = 48_000_000, {"JPEG2000": 16_000_000, "AVIF": 24_000_000, "
 PASSES = {b"\xff\xd8": (b"\xff\xda", 200)} | dict.fromkeys((b"P1", b"P2", b"P3"), (b"#", 100))
 # How often a file is read from; of a GIF, whose first frame takes few, each may join a comment.
 MOST_READS, MOST_OF_GIF = 1_000_000, 5_000
+# What a JPEG 2000 says of its size. Of each component of each tile, memory is taken at once: 3 kB.
+SIZ, MOST_PARTS = re.compile(rb"\xff\x51(?=(.{38}))", re.DOTALL), 100_000
 MOST_SAID = 4096  # layers of an encoder, and pixels along a side of what it sees
 SIDES = "height width longest_edge shortest_edge".split()
 TILE = (322, 323)  # the TIFF tags, a tile's width and length, which is unpacked whole
@@ -89,6 +93,8 @@ class Spared:
         count = content.count(sign) if sign else 0
         if count > most + len(content) / 20_000:  # some stand by chance in what is packed
             raise ValueError(f"it would be passed over {count:,} times")
+        if begin.startswith((b"\xff\x4f", b"\0\0\0\x0cjP")):
+            check_tiles(begin + file.read())
         file.seek(0)
 
     def read(self, *size: int) -> bytes:
@@ -99,11 +105,22 @@ class Spared:
             self.exif += len(part)
             check_exif(self.exif)
         if self.left < 0 or self.reads < 0:
-            raise ValueError("its tags or comments would be passed over without end")
+            raise ValueError("it would be passed over without end: save it as JPEG or PNG")
         return part
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
+
+
+def check_tiles(content: bytes) -> None:
+    """Refuse a JPEG 2000 of tiles without end: 14 kB of them would take 7 GB."""
+    for said in SIZ.finditer(content):  # a wrong one may stand before what counts
+        length, _, *sizes, count = struct.unpack(">2H8IH", said[1])
+        (wide, high), (tile_wide, tile_high), (left, top) = sizes[:2], sizes[4:6], sizes[6:]
+        if length == 38 + 3 * count and tile_wide and tile_high:  # else it is none
+            tiles = math.ceil((wide - left) / tile_wide) * math.ceil((high - top) / tile_high)
+            if tiles * count > MOST_PARTS:
+                raise ValueError(f"it has {tiles:,} tiles of {count} components")
 
 
 def as_rgb(image: Image.Image, name: str = "the picture", least: int | None = None):
@@ -112,7 +129,8 @@ def as_rgb(image: Image.Image, name: str = "the picture", least: int | None = No
         if least and not image.info.get("progressive"):
             image.draft(None, (least, least))
         tags = getattr(image, "tag_v2", {})
-        pixels = max(image.width * image.height, math.prod(int(tags.get(t, 0)) for t in TILE))
+        rows = image.height * max(image.width, 4)  # a row of one pixel takes no less
+        pixels = max(rows, math.prod(int(tags.get(t, 0)) for t in TILE))
         most = LARGEST_OF.get(image.format, LARGEST)
         if pixels > most:
             raise ImageError(
@@ -184,13 +202,10 @@ class FrozenEncoder(nn.Module):
                 config = transformers.AutoConfig.from_pretrained(name, **where)
                 config = getattr(config, "vision_config", config)
                 tower_class, options = _tower_class(config)
-                _check_size(name, "layers", config.num_hidden_layers)
+                processor = _load_processor(name, config, where)
+                check_sizes(name, processor, config)
                 options |= where | {"output_loading_info": True, "dtype": torch.float32}
                 tower, info = tower_class.from_pretrained(name, config=config, **options)
-                processor = _load_processor(name, config, where)
-                for size in filter(None, (processor.size, getattr(processor, "crop_size", None))):
-                    sides = [dict(size).get(side) or 0 for side in SIDES]
-                    _check_size(name, "pixels along a side", max(sides))
                 processor(images=[Image.new("RGB", (8, 8))])  # it may lack a library
         except UserError:
             raise
@@ -438,10 +453,16 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
 
 
-def _check_size(name: str, what: str, said: int) -> None:
-    """Refuse what a file of a few bytes says, but no machine has the time or memory for."""
-    if said > MOST_SAID:
-        raise UserError(f"the encoder {name!r} says that it has {said:,} {what}: choose another")
+def check_sizes(name: str, processor: Any, *configs: Any) -> None:
+    """Refuse what files of a few bytes say, but no machine has the time or memory for."""
+    sizes = filter(None, (processor.size, getattr(processor, "crop_size", None)))
+    sides = [dict(size).get(side) or 0 for size in sizes for side in SIDES]
+    layers = [config.num_hidden_layers for config in configs]
+    for what, said in {"layers": layers, "pixels along a side": sides}.items():
+        if max(said, default=0) > MOST_SAID:
+            raise UserError(
+                f"the encoder {name!r} says that it has {max(said):,} {what}: choose another"
+            )
 
 
 def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:

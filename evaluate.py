@@ -48,7 +48,7 @@ from dataset import (
     references_of,
 )
 from device import choose_device, choose_dtype
-from encoder import loading_options, open_image, quiet_library
+from encoder import check_sizes, loading_options, open_image, quiet_library
 from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
@@ -344,13 +344,17 @@ def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
     try:
         with quiet_library():
             options = loading_options(name)
-            model, info = load(name, output_loading_info=True, **options)
+            config = transformers.CLIPConfig.from_pretrained(name, **options)
             pictures = processor.from_pretrained(name, backend="pil", **options)
+            check_sizes(name, pictures, config.text_config, config.vision_config)
+            model, info = load(name, output_loading_info=True, **options)
             words = transformers.AutoTokenizer.from_pretrained(name, **options)
         # The library fills both gaps by chance or with nothing, and any score would come out.
         if info["missing_keys"] or {*words("a dog").input_ids} <= {*words.all_special_ids}:
             raise ValueError("it has no CLIP's weights, or no tokenizer")
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
         raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     return model.to(device).eval(), pictures, words
 

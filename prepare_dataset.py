@@ -99,7 +99,7 @@ def read_marker(paths: DataPaths, dataset: str = "") -> dict[str, Any] | None:
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
         known, photos = marker["dataset"], dict(marker["photos"] or {})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: delete it and run again") from None
     if dataset and known != dataset:
         raise UserError(

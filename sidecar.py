@@ -145,7 +145,7 @@ class Table:
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
-        except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
             excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
             raise UserError(
                 f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "

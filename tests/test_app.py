@@ -394,7 +394,11 @@ def test_without_the_extra_it_says_what_to_install():
 
 @pytest.mark.parametrize(
     "flags, expected",
-    [([], "absent.pt"), *((["--max_megabytes", x], "max_megabytes") for x in ("nan", "0", "inf"))],
+    [
+        ([], "absent.pt"),
+        (["--host", "é..com"], "can't listen on"),
+        *((["--max_megabytes", x], "max_megabytes") for x in ("nan", "0", "inf")),
+    ],
 )
 def test_a_missing_checkpoint_and_bad_flags_are_said(tmp_path, flags, expected):
     checkpoint = tmp_path / "absent.pt"

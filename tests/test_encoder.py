@@ -398,6 +398,27 @@ def test_a_tiff_of_few_pixels_in_a_large_tile_is_refused(tmp_path):
 
 
 @pytest.mark.fault(count=4)
+def test_pictures_of_rows_or_tiles_without_end_are_refused(tmp_path):
+    Image.new("1", (1, 1)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    size = b"IHDR" + struct.pack(">IIBBBBB", 1, 40_000_000, 1, 0, 0, 0, 0)
+    header = size + struct.pack(">I", zlib.crc32(size))
+    (tmp_path / "tall.png").write_bytes(content[:12] + header + content[12 + len(header) :])
+    with pytest.raises(ImageError, match="tall.png is too large a picture: it has 160 megapixels"):
+        open_image(tmp_path / "tall.png")
+    for plain in (False, True):  # with boxes around it, and without
+        Image.new("RGB", (255, 257)).save(tmp_path / "a.jp2", no_jp2=plain)
+        content = (tmp_path / "a.jp2").read_bytes()
+        start = content.index(b"\xff\x51") + 22  # of its tiles' width and height
+        for size in (64, 1):
+            tiles = content[:start] + struct.pack(">II", size, size) + content[start + 8 :]
+            (tmp_path / f"{size}.jp2").write_bytes(tiles)
+        assert open_image(tmp_path / "64.jp2").size == (255, 257)
+        with pytest.raises(ImageError, match=r"1\.jp2 .*: it has 65,535 tiles of 3 components"):
+            open_image(tmp_path / "1.jp2")
+
+
+@pytest.mark.fault(count=5)
 def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
     Image.effect_noise((64, 64), 90).save(tmp_path / "a.jpg", progressive=True)
     content = (tmp_path / "a.jpg").read_bytes()
@@ -412,10 +433,13 @@ def test_pictures_that_are_passed_over_without_end_are_refused(tmp_path):
     (tmp_path / "comment.gif").write_bytes(content[:start] + comment + content[start:])
     (tmp_path / "comments.ppm").write_bytes(b"P3 4 4 255\n" + b"#\n" * 500_000 + b"0 " * 48)
     started = time.monotonic()
+    (tmp_path / "deep.ppm").write_bytes(b"P6 1100 1000 65535\n" + bytes(6_600_000))
     for name in ("scans.jpg", "comments.gif", "comment.gif", "comments.ppm"):
         with pytest.raises(ImageError, match=f"{name} .* passed over"):
             open_image(tmp_path / name)
     assert time.monotonic() - started < 5
+    with pytest.raises(ImageError, match=r"deep\.ppm .*: save it as JPEG or PNG"):
+        open_image(tmp_path / "deep.ppm")  # which Pillow reads by the pixel
     assert open_image(tmp_path / "a.jpg").size == (64, 64) and open_image(tmp_path / "a.gif")
 
 

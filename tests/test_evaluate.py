@@ -203,6 +203,25 @@ def test_what_is_no_clip_gives_no_score(tmp_path, clip_dir):
             evaluate.load_clip(str(folder), torch.device("cpu"))
 
 
+@pytest.mark.fault(count=4)
+def test_a_broken_clip_is_refused_in_a_line(tmp_path, clip_dir):
+    def says(file: str, **said: object) -> None:
+        (folder / file).write_text(json.dumps(json.loads((clip_dir / file).read_text()) | said))
+
+    folder = tmp_path / "clip"
+    endless, large = {"num_hidden_layers": 10_000_000}, {"shortest_edge": 1_000_000}
+    for harm, reason in (
+        (lambda: (folder / "model.safetensors").write_bytes(b"cut off"), "can't be loaded"),
+        (lambda: (folder / "config.json").write_text("[]"), "can't be loaded"),
+        (lambda: says("config.json", text_config=endless), "10,000,000 layers"),
+        (lambda: says("preprocessor_config.json", size=large), "1,000,000 pixels along a side"),
+    ):
+        shutil.copytree(clip_dir, folder, dirs_exist_ok=True)
+        harm()
+        with pytest.raises(UserError, match=f"the .* '{folder}' .*{reason}"):
+            evaluate.load_clip(str(folder), torch.device("cpu"))
+
+
 def test_java_scores_are_computed_or_their_lack_is_explained(monkeypatch):
     captions, references = {"a": "a dog runs"}, {"a": ["a dog runs", "the dog is running"]}
     monkeypatch.setenv("PATH", "/nowhere")

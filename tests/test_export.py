@@ -356,6 +356,8 @@ def test_a_folder_that_was_not_compared_is_not_left(joint, tmp_path, monkeypatch
     from tools import export
 
     def refuse(*_):
+        # All that a kill would leave, which nobody takes for done.
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["unfinished"]
         raise PermissionError(errno.EACCES, "Permission denied", "/.cache")
 
     monkeypatch.setattr(export, "logits_difference", refuse)

@@ -281,6 +281,7 @@ ROW, CELLS = '{"file_name": "a.jpg", "text": "mine"}\n', "file_name,text\na.jpg,
         ("jsonl", ROW.replace("mine", "\u2028\x85"), "1 of 4 are written"),
         ("jsonl", ROW.replace("file_name", "image"), "holds other rows"),
         ("jsonl", ROW.replace("text", "answer"), "holds other rows"),
+        ("jsonl", '{"file_name": ' + "[" * 100_000 + "\n", "holds other rows"),
         ("csv", "\ufeff" + CELLS.replace("\n", "\r\n"), "1 of 4 are written"),  # as Excel does
         ("csv", CELLS.strip(), "has no end, and is dropped: a.jpg,mine"),
         ("csv", CELLS.strip().replace("\n", "\r\n"), "1 of 4 are written"),  # as Google Sheets

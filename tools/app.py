@@ -340,7 +340,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError) as error:  # TypeError: a name that is none
         raise UserError(
             f"can't listen on {host}, port {port} ({error}): give others with --host and --port"
         ) from None

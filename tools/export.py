@@ -82,11 +82,15 @@ def as_folder(args: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(args)
     encoder = checkpoint.load_encoder(args.encoder)
     weights = args.with_encoder is not False
+    made = out / "unfinished"
     try:
-        write_folder(checkpoint, encoder, out, weights)
-        difference = logits_difference(checkpoint, encoder, out, weights)
+        write_folder(checkpoint, encoder, made, weights)
+        difference = logits_difference(checkpoint, encoder, made, weights)
         if not difference <= LIMIT:
             raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
+        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(out / file.name)  # last what is looked for first: a kill leaves none
+        made.rmdir()
     except BaseException:  # Ctrl-C, too: what was not compared is not left to be used
         shutil.rmtree(out, ignore_errors=True)
         raise
