@@ -21,7 +21,7 @@ CAPTION_KEYS = (
     *"taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
-# Notes, names and cameras' own words where there is another, though it is blank.
+# Notes, names and cameras' own words: none counts in the place of another key that is blank.
 ASIDE = ("title", "comment", "prompt", "imagedescription")
 TALKS = ("conversations", "messages", "texts")
 ANSWERING = ("gpt", "assistant", "model")  # who speaks in a conversation
