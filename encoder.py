@@ -222,13 +222,15 @@ class FrozenEncoder(nn.Module):
                 f"the encoder {name!r} has no weights for {len(wrong)} parameters of its vision "
                 f"tower, first {wrong[0]}: it would be partly random. Choose another encoder."
             )
-        depth = config.num_hidden_layers
+        depth = getattr(config, "num_hidden_layers", 0)  # stages of convolutions are none to join
         known = range(-depth - 1, 0)
         few = isinstance(layers, Sequence) and len(layers) <= len(known)
         if not few or any(layer not in known for layer in layers):
+            there = f"the layers -{depth + 1} to -1" if depth else "the layer -1 alone"
+            others = ", or other layers" if depth else ", or --encoder_layers=-1"
             raise UserError(
-                f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has the layers -{depth + 1} "
-                f"to -1: give another with {flag}" + ", or other layers" * (flag != "--encoder")
+                f"ENCODER_LAYERS is {str(layers)[:99]}, but {name!r} has {there}: give another "
+                f"with {flag}" + others * (flag != "--encoder")
             )
         for held in (*tower.parameters(), *tower.buffers()):
             # Mapped, they would change, or crash, with a file that is written over.
@@ -280,11 +282,13 @@ class FrozenEncoder(nn.Module):
     @property
     def width(self) -> int:
         """Width of a feature vector: that of the tower times the number of layers joined."""
-        return self.tower.config.hidden_size * len(self.layers)
+        config = self.tower.config
+        last = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+        return last * len(self.layers)
 
     @property
     def patch_size(self) -> int:
-        size = self.tower.config.patch_size
+        size = getattr(self.tower.config, "patch_size", 1)
         return size if isinstance(size, int) else max(size)  # InternVL's has height and width
 
     def open(self, path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
@@ -384,6 +388,8 @@ class FrozenEncoder(nn.Module):
         deep = self.layers != (-1,)
         output = self.tower(**inputs, output_hidden_states=deep, **self.call)
         last, hidden = output.last_hidden_state, output.hidden_states
+        if last.dim() == 4:  # convolutions make maps (images, width, rows, columns)
+            last = last.flatten(2).mT
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
 
 
@@ -457,7 +463,8 @@ def check_sizes(name: str, processor: Any, *configs: Any) -> None:
     """Refuse what files of a few bytes say, but no machine has the time or memory for."""
     sizes = filter(None, (processor.size, getattr(processor, "crop_size", None)))
     sides = [dict(size).get(side) or 0 for size in sizes for side in SIDES]
-    layers = [config.num_hidden_layers for config in configs]
+    layers = [getattr(config, "num_hidden_layers", 0) for config in configs]
+    layers += [sum(getattr(config, "depths", ())) for config in configs]  # of a network's stages
     for what, said in {"layers": layers, "pixels along a side": sides}.items():
         if max(said, default=0) > MOST_SAID:
             raise UserError(
@@ -477,8 +484,9 @@ def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
 
 
 def _tower_class(config: Any) -> tuple[type, dict[str, Any]]:
-    if not hasattr(config, "patch_size") or not hasattr(config, "num_hidden_layers"):
-        raise ValueError(f"it is a {config.model_type} model, not a vision Transformer")
+    patches = hasattr(config, "patch_size") and hasattr(config, "num_hidden_layers")
+    if not (patches or hasattr(config, "hidden_sizes")):  # as networks of convolutions have
+        raise ValueError(f"it is a {config.model_type} model, not a vision model of a known kind")
     if type(config) not in transformers.AutoModel._model_mapping:
         # AutoModel doesn't know the towers of BLIP, BLIP-2 or MetaCLIP 2, nor do all of them know
         # their weights' prefix in the whole model.

@@ -212,6 +212,8 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         with ENCODING:
             output = self.tower(pixel_values=pixel_values, output_hidden_states=deep, **call)
         last, hidden = output.last_hidden_state, output.hidden_states
+        if last.dim() == 4:  # maps, as in our encoder.py
+            last = last.flatten(2).mT
         features = [last if i == -1 else hidden[i] for i in self.config.layers]
         return torch.cat(features, dim=-1)
 

@@ -141,6 +141,12 @@ def build_encoder(family: str, folder: Path) -> Path:
     elif family == "swin":
         sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4}
         model = tf.SwinModel(tf.SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 4]))
+    elif family in ("resnet", "convnext"):  # whose vectors are the places of maps
+        sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+        if family == "resnet":
+            sizes |= {"embedding_size": 8, "layer_type": "basic"}
+        kind = "ResNet" if family == "resnet" else "ConvNext"
+        model = getattr(tf, f"{kind}Model")(getattr(tf, f"{kind}Config")(**sizes))
     elif family == "blip":
         config = tf.BlipConfig(text_config=text_sizes(), vision_config=vision_sizes())
         model = tf.BlipForConditionalGeneration(config)

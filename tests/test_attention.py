@@ -246,9 +246,12 @@ def test_naflex_grids_of_any_shape_with_padding_after_them(tmp_path):
     assert np.allclose(grid.area, (0, 0, 1, 1), atol=0.01)
 
 
-@pytest.mark.parametrize(("layer", "rows", "size"), [(-1, 4, 32), (-3, 8, 32), (-1, 5, 36)])
-def test_a_tower_that_joins_patches_has_a_smaller_grid(tmp_path, layer, rows, size):
-    encoder = FrozenEncoder.load(str(build_encoder("swin", tmp_path)), None, (layer,), "", size)
+@pytest.mark.parametrize(
+    ("family", "layer", "rows", "size"),
+    [("swin", -1, 4, 32), ("swin", -3, 8, 32), ("swin", -1, 5, 36), ("convnext", -1, 4, 32)],
+)
+def test_a_tower_that_joins_patches_has_a_smaller_grid(tmp_path, family, layer, rows, size):
+    encoder = FrozenEncoder.load(str(build_encoder(family, tmp_path)), None, (layer,), "", size)
     before = features_of(encoder, plain := noise((size, size)))
     grid = patch_grid(encoder, plain.size, len(before))
     assert (grid.rows, grid.columns, grid.first) == (rows, rows, 0)

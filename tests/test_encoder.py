@@ -46,6 +46,8 @@ FAMILIES = {
     "dinov3": 21,  # with four registers
     "blip": 17,
     "metaclip_2": 17,
+    "resnet": 16,
+    "convnext": 16,
 }
 
 
@@ -68,6 +70,16 @@ def test_layers_are_joined_along_the_width(family, tmp_path):
     assert both.width == 64
     torch.testing.assert_close(joined[..., :32], last(inputs))
     assert not torch.allclose(joined[..., 32:], joined[..., :32])
+
+
+def test_of_a_network_of_convolutions_the_last_maps_alone_are_taken(tmp_path):
+    folder = str(build_encoder("resnet", tmp_path))
+    with pytest.raises(UserError, match="has the layer -1 alone: .*, or --encoder_layers=-1$"):
+        FrozenEncoder.load(folder, layers=(-1, -4))
+    encoder = FrozenEncoder.load(folder)
+    inputs = encoder.preprocess([Image.radial_gradient("L").convert("RGB")])
+    maps = encoder.tower(**inputs).last_hidden_state
+    torch.testing.assert_close(encoder(inputs)[0, 6], maps[0, :, 1, 2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -213,6 +225,7 @@ def test_an_encoder_of_another_kind_is_refused_before_photos_are_encoded(kind, t
     ("name", "said"),
     [
         ("config.json", {"num_hidden_layers": 100_000}),
+        ("config.json", {"depths": [100_000]}),
         ("preprocessor_config.json", {"size": {"height": 100_000, "width": 100_000}}),
     ],
 )

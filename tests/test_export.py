@@ -680,9 +680,10 @@ def test_classes_of_the_library_refuse_it(folder, kind):
         getattr(transformers, kind).from_pretrained(folder)
 
 
-def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, encoder_dir, tmp_path):
-    data = write_photos(tmp_path / "data")
-    train_small(data, encoder_dir, "--encoder_image_size", 48)
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, tmp_path, family):
+    data, tower = write_photos(tmp_path / "data"), build_encoder(family, tmp_path / "encoder")
+    train_small(data, tower, "--encoder_image_size", 48)
     checkpoint = data / "captioner_best_cider.safetensors"
     photos = [str(path) for path in sorted((data / "images").iterdir())[:3]]
     captioner = load_captioner(checkpoint, precision="fp32")
@@ -691,7 +692,7 @@ def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, encoder_
     flags = ["--checkpoint", checkpoint, "--with-encoder", "--out", tmp_path / "c.onnx"]
     result = run("-m", "tools.export", *flags)
     assert float(re.search(r"features within (\S+) of", result.stdout)[1]) < 1e-4, result
-    for part, encoder in (("--with-encoder", ""), ("--without-encoder", str(encoder_dir))):
+    for part, encoder in (("--with-encoder", ""), ("--without-encoder", str(tower))):
         flags = ["--checkpoint", checkpoint, "--format", "transformers", part]
         result = run("-m", "tools.export", *flags, "--out", tmp_path / part)
         assert result.returncode == 0, result.stderr
