@@ -75,7 +75,7 @@ def patch_grid(encoder: FrozenEncoder, size: tuple[int, int], vectors: int) -> P
     else:
         rows, columns = (side // encoder.patch_size for side in pixels.shape[-2:])
         first = max(0, vectors - rows * columns)
-        while rows * columns > vectors:  # Swin joins four into one after a stage
+        while rows * columns > vectors:  # stages join four into one: Swin's, a CNN's
             rows, columns = -(-rows // 2), -(-columns // 2)
         if first + rows * columns != vectors:
             raise UserError("this encoder's vectors don't lie on a grid: no attention to show")

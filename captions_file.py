@@ -518,6 +518,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     table = table_of(lines, folder)
     photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
     captions = caption_columns(table.names, told)
+    instead = [key for key in told if key in CAPTION_KEYS and key not in (*captions, "text")]
     table.headed = bool(photos and captions)
     shown = [is_photo(plain_name(value)) for value, _ in table.rows[0][1]]
     begun = not captions and any(shown)
@@ -528,7 +529,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         table.names = ["image", *NUMBER_KEYS[:numbered], "caption"]
         if shown[-1] and not (shown[0] or NO_CAPTION.fullmatch(table.rows[0][1][0][0])):
             table.names = ["caption", "image"]
-        photos, told, split = ["image"], ["caption"], None
+        photos, captions, instead, split = ["image"], ["caption"], [], None
     else:
         what, usual = ("captions", CAPTION_KEYS) if photos else ("photos", NAME_KEYS)
         names = brief(", ".join(filter(None, table.names)))  # or a photo in base64
@@ -538,7 +539,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
             "image,caption, or like photo.jpg,A caption; or name another file, or a folder of "
             "texts, with --captions_file"
         )
-    found = _read_rows(table, photos[0], told, split, bare=not begun)
+    found = _read_rows(table, photos[0], captions, instead, split, bare=not begun)
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
@@ -546,16 +547,19 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
 
 
 def _read_rows(
-    table: Table, photo: str, likely: Sequence[str], split: str | None, bare: bool
+    table: Table,
+    photo: str,
+    captions: Sequence[str],
+    instead: Sequence[str],
+    split: str | None,
+    bare: bool,
 ) -> Captions:
-    """Rows of the likeliest captions, or another usual column's where they are blank; where there
-    are more than photo and caption, what lacks one is passed over, and refused otherwise.
+    """Rows of these columns, and where captions are blank of one `instead`; where there are more
+    than photo and caption, what lacks one is passed over, and refused otherwise.
 
     Without a header the last column may hold several captions, by tabs or each in quotes. Names
     may be `bare` of their suffix.
     """
-    captions = caption_columns(table.names, likely)
-    instead = [key for key in likely if key in CAPTION_KEYS and key not in (*captions, "text")]
     last = table.names.index(captions[-1])
     others = [name for name in table.names if name and name not in (photo, *captions, split)]
     ignored = [name for name in others if name not in (*NUMBER_KEYS, *instead)]
