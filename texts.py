@@ -38,11 +38,13 @@ PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in p
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-ENDS = re.compile(
-    r"^\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}"
-    r"|(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$",
-    re.IGNORECASE,
+STARTS = re.compile(
+    r"\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}", re.IGNORECASE
 )
+ENDS = re.compile(
+    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$", re.IGNORECASE
+)
+MOST_ENDS = 48  # characters of three of them, so that no more of a text is searched for them
 # What programs write for empty cells, and spreadsheets for what they took for a formula.
 NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
@@ -152,7 +154,9 @@ def unescaped(text: str) -> str:
     text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
     for _ in range(10 if "&" in text else 0):
         text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
-    text = ENDS.sub("", text)
+    text = text[begun.end() :] if (begun := STARTS.match(text)) else text
+    last = max(0, len(text.rstrip()) - MOST_ENDS)
+    text = text[:last] + ENDS.sub("", text[last:])
     return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
 
 
