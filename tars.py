@@ -36,6 +36,12 @@ MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sampl
 TOO_LONG = "with too long a name"
 JOINED = "it goes on after its end mark: several tars were joined"
 MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
+CURL = {  # what its codes mean: the library has it say nothing
+    "6": "there is no such server",
+    "7": "the server can't be reached",
+    "22": "the server has no such file, or doesn't accept the login or signature",
+    "60": "the server's certificate is not one to trust",
+}
 
 
 class Sample(NamedTuple):
@@ -131,10 +137,12 @@ def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[
             failures = failures + 1 if heard == before else 1
             ended = r"\(\(\[?'([\w./-]+).* exit (\d+) .*"  # of the library's `Pipe`
             reason = re.sub(ended, r"\1 ended with code \2", first_line(error))
+            program, _, code = reason.partition(" ended with code ")
+            reason = CURL.get(code, reason) if program == "curl" else reason
             if not elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
                     f"the shard {shard_name(url)} can't be read to its end ({reason}): "
-                    "mend or replace it and run again, what is done is kept"
+                    "mend or replace it, or correct its name, and run again, what is done is kept"
                 ) from None
             time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
 

@@ -836,6 +836,19 @@ def test_a_command_that_fails_is_named_with_its_code(monkeypatch):
         list(read_shard("pipe:exit 7"))
 
 
+def test_why_an_address_brings_nothing_is_said_in_words_and_without_its_login(server):
+    port = server.server_address[1]
+    server.files["0.tar"] = Remote(b"", statuses=[403] * ATTEMPTS)
+    for address, why in {
+        f"127.0.0.1:{port}/0.tar": "has no such file, or doesn't accept the login",
+        f"127.0.0.1:{port}/none.tar": "has no such file",
+        "127.0.0.1:1/0.tar": "can't be reached",
+    }.items():
+        with pytest.raises(UserError, match=f"{why}.*correct its name") as error:
+            list(read_shard(f"http://me:c0ffee@{address}"))
+        assert "c0ffee" not in str(error.value)
+
+
 def test_without_the_library_the_message_says_what_to_install(tmp_path, encoder_dir, tars):
     flags = flags_of(tmp_path / "data", encoder_dir, tars[0], "--val_shards", tars[1])
     result = run_without("webdataset", "train", *flags)
