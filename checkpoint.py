@@ -218,6 +218,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         newest = max(filter(Path.is_file, files), key=os.path.getmtime, default=None)
         there = f"; the newest there is {newest}" if newest else ""
         raise UserError((folder if path.is_dir() else f"there is no checkpoint {path}") + there)
+    open(path, "rb").close()  # libraries say of what may not be read that it is not there, or none
     # One that got another suffix on its way is known by its content.
     packed = path.suffix == ".pt" or (path.suffix != ".safetensors" and zipfile.is_zipfile(path))
     content = _read_pt(path) if packed else _read_safetensors(path)

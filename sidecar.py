@@ -114,9 +114,9 @@ class Table:
             self.file = files.enter_context(open(path, "a+", **how))
             if lock(self.file) is False:
                 raise UserError(f"another run is writing to {path}: give another --output")
+            there = path.read_bytes()
         except OSError as error:
             raise write_error(error, path) from error
-        there = path.read_bytes()
         if there and existing == "error":
             raise UserError(f"{path} is there: use --existing skip, append or overwrite")
         there = b"" if existing == "overwrite" else there

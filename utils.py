@@ -30,6 +30,7 @@ except ModuleNotFoundError:
 
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 WRONG_PLACE |= {errno.ENOENT, errno.ENAMETOOLONG}
+FAILING = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}  # a disk, or it is gone
 HIDDEN = (".", "@eaDir")  # folders that hold no photos of anybody's: how their names begin
 
 
@@ -297,11 +298,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         code = say_error(error)
     except OSError as error:
-        if not error.filename:
+        if not error.filename and error.errno not in FAILING:
             raise
         cache = error.errno in WRONG_PLACE and "/.cache" in str(error.filename)
         remedy = ": set HF_HOME to a folder where you may write" * cache
-        code = say_error(f"{error.filename}: {error.strerror}{remedy}")
+        code = say_error(f"{error.filename or 'a file that was read'}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
         kind = "out of memory" if isinstance(error, MemoryError) else type(error).__module__
         found = (said for sign, said in REMEDIES.items() if re.search(sign, f"{kind}: {error}"))
@@ -495,6 +496,8 @@ def write_error(error: OSError, path: Path, elsewhere: str = "") -> Exception:
     if error.errno in WRONG_PLACE:
         reason = f"{path} can't be written ({error.strerror})"
         return UserError(f"{reason}: {elsewhere or 'choose another folder'}")
+    if error.errno and not error.filename:  # an open file's errors don't name it
+        error.filename = str(path)
     return error
 
 

@@ -156,6 +156,24 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
             load_checkpoint(named)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_checkpoint_of_others_that_may_not_be_read_is_not_called_damaged(tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    path.touch(mode=0)
+    # Root may read it all the same, unless it gives that up (CAP_DAC_OVERRIDE and _READ_SEARCH).
+    code = (
+        "import ctypes, sys\n"
+        "drop = getattr(ctypes.CDLL(None), 'capset', lambda *_: 0)  # Linux alone\n"
+        "drop((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())\n"
+        "from checkpoint import load_checkpoint\n"
+        "from utils import run_script\n"
+        "run_script(lambda: load_checkpoint(sys.argv[1]))"
+    )
+    result = run("-c", code, path)
+    assert result.returncode == 1 and result.stderr == f"error: {path}: Permission denied\n"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_checkpoint_that_was_not_fetched_or_has_another_suffix(checkpoint, tmp_path, suffix):
     path = tmp_path / f"c{suffix}"

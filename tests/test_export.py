@@ -39,7 +39,7 @@ from tests.conftest import (
 from tests.hub_server import HubServer, Repo
 from tests.test_inference import odd_pictures
 from tools import export as tools_export
-from utils import UserError, pip_install
+from utils import UserError, lock, pip_install
 
 SAID = """
 assert not {"torch", "transformers", "onnx"} & sys.modules.keys()
@@ -365,6 +365,25 @@ def test_a_folder_that_was_not_compared_is_not_left(joint, tmp_path, monkeypatch
     with pytest.raises(PermissionError):
         export.main([*flags, str(tmp_path / "mine"), "--format", "transformers"])
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_is_one_exports_alone(joint, tmp_path):
+    """Of two at once the second is refused, and takes nothing of the first's away."""
+    out = tmp_path / "mine"
+    flags = ["--checkpoint", joint / "captioner_best_cider.safetensors", "--out", out]
+    command = ["-m", "tools.export", *flags, "--format", "transformers"]
+    (out / "unfinished").mkdir(parents=True)  # all that a kill would leave: it is begun anew
+    (out / "unfinished" / "old.safetensors").touch()
+    place = os.open(out, os.O_RDONLY)
+    assert lock(place)
+    second = run(*command)
+    assert second.returncode == 1 and "another run is writing to it" in second.stderr
+    assert [path.name for path in out.rglob("*")] == ["unfinished", "old.safetensors"]
+    os.close(place)
+    assert run(*command).returncode == 0
+    assert (out / "config.json").is_file() and not {"unfinished", "old.safetensors"} & {
+        *os.listdir(out)
+    }
 
 
 def test_a_pipeline_that_was_saved_is_whole(folder, joint, tmp_path):

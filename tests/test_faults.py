@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -39,12 +40,22 @@ from metrics import tokenize
 from photo_names import find_names, plain_name
 from questions_file import PLACE, find_questions
 from settings import RANGES, constants
+from sidecar import Photo, Table
 from tars import read_shard
 from tests.conftest import build_encoder, run, small_flags, write_photos, write_questions
 from tests.forked import Forked
 from tests.hub_server import HubServer
 from texts import unescaped
-from utils import UserError, first_line, last_part, read_json, redact, run_script, write_changed
+from utils import (
+    UserError,
+    first_line,
+    last_part,
+    read_json,
+    redact,
+    run_script,
+    write_changed,
+    write_file,
+)
 
 CANARIES = {"WANDB_API_KEY": "c0ffee" * 6 + "1234", "HF_TOKEN": "hf_" + "CanaryBird" * 3}
 
@@ -156,6 +167,30 @@ def test_disk_full_while_captions_are_written(tmp_path, trained):
     assert_message(full, "no room left to write", str(table))
     assert run("inference.py", trained / "images", *flags).returncode == 0
     assert len(table.read_text().splitlines()) == 1 + len([*(trained / "images").iterdir()])
+
+
+@pytest.mark.fault(count=2)
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("where", ["fsync", "write", "read"])
+def test_a_disk_that_fails_is_said_with_the_file(tmp_path, monkeypatch, capfd, where, fault):
+    photos, file = [Photo(tmp_path / "a.jpg", "a.jpg")], tmp_path / "captions.csv"
+
+    def fail(*_):  # as what is done with an open file does: without its name
+        raise OSError(fault, os.strerror(fault))
+
+    def main():
+        if where == "fsync":
+            write_file(file, "text")
+        with contextlib.ExitStack() as files:
+            Table(file, "skip", False, files).write([(photos[0], "", "a dog")])
+
+    monkeypatch.setattr(*{"read": (Path, "read_bytes")}.get(where, (os, "fsync")), fail)
+    with pytest.raises(SystemExit, match="1"):
+        run_script(main)
+    assert capfd.readouterr().err == f"error: {file}: {os.strerror(fault)}\n"
+    with pytest.raises(SystemExit, match="1"):  # where nothing says which file it was
+        run_script(fail)
+    assert capfd.readouterr().err == f"error: a file that was read: {os.strerror(fault)}\n"
 
 
 @pytest.mark.fault

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     commands.begin(commands.export)
 
 import argparse
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, check_output, require_extra, run_script, size_text, write_file
+from utils import UserError, check_output, lock, require_extra, run_script, size_text, write_file
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -77,23 +78,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 def as_folder(args: argparse.Namespace) -> None:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out = Path(args.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is there already: give the name of a new folder")
-    checkpoint = checkpoint_of(args)
-    encoder = checkpoint.load_encoder(args.encoder)
-    weights = args.with_encoder is not False
     made = out / "unfinished"
-    try:
-        write_folder(checkpoint, encoder, made, weights)
-        difference = logits_difference(checkpoint, encoder, made, weights)
-        if not difference <= LIMIT:
-            raise UserError(f"{out} gives logits that differ by {difference:.2g} from ours: a bug")
-        for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(out / file.name)  # last what is looked for first: a kill leaves none
-        made.rmdir()
-    except BaseException:  # Ctrl-C, too: what was not compared is not left to be used
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, place := os.open(out, os.O_RDONLY))
+        if lock(place) is False or any(path != made for path in out.iterdir()):
+            other = "is there already, or another run is writing to it"
+            raise UserError(f"--out {out} {other}: give the name of a new folder")
+        try:
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+            checkpoint = checkpoint_of(args)
+            encoder = checkpoint.load_encoder(args.encoder)
+            weights = args.with_encoder is not False
+            write_folder(checkpoint, encoder, made, weights)
+            difference = logits_difference(checkpoint, encoder, made, weights)
+            if not difference <= LIMIT:
+                raise UserError(f"{out}'s logits differ by {difference:.2g} from ours: a bug")
+            for file in sorted(made.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(out / file.name)  # last what is looked for first: a kill leaves none
+            made.rmdir()
+        except BaseException:  # Ctrl-C, too: what was not compared is not left to be used
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     size = size_text(sum(file.stat().st_size for file in out.iterdir()))
     print(f"{out}: {size}, logits within {difference:.1g} of ours")
     name = encoder.source["name"]
