@@ -73,8 +73,7 @@ def program(name: str) -> str:
 
 
 def program_command(name: str, words: str) -> str:
-    """A command to be copied, of a program that came with this Python; the words are as a shell
-    wants them."""
+    """A command to be copied, of a program that came with this Python and words as a shell's."""
     return f"{shlex.quote(program(name))} {words}"
 
 

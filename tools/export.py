@@ -79,12 +79,15 @@ def as_folder(args: argparse.Namespace) -> None:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out = Path(args.out).expanduser()
     made = out / "unfinished"
+    taken = f"--out {out} is there already, or another run is writing to it"
+    taken = UserError(f"{taken}: give the name of a new folder")
+    if out.exists() and not out.is_dir():
+        raise taken
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         held.callback(os.close, place := os.open(out, os.O_RDONLY))
         if lock(place) is False or any(path != made for path in out.iterdir()):
-            other = "is there already, or another run is writing to it"
-            raise UserError(f"--out {out} {other}: give the name of a new folder")
+            raise taken
         try:
             shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
             checkpoint = checkpoint_of(args)
