@@ -31,7 +31,16 @@ from encoder import FrozenEncoder
 from hub import locate_checkpoint
 from standalone import repository_files
 from tokenizer import START_ID
-from utils import UserError, check_output, lock, require_extra, run_script, size_text, write_file
+from utils import (
+    UserError,
+    check_output,
+    lock,
+    require_extra,
+    run_script,
+    size_text,
+    write_error,
+    write_file,
+)
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -79,15 +88,15 @@ def as_folder(args: argparse.Namespace) -> None:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out = Path(args.out).expanduser()
     made = out / "unfinished"
-    taken = f"--out {out} is there already, or another run is writing to it"
-    taken = UserError(f"{taken}: give the name of a new folder")
-    if out.exists() and not out.is_dir():
-        raise taken
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, out) from error
     with contextlib.ExitStack() as held:
         held.callback(os.close, place := os.open(out, os.O_RDONLY))
         if lock(place) is False or any(path != made for path in out.iterdir()):
-            raise taken
+            other = "is there already, or another run is writing to it"
+            raise UserError(f"--out {out} {other}: give the name of a new folder")
         try:
             shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
             checkpoint = checkpoint_of(args)
