@@ -384,10 +384,28 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                 row = as_labelled(row)
             row = as_asked({plain_key(key): value for key, value in row.items()})
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
-            rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
+            row = ({"image": shown[0]} if len(shown) == 1 else {}) | row
+            rows += [(where, each) for each in pairs_in(row)]
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
+
+
+def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each photo and its caption where several are numbered alike, `image_1` with
+    `caption_1` and so on, as a task of Mechanical Turk has them; or the row itself."""
+    photos, captions = {}, {}
+    for key in row:
+        stem, number = re.fullmatch(r"(.*?)_?(\d*)", key).groups()
+        if number and stem in NAME_KEYS:
+            photos[number] = key
+        elif NUMBERED.fullmatch(key):
+            captions[number] = key
+    if len(photos) < 2 or photos.keys() != captions.keys():
+        return [row]
+    rest = {k: v for k, v in row.items() if k not in (*photos.values(), *captions.values())}
+    shown = [number for number, key in photos.items() if row[key] or row[captions[number]]]
+    return [rest | {"image": row[photos[n]], "caption": row[captions[n]]} for n in shown]
 
 
 def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
@@ -516,6 +534,10 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     table = table_of(lines, folder)
+    if len(pairs_in(dict.fromkeys(table.names, "filled"))) > 1:
+        table.drop_header()
+        rows = table.objects(table.names)
+        return _read_objects(rows, "a table of photos numbered as their captions")
     photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
     captions = caption_columns(table.names, told)
     instead = [key for key in told if key in CAPTION_KEYS and key not in (*captions, "text")]

@@ -193,25 +193,14 @@ def _asked(said: Any) -> Any:
 
 
 def _rows(table: Table) -> list[Entry]:
-    """A table's rows as objects, without a header of photo, question and answer; a delimiter in a
-    text that isn't quoted is refused where it might stand in the question or in the answer."""
+    """A table's rows as objects, without a header of photo, question and answer."""
     # Photos may be called without their suffix, as VQA-Med's are.
     bare = len(table.names) == 3 and "question" not in table.names and "?" in table.names[1]
     if bare or is_photo(plain_name(table.names[0])):
         table.names = ["image", "question", "answer"]
     else:
         table.drop_header()
-    rows, names = [], table.names
-    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    for where, row in table.rows:
-        whole = table.fit(row, texts[0] if texts else 0, ended=texts == [len(names) - 1])
-        if len(whole) > 1 and len(texts) != 1:
-            raise UserError(
-                f"{where} has {len(names) + len(whole) - 1} columns, not {len(names)}: put quotes "
-                f"around a text that holds a {table.delimiter!r}"
-            )
-        rows.append((where, table.cells((where, row))))
-    return rows
+    return table.objects(("question", *ANSWERS))
 
 
 def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dict[str, Any]:

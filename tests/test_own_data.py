@@ -71,6 +71,20 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+PAIRED = {
+    "pairs.csv": 'Input.image1,Input.image2,Answer.caption1,Answer.caption2\n1.jpg,2.jpg,"A,",B\n'
+    "3.jpg,,C,\n",
+    "pairs.jsonl": '{"image_0": "1.jpg", "image_1": "2.jpg", "caption_0": "A,", "caption_1": "B"}\n'
+    '{"image_0": "3.jpg", "image_1": null, "caption_0": "C", "caption_1": null}\n',
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_captions_numbered_as_their_photos_are_each_of_its_own(tmp_path, name):
+    (tmp_path / name).write_text(PAIRED[name])
+    assert read_captions(tmp_path / name).texts == {"1.jpg": ["A,"], "2.jpg": ["B"], "3.jpg": ["C"]}
+
+
 def test_a_photo_in_base64_fills_no_message(tmp_path):
     (tmp_path / "captions.tsv").write_text(f"0\t100\tA dog\t{'/9j/4AAQ' * 1000}\n")  # OFA's
     with pytest.raises(UserError) as error:
