@@ -78,7 +78,7 @@ OTHER_KINDS = {
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
 # A number or a date, an address or packed bytes, or a split: of another column than captions'.
-NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
+NO_CAPTION = re.compile(rf"\d[\d.:/ -]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
@@ -568,6 +568,21 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     return found
 
 
+def has_labels(table: Table, column: int) -> bool:
+    """Is what stands in a column of captions, or at the end of it, in all rows one word, or one of
+    few, beside a text of thrice its length: a label, a language, or whose caption it is?"""
+    cells = [row[column : column + 1 + len(row) - len(table.names)] for _, row in table.rows]
+    if table.delimiter not in ",;|\t" or min(map(len, cells)) < 2:
+        return False
+    for label, text, end in ((0, 1, 1), (-1, -2, -1)):
+        said = [row[label][0] for row in cells]
+        few = len({*said}) <= len(said) / 3 or not any(re.search(r"\s", each) for each in said)
+        longer = sum(len(row[text][0]) for row in cells) > 3 * sum(map(len, said))
+        if few and longer and not any(row[end][1].startswith(" ") for row in cells):
+            return True
+    return False
+
+
 def _read_rows(
     table: Table,
     photo: str,
@@ -588,6 +603,7 @@ def _read_rows(
     columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
     found = Captions(f"a table{columns}")
     strict = not (ignored or instead) and len(captions) == 1
+    labelled = not table.headed and has_labels(table, last)
     ended = table.headed and table.names[-1] in (photo, *captions)  # by what may not be empty
     for where, row in table.rows:
         whole = table.fit(row, last, ended)
@@ -611,7 +627,7 @@ def _read_rows(
                 texts = [value for value, _ in whole] if apart else texts
                 # Quoted, and another column follows; or a row's number before `caption, name`.
                 odd = whole[0][0] != whole[0][1].strip() or (last == 0 and whole[0][0].isdigit())
-                if any(map(NO_CAPTION.fullmatch, texts)) if apart else odd:
+                if labelled or (any(map(NO_CAPTION.fullmatch, texts)) if apart else odd):
                     raise UserError(
                         f"{where} has {width} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

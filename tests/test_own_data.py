@@ -71,6 +71,29 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+@pytest.mark.parametrize(
+    ("row", "captions"),
+    [
+        ("{}.jpg\ten\tA dog that runs {}", 0),
+        ("{}.jpg\tA dog that runs over grass\tuser_{}", 0),
+        ("{}.jpg\t2021-05-0{} 12:00\tA dog that runs", 0),
+        ("{}.jpg,golden retriever,A dog that runs over the grass and along a stone wall, {}", 0),
+        ("{}.jpg,A dog that runs {},dog", 0),
+        ("{}.jpg\tA dog {}\tIt runs over the grass, and along a wall", 2),
+        ("{}.jpg,dog, a ball on the grass that it runs after {}", 1),
+        ("{}.jpg,1girl,solo,long hair,hat{}", 1),
+    ],
+)
+def test_without_a_header_a_label_is_no_caption(tmp_path, row, captions):
+    path = tmp_path / "captions.txt"
+    path.write_text("".join(row.replace("{}", f"{n}") + "\n" for n in range(4)))
+    if captions:
+        assert [len(texts) for texts in read_captions(path).texts.values()] == [captions] * 4
+    else:
+        with pytest.raises(UserError, match="say which is what in a first row"):
+            read_captions(path)
+
+
 PAIRED = {
     "pairs.csv": 'Input.image1,Input.image2,Answer.caption1,Answer.caption2\n1.jpg,2.jpg,"A,",B\n'
     "3.jpg,,C,\n",
