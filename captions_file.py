@@ -19,7 +19,7 @@ from typing import Any
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
-from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
+from photo_names import LONGEST, find_names, is_photo, is_there, is_unread, photos_in, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
 from texts import (
     ASIDE,
@@ -189,10 +189,8 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
     without a header may call the photos of a `folder` without their suffix."""
     try:
         kind, content = read_file(path)
-        if kind == "table":
-            found = _read_table(path, content, folder)
-        else:
-            found = _read_json(path, content) if kind == "JSON" else _read_objects(content, kind)
+        read = {"table": _read_table, "JSON": _read_json}.get(kind)
+        found = read(path, content, folder) if read else _read_objects(content, kind, folder)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     found.drop_nothing(path)
@@ -253,15 +251,15 @@ def _rows_named(table: Any) -> Any:
     return table
 
 
-def _read_json(path: Path, table: Any) -> Captions:
+def _read_json(path: Path, table: Any, folder: Path | None) -> Captions:
     """One JSON value for all photos."""
     if isinstance(table, list):
         entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1)]
-        return _read_objects(entries, "a list of objects")
+        return _read_objects(entries, "a list of objects", folder)
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no captions: write {PLAIN}")
     if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        parts = {split: _read_json(path, part) for split, part in table.items()}
+        parts = {split: _read_json(path, part, folder) for split, part in table.items()}
         return merged("captions by split", parts)
     images, annotations = table.get("images"), table.get("annotations")
     try:
@@ -273,7 +271,7 @@ def _read_json(path: Path, table: Any) -> Captions:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if objects is not None:
-        return _read_json(path, objects)
+        return _read_json(path, objects, folder)
     found = Captions("a table of photos")
     for name, said in table.items():
         texts = texts_of(said)
@@ -408,11 +406,11 @@ def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [rest | {"image": row[photos[n]], "caption": row[captions[n]]} for n in shown]
 
 
-def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
+def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
-    photos, captions, split = choose_columns(keys, [row for _, row in rows])
+    photos, captions, split = choose_columns(keys, [row for _, row in rows], folder)
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
@@ -448,13 +446,13 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
 
 
 def choose_columns(
-    keys: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    keys: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path | None = None
 ) -> tuple[list[str], list[str], str | None]:
     """Which keys, or columns, hold the photo and its captions, the likeliest first, and which one
     tells photos to train on from those to validate.
 
     A usual name decides, and among several what stands below: names of photos rather than
-    numbers; for captions `caption` first, then the most words.
+    numbers, but those of the `folder` first; for captions `caption` first, then the most words.
     """
     sample = rows[:SAMPLE]
 
@@ -509,7 +507,22 @@ def choose_columns(
         captions = []  # all that are numbered, and no title
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     captions[1:] = [key for key in captions[1:] if key not in ASIDE]
-    return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
+    photos = [*dict.fromkeys((*photos, *usual))]
+    if folder and any("://" in str(photo_in(row.get(key))) for row in sample for key in photos):
+        photos = there_first(photos, rows, folder)
+    return photos, captions, next(filter(tells_split, splits), None)
+
+
+def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """The columns that name photos, the first one that names some of the `folder` before others:
+    whoever fetched them may have called them by their addresses, or by the `id` beside these."""
+    there = photos_in(folder)
+    for key in keys if len(keys) > 1 else ():
+        said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
+        counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
+        if said not in counts and find_names({*map(plain_name, {*said})}, there):
+            return [key, *(other for other in keys if other != key)]
+    return keys
 
 
 def is_given(column: str) -> bool:
@@ -537,8 +550,8 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     if len(pairs_in(dict.fromkeys(table.names, "filled"))) > 1:
         table.drop_header()
         rows = table.objects(table.names)
-        return _read_objects(rows, "a table of photos numbered as their captions")
-    photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
+        return _read_objects(rows, "a table of photos numbered as their captions", folder)
+    photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])], folder)
     captions = caption_columns(table.names, told)
     instead = [key for key in told if key in CAPTION_KEYS and key not in (*captions, "text")]
     table.headed = bool(photos and captions)

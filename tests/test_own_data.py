@@ -71,6 +71,28 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+@pytest.mark.parametrize("ids", [("id", 51), ("image_id", 51), ("id", 1)])
+@pytest.mark.parametrize("called", ["ids", "addresses"])
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_photos_are_called_by_their_address_or_the_id_beside_it(tmp_path, ids, called, form):
+    """But not by what counts rows, whose photos may be others."""
+    key, first = ids
+    names = [str(first + n) if called == "ids" else f"x{n}" for n in range(3)]
+    photos = [f"https://a.org/x{n}.jpg?size=2" for n in range(3)]
+    rows = [(first + n, photo, f"A dog {n}") for n, photo in enumerate(photos)]
+    table = "\n".join(",".join(map(str, row)) for row in [(key, "image_url", "caption"), *rows])
+    objects = [{key: n, "image_url": photo, "caption": text} for n, photo, text in rows]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        (tmp_path / f"images/{name}.jpg").touch()
+    text = table if form == "csv" else json.dumps(objects)
+    (tmp_path / f"list.{form}").write_text(text)
+    found = read_captions(tmp_path / f"list.{form}", tmp_path / "images").texts
+    by_id = called == "ids" and first > 1
+    expected = names if by_id else [photo.removesuffix("?size=2") for photo in photos]
+    assert found == {name: [f"A dog {n}"] for n, name in enumerate(expected)}
+
+
 @pytest.mark.parametrize(
     ("row", "captions"),
     [
