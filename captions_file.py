@@ -81,6 +81,7 @@ OTHER_KINDS = {
 NO_CAPTION = re.compile(rf"\d[\d.:/ -]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
+LANGUAGE_KEY = re.compile("([a-z]+_)?(lang|language|locale)(_(code|id|tag))?")  # SLAKE's q_lang
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -417,6 +418,7 @@ def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> C
     columns = caption_columns(keys, captions)
     others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
+    found.form += languages_in([row for _, row in rows])
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
         told = [row[key] for key in (*columns, *captions, *ASIDE) if key in row]
@@ -525,6 +527,16 @@ def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path
     return keys
 
 
+def languages_in(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be said of rows that say to be in several languages."""
+    for key in filter(LANGUAGE_KEY.fullmatch, rows[0] if rows else ()):
+        said = sorted({str(row[key]) for row in rows if row.get(key)})
+        if len(said) > 1:
+            which = brief(", ".join(said))
+            return f", in several languages ({key}: {which}; the rows of one alone teach it alone)"
+    return ""
+
+
 def is_given(column: str) -> bool:
     """Is it of what a described picture was made from, as ControlNet's `source` of a `target`?"""
     return bool(re.match("source|mask|cond|control|hint|input|depth|canny|seg", column))
@@ -551,7 +563,8 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         table.drop_header()
         rows = table.objects(table.names)
         return _read_objects(rows, "a table of photos numbered as their captions", folder)
-    photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])], folder)
+    rows = [*map(table.cells, table.rows[1:])]
+    photos, told, split = choose_columns(table.names, rows, folder)
     captions = caption_columns(table.names, told)
     instead = [key for key in told if key in CAPTION_KEYS and key not in (*captions, "text")]
     table.headed = bool(photos and captions)
@@ -575,6 +588,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
             "texts, with --captions_file"
         )
     found = _read_rows(table, photos[0], captions, instead, split, bare=not begun)
+    found.form += languages_in(rows) if table.headed else ""
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")

@@ -11,7 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from captions_file import Entry, choose_columns, name_within, photo_in, read_file, read_objects
+from captions_file import (
+    Entry,
+    choose_columns,
+    languages_in,
+    name_within,
+    photo_in,
+    read_file,
+    read_objects,
+)
 from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
@@ -130,6 +138,8 @@ def read_questions(path: Path, answered: bool = True) -> Questions:
             questions.setdefault(name_within(where, plain_name(str(name))), []).append(question)
     if not questions:
         raise UserError(f"{passed[0] if passed else f'{path} holds no questions'}: {USAGE}")
+    if languages := languages_in([row for _, row in rows]):
+        print(f"{path} has questions{languages}")
     if passed:
         print(f"  passed over: {len(passed):,} questions, the first as {brief(passed[0])}")
     return questions

@@ -71,6 +71,18 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+@pytest.mark.parametrize("of", [["en", "de"], ["en", "en"]])
+def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
+    table, objects = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    table.write_text(f"image,caption,lang\n1.jpg,A dog,{of[0]}\n1.jpg,Ein Hund,{of[1]}\n")
+    row = {"image": "1.jpg", "caption": "A dog", "question": "Is it?", "answer": "yes"}
+    objects.write_text("\n".join(json.dumps(row | {"q_lang": each}) for each in of))
+    read_questions(objects)
+    said = [read_captions(table).form, read_captions(objects).form, capsys.readouterr().out]
+    told = ["(lang: de, en)" in said[0], "(q_lang: de, en)" in said[1], "(q_lang: de" in said[2]]
+    assert told == [of[0] != of[1]] * 3
+
+
 @pytest.mark.parametrize("ids", [("id", 51), ("image_id", 51), ("id", 1)])
 @pytest.mark.parametrize("called", ["ids", "addresses"])
 @pytest.mark.parametrize("form", ["csv", "json"])
