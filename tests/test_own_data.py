@@ -264,6 +264,14 @@ def test_an_object_beside_a_photo_may_have_its_name_for_a_title(tmp_path, end):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A dog"]}
 
 
+def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
+    said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
+    blank = {"short_caption": " ", "raw": {"width": 3}}
+    texts = {"images/1.json": json.dumps(said), "images/2.json": json.dumps(blank)}
+    folder = lay_out(tmp_path, texts)
+    assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog runs"]}
+
+
 def test_a_column_of_names_is_none_of_captions(tmp_path):
     """As doccano writes it, whose captions are labels."""
     (tmp_path / "all.jsonl").write_text('{"filename": "x/1.jpg", "text": "1.jpg", "label": ["A"]}')
