@@ -79,7 +79,7 @@ def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
     objects.write_text("\n".join(json.dumps(row | {"q_lang": each}) for each in of))
     read_questions(objects)
     said = [read_captions(table).form, read_captions(objects).form, capsys.readouterr().out]
-    told = ["(lang: de, en)" in said[0], "(q_lang: de, en)" in said[1], "(q_lang: de" in said[2]]
+    told = ["(lang: de, en;" in said[0], "(q_lang: de, en;" in said[1], "(q_lang: de" in said[2]]
     assert told == [of[0] != of[1]] * 3
 
 
