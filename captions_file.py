@@ -19,7 +19,7 @@ from typing import Any
 
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
-from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
+from photo_names import LONGEST, find_names, is_photo, is_there, is_unread, photos_in, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
 from texts import (
     ASIDE,
@@ -78,9 +78,10 @@ OTHER_KINDS = {
     b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
 }
 # A number or a date, an address or packed bytes, or a split: of another column than captions'.
-NO_CAPTION = re.compile(rf"\d[\d.:/-]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
+NO_CAPTION = re.compile(rf"\d[\d.:/ -]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
 NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
+LANGUAGE_KEY = re.compile("([a-z]+_)?(lang|language|locale)(_(code|id|tag))?")  # SLAKE's q_lang
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -189,10 +190,8 @@ def read_captions(path: Path, folder: Path | None = None) -> Captions:
     without a header may call the photos of a `folder` without their suffix."""
     try:
         kind, content = read_file(path)
-        if kind == "table":
-            found = _read_table(path, content, folder)
-        else:
-            found = _read_json(path, content) if kind == "JSON" else _read_objects(content, kind)
+        read = {"table": _read_table, "JSON": _read_json}.get(kind)
+        found = read(path, content, folder) if read else _read_objects(content, kind, folder)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: write {PLAIN}") from None
     found.drop_nothing(path)
@@ -253,15 +252,15 @@ def _rows_named(table: Any) -> Any:
     return table
 
 
-def _read_json(path: Path, table: Any) -> Captions:
+def _read_json(path: Path, table: Any, folder: Path | None) -> Captions:
     """One JSON value for all photos."""
     if isinstance(table, list):
         entries = [(f"{path}, entry {n}", entry) for n, entry in enumerate(table, 1)]
-        return _read_objects(entries, "a list of objects")
+        return _read_objects(entries, "a list of objects", folder)
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no captions: write {PLAIN}")
     if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        parts = {split: _read_json(path, part) for split, part in table.items()}
+        parts = {split: _read_json(path, part, folder) for split, part in table.items()}
         return merged("captions by split", parts)
     images, annotations = table.get("images"), table.get("annotations")
     try:
@@ -273,7 +272,7 @@ def _read_json(path: Path, table: Any) -> Captions:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is in no form of captions that is known ({error!r})") from None
     if objects is not None:
-        return _read_json(path, objects)
+        return _read_json(path, objects, folder)
     found = Captions("a table of photos")
     for name, said in table.items():
         texts = texts_of(said)
@@ -384,23 +383,42 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
                 row = as_labelled(row)
             row = as_asked({plain_key(key): value for key, value in row.items()})
             shown = [each for talk in TALKS for each in SHOWN.findall(str(row.get(talk)))]
-            rows.append((where, ({"image": shown[0]} if len(shown) == 1 else {}) | row))
+            row = ({"image": shown[0]} if len(shown) == 1 else {}) | row
+            rows += [(where, each) for each in pairs_in(row)]
         except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raise UserError(f"{where} names no photo and caption: {usage}") from None
     return rows
 
 
-def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
+def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each photo and its caption where several are numbered alike, `image_1` with
+    `caption_1` and so on, as a task of Mechanical Turk has them; or the row itself."""
+    photos, captions = {}, {}
+    for key in row:
+        stem, number = re.fullmatch(r"(.*?)_?(\d*)", key).groups()
+        if number and stem in NAME_KEYS:
+            photos[number] = key
+        elif NUMBERED.fullmatch(key):
+            captions[number] = key
+    if len(photos) < 2 or photos.keys() != captions.keys():
+        return [row]
+    rest = {k: v for k, v in row.items() if k not in (*photos.values(), *captions.values())}
+    shown = [number for number, key in photos.items() if row[key] or row[captions[number]]]
+    return [rest | {"image": row[photos[n]], "caption": row[captions[n]]} for n in shown]
+
+
+def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
     keys = [*dict.fromkeys(key for _, row in rows for key in row)]
-    photos, captions, split = choose_columns(keys, [row for _, row in rows])
+    photos, captions, split = choose_columns(keys, [row for _, row in rows], folder)
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
     columns = caption_columns(keys, captions)
     others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
     found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
+    found.form += languages_in([row for _, row in rows])
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
         told = [row[key] for key in (*columns, *captions, *ASIDE) if key in row]
@@ -430,13 +448,13 @@ def _read_objects(entries: Sequence[Entry], form: str) -> Captions:
 
 
 def choose_columns(
-    keys: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    keys: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path | None = None
 ) -> tuple[list[str], list[str], str | None]:
     """Which keys, or columns, hold the photo and its captions, the likeliest first, and which one
     tells photos to train on from those to validate.
 
     A usual name decides, and among several what stands below: names of photos rather than
-    numbers; for captions `caption` first, then the most words.
+    numbers, but those of the `folder` first; for captions `caption` first, then the most words.
     """
     sample = rows[:SAMPLE]
 
@@ -491,7 +509,32 @@ def choose_columns(
         captions = []  # all that are numbered, and no title
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     captions[1:] = [key for key in captions[1:] if key not in ASIDE]
-    return [*dict.fromkeys((*photos, *usual))], captions, next(filter(tells_split, splits), None)
+    photos = [*dict.fromkeys((*photos, *usual))]
+    if folder and any("://" in str(photo_in(row.get(key))) for row in sample for key in photos):
+        photos = there_first(photos, rows, folder)
+    return photos, captions, next(filter(tells_split, splits), None)
+
+
+def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """The columns that name photos, the first one that names some of the `folder` before others:
+    whoever fetched them may have called them by their addresses, or by the `id` beside these."""
+    there = photos_in(folder)
+    for key in keys if len(keys) > 1 else ():
+        said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
+        counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
+        if said not in counts and find_names({*map(plain_name, {*said})}, there):
+            return [key, *(other for other in keys if other != key)]
+    return keys
+
+
+def languages_in(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be said of rows that say to be in several languages."""
+    for key in filter(LANGUAGE_KEY.fullmatch, rows[0] if rows else ()):
+        said = sorted({str(row[key]) for row in rows if row.get(key)})
+        if len(said) > 1:
+            which = brief(", ".join(said))
+            return f", in several languages ({key}: {which}; the rows of one alone teach it alone)"
+    return ""
 
 
 def is_given(column: str) -> bool:
@@ -516,7 +559,12 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
     `#0` after a name is left out. One malformed row is known and mended: Flickr30k's.
     """
     table = table_of(lines, folder)
-    photos, told, split = choose_columns(table.names, [*map(table.cells, table.rows[1:])])
+    if len(pairs_in(dict.fromkeys(table.names, "filled"))) > 1:
+        table.drop_header()
+        rows = table.objects(table.names)
+        return _read_objects(rows, "a table of photos numbered as their captions", folder)
+    rows = [*map(table.cells, table.rows[1:])]
+    photos, told, split = choose_columns(table.names, rows, folder)
     captions = caption_columns(table.names, told)
     instead = [key for key in told if key in CAPTION_KEYS and key not in (*captions, "text")]
     table.headed = bool(photos and captions)
@@ -540,10 +588,26 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
             "texts, with --captions_file"
         )
     found = _read_rows(table, photos[0], captions, instead, split, bare=not begun)
+    found.form += languages_in(rows) if table.headed else ""
     if not found.texts:
         why = "".join(f": {line}" for line in found.passed[:1])
         raise UserError(f"{path} has no rows like photo.jpg,A caption{why}")
     return found
+
+
+def has_labels(table: Table, column: int) -> bool:
+    """Is what stands in a column of captions, or at the end of it, in all rows one word, or one of
+    few, beside a text of thrice its length: a label, a language, or whose caption it is?"""
+    cells = [row[column : column + 1 + len(row) - len(table.names)] for _, row in table.rows]
+    if table.delimiter not in ",;|\t" or min(map(len, cells)) < 2:
+        return False
+    for label, text, end in ((0, 1, 1), (-1, -2, -1)):
+        said = [row[label][0] for row in cells]
+        few = len({*said}) <= len(said) / 3 or not any(re.search(r"\s", each) for each in said)
+        longer = sum(len(row[text][0]) for row in cells) > 3 * sum(map(len, said))
+        if few and longer and not any(row[end][1].startswith(" ") for row in cells):
+            return True
+    return False
 
 
 def _read_rows(
@@ -566,6 +630,7 @@ def _read_rows(
     columns = f", of which the columns {', '.join(ignored)} are ignored" if ignored else ""
     found = Captions(f"a table{columns}")
     strict = not (ignored or instead) and len(captions) == 1
+    labelled = not table.headed and has_labels(table, last)
     ended = table.headed and table.names[-1] in (photo, *captions)  # by what may not be empty
     for where, row in table.rows:
         whole = table.fit(row, last, ended)
@@ -589,7 +654,7 @@ def _read_rows(
                 texts = [value for value, _ in whole] if apart else texts
                 # Quoted, and another column follows; or a row's number before `caption, name`.
                 odd = whole[0][0] != whole[0][1].strip() or (last == 0 and whole[0][0].isdigit())
-                if any(map(NO_CAPTION.fullmatch, texts)) if apart else odd:
+                if labelled or (any(map(NO_CAPTION.fullmatch, texts)) if apart else odd):
                     raise UserError(
                         f"{where} has {width} columns: say which is what in a first row, "
                         f"such as image{table.delimiter}caption"

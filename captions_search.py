@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
+    LIKE_CAPTIONS,
     LINE_END,
     TABLES,
     TEXT_SUFFIXES,
@@ -35,6 +36,7 @@ from captions_file import (
 )
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
 from photo_names import are_meant, ends_of, find_names, is_photo, match_names, photos_in
+from tables import plain_key
 from texts import CAPTION_KEYS, texts_of
 from utils import (
     UserError,
@@ -324,7 +326,10 @@ def _lines(file: Path) -> list[str]:
     """The captions, one a line, of a text, or those of a photo's own JSON object."""
     if file.suffix == ".json":
         said = read_json(file, older=True)
-        texts = texts_of(said) if isinstance(said, dict) else []
+        said = said if isinstance(said, dict) else {}
+        like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
+        told = [text for text in like if isinstance(text, str) and text.strip()]
+        texts = texts_of(said) or sorted(told, key=len)[-1:]  # DCI's short_caption, and extra_
         return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
     lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]

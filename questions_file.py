@@ -11,7 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from captions_file import Entry, choose_columns, name_within, photo_in, read_file, read_objects
+from captions_file import (
+    Entry,
+    choose_columns,
+    languages_in,
+    name_within,
+    photo_in,
+    read_file,
+    read_objects,
+)
 from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
@@ -130,6 +138,8 @@ def read_questions(path: Path, answered: bool = True) -> Questions:
             questions.setdefault(name_within(where, plain_name(str(name))), []).append(question)
     if not questions:
         raise UserError(f"{passed[0] if passed else f'{path} holds no questions'}: {USAGE}")
+    if languages := languages_in([row for _, row in rows]):
+        print(f"{path} has questions{languages}")
     if passed:
         print(f"  passed over: {len(passed):,} questions, the first as {brief(passed[0])}")
     return questions
@@ -193,25 +203,14 @@ def _asked(said: Any) -> Any:
 
 
 def _rows(table: Table) -> list[Entry]:
-    """A table's rows as objects, without a header of photo, question and answer; a delimiter in a
-    text that isn't quoted is refused where it might stand in the question or in the answer."""
+    """A table's rows as objects, without a header of photo, question and answer."""
     # Photos may be called without their suffix, as VQA-Med's are.
     bare = len(table.names) == 3 and "question" not in table.names and "?" in table.names[1]
     if bare or is_photo(plain_name(table.names[0])):
         table.names = ["image", "question", "answer"]
     else:
         table.drop_header()
-    rows, names = [], table.names
-    texts = [place for place, name in enumerate(names) if name in ("question", *ANSWERS)]
-    for where, row in table.rows:
-        whole = table.fit(row, texts[0] if texts else 0, ended=texts == [len(names) - 1])
-        if len(whole) > 1 and len(texts) != 1:
-            raise UserError(
-                f"{where} has {len(names) + len(whole) - 1} columns, not {len(names)}: put quotes "
-                f"around a text that holds a {table.delimiter!r}"
-            )
-        rows.append((where, table.cells((where, row))))
-    return rows
+    return table.objects(("question", *ANSWERS))
 
 
 def read_entry(where: str, entry: dict[str, Any], answered: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,21 @@ class Table:
     def cells(self, row: Row) -> dict[str, str]:
         """A row's values by the names of their columns."""
         return {name: value for name, (value, _) in zip(self.names, row[1], strict=False)}
+
+    def objects(self, columns: Collection[str]) -> list[tuple[str, dict[str, str]]]:
+        """Its rows as objects; a delimiter in a text that isn't quoted is refused where it might
+        stand in several of the `columns` that hold texts."""
+        rows, texts = [], [place for place, name in enumerate(self.names) if name in columns]
+        for where, row in self.rows:
+            whole = self.fit(row, texts[0] if texts else 0, texts == [len(self.names) - 1])
+            if len(whole) > 1 and len(texts) != 1:
+                width = len(self.names)
+                raise UserError(
+                    f"{where} has {width + len(whole) - 1} columns, not {width}: put quotes around "
+                    f"a text that holds a {self.delimiter!r}"
+                )
+            rows.append((where, self.cells((where, row))))
+        return rows
 
     def fit(self, row: list[Field], column: int, ended: bool) -> list[Field]:
         """Have a row as many cells as there are columns: those that are too many are one with that

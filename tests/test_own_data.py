@@ -71,6 +71,77 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+@pytest.mark.parametrize("of", [["en", "de"], ["en", "en"]])
+def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
+    table, objects = tmp_path / "a.csv", tmp_path / "a.jsonl"
+    table.write_text(f"image,caption,lang\n1.jpg,A dog,{of[0]}\n1.jpg,Ein Hund,{of[1]}\n")
+    row = {"image": "1.jpg", "caption": "A dog", "question": "Is it?", "answer": "yes"}
+    objects.write_text("\n".join(json.dumps(row | {"q_lang": each}) for each in of))
+    read_questions(objects)
+    said = [read_captions(table).form, read_captions(objects).form, capsys.readouterr().out]
+    told = ["(lang: de, en;" in said[0], "(q_lang: de, en;" in said[1], "(q_lang: de" in said[2]]
+    assert told == [of[0] != of[1]] * 3
+
+
+@pytest.mark.parametrize("ids", [("id", 51), ("image_id", 51), ("id", 1)])
+@pytest.mark.parametrize("called", ["ids", "addresses"])
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_photos_are_called_by_their_address_or_the_id_beside_it(tmp_path, ids, called, form):
+    """But not by what counts rows, whose photos may be others."""
+    key, first = ids
+    names = [str(first + n) if called == "ids" else f"x{n}" for n in range(3)]
+    photos = [f"https://a.org/x{n}.jpg?size=2" for n in range(3)]
+    rows = [(first + n, photo, f"A dog {n}") for n, photo in enumerate(photos)]
+    table = "\n".join(",".join(map(str, row)) for row in [(key, "image_url", "caption"), *rows])
+    objects = [{key: n, "image_url": photo, "caption": text} for n, photo, text in rows]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        (tmp_path / f"images/{name}.jpg").touch()
+    text = table if form == "csv" else json.dumps(objects)
+    (tmp_path / f"list.{form}").write_text(text)
+    found = read_captions(tmp_path / f"list.{form}", tmp_path / "images").texts
+    by_id = called == "ids" and first > 1
+    expected = names if by_id else [photo.removesuffix("?size=2") for photo in photos]
+    assert found == {name: [f"A dog {n}"] for n, name in enumerate(expected)}
+
+
+@pytest.mark.parametrize(
+    ("row", "captions"),
+    [
+        ("{}.jpg\ten\tA dog that runs {}", 0),
+        ("{}.jpg\tA dog that runs over grass\tuser_{}", 0),
+        ("{}.jpg\t2021-05-0{} 12:00\tA dog that runs", 0),
+        ("{}.jpg,golden retriever,A dog that runs over the grass and along a stone wall, {}", 0),
+        ("{}.jpg,A dog that runs {},dog", 0),
+        ("{}.jpg\tA dog {}\tIt runs over the grass, and along a wall", 2),
+        ("{}.jpg,dog, a ball on the grass that it runs after {}", 1),
+        ("{}.jpg,1girl,solo,long hair,hat{}", 1),
+    ],
+)
+def test_without_a_header_a_label_is_no_caption(tmp_path, row, captions):
+    path = tmp_path / "captions.txt"
+    path.write_text("".join(row.replace("{}", f"{n}") + "\n" for n in range(4)))
+    if captions:
+        assert [len(texts) for texts in read_captions(path).texts.values()] == [captions] * 4
+    else:
+        with pytest.raises(UserError, match="say which is what in a first row"):
+            read_captions(path)
+
+
+PAIRED = {
+    "pairs.csv": 'Input.image1,Input.image2,Answer.caption1,Answer.caption2\n1.jpg,2.jpg,"A,",B\n'
+    "3.jpg,,C,\n",
+    "pairs.jsonl": '{"image_0": "1.jpg", "image_1": "2.jpg", "caption_0": "A,", "caption_1": "B"}\n'
+    '{"image_0": "3.jpg", "image_1": null, "caption_0": "C", "caption_1": null}\n',
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_captions_numbered_as_their_photos_are_each_of_its_own(tmp_path, name):
+    (tmp_path / name).write_text(PAIRED[name])
+    assert read_captions(tmp_path / name).texts == {"1.jpg": ["A,"], "2.jpg": ["B"], "3.jpg": ["C"]}
+
+
 def test_a_photo_in_base64_fills_no_message(tmp_path):
     (tmp_path / "captions.tsv").write_text(f"0\t100\tA dog\t{'/9j/4AAQ' * 1000}\n")  # OFA's
     with pytest.raises(UserError) as error:
@@ -191,6 +262,14 @@ def test_an_object_beside_a_photo_may_have_its_name_for_a_title(tmp_path, end):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog"]}
     (folder / f"images/1{end}").write_text(json.dumps(said | {"description": "A dog"}))
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A dog"]}
+
+
+def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
+    said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
+    blank = {"short_caption": " ", "raw": {"width": 3}}
+    texts = {"images/1.json": json.dumps(said), "images/2.json": json.dumps(blank)}
+    folder = lay_out(tmp_path, texts)
+    assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog runs"]}
 
 
 def test_a_column_of_names_is_none_of_captions(tmp_path):
