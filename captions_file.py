@@ -17,20 +17,28 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from columns import (
+    IDS,
+    LIKE_CAPTIONS,
+    NAME_KEYS,
+    NUMBERED,
+    caption_columns,
+    choose_columns,
+    languages_in,
+    photo_in,
+)
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
-from photo_names import LONGEST, find_names, is_photo, is_there, is_unread, photos_in, plain_name
+from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
 from tables import Table, is_comment, parquet_rows, plain_key, table_of
 from texts import (
     ASIDE,
     CAPTION_KEYS,
     NOTHING,
-    PAIRS,
     TALKS,
     as_asked,
     as_labelled,
     has_word,
-    is_asked,
     is_rejected,
     listed,
     talk_in,
@@ -49,23 +57,9 @@ TABLES = (
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson")
 LISTS = (*".csv .tsv .xlsx .xls .ods .parquet .json".split(), *JSON_LINES)  # of other names
 TEXT_SUFFIXES = (".txt", ".caption")  # beside photos
-# What a table's header, or an object's keys, call the photo and its caption.
-NAME_KEYS = (
-    "image image_name file_name filename filepath file_path image_path path image_id "
-    "image_file image_filename images img img_name img_path img_id photo imageid image_url "
-    "captioning photo_id image_urls picture coco_id cocoid imgid name jpg png id"
-).split()
 # A photo within a conversation, as Qwen-VL's, Transformers' and OpenAI's forms have it.
 SHOWN = re.compile(r"(?<=<img>)[^<]+(?=</img>)|(?<='image': ')[^']+|(?<='url': ')(?!data:)[^']+")
-SPLIT_KEYS = ("split", "set_name", "subset", "partition")
-LIKE_CAPTIONS = re.compile(
-    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
-    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
-)
-PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
-IDS = "image_id image_name img_id photo_id picture coco_id cocoid imgid id".split()  # or numbers
 LONG = 2**25  # bytes of captions, which take some ten seconds to read
-SAMPLE = 1000  # rows by which it is decided what is what
 QUESTION = "asks a question: --tasks questions --questions_file FILE learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
@@ -80,8 +74,6 @@ OTHER_KINDS = {
 # A number or a date, an address or packed bytes, or a split: of another column than captions'.
 NO_CAPTION = re.compile(rf"\d[\d.:/ -]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
-NUMBERED = re.compile(r"(?:caption|sentence|comment|text|description|raw)[_ ]?\d+")  # caption_1
-LANGUAGE_KEY = re.compile("([a-z]+_)?(lang|language|locale)(_(code|id|tag))?")  # SLAKE's q_lang
 LINE_END = re.compile("\r\n|\r|\n")  # and no others: some stand within captions
 BARE = re.compile(r"[\w./-]+")  # a photo's name without its suffix, where a header says it is one
 # Flickr30k's results.csv has one row without its last delimiter:
@@ -319,13 +311,6 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def photo_in(said: Any) -> Any:
-    """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
-    if isinstance(said, list) and len(said) == 1:
-        return photo_in(said[0])
-    return next((said[k] for k in NAME_KEYS if k in said), said) if isinstance(said, dict) else said
-
-
 def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:
     """The captions of several files or parts; what each is called may tell its photos' split."""
     found = Captions(form)
@@ -445,109 +430,6 @@ def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> C
 
 
 # --- Tables ---------------------------------------------------------------------------------
-
-
-def choose_columns(
-    keys: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path | None = None
-) -> tuple[list[str], list[str], str | None]:
-    """Which keys, or columns, hold the photo and its captions, the likeliest first, and which one
-    tells photos to train on from those to validate.
-
-    A usual name decides, and among several what stands below: names of photos rather than
-    numbers, but those of the `folder` first; for captions `caption` first, then the most words.
-    """
-    sample = rows[:SAMPLE]
-
-    def share(key: str, address: bool = False) -> float:
-        """Of the cells in which something stands, those with a photo's name, or address."""
-        cells = [cell for row in sample if (cell := photo_in(row.get(key))) not in (None, "")]
-        said = [plain_name(cell) if isinstance(cell, str) else "" for cell in cells]
-        good = [is_photo(name) and ("://" in name) == address for name in said]
-        return sum(good) / max(1, len(good))
-
-    def words(key: str) -> int:
-        told = (str(texts_of(row.get(key))) for row in sample)
-        count = sum(len(re.findall(r"[^\W\d_]+", said)) for said in told)
-        return min(count, 1) if key == "imagedescription" else count  # which cameras fill
-
-    def is_same(key: str) -> bool:
-        """Is it the same of all photos, as the `description` of a task is in a crowd's answers?"""
-        cells = [str(row[key]) for row in sample if row.get(key)]
-        return key not in PLAINLY and len(cells) > 9 and len({*cells}) == 1
-
-    def is_split(said: Any) -> bool:
-        return bool(SPLIT_WORD.fullmatch(str(said).lower()))
-
-    def tells_split(key: str) -> bool:
-        said = {*map(split_in, {str(row.get(key)) for row in rows})}
-        return "train" in said and bool(said & {"val", "test"})
-
-    usual, captions, splits = (
-        [key for key in known if key in keys] for known in (NAME_KEYS, CAPTION_KEYS, SPLIT_KEYS)
-    )
-    splits += [key for key in keys if all(is_split(row.get(key)) for row in rows)]  # `data set`
-    asked = sum(is_asked(row.get("prompt")) for row in sample) > len(sample) / 2
-    if asked or any((key, "prompt") in PAIRS for key in keys):  # it asks for the caption
-        captions = [key for key in captions if key != "prompt"]
-    headed = usual or captions or "question" in keys
-    # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
-    like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
-    if usual and all(map(is_same, captions)):
-        captions += like
-    elif captions == ["title"]:
-        captions = [key for key in like if "caption" in key] or captions
-    captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
-    # A column without a name may be pandas' index.
-    others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
-    others.sort(key=is_given)
-    photos = [key for key in (*usual, *others) if share(key) >= 0.5]
-    # An `id` may count rows, which would be taken for 1.jpg and so on.
-    photos += [key for key in usual if key != "id"]
-    photos += [key for key in others if share(key, address=True) >= 0.5]
-    plain = {key for key in PLAINLY if key in captions and words(key)}
-    if not plain and any(re.fullmatch(r"caption[_ ]?\d+", key) for key in keys):
-        captions = []  # all that are numbered, and no title
-    captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
-    captions[1:] = [key for key in captions[1:] if key not in ASIDE]
-    photos = [*dict.fromkeys((*photos, *usual))]
-    if folder and any("://" in str(photo_in(row.get(key))) for row in sample for key in photos):
-        photos = there_first(photos, rows, folder)
-    return photos, captions, next(filter(tells_split, splits), None)
-
-
-def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """The columns that name photos, the first one that names some of the `folder` before others:
-    whoever fetched them may have called them by their addresses, or by the `id` beside these."""
-    there = photos_in(folder)
-    for key in keys if len(keys) > 1 else ():
-        said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
-        counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
-        if said not in counts and find_names({*map(plain_name, {*said})}, there):
-            return [key, *(other for other in keys if other != key)]
-    return keys
-
-
-def languages_in(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of rows that say to be in several languages."""
-    for key in filter(LANGUAGE_KEY.fullmatch, rows[0] if rows else ()):
-        said = sorted({str(row[key]) for row in rows if row.get(key)})
-        if len(said) > 1:
-            which = brief(", ".join(said))
-            return f", in several languages ({key}: {which}; the rows of one alone teach it alone)"
-    return ""
-
-
-def is_given(column: str) -> bool:
-    """Is it of what a described picture was made from, as ControlNet's `source` of a `target`?"""
-    return bool(re.match("source|mask|cond|control|hint|input|depth|canny|seg", column))
-
-
-def caption_columns(keys: Iterable[str], captions: Sequence[str]) -> list[str]:
-    """All columns of captions: the likeliest one, and those of its name and a number."""
-    likeliest = captions[0] if captions else ""
-    stem = likeliest.rstrip("s")
-    numbered = [key for key in keys if NUMBERED.fullmatch(key) and key.startswith(stem)]
-    return [key for key in keys if key and key in (likeliest, *numbered)]
 
 
 def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -> Captions:

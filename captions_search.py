@@ -24,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from captions_file import (
-    LIKE_CAPTIONS,
     LINE_END,
     TABLES,
     TEXT_SUFFIXES,
@@ -34,6 +33,7 @@ from captions_file import (
     merged,
     read_captions,
 )
+from columns import LIKE_CAPTIONS
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
 from photo_names import are_meant, ends_of, find_names, is_photo, match_names, photos_in
 from tables import plain_key

@@ -17,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from archive import check_unpacked
-from captions_file import BARE, IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, is_given
+from captions_file import BARE
+from columns import IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, is_given
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry

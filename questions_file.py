@@ -11,16 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from captions_file import (
-    Entry,
-    choose_columns,
-    languages_in,
-    name_within,
-    photo_in,
-    read_file,
-    read_objects,
-)
+from captions_file import Entry, name_within, read_file, read_objects
 from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
+from columns import choose_columns, languages_in, photo_in
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
