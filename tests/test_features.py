@@ -87,6 +87,25 @@ def test_only_the_photo_that_changed_is_encoded_again(setting):
     assert said == []  # the newest of a photo's packs counts
 
 
+def test_photos_of_the_same_names_in_two_folders_are_each_encoded_once(setting):
+    """As the whole photos and their crops, by turns."""
+    image_dir, encoder, items, build, said = setting
+    build()
+    whole, other = image_dir.rename(image_dir.with_name("whole")), image_dir.with_name("other")
+    other.mkdir()
+    for file in whole.iterdir():
+        Image.open(file).rotate(180).save(other / file.name)
+    for folder, made in ((other, True), (whole, False), (other, False)):
+        image_dir.symlink_to(folder)
+        assert_fresh(build()[0], encoder, image_dir, items)
+        assert bool(said) == made
+        image_dir.unlink()
+    image_dir.symlink_to(whole)
+    cache, _ = build(items[:5])
+    assert [*cache.entries] == items[:5]  # a GPU need hold no others
+    assert len([*cache.folder.glob("shard_*.bin")]) == 2
+
+
 @pytest.mark.fault
 def test_a_photo_replaced_while_it_is_encoded_is_encoded_again(setting, monkeypatch):
     image_dir, encoder, items, build, said = setting
