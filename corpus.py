@@ -110,7 +110,8 @@ def load_data(
     encoder = FrozenEncoder.load(name, revision, layers, image_size=size).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
-        check_same(decisive(begun.encoder), decisive(identity), "encoder ")
+        before = {"activation": identity.get("activation")} | begun.encoder
+        check_same(decisive(before), decisive(identity), "encoder ")
         if not begun.training:  # a training that goes on compares the photos themselves
             say_other_split(paths, begun.settings)
     how = {

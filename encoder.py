@@ -237,6 +237,7 @@ class FrozenEncoder(nn.Module):
             held.data = held.data.clone()
         revision = getattr(config, "_commit_hash", None) or revision
         source = {"name": name, "revision": revision, "weights": _fingerprint(tower)}
+        source["activation"] = str(getattr(config, "hidden_act", None))
         encoder = cls(tower, processor, layers, source)
         if image_size not in (0, encoder.side):
             encoder._see_at(image_size)
@@ -270,7 +271,9 @@ class FrozenEncoder(nn.Module):
         size = identity.get("image_size", 0)
         encoder = cls.load(name, revision, identity.get("layers"), "--encoder", size)
         here = encoder.identity()
-        changed = [key for key in ("weights", "preprocessing") if here[key] != identity.get(key)]
+        there = {"activation": here["activation"]} | identity
+        parts = "weights", "activation", "preprocessing"
+        changed = [key for key in parts if here[key] != there.get(key)]
         changed += ["width"] if encoder.width != width else []
         if changed:
             raise UserError(
@@ -395,7 +398,7 @@ class FrozenEncoder(nn.Module):
 
 def decisive(identity: dict[str, Any]) -> dict[str, Any]:
     """Of an `identity()` what features depend on: a folder that moved, or a branch that was
-    renamed, holds the same weights all the same."""
+    renamed, holds the same weights all the same. Older ones have no "activation"."""
     return {key: identity[key] for key in identity if key not in ("name", "revision")}
 
 

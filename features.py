@@ -6,8 +6,8 @@ or absent, so a build that was interrupted goes on where it stopped. Several pro
 store together, a share each.
 
 Photos come from tars (`shards.py`), a pack each, or from a folder. Of a folder's photos the table
-knows size, time and hash: one that changed is encoded again into a new pack, whose entry then
-counts.
+knows size, time and hash: one that changed is encoded again into a new pack. What is there of the
+files that had its name before, or that have it in another folder, stays and counts for these.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def build_features(
     folder = team.on_rank0(lambda: open_folder(root, encoder, dtype))
 
     def look() -> tuple[dict[Item, Entry], list[Item]]:
-        entries = _read_index(folder)
-        return entries, _missing(items, entries, image_dir)
+        entries = _made(items, _read_index(folder), image_dir)
+        return entries, [item for item in items if item not in entries]
 
     def load(item: Item) -> tuple[tuple, Image.Image]:
         file = image_dir / item[0]
@@ -268,8 +268,9 @@ def _entries(pack: Path, table: dict[str, Any]) -> dict[Item, Entry]:
     }
 
 
-def _read_index(folder: Path) -> dict[Item, Entry]:
-    entries: dict[Item, Entry] = {}
+def _read_index(folder: Path) -> dict[Item, list[Entry]]:
+    """All that is there of each photo and view, of one file of that name after the other."""
+    found = defaultdict(list)
     for index in sorted(folder.glob("shard_*.json")):
         pack = index.with_suffix(".bin")
         # One that others alone may read, or a disk that fails, is no damage, and ends the run.
@@ -278,34 +279,42 @@ def _read_index(folder: Path) -> dict[Item, Entry]:
             patches, width = map(operator.index, table["shape"])
             size = len(table["items"]) * max(1, patches) * max(1, width) * 2
             if pack.stat().st_size == size:
-                entries |= _entries(pack, table)
+                for item, entry in _entries(pack, table).items():
+                    found[item].append(entry)
                 continue
         print(f"the features in {pack} are not whole, or damaged: what it held is made anew")
         index.unlink(missing_ok=True)  # another run may have found it so as well
-    return entries
+    return found
 
 
-def _missing(items: Iterable[Item], entries: dict[Item, Entry], image_dir: Path) -> list[Item]:
-    """The items without features of the file as it is now."""
+def _made(
+    items: Iterable[Item], found: Mapping[Item, Sequence[Entry]], image_dir: Path
+) -> dict[Item, Entry]:
+    """Those of the items whose file as it is now has features."""
     digests = defaultdict(set)  # frames that were rendered at once are of one size and time
-    for each in entries.values():
+    for each in itertools.chain(*found.values()):
         digests[each.size, each.mtime].add(each.digest)
+    digest = functools.cache(file_digest)
 
     @functools.cache
-    def state(name: str) -> tuple[int, int] | None:
+    def state(file: Path) -> tuple[int, int] | None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no file can have
-            stat = os.stat(image_dir / name)
+            stat = os.stat(file)
             return stat.st_size, stat.st_mtime_ns
         return None
 
-    def made(item: Item) -> bool:
-        entry, there = entries.get(item), state(item[0])
-        if not entry or not there:
-            return False
-        same = there == (entry.size, entry.mtime) and len(digests[there]) == 1
-        return same or file_digest(image_dir / item[0]) == entry.digest
+    def entry_of(item: Item) -> Entry | None:
+        file = image_dir / item[0]
+        if not (there := state(file)):
+            return None
+        likely = sorted(found.get(item, ()), key=lambda each: (each.size, each.mtime) == there)
+        for each in reversed(likely):
+            same = (each.size, each.mtime) == there and len(digests[there]) == 1
+            if same or digest(file) == each.digest:
+                return each
+        return None
 
-    return [item for item in items if not made(item)]
+    return {item: entry for item in items if (entry := entry_of(item))}
 
 
 def file_digest(file: Path) -> str:
@@ -320,12 +329,15 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     """The folder for features of this encoder; says what changed if there are others."""
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     counts = decisive(identity)
-    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
+    older = {name: counts[name] for name in counts if name != "activation"}
+    texts = (json.dumps(each, sort_keys=True).encode() for each in (counts, older))
+    key, older_key = (hashlib.sha256(text).hexdigest()[:12] for text in texts)
     found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
     folder = root / f"{Path(identity['name']).name}-{key}"
     if folder not in found:  # the encoder may have had another name: its weights count
-        folder = next((other for other in found if other.name.endswith(f"-{key}")), folder)
-    if not counts.keys() <= found.get(folder, {}).keys():
+        named = (f for end in (key, older_key) for f in found if f.name.endswith(f"-{end}"))
+        folder = next(named, folder)
+    if not older.keys() <= found.get(folder, {}).keys():
         if folder in found:
             print(f"{folder}/identity.json is damaged: it is made anew")
         for other in sorted(found.keys() - {folder}):

@@ -335,7 +335,10 @@ def write_all(
     if len(left) < len(items):
         where = f" in {args.output}, by their names in their folder" if args.output else ""
         said = f"{len(items) - len(left)} of {len(items)} are written already{where}"
-        remedy = "" if left else ": --existing overwrite writes them anew"
+        written = {photo for photo, _ in items} - {photo for photo, _ in left}
+        if newer := sorted(photo.name for photo in written if photo.time > writer.time(photo)):
+            said += f", but {len(newer)} of these photos are newer than that, such as {newer[0]}"
+        remedy = "" if left and not newer else ": --existing overwrite writes them anew"
         print(shown(said + remedy), file=sys.stderr)
     alone = len(items) == len(args.paths) == 1 and not Path(args.paths[0]).expanduser().is_dir()
     table: dict[str, Any] = {}

@@ -30,6 +30,10 @@ class Photo:
     file: Path
     name: str
 
+    @property
+    def time(self) -> float:
+        return os.path.getmtime(self.file) if os.path.exists(self.file) else 0.0
+
 
 class TextFiles:
     """`photo.txt` beside `photo.jpg`, or in the same place under `folder`; a text a line."""
@@ -78,6 +82,10 @@ class TextFiles:
         if not there:
             check_output("--output", target)
         return not there
+
+    def time(self, photo: Photo) -> float:
+        """When what is there about the photo was written."""
+        return os.path.getmtime(self.targets[photo])
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         """Write a batch of (photo, question, text)."""
@@ -154,6 +162,9 @@ class Table:
 
     def wanted(self, photo: Photo, question: str) -> bool:
         return (photo.name, question)[: 1 + self.asked] not in self.done
+
+    def time(self, photo: Photo) -> float:
+        return os.path.getmtime(self.path)  # before this run writes; of one row nobody knows it
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
         table = csv.writer(self.file, lineterminator="\n")

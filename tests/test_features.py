@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -85,6 +87,25 @@ def test_only_the_photo_that_changed_is_encoded_again(setting):
     assert_fresh(cache, encoder, image_dir, items)
     build()
     assert said == []  # the newest of a photo's packs counts
+
+
+def test_photos_of_the_same_names_in_two_folders_are_each_encoded_once(setting):
+    """As the whole photos and their crops, by turns."""
+    image_dir, encoder, items, build, said = setting
+    build()
+    whole, other = image_dir.rename(image_dir.with_name("whole")), image_dir.with_name("other")
+    other.mkdir()
+    for file in whole.iterdir():
+        Image.open(file).rotate(180).save(other / file.name)
+    for folder, made in ((other, True), (whole, False), (other, False)):
+        image_dir.symlink_to(folder)
+        assert_fresh(build()[0], encoder, image_dir, items)
+        assert bool(said) == made
+        image_dir.unlink()
+    image_dir.symlink_to(whole)
+    cache, _ = build(items[:5])
+    assert [*cache.entries] == items[:5]  # a GPU need hold no others
+    assert len([*cache.folder.glob("shard_*.bin")]) == 2
 
 
 @pytest.mark.fault
@@ -241,6 +262,32 @@ def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_
     moved = shutil.copytree(encoder_dir, tmp_path / "renamed")
     again, _ = build(encoder=FrozenEncoder.load(str(moved)))
     assert again.folder == cache.folder and not said
+
+
+def test_an_encoder_that_does_something_else_with_its_weights_is_another(
+    setting, encoder_dir, tmp_path
+):
+    """As where its activation is corrected in config.json; what older versions kept, which noted
+    none, is used as it is."""
+    image_dir, encoder, items, build, said = setting
+    cache, _ = build()
+    file = shutil.copytree(encoder_dir, tmp_path / "other") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "relu"}))
+    changed = FrozenEncoder.load(str(file.parent))
+    assert_fresh(build(encoder=changed)[0], changed, image_dir, items)
+    assert "(activation differ)" in said[0]
+    trained = encoder.identity()
+    with pytest.raises(UserError, match="not the one .* [(]its activation differ[)]"):
+        FrozenEncoder.load_as_trained(trained, encoder.width, str(file.parent))
+    del trained["activation"]
+    FrozenEncoder.load_as_trained(trained, encoder.width, str(file.parent))
+    noted = json.loads((cache.folder / "identity.json").read_text())
+    del noted["activation"]
+    (cache.folder / "identity.json").write_text(json.dumps(noted))
+    counts = json.dumps(features.decisive(noted), sort_keys=True).encode()
+    key = hashlib.sha256(counts).hexdigest()[:12]
+    older = cache.folder.rename(cache.folder.with_name(f"older-{key}"))
+    assert build()[0].folder == older and not said
 
 
 def test_renumbered_frames_of_one_size_and_time_are_told_apart(setting):

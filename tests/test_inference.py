@@ -9,9 +9,11 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -368,6 +370,16 @@ def test_rows_of_photos_that_are_gone_are_said_and_so_is_how_to_write_anew(folde
     said = caption(folder, "--write", "jsonl").stderr
     assert "3 of 4 are written already\n" in said
     assert "metadata.jsonl has rows of 1 photos that are gone, such as a.jpg" in said
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_a_photo_that_changed_since_it_was_written_about_is_said(folder, caption, form):
+    caption(folder, "--write", form)
+    os.utime(folder / "a.jpg", (time.time() + 60,) * 2)
+    shutil.copy(folder / "a.jpg", folder / "new.jpg")
+    said = caption(folder, "--write", form).stderr
+    assert "4 of 5 are written already, but 1 of these photos are newer than that" in said
+    assert "such as a.jpg: --existing overwrite writes them anew" in said
 
 
 def test_a_folder_that_cannot_be_read_is_said_to_be_passed_over(tmp_path, capsys):
