@@ -86,13 +86,16 @@ def find_captions(
             return changed, found
     table, *others = find_tables(paths.data_dir, paths.images) or [None]
     if usual.exists() and not changed:
-        newer = table and table.stat().st_mtime > usual.stat().st_mtime
-        if newer and place_of(table, paths.data_dir) not in made_of.split("\n"):
-            remedy = f"--captions_file {shlex.quote(str(table))} takes the former"
-            print(f"{table} is newer than {usual}, which is used: {remedy}")
+        places, made = made_of.split("\n"), usual.stat().st_mtime
+        lists = [table] if table and place_of(table, paths.data_dir) not in places else []
+        if not all((paths.data_dir / place).exists() for place in places):  # renamed, perhaps
+            lists += [paths.data_dir / name for name in lists_in(paths.data_dir)]
+        if newer := [file for file in lists if file.stat().st_mtime > made]:
+            remedy = f"--captions_file {shlex.quote(str(newer[0]))} takes the former"
+            print(f"{newer[0]} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
             read_captions(table, paths.images).tell(table)
-        if late := late_parts(paths.data_dir, made_of.split("\n"), usual.stat().st_mtime):
+        if late := late_parts(paths.data_dir, places, made):
             remedy = f"rm {shlex.quote(str(usual))} has all read"
             print(f"{usual} was made before {', '.join(late)} came: {remedy}")
         return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)

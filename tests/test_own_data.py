@@ -1142,6 +1142,17 @@ def test_captions_of_ones_own_give_way_to_no_newer_table(tmp_path, capsys):
     assert (folder / "captions.json").read_text() == own
 
 
+def test_a_table_that_was_renamed_and_then_corrected_is_said(tmp_path, capsys):
+    folder = lay_out(tmp_path, {"captions.csv": rows("image,caption", "{},{}")})
+    assert prepared(folder) == EXPECTED
+    renamed = (folder / "captions.csv").rename(folder / "my words.csv")
+    capsys.readouterr()
+    assert prepared(folder) == EXPECTED and "newer" not in capsys.readouterr().out  # the same
+    os.utime(renamed, (2**32,) * 2)
+    assert prepared(folder) == EXPECTED
+    assert re.search("my words.csv is newer .* takes the former", capsys.readouterr().out)
+
+
 def settings_of(folder: Path, *flags: object):
     argv = ["--dataset", "custom", "--data_dir", folder, "--split", "ratio", *flags]
     parser = Parser("")
