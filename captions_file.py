@@ -379,7 +379,7 @@ def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each photo and its caption where several are numbered alike, `image_1` with
     `caption_1` and so on, as a task of Mechanical Turk has them; or the row itself."""
     photos, captions = {}, {}
-    for key in row:
+    for key in (key for key in row if key[-1:].isdigit()):  # few are, of millions of rows
         stem, number = re.fullmatch(r"(.*?)_?(\d*)", key).groups()
         if number and stem in NAME_KEYS:
             photos[number] = key
@@ -395,15 +395,16 @@ def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
 def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> Captions:
     """JSON objects, one a line or in a list, each with a photo and its captions."""
     rows = read_objects(entries, OBJECT)
-    keys = [*dict.fromkeys(key for _, row in rows for key in row)]
-    photos, captions, split = choose_columns(keys, [row for _, row in rows], folder)
+    objects = [row for _, row in rows]
+    keys = [*dict.fromkeys(key for row in objects for key in row)]
+    photos, captions, split = choose_columns(keys, objects, folder)
     talk = {*captions} & {*TALKS} and not is_photo(str(rows[0][1].get("id")))
     # Where others name photos, or there are conversations, an object's number is not a photo's.
     photos = [key for n, key in enumerate(photos) if key != "id" or not (n or talk)]
     columns = caption_columns(keys, captions)
     others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
-    found = Captions(form + (f", of which {', '.join(others)} are ignored" if others else ""))
-    found.form += languages_in([row for _, row in rows])
+    form += f", of which {', '.join(others)} are ignored" if others else ""
+    found = Captions(form + languages_in(objects))
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
         told = [row[key] for key in (*columns, *captions, *ASIDE) if key in row]

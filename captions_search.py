@@ -331,7 +331,7 @@ def _lines(file: Path) -> list[str]:
         said = read_json(file, older=True)
         said = said if isinstance(said, dict) else {}
         like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
-        told = [text for text in like if isinstance(text, str) and text.strip()]
+        told = (text for text in like if isinstance(text, str) and text.strip())
         texts = texts_of(said) or sorted(told, key=len)[-1:]  # DCI's short_caption, and extra_
         return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
     lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]

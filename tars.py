@@ -36,11 +36,12 @@ MOST_BYTES = {"photo": 2**26, "txt": 2**20, "json": 2**20}  # of each of a sampl
 TOO_LONG = "with too long a name"
 JOINED = "it goes on after its end mark: several tars were joined"
 MOST_UNPACKED = 100  # times as much as a shard's own size; photos hardly shrink
-CURL = {  # what its codes mean: the library has it say nothing
-    "6": "there is no such server",
-    "7": "the server can't be reached",
-    "22": "the server has no such file, or doesn't accept the login or signature",
-    "60": "the server's certificate is not one to trust",
+MEANT = {  # by curl's codes, as the library has it say nothing
+    "curl ended with code 6": "there is no such server",
+    "curl ended with code 7": "the server can't be reached",
+    "curl ended with code 22": "the server has no such file, or doesn't accept the login or "
+    "signature",
+    "curl ended with code 60": "the server's certificate is not one to trust",
 }
 
 
@@ -137,8 +138,7 @@ def read_shard(url: str, passed: Counter[str], bad: dict[str, str]) -> Iterator[
             failures = failures + 1 if heard == before else 1
             ended = r"\(\(\[?'([\w./-]+).* exit (\d+) .*"  # of the library's `Pipe`
             reason = re.sub(ended, r"\1 ended with code \2", first_line(error))
-            program, _, code = reason.partition(" ended with code ")
-            reason = CURL.get(code, reason) if program == "curl" else reason
+            reason = MEANT.get(reason, reason)
             if not elsewhere(url) or failures == ATTEMPTS:
                 raise UserError(
                     f"the shard {shard_name(url)} can't be read to its end ({reason}): "
