@@ -144,8 +144,8 @@ class HubPusher:
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {login()}")
             return
-        get_session().timeout = LOGIN_TIMEOUT
         with contextlib.suppress(Exception):  # the first push asks again
+            get_session().timeout = LOGIN_TIMEOUT
             if refusal := _refusal(repo_id, HfApi(token=True).whoami()):
                 report(f"Hub: nothing is pushed: {refusal}")
                 return

@@ -423,9 +423,14 @@ try:
     download_checkpoint("me/other")
 except UserError as error:
     result["error"] = str(error)
+pusher = HubPusher("me/captioner", report=lines.append)
+pusher.push(checkpoint("best"), FILES, "Epoch 1")
+pusher.close()
 """
-    said = run(tmp_path, server.url, code, ALL_PROXY=proxy)["error"]
+    result = run(tmp_path, server.url, code, ALL_PROXY=proxy, HF_TOKEN=TOKEN)
+    said = result["error"]
     assert said.startswith("checkpoint me/other: ") and "proxy" in said and "\n" not in said
+    assert "not pushed" in result["lines"][0] and "proxy" in result["lines"][0]
 
 
 # --- There and back -------------------------------------------------------------------------
