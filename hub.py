@@ -47,7 +47,9 @@ WEIGHTS = "model.safetensors"
 
 
 def login() -> str:
-    return f"run {utils.program_command('hf', 'auth login')}"
+    # A token of the environment counts before that of any login.
+    first = "unset HF_TOKEN and " * bool(os.environ.get("HF_TOKEN"))
+    return f"{first}run {utils.program_command('hf', 'auth login')}"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -361,8 +363,8 @@ def model_card(
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type="visual-question-answering" if "answer" in metric else "image-to-text",
-                task_name="Question answering" if "answer" in metric else "Image captioning",
+                task_type="visual-question-answering" if answers else "image-to-text",
+                task_name="Question answering" if answers else "Image captioning",
                 dataset_type=re.sub(r"\W+", "-", scored.lower()),
                 dataset_name=scored,
                 dataset_split=split,
@@ -372,13 +374,14 @@ def model_card(
                 metric_args={"scorer": scorer},
             )
             for metric, value in scores.items()
+            for answers in [question or "answer" in metric]
         ],
     )
-    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in scores.items())
-    measured = f"On the {split} split of {scored}, measured with {scorer}:\n\n"
+    rows = "\n".join(f"| {metric} | {round(value, 4):.4g} |" for metric, value in scores.items())
+    measured = f"On the {split} split of {_prose(scored)}, measured with {scorer}:\n\n"
     measured += f"| metric | value |\n|---|---|\n{rows}"
     at_revision = f" (revision `{revision}`)" if revision else ""
-    asked = json.dumps(question)
+    asked, texts = json.dumps(question), " and ".join(checkpoint.tasks)
     quoted = {name: shown(name).replace("`", "'") for name in samples}
     said = [f"- `{quoted[name]}`: {_prose(text)}" for name, text in samples.items()]
     body = CARD.format(
@@ -388,10 +391,10 @@ def model_card(
         needs=" (here a folder of its trainer's: give yours as FOLDER below)" if local else "",
         there=', model_kwargs={"encoder": "FOLDER"}' if local else "",
         here=', encoder="FOLDER"' if local else "",
-        dataset=dataset,
+        dataset=_prose(dataset),
         began=f"(starting from `{start}`)" if start else "from scratch",
-        does="answers questions about" if question else "captions",
-        texts="questions" if question else "captions",
+        does=texts.replace("questions", "answers questions about"),
+        texts=texts,
         command=command,
         scores=measured if scores else "Not measured yet.",
         samples="\n".join(said) or "None were made.",

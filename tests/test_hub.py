@@ -180,7 +180,7 @@ for name in FAULTS:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("unauthorized", "doesn't accept the login (401): run "),
+        ("unauthorized", "doesn't accept the login (401): unset HF_TOKEN and run "),
         ("forbidden", "may not do this (403)"),
         ("missing", "no such repository (404)"),
         ("down", "answered 503"),
@@ -303,7 +303,7 @@ READ_ONLY = {"auth": {"accessToken": {"role": "read"}}}
     [
         ("owner/captioner", {}, "--hf_repo_id"),
         ("team/captioner", {"orgs": [{"name": "team", "roleInOrg": "read"}]}, "--hf_repo_id"),
-        ("me/captioner", READ_ONLY, "can only read: run "),
+        ("me/captioner", READ_ONLY, "can only read: unset HF_TOKEN and run "),
         ("Team/captioner", {"orgs": [{"name": "team", "roleInOrg": "write"}]}, None),
     ],
     ids=["another's", "team that one reads", "reading token", "team that one writes to"],
@@ -560,6 +560,7 @@ def card(**changes) -> str:
         "name": "google/vit-base-patch16-224-in21k",
         "revision": "b4569560a39a0f1af58e3ddaf17facf20ab919b0",
         "start": None,
+        "tasks": ["captions"],
         "dataset": "Flickr8k",
         "split": "val",
         "scorer": "pycocoevalcap 1.2",
@@ -572,16 +573,19 @@ def card(**changes) -> str:
     checkpoint = SimpleNamespace(
         encoder={name: arguments.pop(name) for name in ("name", "revision")},
         scores=arguments.pop("scores"),
+        tasks=arguments.pop("tasks"),
         settings={"START_CHECKPOINT": arguments.pop("start")},
     )
     return hub.model_card("me/captioner", checkpoint, **arguments)
 
 
 def test_card_of_who_only_answers_asks():
-    said = card(question='is it "red"?', scores={"accuracy of answers": 3})
+    scores = {"cross-entropy": 2, "accuracy of answers": 3}
+    said = card(question='is it "red"?', scores=scores, tasks=["questions"])
     assert "answers questions about photos" in said and "captioning" not in said
     assert ModelCard(said).data.pipeline_tag == "visual-question-answering"
-    assert ModelCard(said).data.eval_results[0].task_type == "visual-question-answering"
+    kinds = {result.task_type for result in ModelCard(said).data.eval_results}
+    assert kinds == {"visual-question-answering"}
     for call in (
         r'text="is it \"red\"?"',
         "--checkpoint me/captioner --question 'is it \"red\"?'",
@@ -624,6 +628,12 @@ def test_card_tells_the_data_that_were_scored_from_those_it_learned_from():
 def test_card_shows_texts_from_outside_as_they_are():
     said = card(samples={"a`\n# b.jpg": "![x](http://a/b.png) <img src=x> `"})
     assert "\n- `a'\\n# b.jpg`: \\!\\[x\\](http://a/b.png) \\<img src=x\\> \\`\n" in said
+
+
+def test_card_of_who_captions_and_answers_tells_both():
+    said = card(tasks=["captions", "questions"], scores={"BLEU-4": 4e-11}, dataset="*my* photos")
+    assert "that captions and answers questions about photos" in said and "| BLEU-4 | 0 |" in said
+    assert said.count("captions and questions of \\*my\\* photos") == 2
 
 
 def test_card_invents_nothing(tmp_path):
