@@ -40,6 +40,7 @@ from tables import plain_key
 from texts import CAPTION_KEYS, texts_of
 from utils import (
     UserError,
+    changed_at,
     files_in,
     leads_out,
     preparing,
@@ -90,7 +91,7 @@ def find_captions(
         lists = [table] if table and place_of(table, paths.data_dir) not in places else []
         if not all((paths.data_dir / place).exists() for place in places):  # renamed, perhaps
             lists += [paths.data_dir / name for name in lists_in(paths.data_dir)]
-        if newer := [file for file in lists if file.stat().st_mtime > made]:
+        if newer := [file for file in lists if changed_at(file) > made]:
             remedy = f"--captions_file {shlex.quote(str(newer[0]))} takes the former"
             print(f"{newer[0]} is newer than {usual}, which is used: {remedy}")
         elif table and getattr(settings, "check", False):
@@ -480,7 +481,7 @@ def say_outdated(settings: SimpleNamespace, paths: DataPaths, task: str = "capti
         root = source if source.is_dir() else paths.data_dir
         files = [root / name for name in lists_in(root)]
     when = made.stat().st_mtime if made.exists() else math.inf
-    changed = [file for file in files if file.is_file() and file.stat().st_mtime > when] or changed
+    changed = [file for file in files if file.is_file() and changed_at(file) > when] or changed
     if changed:
         names = ", ".join(map(str, changed))
         print(f"{names} has changed, and {made} was made before: {preparing()} makes it anew")

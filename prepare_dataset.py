@@ -66,6 +66,7 @@ from shards import say_samples
 from tars import expand_shards, read_shard, shards_named
 from utils import (
     UserError,
+    changed_at,
     command,
     files_in,
     lock,
@@ -209,7 +210,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
     if marker and marker["photos"] and marker["photos"] == photo_sizes(paths.images):
         unpacked = os.path.getmtime(paths.data_dir / "prepared.json")
         there = [url for url in shards_named(pattern) if os.path.exists(url)]
-        if all(os.path.getmtime(url) <= unpacked for url in there):
+        if all(changed_at(url) <= unpacked for url in there):
             return
     write_marker(paths, label, {})
     captions: dict[str, list[str]] = {}

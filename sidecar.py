@@ -20,7 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from photo_names import is_photo
-from utils import UserError, check_output, files_in, lock, read_text, shown, write_error, write_file
+from utils import (
+    UserError,
+    changed_at,
+    check_output,
+    files_in,
+    lock,
+    read_text,
+    shown,
+    write_error,
+    write_file,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Photo:
 
     @property
     def time(self) -> float:
-        return os.path.getmtime(self.file) if os.path.exists(self.file) else 0.0
+        return changed_at(self.file) if os.path.exists(self.file) else 0.0
 
 
 class TextFiles:

@@ -392,6 +392,12 @@ def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
+def changed_at(path: str | os.PathLike[str]) -> float:
+    """When a file was changed here: a camera's, or another time zone's, may be of the future."""
+    stat = os.stat(path)
+    return min(stat.st_mtime, stat.st_ctime)
+
+
 def leads_out(path: Path, *homes: Path) -> bool:
     """Does it lie, links followed, out of all these folders? A stranger's may lead to any file."""
     real = Path(os.path.realpath(path))
