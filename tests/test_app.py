@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -73,8 +74,9 @@ app.main()
 
 
 @contextmanager
-def running(checkpoint, *flags, script=("-m", "tools.app")):
-    with Forked(*script, "--checkpoint", checkpoint, "--port", 0, *flags) as process:
+def running(checkpoint, *flags, script=("-m", "tools.app"), limits=None):
+    flags = ("--checkpoint", checkpoint, "--port", 0, *flags)
+    with Forked(*script, *flags, limits=limits) as process:
         said = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", said)
         assert address, (said, process.communicate(1))
@@ -290,6 +292,20 @@ def test_half_open_connections_end_and_don_t_keep_others_out(slow, photo, begun)
             while connection.recv(10_000):  # until the end, or the time-out's error
                 pass
     assert said(slow)
+
+
+def test_a_burst_of_connections_leaves_files_to_open(joint):
+    limits = {resource.RLIMIT_NOFILE: 256}
+    with running(joint / "captioner_best_cider.safetensors", limits=limits) as server:
+        server.process.send_signal(signal.SIGSTOP)
+        with contextlib.ExitStack() as stack:
+            for _ in range(400):
+                connection = stack.enter_context(socket.socket())
+                connection.setblocking(False)
+                connection.connect_ex(("127.0.0.1", server.port))
+            server.process.send_signal(signal.SIGCONT)
+            assert server.ask("GET", "/health")[0] == 200
+        said(server)
 
 
 def test_who_left_is_not_captioned(slow, photo):

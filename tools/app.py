@@ -359,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             access_log=False,
             server_header=False,
             headers=list(HEADERS.items()),
+            backlog=32,  # at once, before those beyond CONNECTIONS end: macOS opens only 256 files
             timeout_graceful_shutdown=1,
         )
         name = f"[{args.host}]" if ":" in args.host else args.host
