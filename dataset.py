@@ -341,7 +341,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
         )
     parts = order[:begin], order[begin:end], order[end:]
     splits = dict(zip(SPLITS, parts, strict=True))
-    return _checked(splits, f"--train_split_ratio {train_ratio}")
+    return check_splits(splits, f"--train_split_ratio {train_ratio}")
 
 
 def split_by_karpathy(names: Iterable[str], path: Path) -> Splits:
@@ -376,7 +376,7 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> Splits:
             f"{path} is not in Karpathy's format ({error!r} is off): it needs "
             '{"images": [{"filename": "1.jpg", "split": "train"}, ...]}, with train, val or test'
         ) from None
-    return _checked(splits, str(path))
+    return check_splits(splits, str(path))
 
 
 def _lists_in(folder: Path) -> Splits:
@@ -424,8 +424,8 @@ def split_by_own(
     return splits if splits["train"] and splits["val"] else None
 
 
-def _checked(splits: Splits, source: str) -> Splits:
-    for split in ("train", "val"):
+def check_splits(splits: Splits, source: str, needed: Sequence[str] = ("train", "val")) -> Splits:
+    for split in needed:
         if not splits[split]:
             remedy = "more photos, another split, or --split test to score a trained model on all"
             raise UserError(f"{source} leaves no photo for {split}: {remedy}")
