@@ -291,8 +291,6 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
     if len(tables) == 1 and not any(map(is_photo, table)):
         return tables[0]
-    if entries is not None and not isinstance(entries, list):
-        raise TypeError(f"a {type(entries).__name__}")
 
     def is_row(v: Any) -> bool:
         """One by pandas' index, or by a photo with captions of a less usual name?"""

@@ -82,7 +82,7 @@ def _download_one(url: str, target: Path) -> None:
                     with open(partial, "rb+") as file:
                         os.fsync(file.fileno())
                     os.replace(partial, target)
-                    _forget(partial)
+                    _state_path(partial).unlink()
                     return
             except requests.RequestException as error:
                 # Only the kind of error: its text may hold a signed address.
@@ -118,7 +118,9 @@ def _fetch(url: str, partial: Path) -> str:
         if response.status_code in (206, 416):
             state["total"] = _continues(response, have, state)
             if state["total"] is None:
-                _forget(partial)
+                _state_path(partial).unlink(
+                    missing_ok=True
+                )  # without it the next request is for all of it
                 return "the file has changed in between"
         elif response.status_code == 429 or response.status_code >= 500:
             return f"status {response.status_code}"
@@ -182,8 +184,3 @@ def _read_state(partial: Path) -> dict[str, Any]:
         return {"validator": state["validator"], "total": state["total"]}
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-
-
-def _forget(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _state_path(partial).unlink(missing_ok=True)

@@ -405,12 +405,10 @@ def no_photos(paths: DataPaths) -> str:
         each = 'unzip -qn "$f" -d "${f%.zip}"'
         unpack = f"find {root} -name '*.zip' | while read -r f; do {each}; done"
         return f"{said}; {len(zips)} zips are unpacked by {unpack}"
-    if len(tars) > 1:  # whose photos may have the same names
+    if tars:  # whose photos may have the same names
         each = 'd="${f%.t*}"; mkdir -p "$d"; tar -xf "$f" -C "$d"'
         unpack = f"for f in {root}/*.t[ag][rz]*; do {each}; done"
-        return f"{said}; {len(tars)} tars are unpacked by {unpack} (or use --train_shards)"
-    if tars:
-        return f"{said}; {tars[0]} is unpacked by tar -xf {shlex.quote(str(tars[0]))} -C {root}"
+        return f"{said}; tars are unpacked by {unpack} (or use --train_shards)"
     return said
 
 

@@ -183,10 +183,6 @@ def opened_parquet(
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     most = memory + 4 * file.stat().st_size
-    if lfs_note(file):
-        raise UserError(
-            f"{file} is Git LFS's note of a file that was not fetched: run git lfs pull"
-        )
     try:
         with bounded_memory(most), contextlib.ExitStack() as files:
             if file.suffix == ".arrow":
@@ -199,7 +195,8 @@ def opened_parquet(
                 yield table.schema_arrow, lambda keys: table.iter_batches(columns=keys, **few)
     except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
         kind = "an Arrow stream" if file.suffix == ".arrow" else "parquet"
-        raise UserError(f"{file} can't be read as {kind}: {first_line(error)}") from None
+        why = f"{first_line(error)}{lfs_note(file)}"
+        raise UserError(f"{file} can't be read as {kind}: {why}") from None
     except MemoryError:
         raise UserError(
             f"{file} has rows or pages that become more than {size_text(most)}: that is no "
