@@ -151,19 +151,16 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     while place < len(lines):
         where, text = lines[place]
         row, place = fields(text), place + 1
-        alone = row, place
+        alone, named = (row, place), names_photo(row)
         last = min(len(lines), place + MOST_LINES)
         while opened(row) and place < last:
             more = lines[place][1]
-            first, *rest = fields(more)
-            if names_photo(row) and names_photo([first, *rest]):
+            names = names_photo(fields(more))
+            if named and names:
                 break
-            text, place = f"{text}\n{more}", place + 1
-            if '"' in more.replace('""', ""):
+            text, place, named = f"{text}\n{more}", place + 1, named or names
+            if '"' in more.replace('""', ""):  # or nothing is closed
                 row = fields(text)
-            else:  # nothing is closed, and to read all anew for each line takes long
-                spelled = f"{row[-1][1]}\n{first[1]}"
-                row = [*row[:-1], (spelled.strip(), spelled), *rest]
         if opened(row) or any("\n" in s and s.lstrip()[:1] != '"' for _, s in row):
             row, place = alone
             if not names_photo(opened(row)[1:]):  # as a caption before its photo may have one
