@@ -1753,13 +1753,13 @@ def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
         ),
         ({"x.json": '{"0.1": ["A"]}'}, "(.*x.json: no photo is called '0.1'"),
         ({"x.json": '{"1.jpg": {"seed": 7}}'}, "(.*x.json: '1.jpg' needs a list"),
-        ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a zip or a spreadsheet"),
+        ({"x.xlsx": "PK\3\4"}, "(.*x.xlsx is a spreadsheet, or packed: save"),
         ({"some.txt": TOKENS, "names.txt": "1.jpg"}, "(.*/some.txt?)"),
         (
             {"train.txt": "1.jpg\tA", "val.txt": "2.jpg\tA"},
             "(.*/train.txt., .*/val.txt., or several",
         ),
-        ({"x.xls": "PK\3\4"}, "(.*x.xls is a zip or a spreadsheet"),
+        ({"x.xls": "PK\3\4"}, "(.*x.xls is a spreadsheet, or packed: save"),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
 )
