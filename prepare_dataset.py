@@ -216,10 +216,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
             write_file(paths.images / name, sample.photo)
             captions[name] = sample.captions
         bad += unreadable.values()
-    say_samples(len(captions), passed, len(bad))
     check_bad(bad, max_bad)
-    if not captions:
-        raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
+    say_samples(len(captions), passed, len(bad))
     splits = {"train": [], "val": list(captions), "test": []}
     write_changed(paths.captions, json.dumps(captions, ensure_ascii=False))
     write_changed(paths.splits, json.dumps(splits, ensure_ascii=False))
