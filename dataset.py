@@ -282,8 +282,6 @@ def find_images(
     names: Iterable[str], image_dir: Path, max_missing: int, follow_links: bool = False
 ) -> list[str]:
     """Return the names whose file is there, within the folder, links followed."""
-    if not image_dir.is_dir():
-        raise UserError(f"the photo folder {image_dir} is missing: run {preparing()}")
     root = os.path.realpath(image_dir) + os.sep
     resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
     found, missing = [], []
