@@ -6,6 +6,7 @@ between two runs, a 206 that begins elsewhere, or a web page in place of the fil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -58,12 +59,13 @@ def _size(path: Path) -> int:
 
 
 def _head(url: str) -> Mapping[str, str]:
-    """What the server says of a file, if anything."""
-    try:
-        head = requests.head(url, headers=UNPACKED, allow_redirects=True, timeout=TIMEOUT)
-    except requests.RequestException:
-        return {}  # the request for the file itself will say what is wrong
-    return head.headers if head.ok else {}
+    """What the server says of a file; if nothing, its answer to who wants the file says why."""
+    how = {"headers": UNPACKED, "allow_redirects": True, "stream": True, "timeout": TIMEOUT}
+    for ask in (requests.head, requests.get):  # some servers refuse the first
+        with contextlib.suppress(requests.RequestException), ask(url, **how) as response:
+            if response.ok:
+                return response.headers
+    return {}
 
 
 def _length(headers: Mapping[str, str]) -> int | None:

@@ -317,6 +317,16 @@ def test_cut_bodies_are_continued(
     assert set(server.conditions) == {strong}
 
 
+@pytest.mark.fault
+def test_where_head_is_refused_a_cut_body_is_continued(
+    server: DownloadServer, tmp_path: Path
+) -> None:
+    server.files["flickr8k.zip"] = Remote(ZIP, heads=False, cuts=[10, 100_000])
+    prepare_from(server, tmp_path)
+    assert_complete(tmp_path)
+    assert server.ranges_asked("flickr8k.zip")[-1] not in (None, "bytes=0-")
+
+
 def test_without_validator_the_size_decides(server: DownloadServer, tmp_path: Path) -> None:
     server.files["flickr8k.zip"] = Remote(ZIP, etag=None, cuts=[100_000])
     prepare_from(server, tmp_path)
