@@ -27,12 +27,9 @@ MAX_ENTRY_BYTES = 256 * 2**20  # no photo is larger; what is larger in a zip is 
 MAX_UNPACKED_RATIO = 50  # photos hardly compress: a zip that grows more than this is a bomb
 CAPTION_FILES = ("captions.json", *TABLES)  # the first that a zip holds counts
 TABLE_NAMES = tuple(name.lower() for name in CAPTION_FILES)
+ODD = (ValueError, NotImplementedError, OverflowError)  # what else zipfile raises for some zips
 Member = tuple[PurePosixPath, zipfile.ZipInfo]  # a file's path in a zip, and what it says of it
 Entries = dict[str, zipfile.ZipInfo]  # by the name that each gets
-
-
-class DamagedArchive(UserError):
-    """A zip that is cut off, altered, or put together from the wrong parts."""
 
 
 class JoinedFiles(io.RawIOBase):
@@ -71,17 +68,19 @@ class JoinedFiles(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_zip(parts: Sequence[Path]) -> Iterator[zipfile.ZipFile]:
-    """Open a zip in one or several files; what is damaged within the block is a DamagedArchive."""
+def open_zip(parts: Sequence[Path], downloaded: bool) -> Iterator[zipfile.ZipFile]:
+    """Open a zip in one or several files. One that is cut off, altered, or put together from the
+    wrong parts is refused within the block, and removed where it was `downloaded`."""
     name = " + ".join(str(part) for part in parts)
     try:
         with io.BufferedReader(JoinedFiles(parts)) as file, zipfile.ZipFile(file) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, *ODD) as error:
         order = "" if len(parts) == 1 else ", or its parts are out of order"
-        raise DamagedArchive(f"{name} is not a whole zip file{order} ({error})") from None
-    except (NotImplementedError, OverflowError) as error:
-        raise DamagedArchive(f"{name} can't be read as a zip file ({error})") from None
+        for part in parts if downloaded else ():
+            part.unlink()
+        anew = ": removed, run the same command again to download it" * downloaded
+        raise UserError(f"{name} is not a whole zip file{order} ({error}){anew}") from None
 
 
 def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0) -> None:

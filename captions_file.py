@@ -45,7 +45,7 @@ from texts import (
     texts_of,
     unescaped,
 )
-from utils import SURROGATES, UserError, brief, decoded, read_json, read_text, size_text
+from utils import SURROGATES, UserError, brief, decoded, lfs_note, read_json, read_text, size_text
 
 Entry = tuple[str, Any]  # where it stands, and a JSON value, or a line that holds one
 
@@ -63,14 +63,8 @@ LONG = 2**25  # bytes of captions, which take some ten seconds to read
 QUESTION = "asks a question: --tasks questions --questions_file FILE learns from it"
 OBJECT = 'write {"image": "photo.jpg", "caption": "A caption"}'
 ROW = "write photo.jpg,A caption"
-# What is no text, by how it begins.
-OTHER_KINDS = {
-    b"PK\3\4": "a zip or a spreadsheet",
-    b"\xd0\xcf\x11\xe0": "an older spreadsheet",
-    b"\x1f\x8b": "packed with gzip",
-    b"7z\xbc\xaf": "packed with 7z",
-    b"version https://git-lfs": "Git LFS's note of a file that was not fetched",
-}
+# How zips, which spreadsheets are, begin, and older spreadsheets, and what gzip or 7z packed.
+OTHER_KINDS = (b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x1f\x8b", b"7z\xbc\xaf")
 # A number or a date, an address or packed bytes, or a split: of another column than captions'.
 NO_CAPTION = re.compile(rf"\d[\d.:/ -]*|[!-~]{{25,}}|{SPLIT_WORD.pattern}", re.IGNORECASE)
 NUMBER_KEYS = ("comment_number", "caption_number")
@@ -207,8 +201,10 @@ def read_file(path: Path) -> tuple[str, Any]:
         if (size := os.fstat(file.fileno()).st_size) > LONG:
             print(f"reading {path} ({size_text(size)})", flush=True)
         start = file.read(64)
-        if kind := next((kind for sign, kind in OTHER_KINDS.items() if start.startswith(sign)), ""):
-            raise UserError(f"{path} is {kind}, no text: save its captions as CSV or JSON")
+        if start.startswith(OTHER_KINDS):
+            raise UserError(f"{path} is a spreadsheet, or packed: save its captions as CSV or JSON")
+        if note := lfs_note(path):
+            raise UserError(f"{path} is no text{note}")
         if start.startswith(b"PAR1"):
             return "JSON", parquet_rows(path)
     if path.suffix.lower() == ".json":
@@ -291,8 +287,6 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
     if len(tables) == 1 and not any(map(is_photo, table)):
         return tables[0]
-    if entries is not None and not isinstance(entries, list):
-        raise TypeError(f"a {type(entries).__name__}")
 
     def is_row(v: Any) -> bool:
         """One by pandas' index, or by a photo with captions of a less usual name?"""
@@ -524,8 +518,6 @@ def _read_rows(
         cells = table.cells((where, row))
         if is_rejected(cells):
             found.passed.append(f"{where} was rejected")
-            continue
-        if not any(cells.values()):
             continue
         if wrong := [cells[key] for key in others if strict and not cells[key].isdigit()]:
             raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")

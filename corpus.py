@@ -20,6 +20,7 @@ from dataset import (
     DataPaths,
     Splits,
     Texts,
+    check_splits,
     data_paths,
     encode_rows,
     load_splits,
@@ -102,7 +103,8 @@ def load_data(
         splits["train"] = []
     if settings.MAX_IMAGES:
         splits = first_photos(splits, settings.MAX_IMAGES)
-    check_splits(settings, splits, f"has any {' or '.join(tasks)}")
+    needed = ("val",) if settings.TRAIN_SHARDS else ("train", "val")
+    check_splits(splits, f"TASKS {settings.TASKS!r}", needed)
     tokenizer = given_tokenizer(settings, begun)
     name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
     layers = parse_layers(settings.ENCODER_LAYERS)
@@ -128,7 +130,7 @@ def load_data(
     items += [(name, 0) for name in splits["val"]]
     cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
-    check_splits(settings, splits, "can be read")
+    check_splits(splits, "what can be read", needed)
     if len(texts) > MANY:
         print(f"tokens    of the texts about {len(texts):,} photos are made: a minute or several")
     if tokenizer is None:
@@ -215,15 +217,6 @@ def say_repeats(rows: CaptionRows, size: int) -> None:
             f"twice in a row, which NO_REPEAT_NGRAM = {size} keeps the decoder from: "
             "--no_repeat_ngram 0 lets it"
         )
-
-
-def check_splits(settings: SimpleNamespace, splits: Splits, what: str) -> None:
-    for split in ("val",) if settings.TRAIN_SHARDS else ("train", "val"):
-        if not splits[split]:
-            raise UserError(
-                f"no photo of the split {split!r} {what}: add some, or split otherwise "
-                "(--split ratio, with another --train_split_ratio)"
-            )
 
 
 def shards_to_train(settings: SimpleNamespace) -> list[str]:

@@ -282,8 +282,6 @@ def find_images(
     names: Iterable[str], image_dir: Path, max_missing: int, follow_links: bool = False
 ) -> list[str]:
     """Return the names whose file is there, within the folder, links followed."""
-    if not image_dir.is_dir():
-        raise UserError(f"the photo folder {image_dir} is missing: run {preparing()}")
     root = os.path.realpath(image_dir) + os.sep
     resolved = functools.cache(os.path.realpath)  # once each: 30,000 photos stand in few folders
     found, missing = [], []
@@ -341,7 +339,7 @@ def split_by_ratio(names: Iterable[str], train_ratio: float) -> Splits:
         )
     parts = order[:begin], order[begin:end], order[end:]
     splits = dict(zip(SPLITS, parts, strict=True))
-    return _checked(splits, f"--train_split_ratio {train_ratio}")
+    return check_splits(splits, f"--train_split_ratio {train_ratio}")
 
 
 def split_by_karpathy(names: Iterable[str], path: Path) -> Splits:
@@ -376,7 +374,7 @@ def split_by_karpathy(names: Iterable[str], path: Path) -> Splits:
             f"{path} is not in Karpathy's format ({error!r} is off): it needs "
             '{"images": [{"filename": "1.jpg", "split": "train"}, ...]}, with train, val or test'
         ) from None
-    return _checked(splits, str(path))
+    return check_splits(splits, str(path))
 
 
 def _lists_in(folder: Path) -> Splits:
@@ -424,8 +422,8 @@ def split_by_own(
     return splits if splits["train"] and splits["val"] else None
 
 
-def _checked(splits: Splits, source: str) -> Splits:
-    for split in ("train", "val"):
+def check_splits(splits: Splits, source: str, needed: Sequence[str] = ("train", "val")) -> Splits:
+    for split in needed:
         if not splits[split]:
             remedy = "more photos, another split, or --split test to score a trained model on all"
             raise UserError(f"{source} leaves no photo for {split}: {remedy}")

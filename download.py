@@ -6,20 +6,20 @@ between two runs, a 206 that begins elsewhere, or a web page in place of the fil
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
-import json
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import requests
 from tqdm import tqdm
 
-from utils import UserError, require_room, size_text, write_error, write_file
+from utils import UserError, require_room, size_text, write_error
 
 ATTEMPTS = 5  # requests in a row that bring nothing new before the download is given up
 RETRY_PAUSE = 1.0  # seconds before the second attempt; doubled each time
@@ -35,59 +35,73 @@ def download(urls: Sequence[str], folder: Path, unpack_to: Path, unpacked: int =
     much again in `unpack_to`, less the `unpacked` bytes that are there already.
     """
     targets = [folder / url.rsplit("/", 1)[1] for url in urls]
-    here = [_size_here(target) for target in targets]
-    sizes = [
-        target.stat().st_size if target.exists() else _size_there(url)
-        for url, target in zip(urls, targets, strict=True)
+    heads = [
+        {} if target.exists() else _head(url) for url, target in zip(urls, targets, strict=True)
     ]
+    files = [*zip(urls, targets, heads, strict=True)]
+    here = sum(_size(target) or _size(_partial(target, head)) for _, target, head in files)
+    sizes = [_size(target) or _length(head) for _, target, head in files]
     total = sum(size or 0 for size in sizes)
-    left = max(0, total - sum(here))
+    left = max(0, total - here)
     amount = f"{size_text(left)} of {size_text(total)}"
     if None in sizes:
         amount = "an amount that the server does not tell"
     print(f"{', '.join(target.name for target in targets)}: {amount} to download")
     print(f"  to {folder}, then to unpack to {unpack_to}", flush=True)
     require_room([(folder, left), (unpack_to, max(0, total - unpacked))])
-    for url, target in zip(urls, targets, strict=True):
-        _download_one(url, target)
+    for url, target, head in files:
+        _download_one(url, target, head)
     return targets
 
 
-def _size_here(target: Path) -> int:
-    files = (target, target.with_name(f"{target.name}.partial"))
-    return next((file.stat().st_size for file in files if file.exists()), 0)
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
-def _size_there(url: str) -> int | None:
-    try:
-        head = requests.head(url, headers=UNPACKED, allow_redirects=True, timeout=TIMEOUT)
-    except requests.RequestException:
-        return None  # the request for the file itself will say what is wrong
-    return _length(head) if head.ok else None
+def _head(url: str) -> Mapping[str, str]:
+    """What the server says of a file; if nothing, its answer to who wants the file says why."""
+    how = {"headers": UNPACKED, "allow_redirects": True, "stream": True, "timeout": TIMEOUT}
+    for ask in (requests.head, requests.get):  # some servers refuse the first
+        with contextlib.suppress(requests.RequestException), ask(url, **how) as response:
+            if response.ok:
+                return response.headers
+    return {}
 
 
-def _length(response: requests.Response) -> int | None:
-    length = response.headers.get("Content-Length", "")
+def _length(headers: Mapping[str, str]) -> int | None:
+    length = headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
 
 
-def _download_one(url: str, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    furthest, failures = _size_here(target), 0
+def _validator(headers: Mapping[str, str]) -> str | None:
+    """What is another once the file has changed."""
+    etag = headers.get("ETag", "")
+    # A weak ETag may stay while bytes change, and must not be sent in If-Range.
+    return etag if etag.startswith('"') else headers.get("Last-Modified")
+
+
+def _partial(target: Path, head: Mapping[str, str]) -> Path:
+    """Where a file is kept until it is whole, one of another version under another name."""
+    version = hashlib.sha256(repr((_validator(head), _length(head))).encode()).hexdigest()[:6]
+    return target.with_name(f"{target.name}.{version}.partial")
+
+
+def _download_one(url: str, target: Path, head: Mapping[str, str]) -> None:
+    partial = _partial(target, head)
+    furthest, failures = _size(partial), 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         while not target.exists():
             try:
-                if (reason := _fetch(url, partial)) == "":
+                if (reason := _fetch(url, partial, head)) == "":
                     with open(partial, "rb+") as file:
                         os.fsync(file.fileno())
                     os.replace(partial, target)
-                    _forget(partial)
                     return
             except requests.RequestException as error:
                 # Only the kind of error: its text may hold a signed address.
                 reason = type(error).__name__
-            reached = partial.stat().st_size if partial.exists() else 0
+            reached = _size(partial)
             failures = 0 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
             if failures == ATTEMPTS:
@@ -100,34 +114,34 @@ def _download_one(url: str, target: Path) -> None:
         raise write_error(error, partial) from error
 
 
-def _fetch(url: str, partial: Path) -> str:
-    """Ask once for what `partial` lacks; return "" once it is whole, or else what was wrong.
-
-    Beside it `.json` holds what the server said of the file: a validator, by which a changed
-    file is noticed, and the size.
-    """
-    state = _read_state(partial)
-    have = partial.stat().st_size if state and partial.exists() else 0
-    if have and have == state["total"]:
+def _fetch(url: str, partial: Path, head: Mapping[str, str]) -> str:
+    """Ask once for what `partial` lacks; return "" once it is whole, or else what was wrong."""
+    have, total, validator = _size(partial), _length(head), _validator(head)
+    if have and have == total:
         return ""
-    headers = UNPACKED
-    if have and (state["validator"] or state["total"]):
-        # A header that is None is not sent.
-        headers = UNPACKED | {"Range": f"bytes={have}-", "If-Range": state["validator"] or None}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    goes_on = have and (validator or total)
+    # A header that is None is not sent.
+    rest = {"Range": f"bytes={have}-", "If-Range": validator} if goes_on else {}
+    with requests.get(url, headers=UNPACKED | rest, stream=True, timeout=TIMEOUT) as response:
         if response.status_code in (206, 416):
-            state["total"] = _continues(response, have, state)
-            if state["total"] is None:
-                _forget(partial)
+            said = response.headers.get("Content-Range", "")
+            place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", said)
+            begin, whole = map(int, place.groups()) if place else (-1, None)
+            versions = {validator, _validator(response.headers)} - {None}
+            if begin != have or total not in (None, whole) or len(versions) > 1:
+                partial.unlink(missing_ok=True)
                 return "the file has changed in between"
+            total = whole
         elif response.status_code == 429 or response.status_code >= 500:
             return f"status {response.status_code}"
-        elif response.status_code != 200:
+        elif response.status_code == 200:
+            total = _length(response.headers)
+        else:
             raise UserError(f"{url} answers with status {response.status_code}")
-        return _receive(response, url, partial, state)
+        return _receive(response, url, partial, total)
 
 
-def _receive(response: requests.Response, url: str, partial: Path, state: dict[str, Any]) -> str:
+def _receive(response: requests.Response, url: str, partial: Path, total: int | None) -> str:
     chunks = response.iter_content(CHUNK)
     first = next(chunks, b"")
     page = first[:512].lstrip().lower().startswith((b"<!doctype html", b"<html"))
@@ -136,15 +150,9 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
             f"{url} answers with a web page in place of the file (a log-in page, or a proxy's?): "
             "open it in a browser"
         )
-    if response.status_code == 200:
-        state = {"validator": _validator(response), "total": _length(response)}
-        # Emptied first: the new validator must never stand beside the old file's bytes.
-        partial.write_bytes(b"")
-        write_file(_state_path(partial), json.dumps(state))
-    total = state["total"]
     pause = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
     bar = tqdm(desc=partial.stem, total=total, unit="B", unit_scale=True, mininterval=pause)
-    with open(partial, "ab") as file, bar:
+    with open(partial, "wb" if response.status_code == 200 else "ab") as file, bar:
         bar.update(file.tell())
         for chunk in itertools.chain([first], chunks):
             file.write(chunk)
@@ -152,38 +160,3 @@ def _receive(response: requests.Response, url: str, partial: Path, state: dict[s
     size = partial.stat().st_size
     # Without a size, the end of the body is all there is to go by; the zip's own checks follow.
     return "" if total in (None, size) else f"ended after {size} of {total} bytes"
-
-
-def _continues(response: requests.Response, have: int, state: dict[str, Any]) -> int | None:
-    """The whole size, if this answer goes on with the file that the bytes here are the start of."""
-    said = response.headers.get("Content-Range", "")
-    place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", said)
-    if not have or not place:
-        return None
-    goes_on, total = int(place[1]) == have, int(place[2])
-    validator = _validator(response)
-    same_file = validator is None or state["validator"] in (None, validator)
-    return total if goes_on and same_file and state["total"] in (None, total) else None
-
-
-def _validator(response: requests.Response) -> str | None:
-    etag = response.headers.get("ETag", "")
-    # A weak ETag may stay while bytes change, and must not be sent in If-Range.
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified")
-
-
-def _state_path(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.json")
-
-
-def _read_state(partial: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(_state_path(partial).read_text(encoding="utf-8"))
-        return {"validator": state["validator"], "total": state["total"]}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
-def _forget(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _state_path(partial).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from archive import MAX_ENTRY_BYTES, DamagedArchive, extract_photos, open_zip, select_entries
+from archive import MAX_ENTRY_BYTES, extract_photos, open_zip, select_entries
 from captions_file import TABLES
 from captions_search import (
     ensure_captions,
@@ -115,7 +115,7 @@ def write_marker(paths: DataPaths, dataset: str, photos: dict[str, int]) -> None
     write_file(paths.data_dir / "prepared.json", json.dumps(marker))
 
 
-def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
+def extract(parts: Sequence[Path], paths: DataPaths, dataset: str, downloaded: bool) -> None:
     """Unpack the photos that are missing or of another size, and the captions table if none is.
 
     prepared.json says before the first photo is written that the data set is unfinished, and
@@ -126,7 +126,7 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str) -> None:
             f"{parts[0]} and {parts[1]} are a zip each, not parts of one: unpack the one with the "
             f"captions into {paths.data_dir}, and give --archive the one with the photos"
         )
-    with open_zip(parts) as archive:
+    with open_zip(parts, downloaded) as archive:
         packed = sum(part.stat().st_size for part in parts)
         there = paths.captions.exists() or find_tables(paths.data_dir, paths.images)
         entries, tables = select_entries(archive, packed)
@@ -188,14 +188,7 @@ def ensure_photos(paths: DataPaths, dataset: str, archive: Sequence[str]) -> Non
             parts = download(SOURCES[dataset], folder, paths.images, sum(present.values()))
         except UserError as error:
             raise UserError(f"{error}; or get it another way and use --archive PATH") from None
-    try:
-        extract(parts, paths, dataset)
-    except DamagedArchive as error:
-        if archive:
-            raise
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise UserError(f"{error}: removed, run the same command again to download it") from None
+    extract(parts, paths, dataset, downloaded=not archive)
 
 
 def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
@@ -224,10 +217,8 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
             write_file(paths.images / name, sample.photo)
             captions[name] = sample.captions
         bad += unreadable.values()
-    say_samples(len(captions), passed, len(bad))
     check_bad(bad, max_bad)
-    if not captions:
-        raise UserError(f"{label} hold no photo with a caption: nothing to validate on")
+    say_samples(len(captions), passed, len(bad))
     splits = {"train": [], "val": list(captions), "test": []}
     write_changed(paths.captions, json.dumps(captions, ensure_ascii=False))
     write_changed(paths.splits, json.dumps(splits, ensure_ascii=False))
@@ -302,14 +293,12 @@ def ensure_karpathy_file(settings: SimpleNamespace, paths: DataPaths) -> Path:
         return path
     try:
         [archive] = download([KARPATHY_URL], paths.data_dir / "temp_download", paths.data_dir)
-        with open_zip([archive]) as zipped:
+        with open_zip([archive], downloaded=True) as zipped:
             info = next((i for i in zipped.infolist() if i.filename.split("/")[-1] == name), None)
             if info is None or info.file_size > MAX_ENTRY_BYTES:
                 raise UserError(f"{archive} holds no sound {name}")
             write_file(path, zipped.read(info))
     except UserError as error:
-        if isinstance(error, DamagedArchive):
-            archive.unlink()  # the next run downloads it anew
         raise UserError(f"Karpathy's split is not to be had: {error}. To go on: {remedy}") from None
     return path
 
@@ -406,12 +395,10 @@ def no_photos(paths: DataPaths) -> str:
         each = 'unzip -qn "$f" -d "${f%.zip}"'
         unpack = f"find {root} -name '*.zip' | while read -r f; do {each}; done"
         return f"{said}; {len(zips)} zips are unpacked by {unpack}"
-    if len(tars) > 1:  # whose photos may have the same names
+    if tars:  # whose photos may have the same names
         each = 'd="${f%.t*}"; mkdir -p "$d"; tar -xf "$f" -C "$d"'
         unpack = f"for f in {root}/*.t[ag][rz]*; do {each}; done"
-        return f"{said}; {len(tars)} tars are unpacked by {unpack} (or use --train_shards)"
-    if tars:
-        return f"{said}; {tars[0]} is unpacked by tar -xf {shlex.quote(str(tars[0]))} -C {root}"
+        return f"{said}; tars are unpacked by {unpack} (or use --train_shards)"
     return said
 
 

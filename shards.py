@@ -56,7 +56,7 @@ TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shard
 
 
 def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
-    """Say how many samples shards hold, and what became of them."""
+    """Say how many samples shards hold, and what became of them; refuse those without a photo."""
     passed = passed + Counter({"that can't be read": bad})
     listing = ", ".join(f"{count:,} {what}" for what, count in passed.items())
     print(
@@ -67,6 +67,11 @@ def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
         print(
             "shards: a photo and its caption share their folder and name, and follow each other: "
             "tar --sort=name packs them so"
+        )
+    if not photos:
+        raise UserError(
+            f"the shards hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
+            'is a .txt of the same name, or "caption" in a .json'
         )
 
 
@@ -159,14 +164,8 @@ def take_stock(
     shards = [*known.values()]
     bad = [problem for shard in shards for problem in shard.bad]
     check_bad(bad, max_bad, say=bool(missing))
-    photos = sum(shard.photos for shard in shards)
     passed = sum((Counter(shard.passed) for shard in shards), Counter())
-    say_samples(photos, passed, len(bad))
-    if not photos:
-        raise UserError(
-            f"the shards hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
-            'is a .txt of the same name, or "caption" in a .json'
-        )
+    say_samples(sum(shard.photos for shard in shards), passed, len(bad))
     return Stock(shards) if keep_features else Stream(shards, encoder, dtype, max_bad)
 
 

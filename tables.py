@@ -151,19 +151,16 @@ def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:
     while place < len(lines):
         where, text = lines[place]
         row, place = fields(text), place + 1
-        alone = row, place
+        alone, named = (row, place), names_photo(row)
         last = min(len(lines), place + MOST_LINES)
         while opened(row) and place < last:
             more = lines[place][1]
-            first, *rest = fields(more)
-            if names_photo(row) and names_photo([first, *rest]):
+            names = names_photo(fields(more))
+            if named and names:
                 break
-            text, place = f"{text}\n{more}", place + 1
-            if '"' in more.replace('""', ""):
+            text, place, named = f"{text}\n{more}", place + 1, named or names
+            if '"' in more.replace('""', ""):  # or nothing is closed
                 row = fields(text)
-            else:  # nothing is closed, and to read all anew for each line takes long
-                spelled = f"{row[-1][1]}\n{first[1]}"
-                row = [*row[:-1], (spelled.strip(), spelled), *rest]
         if opened(row) or any("\n" in s and s.lstrip()[:1] != '"' for _, s in row):
             row, place = alone
             if not names_photo(opened(row)[1:]):  # as a caption before its photo may have one
@@ -183,10 +180,6 @@ def opened_parquet(
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # its own reserves gigabytes ahead
     most = memory + 4 * file.stat().st_size
-    if lfs_note(file):
-        raise UserError(
-            f"{file} is Git LFS's note of a file that was not fetched: run git lfs pull"
-        )
     try:
         with bounded_memory(most), contextlib.ExitStack() as files:
             if file.suffix == ".arrow":
@@ -199,7 +192,8 @@ def opened_parquet(
                 yield table.schema_arrow, lambda keys: table.iter_batches(columns=keys, **few)
     except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
         kind = "an Arrow stream" if file.suffix == ".arrow" else "parquet"
-        raise UserError(f"{file} can't be read as {kind}: {first_line(error)}") from None
+        why = f"{first_line(error)}{lfs_note(file)}"
+        raise UserError(f"{file} can't be read as {kind}: {why}") from None
     except MemoryError:
         raise UserError(
             f"{file} has rows or pages that become more than {size_text(most)}: that is no "

@@ -224,7 +224,7 @@ def test_what_is_to_be_done_with_other_columns_is_said(tmp_path, capsys):
     with pytest.raises(UserError, match=fetch):
         list(read_parquet([file]))
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match="not fetched: run git lfs pull"):
+    with pytest.raises(UserError, match="1.parquet is Git LFS's note of it: run git lfs pull"):
         list(read_parquet([file]))
 
 

@@ -825,7 +825,8 @@ def test_how_a_tar_is_packed_amiss_is_said(tmp_path, capsys):
     for files in (dotted, apart, [("a.jpg", b"")]):
         (tmp_path / "0.tar").write_bytes(pack(files))
         found, passed, bad = read(tmp_path / "0.tar")
-        shards.say_samples(len(found), passed, len(bad))
+        with pytest.raises(UserError, match="hold no photo .* with a caption, which is a .txt"):
+            shards.say_samples(len(found), passed, len(bad))
         said.append(capsys.readouterr().out)
     assert "1 with a dot in the photo's name" in said[0] and "--sort=name" not in said[0]
     assert "2 without a caption, 2 without a photo" in said[1] and "--sort=name" in said[1]
