@@ -53,7 +53,16 @@ from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from options import SPLITS, change_options, given_options
-from utils import UserError, check_output, command, first_line, pip, run_script, write_file
+from utils import (
+    UserError,
+    check_output,
+    command,
+    first_line,
+    pip_install,
+    refused,
+    run_script,
+    write_file,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -321,7 +330,7 @@ def java_scores(
     if shutil.which("java") is None:
         return {}, dict.fromkeys(both, "needs Java")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return {}, dict.fromkeys(both, f"needs {pip('pycocoevalcap')}")
+        return {}, dict.fromkeys(both, f"needs {pip_install('pycocoevalcap')}")
     ours = {name: [" ".join(metrics.tokenize(text))] for name, text in captions.items()}
     theirs = {name: [" ".join(metrics.tokenize(t)) for t in references[name]] for name in captions}
     scores, missing = {}, {}
@@ -341,7 +350,7 @@ def java_scores(
 def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
     """A CLIP model, and what makes its pixels and tokens."""
     load, processor = transformers.CLIPModel.from_pretrained, transformers.AutoImageProcessor
-    try:
+    with refused(f"the CLIP model {name!r} can't be loaded"):
         with quiet_library():
             options = loading_options(name)
             config = transformers.CLIPConfig.from_pretrained(name, **options)
@@ -352,10 +361,6 @@ def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
         # The library fills both gaps by chance or with nothing, and any score would come out.
         if info["missing_keys"] or {*words("a dog").input_ids} <= {*words.all_special_ids}:
             raise ValueError("it has no CLIP's weights, or no tokenizer")
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
-        raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     return model.to(device).eval(), pictures, words
 
 

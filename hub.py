@@ -41,13 +41,13 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 import utils
 from checkpoint import Checkpoint, link_or_copy
 from encoder import hub_problem
-from utils import UserError, first_line, shown, write_error
+from utils import UserError, first_line, program, shown, write_error
 
 WEIGHTS = "model.safetensors"
 
 
 def login() -> str:
-    return f"run {utils.program_command('hf', 'auth login')}"
+    return f"run {shlex.join([program('hf'), 'auth', 'login'])}"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -215,13 +215,9 @@ class HubPusher:
             upload.weights.unlink(missing_ok=True)
         arrived = not left and not self._problem
         if was_active and not arrived:
-            self._report(
-                "Hub: the last checkpoint has not arrived "
-                f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
-                + utils.program_command(
-                    "hf", f"upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}"
-                )
-            )
+            why = self._problem or f"no end after {timeout:.0f} s"
+            send = shlex.join([program("hf"), "upload", self.repo_id, str(to_send), WEIGHTS])
+            self._report(f"Hub: the last checkpoint has not arrived ({why}); to send it: {send}")
         return arrived
 
     @staticmethod

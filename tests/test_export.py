@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_refused(export, trained, tmp_path):
 
 def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatch):
     checkpoint = str(trained / "captioner_best_cider.safetensors")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is no file"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
     with pytest.raises(UserError, match="must end in .onnx"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "photo.jpg")])
