@@ -23,15 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import fonts_for
-from checkpoint import link_for_others
 from corpus import Data
 from dataset import prompts_about, references_of
 from encoder import open_image
-from hub import HubPusher, model_card
+from hub import HubPusher, model_card, refusal, repository_files
 from metrics import without_spaces
 from photo_names import DRAWN
 from run import MEASURES, Run, Written, on_record
-from standalone import refusal, repository_files
 from tracking import Tracker
 from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
@@ -184,7 +182,7 @@ class Report(contextlib.AbstractContextManager):
             language="en" if settings.DATASET != "custom" and not settings.TRAIN_SHARDS else None,
         )
         files = repository_files(checkpoint, data.tower) | {"README.md": card}
-        self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
+        self.pusher.push(path, files, f"epoch {entry['epoch']}")
 
     # --- at the end ---
 

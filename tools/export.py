@@ -28,8 +28,7 @@ from safetensors.torch import save
 
 from checkpoint import Checkpoint, load_checkpoint
 from encoder import FrozenEncoder
-from hub import locate_checkpoint
-from standalone import repository_files
+from hub import locate_checkpoint, repository_files
 from tokenizer import START_ID
 from utils import (
     UserError,
