@@ -355,7 +355,7 @@ def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
             options = loading_options(name)
             config = transformers.CLIPConfig.from_pretrained(name, **options)
             pictures = processor.from_pretrained(name, backend="pil", **options)
-            check_sizes(name, pictures, config.text_config, config.vision_config)
+            check_sizes(pictures, config.text_config, config.vision_config)
             model, info = load(name, output_loading_info=True, **options)
             words = transformers.AutoTokenizer.from_pretrained(name, **options)
         # The library fills both gaps by chance or with nothing, and any score would come out.

@@ -289,16 +289,15 @@ def say(text: str) -> None:
 
 @dataclass
 class Update:
-    """What one update found; the tensors are on the run's device, the same in a team."""
+    """What one update found, the same in a team."""
 
     step: int
     batches: int
     names: list[str]  # of this process's photos
-    # Of all processes: loss in nats and tokens (self-critical: CIDEr-D and captions), how many are
-    # asked to stop, photos.
-    totals: Tensor
-    norm: Tensor  # of the gradient
-    bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
+    # On the run's device. Of all processes: loss in nats and tokens (self-critical: CIDEr-D and
+    # captions), how many are asked to stop, photos; the norm of the gradient; and 1 where loss or
+    # gradient were not finite, and so nothing was changed.
+    figures: Tensor
     rate: float  # the learning rate
     copied: torch.Event | None = None  # after which a GPU's figures can be read here
 
@@ -318,9 +317,8 @@ class Ledger:
         self.bar = Bar(batches, label, "batch", run.progress.batch, quiet=not run.team.leads)
 
     def note(self, update: Update) -> None:
-        if update.totals.is_cuda:  # asked for later, they would come after the next step as well
-            for name in ("totals", "norm", "bad"):
-                setattr(update, name, getattr(update, name).to("cpu", non_blocking=True))
+        if update.figures.is_cuda:  # asked for later, they would come after the next step as well
+            update.figures = update.figures.to("cpu", non_blocking=True)
             update.copied = torch.cuda.current_stream(self.run.device).record_event()
         self.waiting.append(update)
         self._enter(self.late)
@@ -341,10 +339,10 @@ class Ledger:
             update = self.waiting.popleft()
             if update.copied:
                 update.copied.synchronize()
-            figure, count, stop, photos = update.totals.tolist()
+            figure, count, stop, photos, norm, bad = update.figures.tolist()
             self.stopping = stop > 0  # who is asked once stays so
             self.photos += int(photos)
-            if update.bad.item():
+            if bad:
                 self._enter_bad(update)
                 continue
             progress.bad_steps = 0
@@ -352,15 +350,15 @@ class Ledger:
             progress.loss_count += int(count)
             self.counted += int(count)
             if update.step % 20 == 0:
-                self._track(update, figure / max(1, count))
+                self._track(update, figure / max(1, count), norm)
 
-    def _track(self, update: Update, loss: float) -> None:
+    def _track(self, update: Update, loss: float, norm: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
         now = time.monotonic()
         rate = self.counted / (now - self.since)
         self.since, self.counted = now, 0
         values = {f"train/{kind}": loss, f"train/{unit}_per_s": rate}
-        values |= {"train/learning_rate": update.rate, "train/grad_norm": update.norm.item()}
+        values |= {"train/learning_rate": update.rate, "train/grad_norm": norm}
         self.tracker.log(values, update.step)
 
     def _enter_bad(self, update: Update) -> None:

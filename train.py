@@ -176,7 +176,8 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    return Update(run.progress.step, len(group), names, totals[:4], norm, bad, rate)
+    figures = torch.stack([*totals[:4], norm, bad])
+    return Update(run.progress.step, len(group), names, figures, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:

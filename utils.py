@@ -146,7 +146,7 @@ def refused(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - what is cut off or made up fails in any way
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{what} ({kind}{first_line(error)[:200]})") from None
+        raise UserError(f"{what} ({kind}{first_line(error)[:300]})") from None
 
 
 def redact(text: str) -> str:
