@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from settings import BOUNDS, TEXTS_OR_NONE, Parser, constants, load_settings
+from settings import BOUNDS, TEXTS, TEXTS_OR_NONE, Parser, constants, load_settings
 from utils import UserError, first_line, guard_output, leave, pip_install, require_extra, say_error
 
 PREPARED = (
@@ -27,10 +27,6 @@ PREPARED = (
 SCORED = (
     "DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE FEATURES_DIR FEATURE_BATCH_SIZE "
     "MAX_BAD_IMAGES DEVICE PRECISION"
-).split()
-TEXTS = (
-    "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
-    "PRECISION"
 ).split()
 RENAMED = {"EPOCHS": "NUM_EPOCHS", "SCST_SAMPLES": "SCST_BEAM_SIZE"}  # as older versions had them
 NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]
@@ -174,8 +170,8 @@ def parser_of(script: str) -> Parser:
 
 
 def read_config() -> ModuleType:
-    """`config.py`, as people have edited it, with every setting and each text a text; numbers are
-    checked with the flags. Captioning needs none of it."""
+    """`config.py`, as people have edited it, with every setting; what these are is checked with the
+    flags. Captioning needs none of it."""
     sys.modules.pop("config", None)  # people edit it while a notebook's process lasts
     try:
         import config
@@ -194,11 +190,6 @@ def read_config() -> ModuleType:
     presets = config.presets
     if not isinstance(presets, dict) or not all(isinstance(v, dict) for v in presets.values()):
         raise UserError('config.py: presets must be like {"small": {"BATCH_SIZE": 16}}')
-    for values in (vars(config), *presets.values()):
-        for name in values.keys() & {*TEXTS, *TEXTS_OR_NONE}:
-            if not isinstance(values[name], str | os.PathLike) and (values[name] or name in TEXTS):
-                said = f"{name} is {values[name]!r}: it must be a text"
-                raise UserError(f'config.py: {said}, in quotes ("...")')
     for preset, values in presets.items():
         if unknown := sorted(values.keys() - constants(config).keys()):
             raise UserError(f"config.py: preset {preset!r} sets what is no setting: {unknown[0]}")
