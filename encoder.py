@@ -150,10 +150,6 @@ def _named(name: str) -> Iterator[None]:
     except FileNotFoundError:
         missing, address = ": there is no such picture", " is an address: download the photo"
         raise ImageError(f"{name}{address if '://' in name else missing}") from None
-    except IsADirectoryError:
-        raise ImageError(f"{name} is a folder, not a picture") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large a picture: {error}") from None
     except UnidentifiedImageError:
         unknown = f"it is of no kind known here{lfs_note(name)}"
         raise ImageError(f"{name} is not a readable picture: {unknown}") from None

@@ -215,10 +215,7 @@ def build_features(
             with Bar(len(own), "features", "photo", quiet=not team.leads) as bar:
                 for labels, features in encoded:
                     parts += [(labels, features.cpu())] if labels else []
-                    first = bar.done == 0
                     bar.step(min(batch_size, len(own) - bar.done))
-                    if first and (left := bar.minutes_left) > 1:
-                        print(f"features: about {left:.0f} minutes, once; they are kept")
                     full = sum(features.nbytes for _, features in parts) >= PACK_BYTES
                     if parts and (full or bar.done == len(own)):
                         made |= add_pack(folder, parts, team.rank)

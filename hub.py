@@ -71,26 +71,22 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 
 
 def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The file of a checkpoint that is here, or on the Hub as `user/repo`."""
+    """The file of a checkpoint that is here, or that of the Hub's `user/repo`, fetched into its
+    cache; without a network, what is there."""
     name = os.path.expanduser(checkpoint)  # in --checkpoint=~/... no shell does
     here = os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt")
     if here or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name)  # which need not be there
-    return download_checkpoint(name, revision)
-
-
-def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a repository's weights into the Hub cache; without a network, use what is there."""
-    name = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
-        validate_repo_id(repo_id)
+        validate_repo_id(name)
         offline = bool(hub_problem())
-        return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, local_files_only=offline))
+        return Path(hf_hub_download(name, WEIGHTS, revision=revision, local_files_only=offline))
     except (HTTPError, LocalEntryNotFoundError, ImportError, ValueError) as error:
         # The last two: a name that is none, or a proxy in the environment that the client lacks.
         known = (text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
         said = next(known, "").format(login=login()) or _reason(error)
-        raise UserError(f"checkpoint {name}: {said}") from error
+        of = f" (revision {revision})" if revision else ""
+        raise UserError(f"checkpoint {name}{of}: {said}") from error
     except OSError as error:
         raise write_error(error, Path(constants.HF_HUB_CACHE)) from error
 

@@ -340,14 +340,10 @@ class Bar(contextlib.AbstractContextManager):
         self.bar.update(count)
         if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
+            each = (now - self.started) / (self.done - self.before) / 60
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
-            print(f"{said}{self.minutes_left:.1f} min left", file=self.lines, flush=True)
-
-    @property
-    def minutes_left(self) -> float:
-        """How long the rest takes at the speed so far, of which there must be some."""
-        taken = time.monotonic() - self.started
-        return taken / (self.done - self.before) * (self.total - self.done) / 60
+            left = each * (self.total - self.done)
+            print(f"{said}{left:.1f} min left", file=self.lines, flush=True)
 
     def close(self) -> None:
         self.bar.close()
