@@ -29,7 +29,7 @@ from encoder import open_image
 from hub import HubPusher, model_card, refusal, repository_files
 from metrics import without_spaces
 from photo_names import DRAWN
-from run import MEASURES, Run, Written, on_record
+from run import KEPT, MEASURES, Run, Written, on_record
 from tracking import Tracker
 from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
@@ -214,14 +214,11 @@ class Report(contextlib.AbstractContextManager):
         self._draw()
         if self.at_end and run.team.leads:
             self.at_end(path, self.data)
-        loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
-        if loss:
-            print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
-        if path == run.file_of("val_cider", entry):
-            print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
-        for answers in run.bests("val_accuracy")[-1:]:
-            right = f"{answers['val_accuracy']:.1f} % right"
-            print(f"best answers ({right}): {run.file_of('val_accuracy', answers)}")
+        print()
+        for measure in KEPT:  # of some the file may be gone, and so none be the best
+            for won in run.bests(measure)[-1:]:
+                line = MEASURES[measure].line.format(won[measure])
+                print(f"best {line}: {run.file_of(measure, won)}")
         name = self.data.splits["val"][0]  # which was read; of those to test none was
         photo, question = self.data.paths.images / name, self._question([name])
         flags = ["--image_path", photo, "--checkpoint", path]

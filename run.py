@@ -493,10 +493,7 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
     states = [saved["random"], *saved.get("other_random", [])] if saved else []
     team, device = run.team, run.device
     if states and len(states) != team.size:
-        print(
-            f"trained by {len(states)} processes before, {team.size} now: those that are new "
-            "draw their own random numbers"
-        )
+        print(f"resumed   with {team.size} processes (was {len(states)})")
     if team.rank < len(states):
         state = states[team.rank]
         torch.set_rng_state(state["cpu"])
