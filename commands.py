@@ -281,8 +281,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of("inference.py")
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
-    add("--image_path", help="a photo or a folder of photos, as PATH")
+    add("PHOTO", nargs="*", help="photos, and folders of photos")
+    add("--image_path", help="a photo or a folder of photos, as PHOTO")
     add_checkpoint_flags(parser)
     add_device_flags(parser)
     ask = parser.add_mutually_exclusive_group().add_argument
@@ -302,7 +302,7 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--suffix", default="", help="after each caption")
     add_option_flags(parser)
     args = parser.parse_args(argv)
-    args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
+    args.paths = [*args.PHOTO, *([args.image_path] if args.image_path else [])]
     if not args.paths:
         parser.error("which photos? give files or folders")
     if len(f"{args.prefix}{args.suffix}|".splitlines()) > 1:

@@ -240,9 +240,6 @@ def score(
     Returns `{"BLEU-1": ..., ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}` of them all, and
     the CIDEr-D of each image, in the order of `captions`; its document frequencies come from
     `references`.
-
-    Raises:
-        ValueError: the two don't name the same images, or there is no reference (or no image).
     """
     if not captions or captions.keys() != references.keys() or not all(references.values()):
         raise ValueError("a score needs at least one image, and of each a caption and a reference")
@@ -268,9 +265,6 @@ class CiderD:
 
         Args:
             references: image -> its reference captions, each a sequence of tokens.
-
-        Raises:
-            ValueError: there is no image, or an image without a reference.
         """
         if not references or not all(references.values()):
             raise ValueError("CIDEr-D needs at least one reference for each image")

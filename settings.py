@@ -15,7 +15,7 @@ from utils import UserError, redact
 # How settings and flags are called that name a file or a folder, or else what is on the Hub.
 FILES, OR_ON_HUB = ("_DIR", "_FILE", "CHECKPOINT_PATH"), ("ENCODER_MODEL_NAME", "CHECKPOINT")
 NO_ADDRESS = (*FILES, *OR_ON_HUB, "ENCODER", "CLIP", "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
-NO_ADDRESS += ("ATTENTION", "ARCHIVE", "PATHS", "IMAGE_PATH")
+NO_ADDRESS += ("ATTENTION", "ARCHIVE", "PHOTO", "IMAGE_PATH")
 TEXTS = (
     "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
     "PRECISION"
@@ -97,10 +97,11 @@ class Parser(argparse.ArgumentParser):
         flags = super().parse_args(*given)
         check_ranges(flags)
         for name, value in vars(flags).items():
-            full = name == "DATA_DIR" or (name.islower() and self.get_default(name) != "")
+            kept = name in ("DATA_DIR", "PHOTO") or name.islower()
             given = value if isinstance(value, list) else [value]
-            if full and not all(str(part).strip() for part in given):
-                raise UserError(f"{name} is empty: is a variable of your shell not set?")
+            if kept and self.get_default(name) != "" and not all(str(x).strip() for x in given):
+                flag = name if name.isupper() else f"--{name}"
+                raise UserError(f"{flag} is empty: is a variable of your shell not set?")
         return flags
 
 

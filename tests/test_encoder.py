@@ -154,10 +154,10 @@ def test_missing_weights_are_an_error(tmp_path):
 
 
 def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
-    with pytest.raises(UserError, match="another one with --encoder_model_name[.]$"):
+    with pytest.raises(UserError, match="give another with --encoder_model_name .Val"):
         FrozenEncoder.load(str(tmp_path))
     trained = {"name": str(tmp_path), "layers": [-1]}  # which only --encoder can move
-    with pytest.raises(UserError, match="another one with --encoder[.]$"):
+    with pytest.raises(UserError, match="give another with --encoder .Val"):
         FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="a gpt2 model, not a vision .* with --encoder_model_name"):
@@ -174,7 +174,7 @@ def test_a_library_that_the_preprocessing_needs_is_named(encoder_dir, monkeypatc
         raise ImportError("\nIt requires scipy but it was not found. Install it with:\n`pip`.\n")
 
     monkeypatch.setattr(transformers.ViTImageProcessorPil, "resize", resize)
-    with pytest.raises(UserError, match="loaded .*: It requires scipy .* with: `pip`. Give"):
+    with pytest.raises(UserError, match="loaded .* give .*It requires scipy .* with: `pip`"):
         FrozenEncoder.load(str(encoder_dir))
 
 

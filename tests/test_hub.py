@@ -261,8 +261,8 @@ result["seconds"] = time.monotonic() - started
     assert (tmp_path / program).is_file()  # which need not be in PATH
     assert not list(tmp_path.glob(".*.tmp"))
     server.faults["me/other"] = [("commit", HANG)] * 9
-    code = code.replace("me/captioner", "me/other").replace('"last")\n', '"last", public)\n', 1)
-    code = "public = lambda path, other: other.write_bytes(b'public')\n" + code
+    code = code.replace("me/captioner", "me/other")
+    code = "hub.link_for_others = lambda path, other: other.write_bytes(b'public')\n" + code
     (line,) = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)["lines"]
     path = tmp_path / "to_send_last.safetensors"  # what was made of it, and not the checkpoint
     assert f"hf upload me/other {path} model.safetensors" in line
