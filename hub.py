@@ -146,7 +146,7 @@ class HubPusher:
             return
         get_session().timeout = LOGIN_TIMEOUT
         with contextlib.suppress(Exception):  # the first push asks again
-            if refusal := _refusal(repo_id, HfApi(token=True).whoami()):
+            if refusal := _forbidden(repo_id, HfApi(token=True).whoami()):
                 report(f"Hub: nothing is pushed: {refusal}")
                 return
         self.active = True
@@ -255,7 +255,7 @@ class HubPusher:
         get_session().timeout = STALL_TIMEOUT
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
         if not self._ready:
-            if refusal := _refusal(self.repo_id, api.whoami()):
+            if refusal := _forbidden(self.repo_id, api.whoami()):
                 raise UserError(refusal)
             api.create_repo(self.repo_id, exist_ok=True)
             self._ready = True
@@ -275,7 +275,7 @@ class HubPusher:
             self._report(line)
 
 
-def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
+def _forbidden(repo_id: str, account: Mapping[str, Any]) -> str | None:
     """Why this account can't write to the repository, with the remedy; None if it may."""
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":

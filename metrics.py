@@ -248,10 +248,10 @@ def score(
         for image, caption in captions.items()
     ]
     cider = CiderD({i: [*map(_words, targets)] for i, (_, targets) in enumerate(pairs)})
-    each = cider.scores(range(len(pairs)), (_words(caption) for caption, _ in pairs))
+    each = [cider.score(i, _words(caption)) for i, (caption, _) in enumerate(pairs)]
     table = {f"BLEU-{n}": value for n, value in enumerate(_bleu(pairs), start=1)}
-    table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(each.mean())}
-    return table, dict(zip(captions, each.tolist(), strict=True))
+    table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(np.mean(each))}
+    return table, dict(zip(captions, each, strict=True))
 
 
 class CiderD:
@@ -322,13 +322,6 @@ class CiderD:
                 norms.append(math.sqrt(square))
             levels.append((table, norms))
         return [*map(len, references)], levels
-
-    def scores(
-        self, images: Iterable[Hashable], hypotheses: Iterable[Sequence[Hashable]]
-    ) -> np.ndarray:
-        """CIDEr-D times 100 of each hypothesis for the image beside it; shape (hypotheses,)."""
-        pairs = zip(images, hypotheses, strict=True)
-        return np.array([self.score(image, tokens) for image, tokens in pairs])
 
 
 _Pairs = list[tuple[list[str], list[list[str]]]]  # a caption's tokens, and its references'
