@@ -28,7 +28,6 @@ SCORED = (
     "DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE FEATURES_DIR FEATURE_BATCH_SIZE "
     "MAX_BAD_IMAGES DEVICE PRECISION"
 ).split()
-RENAMED = {"EPOCHS": "NUM_EPOCHS", "SCST_SAMPLES": "SCST_BEAM_SIZE"}  # as older versions had them
 NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("losses", "train", "generate", "features")
@@ -180,12 +179,9 @@ def read_config() -> ModuleType:
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"config.py, line {line}, can't be run ({said})") from None
-    missing = sorted({*TEXTS, *TEXTS_OR_NONE, *NUMBERS, "presets"} - vars(config).keys())
-    wrong = [f"lacks {', '.join(missing)}"] if missing else []
-    wrong += [f"has {old}, now {new}" for old, new in RENAMED.items() if old in vars(config)]
-    if wrong:
+    if missing := sorted({*TEXTS, *TEXTS_OR_NONE, *NUMBERS, "presets"} - vars(config).keys()):
         compare = "compare it with the project's own, `git show HEAD:config.py`"
-        raise UserError(f"config.py {' and '.join(wrong)}: {compare}")
+        raise UserError(f"config.py lacks {', '.join(missing)}: {compare}")
     presets = config.presets
     if not isinstance(presets, dict) or not all(isinstance(v, dict) for v in presets.values()):
         raise UserError('config.py: presets must be like {"small": {"BATCH_SIZE": 16}}')
