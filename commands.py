@@ -18,7 +18,7 @@ from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
 from settings import BOUNDS, TEXTS, TEXTS_OR_NONE, Parser, constants, load_settings
-from utils import UserError, first_line, guard_output, leave, pip_install, require_extra, say_error
+from utils import UserError, first_line, guard_output, leave, pip, require_extra, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -133,7 +133,7 @@ def say_versions(kind: type[BaseException], error: BaseException, trace: Any) ->
     if not issubclass(kind, ImportError) or not wrong:
         sys.__excepthook__(kind, error, trace)
         return
-    remedy = f"run {pip_install('requirements.txt')}, or use the Python that 01_setup.sh made"
+    remedy = f"run {pip('requirements.txt')}, or use the Python that 01_setup.sh made"
     say_error(f"{first_line(error)} ({'; '.join(wrong)}): {remedy}")
 
 

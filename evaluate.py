@@ -53,16 +53,7 @@ from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from options import SPLITS, change_options, given_options
-from utils import (
-    UserError,
-    check_output,
-    command,
-    first_line,
-    pip_install,
-    refused,
-    run_script,
-    write_file,
-)
+from utils import UserError, check_output, command, first_line, pip, refused, run_script, write_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -330,7 +321,7 @@ def java_scores(
     if shutil.which("java") is None:
         return {}, dict.fromkeys(both, "needs Java")
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return {}, dict.fromkeys(both, f"needs {pip_install('pycocoevalcap')}")
+        return {}, dict.fromkeys(both, f"needs {pip('pycocoevalcap')}")
     ours = {name: [" ".join(metrics.tokenize(text))] for name, text in captions.items()}
     theirs = {name: [" ".join(metrics.tokenize(t)) for t in references[name]] for name in captions}
     scores, missing = {}, {}

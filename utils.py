@@ -55,7 +55,7 @@ def require_extra(module: str, requirements: str, use: str = "this") -> ModuleTy
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{use} needs {error.name}: run {pip_install(requirements)}") from None
+        raise UserError(f"{use} needs {error.name}: run {pip(requirements)}") from None
 
 
 def interpreter() -> str:
@@ -85,7 +85,7 @@ def preparing() -> str:
     return f"{command('prepare_dataset.py')} with the flags of before"
 
 
-def pip_install(what: str) -> str:
+def pip(what: str) -> str:
     """The command that installs a package, or those that a file of this project's lists."""
     words = ["-r", beside(what)] if what.endswith(".txt") else [what]
     return shlex.join([interpreter(), *"-m pip install".split(), *words])
