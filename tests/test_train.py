@@ -321,8 +321,7 @@ def test_a_gpus_figures_are_on_their_way_before_the_next_step_begins(
         with Waits() as waits:
             update = train.update(state, data, [pair])
         assert not waits.found
-        for name in ("totals", "norm", "bad"):
-            setattr(update, name, getattr(update, name).as_subclass(OnGpu))
+        update.figures = update.figures.as_subclass(OnGpu)
         ledger.note(update)
     ledger.settle()
     assert told == ["copied 1", "copied 2", "waited for 1", "waited for 2"]
