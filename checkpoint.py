@@ -212,11 +212,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed."""
     path = Path(path)
     if not path.is_file():
-        folder = f"{path} is a folder: name the .safetensors or .pt in it"
         files = (path if path.is_dir() else path.parent).glob("*.safetensors")
         newest = max(filter(Path.is_file, files), key=os.path.getmtime, default=None)
         there = f"; the newest there is {newest}" if newest else ""
-        raise UserError((folder if path.is_dir() else f"there is no checkpoint {path}") + there)
+        raise UserError(f"there is no checkpoint {path}: name a .safetensors or .pt{there}")
     open(path, "rb").close()  # libraries say of what may not be read that it is not there, or none
     # One that got another suffix on its way is known by its content.
     packed = path.suffix == ".pt" or (path.suffix != ".safetensors" and zipfile.is_zipfile(path))
