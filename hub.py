@@ -45,7 +45,7 @@ import utils
 from checkpoint import Checkpoint, link_for_others
 from encoder import hub_problem
 from tokenizer import ANSWER, ANSWER_ID, ASKING, END_ID, FULL_STOPS, PAD_ID, START_ID
-from utils import UserError, first_line, program, shown, write_error
+from utils import UserError, first_line, program, refused, shown, write_error
 
 WEIGHTS = "model.safetensors"
 
@@ -134,13 +134,9 @@ class HubPusher:
         self._problem: str | None = None  # of the last push; "" once it has arrived
         if not repo_id:
             return
-        try:
+        wrong = f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: write user/name"
+        with refused(f"{wrong}, or leave it empty to push nowhere"):
             validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise UserError(
-                f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: "
-                "write user/name, or leave it empty to push nowhere"
-            ) from error
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {login()}")
             return
