@@ -355,24 +355,21 @@ class FrozenEncoder(nn.Module):
         alone the same: there are some that pool, or leave patches out at random."""
         shapes = ((96, 64), (64, 160))
         pictures = [Image.radial_gradient("L").convert("RGB").resize(shape) for shape in shapes]
-        try:
+        size = " or ENCODER_IMAGE_SIZE" * ("image_size" in self.source)
+        with refused(
+            f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
+            f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))}: "
+            f"choose another, or other layers{size}"
+        ):
             alone, other = (self.preprocess([picture]) for picture in pictures)
             device = next(self.parameters()).device
             first = self({name: alone[name].to(device) for name in alone})
             both = self({name: torch.cat([alone[name], other[name]]).to(device) for name in alone})
-            wrong = f"it gives {tuple(both.shape)} for two pictures"
-            if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
-                apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
-                wrong = "the same picture gives others" if apart > 0.05 * first.norm() else ""
-        except Exception as error:  # noqa: BLE001 - what a library's model raises is without end
-            wrong = first_line(error)
-        if wrong:
-            size = self.source.get("image_size")
-            raise UserError(
-                f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
-                f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))} "
-                f"({wrong}): choose another, or other layers{' or ENCODER_IMAGE_SIZE' * bool(size)}"
-            )
+            if both.dim() != 3 or len(both) != 2 or both.shape[2] != self.width:
+                raise ValueError(f"it gives {tuple(both.shape)} for two pictures")
+            apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
+            if apart > 0.05 * first.norm():
+                raise ValueError("the same picture gives others")
 
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ FEW_SCORED = 20  # captions of fewer photos are better in one epoch than in anot
 GREY = "#718096"
 BLUE = "#2b6cb0"
 COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
+FOLDERS = r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+"  # of a command's absolute paths: nobody's business
 
 
 class Report(contextlib.AbstractContextManager):
@@ -169,6 +170,7 @@ class Report(contextlib.AbstractContextManager):
         run, data, settings = self.run, self.data, self.run.settings
         scored, tars = min(settings.SCORED_IMAGES, len(data.splits["val"])), settings.VAL_SHARDS
         checkpoint = run.checkpoint(scores_of(entry))
+        begun = redact(shlex.join(["python", "train.py", *settings.arguments]))
         card = model_card(
             settings.HF_REPO_ID,
             checkpoint,
@@ -176,7 +178,7 @@ class Report(contextlib.AbstractContextManager):
             scored=dataset_name(settings, "VAL_SHARDS"),
             split=redact(tars).split("/")[-1] if tars else f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
-            command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
+            command=re.sub(FOLDERS, "", begun),
             samples=entry["samples"],
             question=self._question(data.splits["val"]),
             language="en" if settings.DATASET != "custom" and not settings.TRAIN_SHARDS else None,
@@ -268,11 +270,6 @@ def dataset_name(settings: SimpleNamespace, shards: str = "TRAIN_SHARDS") -> str
     elif settings.DATASET != "custom":
         return settings.DATASET
     return Path(settings.DATA_DIR).resolve().name
-
-
-def without_folders(command: str) -> str:
-    """A command without secrets, and without the folders of this machine's absolute paths."""
-    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
 
 
 def say(text: str) -> None:
