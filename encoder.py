@@ -442,10 +442,8 @@ def _middle(image: Image.Image, ratio: int) -> Image.Image:
 
 def parse_layers(text: str) -> tuple[int, ...]:
     """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers."""
-    try:
+    with refused(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"'):
         return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
 
 
 def check_sizes(processor: Any, *configs: Any) -> None:
