@@ -571,7 +571,7 @@ def test_any_captions_and_questions_are_read_or_refused(tmp_path_factory, conten
         assert table
         for name, values in table.items():
             assert not os.path.isabs(name) and ".." not in name.split("/")
-            texts = values if load is load_captions else [q.text for q in values]
+            texts = values if load is load_captions else [q.target for q in values]
             assert all(text.strip() and text.encode() for text in texts)
 
 
