@@ -6,27 +6,15 @@ HOME=${HOME:-~} # services may have none
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 target=$HOME/miniconda3
 
-usable() { # a Python for which every pinned package has a build, and that can make environments
-    "$1" -I -c 'import ensurepip, sys, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
-}
-
 done_with() {
     echo "$1"
     echo "Next: bash $here/01_setup.sh"
     exit 0
 }
 
-for name in python3.14 python3.13 python3.12 python3.11 python3.10 python3; do
-    if usable "$name"; then
-        done_with "Found $("$name" --version) at $(command -v "$name"): nothing to install."
-    fi
-done
-for conda in "$(command -v conda || true)" "${CONDA_EXE:-}" "$target/bin/conda"; do
-    if [[ -n $conda ]] && version=$("$conda" --version 2>/dev/null); then
-        done_with "Found $version at $conda: nothing to install."
-    fi
-done
+if maker=$(bash "$here/01_setup.sh" --find); then
+    done_with "Found $("$maker" --version) at $(command -v "$maker"): nothing to install."
+fi
 
 case "$(uname -s)-$(uname -m)" in
     Linux-x86_64) platform=Linux-x86_64 ;;

@@ -18,11 +18,12 @@ fail() {
     exit 1
 }
 
-active=no dev=no
+active=no dev=no find=no
 for flag in "$@"; do
     case $flag in
         --active) active=yes ;;
         --dev) dev=yes ;;
+        --find) find=yes ;; # for 00_setup.sh
         -h | --help) usage && exit 0 ;;
         *) echo "error: unknown flag $flag" >&2 && usage >&2 && exit 2 ;;
     esac
@@ -36,19 +37,24 @@ supported() { # is $1 a Python for which every pinned package has a build?
 sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1
 }
 
-makes_venvs() { # Debian's Python lacks ensurepip until python3-venv is installed
-    "$1" -I -c 'import ensurepip, venv' >/dev/null 2>&1
-}
-
 has_pip() {
     "$1" -I -m pip --version >/dev/null 2>&1 || "$1" -I -m ensurepip >/dev/null 2>&1
 }
 
-find_conda() {
-    local conda
-    for conda in "$(command -v conda || true)" "${CONDA_EXE:-}" "$HOME/miniconda3/bin/conda"; do
-        if [[ -n $conda ]] && "$conda" --version >/dev/null 2>&1; then
-            echo "$conda"
+makes_venvs() { # can $1, a Python or a conda, make .venv?
+    if [[ ${1##*/} == python* ]]; then # Debian's lacks ensurepip until python3-venv is installed
+        supported "$1" && "$1" -I -c 'import ensurepip, venv' >/dev/null 2>&1
+    else
+        "$1" --version >/dev/null 2>&1
+    fi
+}
+
+find_maker() { # prints the first that can
+    local maker there=$HOME/miniconda3/bin
+    local pythons=(python3.14 python3.13 python3.12 python3.11 python3.10 python3 "$there/python")
+    for maker in "${pythons[@]}" conda "${CONDA_EXE:-conda}" "$there/conda"; do
+        if makes_venvs "$maker"; then
+            echo "$maker"
             return
         fi
     done
@@ -56,22 +62,22 @@ find_conda() {
 }
 
 make_venv() {
-    local name conda
-    local candidates=(python3.14 python3.13 python3.12 python3.11 python3.10 python3)
-    for name in "${candidates[@]}" "$HOME/miniconda3/bin/python"; do
-        if supported "$name" && makes_venvs "$name"; then
-            echo "Making .venv with $("$name" --version)"
-            "$name" -m venv --clear .venv
-            return
-        fi
-    done
-    conda=$(find_conda) || fail "no Python 3.10 to 3.14 with venv is here: run bash 00_setup.sh"
-    echo "Making .venv with conda and Python 3.12"
-    rm -rf .venv
-    "$conda" create --yes --quiet --override-channels --channel conda-forge \
-        --prefix "$PWD/.venv" python=3.12 pip
+    local maker
+    maker=$(find_maker) || fail "no Python 3.10 to 3.14 with venv is here: run bash 00_setup.sh"
+    echo "Making .venv with $("$maker" --version)"
+    if [[ ${maker##*/} == python* ]]; then
+        "$maker" -m venv --clear .venv
+    else
+        rm -rf .venv
+        "$maker" create --yes --quiet --override-channels --channel conda-forge \
+            --prefix "$PWD/.venv" python=3.12 pip
+    fi
 }
 
+if [[ $find == yes ]]; then
+    find_maker
+    exit
+fi
 if [[ $active == yes ]]; then
     environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     [[ -n $environment ]] ||

@@ -8,7 +8,6 @@ of 0.48 instead of 0.32 between the words of 18 captions).
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,10 +178,6 @@ def fonts_for(text: str) -> list[Any]:
         if not lacking:
             break
     else:
-        say_boxes(chr(min(lacking)))
+        letter = chr(min(lacking))
+        print(f"no font here draws {letter!r}, which becomes a box: install one (Noto has all)")
     return found
-
-
-@functools.cache  # once, not after each epoch
-def say_boxes(letter: str) -> None:
-    print(f"no font here draws {letter!r}, which becomes a box: install one (Noto has all)")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from model import CaptionModel
 from options import GenerationOptions, typed
 from rerank import Reranker
 from tokenizer import CaptionTokenizer
-from utils import UserError, atomic_write, first_line, last_part, lfs_note, write_file
+from utils import UserError, atomic_write, last_part, lfs_note, refused, write_file
 
 FORMAT = 3
 RERANKER = "reranker."  # what the names of its tensors begin with
@@ -213,26 +212,27 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a `.safetensors` or `.pt` checkpoint, verified; nothing in it is executed."""
     path = Path(path)
     if not path.is_file():
-        folder = f"{path} is a folder: name the .safetensors or .pt in it"
         files = (path if path.is_dir() else path.parent).glob("*.safetensors")
         newest = max(filter(Path.is_file, files), key=os.path.getmtime, default=None)
         there = f"; the newest there is {newest}" if newest else ""
-        raise UserError((folder if path.is_dir() else f"there is no checkpoint {path}") + there)
+        raise UserError(f"there is no checkpoint {path}: name a .safetensors or .pt{there}")
     open(path, "rb").close()  # libraries say of what may not be read that it is not there, or none
     # One that got another suffix on its way is known by its content.
     packed = path.suffix == ".pt" or (path.suffix != ".safetensors" and zipfile.is_zipfile(path))
-    content = _read_pt(path) if packed else _read_safetensors(path)
-    try:
+    damaged = f"{path} is damaged, holds more than data or is not a checkpoint of this project"
+    with refused(damaged + lfs_note(path)):
+        content = _read_pt(path) if packed else _read_safetensors(path)
+        if "captioner" not in content:
+            raise ValueError("it is not a captioner of ours, as an export is none")
+        stored = content.pop("digest", None)
+        if stored != digest(content if packed else [content["captioner"], content["model"]]):
+            raise ValueError("its content doesn't match its checksum")
+    # Its digest is right, so nobody changed it by accident: it was never one of ours.
+    other = "is not a checkpoint of this project, or of another decoder.py or model.py"
+    with refused(f"{path} {other}"):
         description = json.loads(content["captioner"])
         newer = description["format"] > FORMAT
         made = None if newer else _restored(description, content["model"], content.get("training"))
-    except ImportError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a made-up description can be wrong in any way
-        # Its digest is right, so nobody changed it by accident: it was never one of ours.
-        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
-        other = "or of another decoder.py or model.py"
-        raise UserError(f"{path} is not a checkpoint of this project, {other} ({reason})") from None
     if newer:
         raise UserError(f"{path} was written by a newer version: update this project")
     if bad := [name for name, tensor in made.tensors().items() if not tensor.isfinite().all()]:
@@ -274,45 +274,21 @@ def _restored(
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copied: tensors of the mapped file would change, or crash, with a file copied over it.
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        damaged = f"{path} is damaged or not a .safetensors file{lfs_note(path)}: {error}"
-        raise UserError(damaged) from None
-    if "captioner" not in metadata:
-        raise UserError(f"{path} holds weights, but not a captioner of ours (an export is none)")
-    if metadata.get("digest") != digest([metadata["captioner"], weights]):
-        raise UserError(f"{path} is damaged: its content doesn't match its checksum")
-    return {"captioner": metadata["captioner"], "model": weights}
+    with safe_open(path, framework="pt") as file:
+        # Copied: tensors of the mapped file would change, or crash, with a file copied over it.
+        weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return (file.metadata() or {}) | {"model": weights}
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is damaged or not a .pt checkpoint{lfs_note(path)}")
-    try:
-        # Nothing is compressed in what torch writes: the file's own size bounds what it may take.
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as file:
-            if sum(part.file_size for part in file.infolist()) > size:
-                raise ValueError("it would unpack to more than it holds")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_size(content, 4 * size + 2**20)
-        if not isinstance(content, dict) or "captioner" not in content:
-            raise UserError(f"{path} is not a checkpoint of this project")
-        stored = content.pop("digest", None)
-        if stored != digest(content):
-            raise UserError(f"{path} is damaged: its content doesn't match its checksum")
-        return content
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is refused: it holds more than data ({reason})") from None
-    except Exception as error:  # noqa: BLE001 - a changed byte can make any nonsense of a pickle
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
+    # Nothing is compressed in what torch writes: the file's own size bounds what it may take.
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as file:
+        if sum(part.file_size for part in file.infolist()) > size:
+            raise ValueError("it would unpack to more than it holds")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    _check_size(content, 4 * size + 2**20)
+    return content
 
 
 def _check_size(content: Any, most: int) -> None:

@@ -17,8 +17,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from options import SPLITS, TASKS, add_option_flags
-from settings import BOUNDS, TEXTS_OR_NONE, Parser, constants, load_settings
-from utils import UserError, first_line, guard_output, leave, pip_install, require_extra, say_error
+from settings import BOUNDS, TEXTS, TEXTS_OR_NONE, Parser, constants, load_settings
+from utils import UserError, first_line, guard_output, leave, pip, require_extra, say_error
 
 PREPARED = (
     "DATASET DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE TASKS SPLIT KARPATHY_FILE "
@@ -28,11 +28,6 @@ SCORED = (
     "DATA_DIR IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE FEATURES_DIR FEATURE_BATCH_SIZE "
     "MAX_BAD_IMAGES DEVICE PRECISION"
 ).split()
-TEXTS = (
-    "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
-    "PRECISION"
-).split()
-RENAMED = {"EPOCHS": "NUM_EPOCHS", "SCST_SAMPLES": "SCST_BEAM_SIZE"}  # as older versions had them
 NUMBERS = [name for names in BOUNDS.values() for name in names.split() if name.isupper()]
 KINDS = ("txt", "jsonl", "csv")
 PARTS = ("losses", "train", "generate", "features")
@@ -124,7 +119,7 @@ def begin(read: Callable[[], Any]) -> None:
 def say_versions(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What isn't there to be imported, where libraries are missing or of other versions than the
     pinned ones; for `sys.excepthook`, as most imports come after `begin`."""
-    missing, others = [], []
+    wrong = []
     for line in Path(__file__).with_name("requirements.txt").read_text("utf-8").splitlines():
         pin, _, condition = line.partition("; python_version ")
         name, _, pinned = pin.partition("==")
@@ -132,14 +127,13 @@ def say_versions(kind: type[BaseException], error: BaseException, trace: Any) ->
             continue
         try:
             here = metadata.version(name).partition("+")[0]
-            others += [f"{name} is {here}, not {pinned}"] if here != pinned else []
         except metadata.PackageNotFoundError:
-            missing.append(name)
-    wrong = others + [f"missing: {', '.join(missing)}"] * bool(missing)
+            here = "missing"
+        wrong += [f"{name} is {here}, not {pinned}"] * (here != pinned)
     if not issubclass(kind, ImportError) or not wrong:
         sys.__excepthook__(kind, error, trace)
         return
-    remedy = f"run {pip_install('requirements.txt')}, or use the Python that 01_setup.sh made"
+    remedy = f"run {pip('requirements.txt')}, or use the Python that 01_setup.sh made"
     say_error(f"{first_line(error)} ({'; '.join(wrong)}): {remedy}")
 
 
@@ -174,8 +168,8 @@ def parser_of(script: str) -> Parser:
 
 
 def read_config() -> ModuleType:
-    """`config.py`, as people have edited it, with every setting and each text a text; numbers are
-    checked with the flags. Captioning needs none of it."""
+    """`config.py`, as people have edited it, with every setting; what these are is checked with the
+    flags. Captioning needs none of it."""
     sys.modules.pop("config", None)  # people edit it while a notebook's process lasts
     try:
         import config
@@ -185,20 +179,12 @@ def read_config() -> ModuleType:
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"config.py, line {line}, can't be run ({said})") from None
-    missing = sorted({*TEXTS, *TEXTS_OR_NONE, *NUMBERS, "presets"} - vars(config).keys())
-    wrong = [f"lacks {', '.join(missing)}"] if missing else []
-    wrong += [f"has {old}, now {new}" for old, new in RENAMED.items() if old in vars(config)]
-    if wrong:
+    if missing := sorted({*TEXTS, *TEXTS_OR_NONE, *NUMBERS, "presets"} - vars(config).keys()):
         compare = "compare it with the project's own, `git show HEAD:config.py`"
-        raise UserError(f"config.py {' and '.join(wrong)}: {compare}")
+        raise UserError(f"config.py lacks {', '.join(missing)}: {compare}")
     presets = config.presets
     if not isinstance(presets, dict) or not all(isinstance(v, dict) for v in presets.values()):
         raise UserError('config.py: presets must be like {"small": {"BATCH_SIZE": 16}}')
-    for values in (vars(config), *presets.values()):
-        for name in values.keys() & {*TEXTS, *TEXTS_OR_NONE}:
-            if not isinstance(values[name], str | os.PathLike) and (values[name] or name in TEXTS):
-                said = f"{name} is {values[name]!r}: it must be a text"
-                raise UserError(f'config.py: {said}, in quotes ("...")')
     for preset, values in presets.items():
         if unknown := sorted(values.keys() - constants(config).keys()):
             raise UserError(f"config.py: preset {preset!r} sets what is no setting: {unknown[0]}")
@@ -291,8 +277,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of("inference.py")
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="photos, and folders of photos")
-    add("--image_path", help="a photo or a folder of photos, as PATH")
+    add("PHOTO", nargs="*", help="photos, and folders of photos")
+    add("--image_path", help="a photo or a folder of photos, as PHOTO")
     add_checkpoint_flags(parser)
     add_device_flags(parser)
     ask = parser.add_mutually_exclusive_group().add_argument
@@ -312,7 +298,7 @@ def inference(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--suffix", default="", help="after each caption")
     add_option_flags(parser)
     args = parser.parse_args(argv)
-    args.paths = [*args.paths, *([args.image_path] if args.image_path else [])]
+    args.paths = [*args.PHOTO, *([args.image_path] if args.image_path else [])]
     if not args.paths:
         parser.error("which photos? give files or folders")
     if len(f"{args.prefix}{args.suffix}|".splitlines()) > 1:

@@ -136,7 +136,12 @@ def joined(device: str) -> Iterator[Team]:
             nowhere = stack.enter_context(open(os.devnull, "w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
-            yield replace(team, objects=_connect(store, team, team.device(device)))
+            own, backend = team.device(device), "gloo"
+            if own.type == "cuda":
+                torch.cuda.set_device(own)
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size)
+            yield replace(team, objects=dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT))
             dist.destroy_process_group()
         except (UserError, RuntimeError) as error:
             lost = isinstance(error, RuntimeError)
@@ -159,15 +164,6 @@ def _job() -> str:
     with contextlib.suppress(OSError):  # elsewhere than on Linux the process alone has to do
         started = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
     return f"none of {os.uname().nodename} {agent} {started}"
-
-
-def _connect(store: dist.Store, team: Team, device: torch.device) -> dist.ProcessGroup:
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size)
-    return dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT)
 
 
 class StopSignal:

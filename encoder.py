@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.image_utils import SizeDict
 
 from pictures import check_exif, upright_rgb
-from utils import UserError, first_line, last_part, lfs_note, shown
+from utils import UserError, first_line, last_part, lfs_note, refused, shown
 
 # By their names; hidden files and what only a program could draw (EPS, PDF) are none.
 PHOTO_SUFFIXES = frozenset(
@@ -150,10 +150,6 @@ def _named(name: str) -> Iterator[None]:
     except FileNotFoundError:
         missing, address = ": there is no such picture", " is an address: download the photo"
         raise ImageError(f"{name}{address if '://' in name else missing}") from None
-    except IsADirectoryError:
-        raise ImageError(f"{name} is a folder, not a picture") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large a picture: {error}") from None
     except UnidentifiedImageError:
         unknown = f"it is of no kind known here{lfs_note(name)}"
         raise ImageError(f"{name} is not a readable picture: {unknown}") from None
@@ -195,27 +191,20 @@ class FrozenEncoder(nn.Module):
             image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """
         name = os.path.expanduser(name)
-        try:
-            # A program may have set another default device, by `torch.set_default_device`.
-            with quiet_library(), torch.device("cpu"):
-                where = loading_options(name, revision)
-                config = transformers.AutoConfig.from_pretrained(name, **where)
-                config = getattr(config, "vision_config", config)
-                tower_class, options = _tower_class(config)
-                processor = _load_processor(name, config, where)
-                check_sizes(name, processor, config)
-                options |= where | {"output_loading_info": True, "dtype": torch.float32}
-                tower, info = tower_class.from_pretrained(name, config=config, **options)
-                processor(images=[Image.new("RGB", (8, 8))])  # it may lack a library
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
-            place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
-            note = next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
-            raise UserError(
-                f"the encoder {name!r} can't be loaded from that {place}: "
-                f"{first_line(error).rstrip('.')}{note}. Give another one with {flag}."
-            ) from None
+        place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
+        place += next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
+        wrong = f"the encoder {name!r} can't be loaded from that {place}: give another with {flag}"
+        # A program may have set another default device, by `torch.set_default_device`.
+        with refused(wrong), quiet_library(), torch.device("cpu"):
+            where = loading_options(name, revision)
+            config = transformers.AutoConfig.from_pretrained(name, **where)
+            config = getattr(config, "vision_config", config)
+            tower_class, options = _tower_class(config)
+            processor = _load_processor(name, config, where)
+            check_sizes(processor, config)
+            options |= where | {"output_loading_info": True, "dtype": torch.float32}
+            tower, info = tower_class.from_pretrained(name, config=config, **options)
+            processor(images=[Image.new("RGB", (8, 8))])  # it may lack a library
         missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
         if wrong := missing + sorted(map(str, info["mismatched_keys"])):
             raise UserError(
@@ -366,24 +355,21 @@ class FrozenEncoder(nn.Module):
         alone the same: there are some that pool, or leave patches out at random."""
         shapes = ((96, 64), (64, 160))
         pictures = [Image.radial_gradient("L").convert("RGB").resize(shape) for shape in shapes]
-        try:
+        size = " or ENCODER_IMAGE_SIZE" * ("image_size" in self.source)
+        with refused(
+            f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
+            f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))}: "
+            f"choose another, or other layers{size}"
+        ):
             alone, other = (self.preprocess([picture]) for picture in pictures)
             device = next(self.parameters()).device
             first = self({name: alone[name].to(device) for name in alone})
             both = self({name: torch.cat([alone[name], other[name]]).to(device) for name in alone})
-            wrong = f"it gives {tuple(both.shape)} for two pictures"
-            if both.dim() == 3 and len(both) == 2 and both.shape[2] == self.width:
-                apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
-                wrong = "the same picture gives others" if apart > 0.05 * first.norm() else ""
-        except Exception as error:  # noqa: BLE001 - what a library's model raises is without end
-            wrong = first_line(error)
-        if wrong:
-            size = self.source.get("image_size")
-            raise UserError(
-                f"the encoder {self.source['name']!r} makes no sequence of {self.width} numbers a "
-                f"patch of each picture with --encoder_layers={','.join(map(str, self.layers))} "
-                f"({wrong}): choose another, or other layers{' or ENCODER_IMAGE_SIZE' * bool(size)}"
-            )
+            if both.dim() != 3 or len(both) != 2 or both.shape[2] != self.width:
+                raise ValueError(f"it gives {tuple(both.shape)} for two pictures")
+            apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
+            if apart > 0.05 * first.norm():
+                raise ValueError("the same picture gives others")
 
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -456,13 +442,11 @@ def _middle(image: Image.Image, ratio: int) -> Image.Image:
 
 def parse_layers(text: str) -> tuple[int, ...]:
     """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers."""
-    try:
+    with refused(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"'):
         return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"') from None
 
 
-def check_sizes(name: str, processor: Any, *configs: Any) -> None:
+def check_sizes(processor: Any, *configs: Any) -> None:
     """Refuse what files of a few bytes say, but no machine has the time or memory for."""
     sizes = filter(None, (processor.size, getattr(processor, "crop_size", None)))
     sides = [dict(size).get(side) or 0 for size in sizes for side in SIDES]
@@ -470,9 +454,7 @@ def check_sizes(name: str, processor: Any, *configs: Any) -> None:
     layers += [sum(getattr(config, "depths", ())) for config in configs]  # of a network's stages
     for what, said in {"layers": layers, "pixels along a side": sides}.items():
         if max(said, default=0) > MOST_SAID:
-            raise UserError(
-                f"the encoder {name!r} says that it has {max(said):,} {what}: choose another"
-            )
+            raise ValueError(f"it says that it has {max(said):,} {what}")
 
 
 def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:

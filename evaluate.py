@@ -53,7 +53,7 @@ from features import build_features, file_digest
 from generation import Hypothesis, generate_cached
 from hub import locate_checkpoint
 from options import SPLITS, change_options, given_options
-from utils import UserError, check_output, command, first_line, pip, run_script, write_file
+from utils import UserError, check_output, command, first_line, pip, refused, run_script, write_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -341,21 +341,17 @@ def java_scores(
 def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
     """A CLIP model, and what makes its pixels and tokens."""
     load, processor = transformers.CLIPModel.from_pretrained, transformers.AutoImageProcessor
-    try:
+    with refused(f"the CLIP model {name!r} can't be loaded"):
         with quiet_library():
             options = loading_options(name)
             config = transformers.CLIPConfig.from_pretrained(name, **options)
             pictures = processor.from_pretrained(name, backend="pil", **options)
-            check_sizes(name, pictures, config.text_config, config.vision_config)
+            check_sizes(pictures, config.text_config, config.vision_config)
             model, info = load(name, output_loading_info=True, **options)
             words = transformers.AutoTokenizer.from_pretrained(name, **options)
         # The library fills both gaps by chance or with nothing, and any score would come out.
         if info["missing_keys"] or {*words("a dog").input_ids} <= {*words.all_special_ids}:
             raise ValueError("it has no CLIP's weights, or no tokenizer")
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a name, a file or the network may not be there
-        raise UserError(f"the CLIP model {name!r} can't be loaded: {first_line(error)}") from None
     return model.to(device).eval(), pictures, words
 
 

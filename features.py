@@ -38,16 +38,7 @@ from torch import Tensor
 from device import autocast
 from distributed import ALONE, Team
 from encoder import FrozenEncoder, ImageError, decisive
-from utils import (
-    Bar,
-    UserError,
-    atomic_write,
-    read_json,
-    require_room,
-    size_text,
-    sole_user,
-    write_file,
-)
+from utils import Bar, UserError, atomic_write, require_room, size_text, sole_user, write_file
 
 FORMAT = 1
 PACK_BYTES = 64 * 2**20  # of the photos of a folder
@@ -215,10 +206,7 @@ def build_features(
             with Bar(len(own), "features", "photo", quiet=not team.leads) as bar:
                 for labels, features in encoded:
                     parts += [(labels, features.cpu())] if labels else []
-                    first = bar.done == 0
                     bar.step(min(batch_size, len(own) - bar.done))
-                    if first and (left := bar.minutes_left) > 1:
-                        print(f"features: about {left:.0f} minutes, once; they are kept")
                     full = sum(features.nbytes for _, features in parts) >= PACK_BYTES
                     if parts and (full or bar.done == len(own)):
                         made |= add_pack(folder, parts, team.rank)
@@ -352,8 +340,8 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
 
 
 def _read_identity(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(UserError, TypeError, ValueError):
-        return dict(read_json(path))
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
+        return dict(json.loads(path.read_bytes()))
     return {}
 
 

@@ -1,8 +1,10 @@
-"""The Hugging Face Hub: fetch a checkpoint, push checkpoints beside training, write a card."""
+"""The Hugging Face Hub: fetch a checkpoint; push checkpoints beside training, with a card and all
+by which plain `transformers` loads them."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import (
     CommitOperationAdd,
     EvalResult,
@@ -39,9 +42,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 import utils
-from checkpoint import Checkpoint, link_or_copy
+from checkpoint import Checkpoint, link_for_others
 from encoder import hub_problem
-from utils import UserError, first_line, shown, write_error
+from tokenizer import ANSWER, ANSWER_ID, ASKING, END_ID, FULL_STOPS, PAD_ID, START_ID
+from utils import UserError, first_line, program, refused, shown, write_error
 
 WEIGHTS = "model.safetensors"
 
@@ -49,7 +53,7 @@ WEIGHTS = "model.safetensors"
 def login() -> str:
     # A token of the environment counts before that of any login.
     first = "unset HF_TOKEN and " * bool(os.environ.get("HF_TOKEN"))
-    return f"{first}run {utils.program_command('hf', 'auth login')}"
+    return f"{first}run {shlex.join([program('hf'), 'auth', 'login'])}"
 
 
 # --- Download -------------------------------------------------------------------------------
@@ -69,26 +73,22 @@ DOWNLOAD_PROBLEMS = (  # the first that fits counts: some of these are subclasse
 
 
 def locate_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The file of a checkpoint that is here, or on the Hub as `user/repo`."""
+    """The file of a checkpoint that is here, or that of the Hub's `user/repo`, fetched into its
+    cache; without a network, what is there."""
     name = os.path.expanduser(checkpoint)  # in --checkpoint=~/... no shell does
     here = os.path.exists(name) or Path(name).suffix in (".safetensors", ".pt")
     if here or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name)  # which need not be there
-    return download_checkpoint(name, revision)
-
-
-def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a repository's weights into the Hub cache; without a network, use what is there."""
-    name = repo_id if revision is None else f"{repo_id} (revision {revision})"
     try:
-        validate_repo_id(repo_id)
+        validate_repo_id(name)
         offline = bool(hub_problem())
-        return Path(hf_hub_download(repo_id, WEIGHTS, revision=revision, local_files_only=offline))
+        return Path(hf_hub_download(name, WEIGHTS, revision=revision, local_files_only=offline))
     except (HTTPError, LocalEntryNotFoundError, ImportError, ValueError) as error:
         # The last two: a name that is none, or a proxy in the environment that the client lacks.
         known = (text for kind, text in DOWNLOAD_PROBLEMS if isinstance(error, kind))
         said = next(known, "").format(login=login()) or _reason(error)
-        raise UserError(f"checkpoint {name}: {said}") from error
+        of = f" (revision {revision})" if revision else ""
+        raise UserError(f"checkpoint {name}{of}: {said}") from error
     except OSError as error:
         raise write_error(error, Path(constants.HF_HUB_CACHE)) from error
 
@@ -109,7 +109,7 @@ REFUSALS = {
 @dataclass(frozen=True)
 class _Upload:
     checkpoint: Path
-    weights: Path  # our own link to it, or what `link` made of it
+    weights: Path  # our own link to it, or what of it may leave this machine
     files: dict[str, bytes]  # the others, by name
     message: str
 
@@ -136,19 +136,15 @@ class HubPusher:
         self._problem: str | None = None  # of the last push; "" once it has arrived
         if not repo_id:
             return
-        try:
+        wrong = f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: write user/name"
+        with refused(f"{wrong}, or leave it empty to push nowhere"):
             validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise UserError(
-                f"HF_REPO_ID is {repo_id!r}, which can't name a Hub repository: "
-                "write user/name, or leave it empty to push nowhere"
-            ) from error
         if get_token() is None:
             report(f"Hub: no login, checkpoints stay on this machine; to share them, {login()}")
             return
         with contextlib.suppress(Exception):  # the first push asks again
             get_session().timeout = LOGIN_TIMEOUT
-            if refusal := _refusal(repo_id, HfApi(token=True).whoami()):
+            if refusal := _forbidden(repo_id, HfApi(token=True).whoami()):
                 report(f"Hub: nothing is pushed: {refusal}")
                 return
         self.active = True
@@ -156,24 +152,17 @@ class HubPusher:
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-    def push(
-        self,
-        checkpoint: Path,
-        files: Mapping[str, str],
-        message: str,
-        link: Callable[[Path, Path], None] = link_or_copy,
-    ) -> None:
+    def push(self, checkpoint: Path, files: Mapping[str, str], message: str) -> None:
         """Queue one commit of the weights and of other files' texts by name; returns at once.
 
-        `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned: `link`
-        gives it a second name, or makes of it what is to be sent.
+        `checkpoint` may be deleted, or replaced by renaming, as soon as this has returned.
         """
         if not self.active:
             return
         self._newest = Path(checkpoint)
         weights = checkpoint.with_name(f".{checkpoint.name}.hub-{uuid.uuid4().hex}.tmp")
         try:
-            link(checkpoint, weights)  # so that it outlives its name
+            link_for_others(checkpoint, weights)  # which outlives its name
         except (OSError, UserError) as error:
             weights.unlink(missing_ok=True)
             self._failed(error)
@@ -217,13 +206,9 @@ class HubPusher:
             upload.weights.unlink(missing_ok=True)
         arrived = not left and not self._problem
         if was_active and not arrived:
-            self._report(
-                "Hub: the last checkpoint has not arrived "
-                f"({self._problem or f'no end after {timeout:.0f} s'}); to send it: "
-                + utils.program_command(
-                    "hf", f"upload {self.repo_id} {shlex.quote(str(to_send))} {WEIGHTS}"
-                )
-            )
+            why = self._problem or f"no end after {timeout:.0f} s"
+            send = shlex.join([program("hf"), "upload", self.repo_id, str(to_send), WEIGHTS])
+            self._report(f"Hub: the last checkpoint has not arrived ({why}); to send it: {send}")
         return arrived
 
     @staticmethod
@@ -268,7 +253,7 @@ class HubPusher:
         get_session().timeout = STALL_TIMEOUT
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
         if not self._ready:
-            if refusal := _refusal(self.repo_id, api.whoami()):
+            if refusal := _forbidden(self.repo_id, api.whoami()):
                 raise UserError(refusal)
             api.create_repo(self.repo_id, exist_ok=True)
             self._ready = True
@@ -288,7 +273,7 @@ class HubPusher:
             self._report(line)
 
 
-def _refusal(repo_id: str, account: Mapping[str, Any]) -> str | None:
+def _forbidden(repo_id: str, account: Mapping[str, Any]) -> str | None:
     """Why this account can't write to the repository, with the remedy; None if it may."""
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -323,6 +308,93 @@ def _reason(error: Exception) -> str:
     if isinstance(error, HTTPError):
         return f"the Hub can't be reached ({type(error).__name__})"
     return redact(f"{type(error).__name__}: {first_line(error)}")
+
+
+# --- What plain `transformers` loads ---------------------------------------------------------
+
+CODE = "modeling_captioner"
+TRUST = "AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)"
+PROCESSOR = "VisionCaptionerProcessor"  # of which a pipeline that is saved keeps no file
+AUTO = {
+    "AutoConfig": "VisionCaptionerConfig",
+    "AutoModelForImageTextToText": "VisionCaptioner",
+    "AutoModel": "VisionCaptioner",
+    "AutoProcessor": PROCESSOR,
+}
+
+
+def refusal(tower: dict[str, Any]) -> str:
+    """Why a captioner with this encoder can't be used by `transformers` alone, if it can't."""
+    takes = inspect.signature(getattr(transformers, tower["class"]).forward).parameters.values()
+    needed = {each.name for each in takes if each.default is each.empty}
+    if more := sorted(needed - {"self", "pixel_values", "args", "kwargs"}):
+        return (
+            f"the encoder takes more than pixels ({', '.join(more)}), which transformers alone "
+            "would not give it: use the checkpoint itself, with this project"
+        )
+    return ""
+
+
+def repository_files(checkpoint: Checkpoint, tower: dict[str, Any]) -> dict[str, str]:
+    """All that stands beside `model.safetensors`, {file: text}, unless there is a `refusal`;
+    `tower` is `FrozenEncoder.for_others()`."""
+    if why := refusal(tower):
+        raise UserError(why)
+    size, options = checkpoint.model.config, checkpoint.generation
+    described = checkpoint.for_others().description()
+    described["encoder"] |= {"name": tower.get("name")}
+    del described["tokenizer"]  # it has files of its own
+    special = {"pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID}
+    config = {
+        "model_type": "vision_captioner",
+        "architectures": ["VisionCaptioner"],
+        "auto_map": {auto: f"{CODE}.{kind}" for auto, kind in AUTO.items()},
+        "tower": {key: tower[key] for key in tower if key != "processor"},
+        "layers": checkpoint.encoder["layers"],
+        "feature_width": checkpoint.model.feature_width,
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "ff_dim": size.ff_dim,
+        "max_position_embeddings": size.max_length,
+        "tie_word_embeddings": False,  # the output layer is the embedding itself
+        "dtype": "float32",
+        "transformers_version": transformers.__version__,
+        "trained": described,
+        "answer_token_id": ANSWER_ID,  # closes a question
+        **special,
+    }
+    generation = {
+        **special,
+        "suppress_tokens": [PAD_ID, START_ID, ANSWER_ID],
+        "num_beams": options.beam_size,
+        "length_penalty": options.length_penalty,
+        "no_repeat_ngram_size": options.no_repeat_ngram,
+    }
+    # Classes of the library itself, which would otherwise take what they know of this for their
+    # own configuration and give random weights, stumble over these.
+    config |= dict.fromkeys(("hidden_act", "activation_function"), TRUST)
+    config |= {part: {"model_type": TRUST} for part in ("encoder", "decoder")}
+    if held := checkpoint.reranker:
+        config |= {"reranker": held.sizes, "rerank": options.rerank}
+    ours = {"processor_class": PROCESSOR, "auto_map": {"AutoProcessor": f"{CODE}.{PROCESSOR}"}}
+    files = checkpoint.tokenizer.to_files()
+    of_tokenizer = json.loads(files["tokenizer_config.json"])
+    of_tokenizer |= {"padding_side": "left", "additional_special_tokens": [ANSWER]}
+    of_tokenizer["model_max_length"] = size.max_length  # half of which a question may take
+    if end := checkpoint.tokenizer.question_end:  # what it takes the place of, one after the other
+        of_tokenizer["question_end"] = [f" .{FULL_STOPS}", ASKING, end]
+    texts = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "processor_config.json": ours,
+        "tokenizer_config.json": of_tokenizer,
+    }
+    files |= {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+    for name in (CODE, "pictures", "decoder", "rerank"):  # which import nothing else of ours
+        files[f"{name}.py"] = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+    return files | {"preprocessor_config.json": tower["processor"]}
 
 
 # --- Model card -----------------------------------------------------------------------------

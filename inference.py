@@ -392,10 +392,6 @@ def find_photos(paths: Sequence[str], recursive: bool = True) -> list[Photo]:
     others: Counter[str] = Counter()
 
     for text in paths:
-        if not text:
-            raise UserError("a path is empty: is a variable of your shell not set?")
-        if "://" in text:
-            raise UserError(f"{text} is an address: download the photo, and give the file")
         path, above = Path(text).expanduser(), "" if len(paths) == 1 else text
         files = {above or path.name: path}
         if os.path.isdir(path):

@@ -240,9 +240,6 @@ def score(
     Returns `{"BLEU-1": ..., ..., "BLEU-4": ..., "ROUGE-L": ..., "CIDEr-D": ...}` of them all, and
     the CIDEr-D of each image, in the order of `captions`; its document frequencies come from
     `references`.
-
-    Raises:
-        ValueError: the two don't name the same images, or there is no reference (or no image).
     """
     if not captions or captions.keys() != references.keys() or not all(references.values()):
         raise ValueError("a score needs at least one image, and of each a caption and a reference")
@@ -251,10 +248,10 @@ def score(
         for image, caption in captions.items()
     ]
     cider = CiderD({i: [*map(_words, targets)] for i, (_, targets) in enumerate(pairs)})
-    each = cider.scores(range(len(pairs)), (_words(caption) for caption, _ in pairs))
+    each = [cider.score(i, _words(caption)) for i, (caption, _) in enumerate(pairs)]
     table = {f"BLEU-{n}": value for n, value in enumerate(_bleu(pairs), start=1)}
-    table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(each.mean())}
-    return table, dict(zip(captions, each.tolist(), strict=True))
+    table |= {"ROUGE-L": _rouge_l(pairs), "CIDEr-D": float(np.mean(each))}
+    return table, dict(zip(captions, each, strict=True))
 
 
 class CiderD:
@@ -268,9 +265,6 @@ class CiderD:
 
         Args:
             references: image -> its reference captions, each a sequence of tokens.
-
-        Raises:
-            ValueError: there is no image, or an image without a reference.
         """
         if not references or not all(references.values()):
             raise ValueError("CIDEr-D needs at least one reference for each image")
@@ -328,13 +322,6 @@ class CiderD:
                 norms.append(math.sqrt(square))
             levels.append((table, norms))
         return [*map(len, references)], levels
-
-    def scores(
-        self, images: Iterable[Hashable], hypotheses: Iterable[Sequence[Hashable]]
-    ) -> np.ndarray:
-        """CIDEr-D times 100 of each hypothesis for the image beside it; shape (hypotheses,)."""
-        pairs = zip(images, hypotheses, strict=True)
-        return np.array([self.score(image, tokens) for image, tokens in pairs])
 
 
 _Pairs = list[tuple[list[str], list[list[str]]]]  # a caption's tokens, and its references'

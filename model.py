@@ -125,18 +125,14 @@ class CaptionModel(nn.Module):
         """Where the decoder looks: (captions, layers, heads, length, patches).
 
         Args:
-            features: one photo's (1, patches, feature_width), on the model's device.
-            tokens: its captions (captions, length), from START; what stands at place i of the
-                result is how the token after the i-th was chosen. Padding may follow.
+            features: each caption's photo's (captions, patches, feature_width), on the model's
+                device.
+            tokens: (captions, length), from START; what stands at place i of the result is how
+                the token after the i-th was chosen. Padding may follow.
         """
-        rows = tokens.shape[0]
-        memory = [
-            (keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
-            for keys, values in self.memory(features)
-        ]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = row_mask(torch.zeros_like(tokens))
-        return self.decoder.cross_attention(tokens, positions, mask, memory)
+        return self.decoder.cross_attention(tokens, positions, mask, self.memory(features))
 
     def loss(
         self,

@@ -75,19 +75,16 @@ def change_options(own: GenerationOptions, asked: bool, **given: Any) -> Generat
     usual = dataclasses.asdict(GenerationOptions() if asked else own)
     if strange := [name for name in given if name not in usual]:
         raise UserError(f"{strange[0]} is no option: there are {', '.join(usual)}")
-    try:
-        return typed(GenerationOptions, usual | given)
-    except TypeError as error:
-        raise UserError(str(error)) from None
+    return typed(GenerationOptions, usual | given)
 
 
 def typed(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass of plain values; TypeError where one isn't of the type that its field has."""
+    """A dataclass of plain values; refused where one isn't of the type that its field has."""
     hints = get_type_hints(kind)
     for name, value in values.items():
         hint = hints.get(name, object)
         if not fits(value, hint):
-            raise TypeError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
+            raise UserError(f"{name} is {value!r}: it must be {getattr(hint, '__name__', hint)}")
     return kind(**values)
 
 

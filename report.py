@@ -23,15 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import fonts_for
-from checkpoint import link_for_others
 from corpus import Data
 from dataset import prompts_about, references_of
 from encoder import open_image
-from hub import HubPusher, model_card
+from hub import HubPusher, model_card, refusal, repository_files
 from metrics import without_spaces
 from photo_names import DRAWN
-from run import MEASURES, Run, Written, on_record
-from standalone import refusal, repository_files
+from run import KEPT, MEASURES, Run, Written, on_record
 from tracking import Tracker
 from utils import Bar, UserError, atomic_write, beside, command, redact, shown, size_text
 
@@ -41,6 +39,7 @@ FEW_SCORED = 20  # captions of fewer photos are better in one epoch than in anot
 GREY = "#718096"
 BLUE = "#2b6cb0"
 COLOURS = {"training": "#dd6b20", "": GREY}  # of a line, by its label
+FOLDERS = r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+"  # of a command's absolute paths: nobody's business
 
 
 class Report(contextlib.AbstractContextManager):
@@ -171,6 +170,7 @@ class Report(contextlib.AbstractContextManager):
         run, data, settings = self.run, self.data, self.run.settings
         scored, tars = min(settings.SCORED_IMAGES, len(data.splits["val"])), settings.VAL_SHARDS
         checkpoint = run.checkpoint(scores_of(entry))
+        begun = redact(shlex.join(["python", "train.py", *settings.arguments]))
         card = model_card(
             settings.HF_REPO_ID,
             checkpoint,
@@ -178,13 +178,13 @@ class Report(contextlib.AbstractContextManager):
             scored=dataset_name(settings, "VAL_SHARDS"),
             split=redact(tars).split("/")[-1] if tars else f"{settings.SPLIT} val",
             scorer=f"metrics.py, greedily, on {scored:,} photos; the loss on all",
-            command=without_folders(shlex.join(["python", "train.py", *settings.arguments])),
+            command=re.sub(FOLDERS, "", begun),
             samples=entry["samples"],
             question=self._question(data.splits["val"]),
             language="en" if settings.DATASET != "custom" and not settings.TRAIN_SHARDS else None,
         )
         files = repository_files(checkpoint, data.tower) | {"README.md": card}
-        self.pusher.push(path, files, f"epoch {entry['epoch']}", link_for_others)
+        self.pusher.push(path, files, f"epoch {entry['epoch']}")
 
     # --- at the end ---
 
@@ -216,14 +216,11 @@ class Report(contextlib.AbstractContextManager):
         self._draw()
         if self.at_end and run.team.leads:
             self.at_end(path, self.data)
-        loss = run.file_of("val_loss", losses[-1]) if losses else None  # which may be gone
-        if loss:
-            print(f"\nbest checkpoint (validation loss {losses[-1]['val_loss']:.4f}): {loss}")
-        if path == run.file_of("val_cider", entry):
-            print(f"best captions (greedy CIDEr {entry['val_cider']:.1f}): {path}")
-        for answers in run.bests("val_accuracy")[-1:]:
-            right = f"{answers['val_accuracy']:.1f} % right"
-            print(f"best answers ({right}): {run.file_of('val_accuracy', answers)}")
+        print()
+        for measure in KEPT:  # of some the file may be gone, and so none be the best
+            for won in run.bests(measure)[-1:]:
+                line = MEASURES[measure].line.format(won[measure])
+                print(f"best {line}: {run.file_of(measure, won)}")
         name = self.data.splits["val"][0]  # which was read; of those to test none was
         photo, question = self.data.paths.images / name, self._question([name])
         flags = ["--image_path", photo, "--checkpoint", path]
@@ -275,11 +272,6 @@ def dataset_name(settings: SimpleNamespace, shards: str = "TRAIN_SHARDS") -> str
     return Path(settings.DATA_DIR).resolve().name
 
 
-def without_folders(command: str) -> str:
-    """A command without secrets, and without the folders of this machine's absolute paths."""
-    return re.sub(r"(?<![\w:/.])~?/(?:[^\s/='\"]+/)+", "", redact(command))
-
-
 def say(text: str) -> None:
     """Print a line without tearing a progress bar."""
     tqdm.write(text, file=sys.stdout)
@@ -291,16 +283,15 @@ def say(text: str) -> None:
 
 @dataclass
 class Update:
-    """What one update found; the tensors are on the run's device, the same in a team."""
+    """What one update found, the same in a team."""
 
     step: int
     batches: int
     names: list[str]  # of this process's photos
-    # Of all processes: loss in nats and tokens (self-critical: CIDEr-D and captions), how many are
-    # asked to stop, photos.
-    totals: Tensor
-    norm: Tensor  # of the gradient
-    bad: Tensor  # 1 where loss or gradient were not finite, and so nothing was changed
+    # On the run's device. Of all processes: loss in nats and tokens (self-critical: CIDEr-D and
+    # captions), how many are asked to stop, photos; the norm of the gradient; and 1 where loss or
+    # gradient were not finite, and so nothing was changed.
+    figures: Tensor
     rate: float  # the learning rate
     copied: torch.Event | None = None  # after which a GPU's figures can be read here
 
@@ -320,9 +311,8 @@ class Ledger:
         self.bar = Bar(batches, label, "batch", run.progress.batch, quiet=not run.team.leads)
 
     def note(self, update: Update) -> None:
-        if update.totals.is_cuda:  # asked for later, they would come after the next step as well
-            for name in ("totals", "norm", "bad"):
-                setattr(update, name, getattr(update, name).to("cpu", non_blocking=True))
+        if update.figures.is_cuda:  # asked for later, they would come after the next step as well
+            update.figures = update.figures.to("cpu", non_blocking=True)
             update.copied = torch.cuda.current_stream(self.run.device).record_event()
         self.waiting.append(update)
         self._enter(self.late)
@@ -343,10 +333,10 @@ class Ledger:
             update = self.waiting.popleft()
             if update.copied:
                 update.copied.synchronize()
-            figure, count, stop, photos = update.totals.tolist()
+            figure, count, stop, photos, norm, bad = update.figures.tolist()
             self.stopping = stop > 0  # who is asked once stays so
             self.photos += int(photos)
-            if update.bad.item():
+            if bad:
                 self._enter_bad(update)
                 continue
             progress.bad_steps = 0
@@ -354,15 +344,15 @@ class Ledger:
             progress.loss_count += int(count)
             self.counted += int(count)
             if update.step % 20 == 0:
-                self._track(update, figure / max(1, count))
+                self._track(update, figure / max(1, count), norm)
 
-    def _track(self, update: Update, loss: float) -> None:
+    def _track(self, update: Update, loss: float, norm: float) -> None:
         kind, unit = ("beam_cider", "captions") if self.run.self_critical else ("loss", "tokens")
         now = time.monotonic()
         rate = self.counted / (now - self.since)
         self.since, self.counted = now, 0
         values = {f"train/{kind}": loss, f"train/{unit}_per_s": rate}
-        values |= {"train/learning_rate": update.rate, "train/grad_norm": update.norm.item()}
+        values |= {"train/learning_rate": update.rate, "train/grad_norm": norm}
         self.tracker.log(values, update.step)
 
     def _enter_bad(self, update: Update) -> None:

@@ -223,13 +223,8 @@ def _table(captions: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, ...
     several = kept[entries // len(sizes)]
     starts = np.concatenate([[0], np.cumsum(frequencies[kept])])
     places = (entries % len(sizes))[several].astype(np.int32)
-    return (
-        grams[kept],
-        inverse[kept].astype(np.float32),
-        starts,
-        places,
-        values[several].astype(np.float16),
-    )
+    weights, values = inverse[kept].astype(np.float32), values[several].astype(np.float16)
+    return grams[kept], weights, starts, places, values
 
 
 def _unit(owners: np.ndarray, levels: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ from rerank import Reranker
 from self_critical import critical_epochs
 from settings import FILES, OR_ON_HUB, TEXTS_OR_NONE, check_ranges, constants
 from shards import Rows
-from utils import UserError, first_line, last_part, redact
+from utils import UserError, last_part, redact, refused
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,8 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
     saved, model = checkpoint.training, checkpoint.model
     if saved is None:
         raise UserError(f"{path} is for use only: resume from the .pt beside it, or from last.pt")
-    try:
+    begin = f"give --resume_checkpoint_path none --start_checkpoint {path}"
+    with refused(f"{path} holds no state of a training to go on from: to use its weights, {begin}"):
         Progress.restored(saved["progress"])
         weights, own = saved["weights"], model.state_dict()
         pairs = [(weights.get(name), own.get(name)) for name in {**weights, **own}]
@@ -363,12 +364,6 @@ def load_to_resume(settings: SimpleNamespace, path: Path) -> Checkpoint:
             fit = (there.shape, there.dtype) == (wanted.shape, wanted.dtype)
             if not fit or not there.isfinite().all():
                 raise ValueError(f"a tensor of {there.dtype} {[*there.shape]} is none of its own")
-    except Exception as error:  # noqa: BLE001 - a made-up state can be wrong in any way
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{path} holds no state of a training to go on from ({reason}): to begin with its "
-            f"weights, give --resume_checkpoint_path none --start_checkpoint {path}"
-        ) from None
     return checkpoint
 
 
@@ -498,10 +493,7 @@ def set_random_state(run: Run, saved: dict[str, Any] | None) -> None:
     states = [saved["random"], *saved.get("other_random", [])] if saved else []
     team, device = run.team, run.device
     if states and len(states) != team.size:
-        print(
-            f"trained by {len(states)} processes before, {team.size} now: those that are new "
-            "draw their own random numbers"
-        )
+        print(f"resumed   with {team.size} processes (was {len(states)})")
     if team.rank < len(states):
         state = states[team.rank]
         torch.set_rng_state(state["cpu"])

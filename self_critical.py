@@ -6,7 +6,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 from torch import Tensor
@@ -63,8 +62,12 @@ class Critic:
         words = [tokenize(decode(h.tokens)) + [END] * h.ended for h in hypotheses]
         return [self.cider.score(name, caption) for caption in words]
 
-    def search(self, model: CaptionModel, names: Sequence[str], features: Tensor) -> list[Beams]:
-        """The model's own beams for each photo, none for one without references.
+    def search(
+        self, model: CaptionModel, names: Sequence[str], features: Tensor
+    ) -> tuple[list[list[list[int]]], list[float], list[float]]:
+        """The model's own beams as ids for each photo, none for one without references; the rewards
+        of all; and what the cross-entropy of each of their targets is to be multiplied with, so
+        that its gradient is the policy's.
 
         The beams of a search stand for samples, each measured against the others (Cornia et al.
         2020): what they differ in is what the choice of a caption depends on. Samples proper are
@@ -72,16 +75,17 @@ class Critic:
 
         Args: `features` (images, patches, feature_width).
         """
-        found = [Beams([], [], []) for _ in names]
+        found: list[list[list[int]]] = [[] for _ in names]
+        rewards, scales = [], []
         known = [row for row, name in enumerate(names) if name in self.references]
         searched = generate(model, features[known].float(), self.options)
         for row, beams in zip(known, searched, strict=True):
-            ids = [[START_ID, *h.ids] for h in beams]
-            rewards = self.rewards(names[row], beams)
-            pairs = zip(advantages(rewards), ids, strict=True)
-            scales = [gain / 100 for gain, caption in pairs for _ in caption[1:]]
-            found[row] = Beams(ids, rewards, scales)
-        return found
+            found[row] = [[START_ID, *h.ids] for h in beams]
+            own = self.rewards(names[row], beams)
+            rewards += own
+            pairs = zip(advantages(own), beams, strict=True)
+            scales += [gain / 100 for gain, h in pairs for _ in h.ids]
+        return found, rewards, scales
 
 
 def words_of(references: Mapping[str, Sequence[str]]) -> dict[str, list[list[str]]]:
@@ -97,19 +101,6 @@ def tells_apart(references: Mapping[str, Sequence[str]]) -> bool:
     words = words_of(references)
     cider = CiderD(words)
     return any(cider.score(name, captions[0]) for name, captions in words.items())
-
-
-@dataclass(frozen=True)
-class Beams:
-    """A photo's beams as ids, and their rewards.
-
-    `scales` are what the cross-entropy of each of their targets is to be multiplied with, so that
-    its gradient is the policy's.
-    """
-
-    ids: list[list[int]]
-    rewards: list[float]
-    scales: list[float]
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

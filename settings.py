@@ -15,7 +15,11 @@ from utils import UserError, redact
 # How settings and flags are called that name a file or a folder, or else what is on the Hub.
 FILES, OR_ON_HUB = ("_DIR", "_FILE", "CHECKPOINT_PATH"), ("ENCODER_MODEL_NAME", "CHECKPOINT")
 NO_ADDRESS = (*FILES, *OR_ON_HUB, "ENCODER", "CLIP", "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
-NO_ADDRESS += ("ATTENTION", "ARCHIVE")
+NO_ADDRESS += ("ATTENTION", "ARCHIVE", "PHOTO", "IMAGE_PATH")
+TEXTS = (
+    "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
+    "PRECISION"
+).split()
 TEXTS_OR_NONE = (
     "IMAGE_DIR CAPTIONS_FILE QUESTIONS_FILE VOCAB_FILE MERGES_FILE KARPATHY_FILE TRAIN_SHARDS "
     "VAL_SHARDS ENCODER_REVISION FEATURES_DIR OUTPUT_DIR START_CHECKPOINT RESUME_CHECKPOINT_PATH "
@@ -93,8 +97,9 @@ class Parser(argparse.ArgumentParser):
         flags = super().parse_args(*given)
         check_ranges(flags)
         for name, value in vars(flags).items():
-            full = name == "DATA_DIR" or (name.islower() and self.get_default(name) != "")
-            if full and isinstance(value, str) and not value.strip():
+            kept = name in ("DATA_DIR", "PHOTO") or name.islower()
+            given = value if isinstance(value, list) else [value]
+            if kept and self.get_default(name) != "" and not all(str(x).strip() for x in given):
                 flag = name if name.isupper() else f"--{name}"
                 raise UserError(f"{flag} is empty: is a variable of your shell not set?")
         return flags
@@ -158,6 +163,9 @@ def check_ranges(settings: object) -> None:
         if "://" in str(value) and name.upper().endswith(NO_ADDRESS):
             use = "give a file or folder here, or of what is on the Hub user/repo"
             raise UserError(f"{name} is {value}, an address: {use}")
+        text = isinstance(value, str) or (not value and name in TEXTS_OR_NONE)
+        if name in (*TEXTS, *TEXTS_OR_NONE) and not text:
+            raise UserError(f'{name} is {value!r}: it must be a text, in quotes ("...")')
         least, most = RANGES.get(name.upper(), (None, None))
         if least is None or (value is None and name.islower()):  # a flag that isn't given
             continue

@@ -19,7 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from utils import SURROGATES, UserError, write_changed
+from utils import SURROGATES, UserError, refused, write_changed
 
 PAD, START, END, ANSWER = "<pad>", "<start>", "<end>", "<answer>"
 SPECIAL_TOKENS = (PAD, START, END, ANSWER)
@@ -112,13 +112,11 @@ class CaptionTokenizer:
     @classmethod
     def load(cls, vocab_file: Path, merges_file: Path) -> CaptionTokenizer:
         """Read vocab.json and merges.txt."""
-        try:
+        said = f"{vocab_file} and {merges_file} are no BPE files of this project"
+        with refused(f"{said}; without them a vocabulary is learned"):
             made = cls(*models.BPE.read_file(str(vocab_file), str(merges_file)))
             if missing := {*pre_tokenizers.ByteLevel.alphabet()} - made.vocab.keys():
                 raise UserError(f"{len(missing)} of the 256 bytes are not in the vocabulary")
-        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
-            said = f"{vocab_file} and {merges_file} are no BPE files of this project: {error}"
-            raise UserError(f"{said}; without them a vocabulary is learned") from None
         return made
 
     @classmethod

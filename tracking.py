@@ -13,12 +13,16 @@ from typing import Any
 
 from checkpoint import link_for_others
 from encoder import open_image
-from utils import first_line, program_command
+from utils import first_line, program
 
 OFFLINE = ("offline", "dryrun")  # two spellings of the library's for one mode
 INIT_TIMEOUT = 15  # seconds to reach the server before a run is tracked offline
 FINISH_TIMEOUT = 60  # seconds for what is still to be sent at the end
 THUMBNAIL = 224  # pixels along the longer side of a photo in the table of captions
+
+
+def login() -> str:
+    return shlex.join([program("wandb"), "login"])
 
 
 class Tracker:
@@ -61,8 +65,7 @@ class Tracker:
                 return
             self.run_id = self._run.id
             if mode in OFFLINE:
-                login = program_command("wandb", "login")
-                report(f"tracking: Weights & Biases, offline (`{login}` to see runs online)")
+                report(f"tracking: Weights & Biases, offline (`{login()}` to see runs online)")
             else:
                 report(
                     "tracking: Weights & Biases is sent the settings, figures, best checkpoints "
@@ -99,7 +102,7 @@ class Tracker:
         """The command that sends what is in the run's files, of this and earlier sessions."""
         files = Path(self._run.dir).parent
         session = re.sub(r"run-[\d_]+-", "run-*-", files.name)
-        return program_command("wandb", f"sync {shlex.quote(str(files.parent))}/{session}")
+        return f"{shlex.join([program('wandb'), 'sync', str(files.parent)])}/{session}"
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Show values at an update of the training; steps must not fall."""
@@ -148,8 +151,7 @@ class Tracker:
         with self._careful():
             self._run.finish()
             if self._run.settings.mode in OFFLINE:
-                command = f"{program_command('wandb', 'login')} && {self.sync_command}"
-                self._report(f"tracking: to see this run online: {command}")
+                self._report(f"tracking: to see this run online: {login()} && {self.sync_command}")
             self._run = None
 
     @contextlib.contextmanager

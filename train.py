@@ -176,7 +176,8 @@ def update(
     run.optimizer.zero_grad()
     run.update_ema(bad)
     run.progress.step += 1
-    return Update(run.progress.step, len(group), names, totals[:4], norm, bad, rate)
+    figures = torch.stack([*totals[:4], norm, bad])
+    return Update(run.progress.step, len(group), names, figures, rate)
 
 
 def learning_rate(run: Run, data: Data) -> float:
@@ -286,17 +287,16 @@ def self_critical_loss(
     in one pass with the beams, as they share the photos' memory.
     """
     with autocast(run.device, run.dtype):
-        found = data.critic.search(run.model, batch.names, features)
+        found, rewards, gains = data.critic.search(run.model, batch.names, features)
     texts = [data.train.groups[name] for name in batch.names]
     answers = [[ids for ids in group if ANSWER_ID in ids] for group in texts]
-    rows = [beams.ids + own for beams, own in zip(found, answers, strict=True)]
+    rows = [beams + own for beams, own in zip(found, answers, strict=True)]
     taught = make_batch(batch.names, rows)
-    rewards = [reward for beams in found for reward in beams.rewards]
     if not len(taught.targets):
         return no_loss(run.model), 0.0, 0
     # An advantage times -log p has the policy's gradient; the beams' stand in their own order.
     scales = torch.full([len(taught.targets)], asked)
-    scales[~taught.asked] = torch.tensor([scale for beams in found for scale in beams.scales])
+    scales[~taught.asked] = torch.tensor(gains)
     taught, scales = taught.to(run.device), scales.to(run.device)
     with autocast(run.device, run.dtype):  # anew: weights as the search cast them take no gradient
         loss = run.model.loss(features.float(), taught, scales=scales)

@@ -44,8 +44,7 @@ def check_output(flag: str, output: str | os.PathLike[str], *inputs: object) -> 
     if any(str(path) == os.path.realpath(os.path.expanduser(str(each))) for each in inputs if each):
         raise UserError(f"{flag} {output} is what is read or written already: name another")
     if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a folder: name a file in it" if os.path.isdir(path) else "no file: name another"
-        raise UserError(f"{flag} {output} is {kind}")
+        raise UserError(f"{flag} {output} is no file that could be written: name another")
     folder = next(parent for parent in path.parents if os.path.exists(parent))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UserError(f"{flag} {output}: {folder} can't be written to, choose another folder")
@@ -56,25 +55,19 @@ def require_extra(module: str, requirements: str, use: str = "this") -> ModuleTy
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(f"{use} needs {error.name}: run {pip_install(requirements)}") from None
+        raise UserError(f"{use} needs {error.name}: run {pip(requirements)}") from None
 
 
 def interpreter() -> str:
     """What to write for the Python that runs, in a command to be copied."""
-    if os.path.abspath(shutil.which("python") or "") == sys.executable:
-        return "python"
-    return _from_here(sys.executable)
+    here = os.path.abspath(shutil.which("python") or "") == sys.executable
+    return "python" if here else _from_here(sys.executable)
 
 
 def program(name: str) -> str:
     """What to write for a program that came with this Python, whose place may not be in PATH."""
     path = os.path.join(os.path.dirname(interpreter()), name)
     return path if os.path.isfile(path) else name
-
-
-def program_command(name: str, words: str) -> str:
-    """A command to be copied, of a program that came with this Python and words as a shell's."""
-    return f"{shlex.quote(program(name))} {words}"
 
 
 def beside(name: str) -> str:
@@ -92,12 +85,10 @@ def preparing() -> str:
     return f"{command('prepare_dataset.py')} with the flags of before"
 
 
-def pip(*words: str) -> str:
+def pip(what: str) -> str:
+    """The command that installs a package, or those that a file of this project's lists."""
+    words = ["-r", beside(what)] if what.endswith(".txt") else [what]
     return shlex.join([interpreter(), *"-m pip install".split(), *words])
-
-
-def pip_install(requirements: str) -> str:
-    return pip("-r", beside(requirements))
 
 
 def _from_here(path: str) -> str:
@@ -138,8 +129,7 @@ def lfs_note(path: str | os.PathLike[str]) -> str:
     """What to do about a file of which Git LFS has left a note alone; nothing of any other."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(23) == b"version https://git-lfs":
-            name = os.path.basename(path)
-            return f" ({name} is Git LFS's note of it: run git lfs pull in its folder)"
+            return f" ({Path(path).name} is Git LFS's note of it: run git lfs pull in its folder)"
     return ""
 
 
@@ -147,6 +137,16 @@ def first_line(error: BaseException) -> str:
     """What an error says, without secrets: its first line, and the next after a colon."""
     text = re.sub(r":\s*\n\s*", ": ", str(error).strip() or repr(error))
     return shown(redact(text.splitlines()[0]))
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Say of what comes from elsewhere, and can be wrong in any way, `what` it is and why."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - what is cut off or made up fails in any way
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{what} ({kind}{first_line(error)[:300]})") from None
 
 
 def redact(text: str) -> str:
@@ -340,14 +340,10 @@ class Bar(contextlib.AbstractContextManager):
         self.bar.update(count)
         if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
+            each = (now - self.started) / (self.done - self.before) / 60
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
-            print(f"{said}{self.minutes_left:.1f} min left", file=self.lines, flush=True)
-
-    @property
-    def minutes_left(self) -> float:
-        """How long the rest takes at the speed so far, of which there must be some."""
-        taken = time.monotonic() - self.started
-        return taken / (self.done - self.before) * (self.total - self.done) / 60
+            left = each * (self.total - self.done)
+            print(f"{said}{left:.1f} min left", file=self.lines, flush=True)
 
     def close(self) -> None:
         self.bar.close()

@@ -26,7 +26,7 @@ from PIL import Image
 from inference import load_captioner
 from tests.conftest import paint, run, run_without
 from tests.forked import Forked
-from utils import pip_install
+from utils import pip
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -404,7 +404,7 @@ def test_without_the_extra_it_says_what_to_install():
     result = run_without("uvicorn", "tools.app", "--checkpoint", "x.pt")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
-        f"error: the page needs uvicorn: run {pip_install('requirements-app.txt')}"
+        f"error: the page needs uvicorn: run {pip('requirements-app.txt')}"
     ]
 
 

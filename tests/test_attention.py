@@ -66,7 +66,7 @@ def test_another_threads_photo_is_not_looked_at():
 def test_several_captions_of_a_photo_have_each_their_own_weights():
     model = build_model()
     rows = captions([5, 5])
-    both = model.cross_attention(features(1), torch.tensor(rows))
+    both = model.cross_attention(features(1).expand(2, -1, -1), torch.tensor(rows))
     alone = torch.cat([model.cross_attention(features(1), torch.tensor([ids])) for ids in rows])
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 0.01

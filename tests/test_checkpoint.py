@@ -141,11 +141,11 @@ def test_no_changed_value_goes_unnoticed(checkpoint, tmp_path, suffix):
 def test_what_is_no_checkpoint_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"c{suffix}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged or not a"):
+    with pytest.raises(UserError, match="damaged, holds more than data or is not a checkpoint"):
         load_checkpoint(path)
     with pytest.raises(UserError, match="no checkpoint"):
         load_checkpoint(tmp_path / "absent.pt")
-    with pytest.raises(UserError, match="is a folder: name the .safetensors or .pt in it"):
+    with pytest.raises(UserError, match="no checkpoint .*: name a .safetensors or .pt"):
         load_checkpoint(tmp_path)
     for name in ("captioner_epoch_2", "older"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"")
@@ -398,7 +398,7 @@ def test_no_pt_takes_more_than_it_holds(tmp_path, bomb, request):
         path = tmp_path / "d.pt"
     result = run("-c", LOADS, path)
     said, peak = result.stdout.splitlines()
-    assert f"{path.name} is damaged: " in said and "checksum" not in said
+    assert f"{path.name} is damaged, " in said and "checksum" not in said
     assert int(peak) < 1_000_000
 
 

@@ -164,7 +164,7 @@ def test_sigterm_stops_all_and_another_number_goes_on(runs, tmp_path):
     assert training["progress"]["epoch"] == 1 or training["progress"]["batch"] > 0
     resumed = run(*command[1:], "--resume_checkpoint_path", tmp_path / "last.pt")
     assert resumed.returncode == 0, resumed.stderr
-    assert "trained by 2 processes before, 1 now" in resumed.stdout
+    assert "with 1 processes (was 2)" in resumed.stdout
     last = figures(resumed.stdout)[-1]
     assert last == pytest.approx(figures(runs.said[1])[-1], abs=2e-4)
 

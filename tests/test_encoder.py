@@ -154,13 +154,13 @@ def test_missing_weights_are_an_error(tmp_path):
 
 
 def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
-    with pytest.raises(UserError, match="another one with --encoder_model_name[.]$"):
+    with pytest.raises(UserError, match="give another with --encoder_model_name .Val"):
         FrozenEncoder.load(str(tmp_path))
     trained = {"name": str(tmp_path), "layers": [-1]}  # which only --encoder can move
-    with pytest.raises(UserError, match="another one with --encoder[.]$"):
+    with pytest.raises(UserError, match="give another with --encoder .Val"):
         FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="a gpt2 model, not a vision .* with --encoder_model_name"):
+    with pytest.raises(UserError, match="with --encoder_model_name .*a gpt2 model, not a vision"):
         FrozenEncoder.load(str(tmp_path))
     (build_encoder("vit", tmp_path) / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="no preprocessor_config.json: copy that of the model"):
@@ -174,7 +174,7 @@ def test_a_library_that_the_preprocessing_needs_is_named(encoder_dir, monkeypatc
         raise ImportError("\nIt requires scipy but it was not found. Install it with:\n`pip`.\n")
 
     monkeypatch.setattr(transformers.ViTImageProcessorPil, "resize", resize)
-    with pytest.raises(UserError, match="loaded .*: It requires scipy .* with: `pip`. Give"):
+    with pytest.raises(UserError, match="loaded .* give .*It requires scipy .* with: `pip`"):
         FrozenEncoder.load(str(encoder_dir))
 
 
@@ -296,7 +296,7 @@ def test_huge_pictures_are_read_or_refused_by_name(tmp_path, encoder_dir):
     assert encoder.open(tmp_path / "large.jpg").getpixel((5, 5)) == (90, 90, 90)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # 50 kB, 1.2 GB as RGB
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(ImageError, match="bomb.png is too large"):
+    with pytest.raises(ImageError, match="bomb.png is not a readable picture: Image size"):
         encoder.open(tmp_path / "bomb.png")
 
 

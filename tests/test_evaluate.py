@@ -156,7 +156,7 @@ def test_what_is_read_is_not_written_over(tmp_path, trained):
     for more, says in (
         (["--report", best], "is what is read"),
         (["--save_captions", trained / "captions.json"], "is what is read"),
-        (["--report", tmp_path], "is a folder"),
+        (["--report", tmp_path], "is no file"),
         (["--report", "/dev/null"], "is no file"),
         (["--report", tmp_path / "x", "--save_captions", tmp_path / "x"], "written already"),
         (["--save_captions", best / "x.json"], "can't be written to"),

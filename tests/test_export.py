@@ -39,7 +39,7 @@ from tests.conftest import (
 from tests.hub_server import HubServer, Repo
 from tests.test_inference import odd_pictures
 from tools import export as tools_export
-from utils import UserError, lock, pip_install
+from utils import UserError, lock, pip
 
 SAID = """
 assert not {"torch", "transformers", "onnx"} & sys.modules.keys()
@@ -51,7 +51,7 @@ def test_without_the_extra_it_says_what_to_install():
     result = run_without("onnxruntime", "tools.export", "--checkpoint", "x.pt")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines() == [
-        f"error: the export needs onnxruntime: run {pip_install('requirements-export.txt')}"
+        f"error: the export needs onnxruntime: run {pip('requirements-export.txt')}"
     ]
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_refused(export, trained, tmp_path):
 
 def test_mistakes_are_said_before_any_work(export, trained, tmp_path, monkeypatch):
     checkpoint = str(trained / "captioner_best_cider.safetensors")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is no file"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
     with pytest.raises(UserError, match="must end in .onnx"):
         tools_export.main(["--checkpoint", checkpoint, "--out", str(tmp_path / "photo.jpg")])

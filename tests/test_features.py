@@ -404,20 +404,21 @@ def test_prefetch_keeps_order_and_bounds_and_passes_errors_on():
         list(prefetch(load, range(9)))
 
 
-def test_size_and_time_are_said_beforehand(setting, monkeypatch):
+def test_their_size_is_said_beforehand_and_then_how_long_it_takes(setting, monkeypatch, capsys):
     *_, build, said = setting
 
     class Slow(Bar):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             self.started -= 600  # as if the first batch of 4 of 30 took ten minutes
+            self.spoken -= 600
 
     monkeypatch.setattr(features, "Bar", Slow)
     cache, _ = build()
     size = 30 * 17 * 32 * 2
     assert said[0].endswith(f"{size / 1000:.1f} kB more")
     assert sum(file.stat().st_size for file in cache.folder.glob("*.bin")) == size
-    assert said[1:] == ["features: about 65 minutes, once; they are kept"]
+    assert not said[1:] and "  features  13%  65.0 min left\n" in capsys.readouterr().out
 
 
 def test_no_room_is_said_before_anything_is_encoded(setting, monkeypatch):

@@ -35,8 +35,11 @@ CARD = "---\nlicense: other\n---\n# A card\n"
 PRELUDE = f"""
 import json, sys, time
 from pathlib import Path
-from hub import HubPusher, download_checkpoint
+import checkpoint, hub
+from hub import HubPusher, locate_checkpoint
 from utils import UserError
+
+hub.link_for_others = checkpoint.link_or_copy  # here checkpoints are any bytes
 
 FILES = {{"README.md": {CARD!r}, "config.json": "{{}}"}}
 folder = Path(sys.argv[1])
@@ -258,8 +261,8 @@ result["seconds"] = time.monotonic() - started
     assert (tmp_path / program).is_file()  # which need not be in PATH
     assert not list(tmp_path.glob(".*.tmp"))
     server.faults["me/other"] = [("commit", HANG)] * 9
-    code = code.replace("me/captioner", "me/other").replace('"last")\n', '"last", public)\n', 1)
-    code = "public = lambda path, other: other.write_bytes(b'public')\n" + code
+    code = code.replace("me/captioner", "me/other")
+    code = "hub.link_for_others = lambda path, other: other.write_bytes(b'public')\n" + code
     (line,) = run(tmp_path, server.url, code, HF_TOKEN=TOKEN)["lines"]
     path = tmp_path / "to_send_last.safetensors"  # what was made of it, and not the checkpoint
     assert f"hf upload me/other {path} model.safetensors" in line
@@ -363,16 +366,16 @@ def test_download_by_revision_and_from_the_cache(server, tmp_path):
     repo.tags["v1"] = repo.commit("one", {"model.safetensors": b"old"}).oid
     repo.commit("two", {"model.safetensors": b"new"})
     code = """
-result["newest"] = download_checkpoint("me/captioner").read_text()
-result["v1"] = download_checkpoint("me/captioner", "v1").read_text()
+result["newest"] = locate_checkpoint("me/captioner").read_text()
+result["v1"] = locate_checkpoint("me/captioner", "v1").read_text()
 """
     result = run(tmp_path, server.url, code)
     assert (result["newest"], result["v1"]) == ("new", "old")
 
     code = """
-result["cached"] = download_checkpoint("me/captioner").read_text()
+result["cached"] = locate_checkpoint("me/captioner").read_text()
 try:
-    download_checkpoint("me/other")
+    locate_checkpoint("me/other")
 except UserError as error:
     result["error"] = str(error)
 """
@@ -394,13 +397,13 @@ def test_what_can_not_be_downloaded_is_explained(server, tmp_path):
         "me/empty ": ("v9", "no such revision"),
         "me/gated": (None, "gives access on request"),
         "me/expired": (None, "doesn't accept the login (401)"),
-        "./runs/best.safetensors": (None, "neither a file here nor the name of a Hub repository"),
+        "runs/best -1-": (None, "neither a file here nor the name of a Hub repository"),
     }
     code = f"""
 for key, (revision, says) in {cases!r}.items():
     started = time.monotonic()
     try:
-        download_checkpoint(key.strip(), revision)
+        locate_checkpoint(key.strip(), revision)
     except UserError as error:
         result[key] = (str(error), time.monotonic() - started)
 """
@@ -415,12 +418,12 @@ for key, (revision, says) in {cases!r}.items():
 def test_a_proxy_that_the_client_does_not_know(server, tmp_path, proxy):
     server.repos["me/captioner"] = Repo()
     server.repos["me/captioner"].commit("one", {"model.safetensors": b"weights"})
-    fetch = 'result["cached"] = download_checkpoint("me/captioner").read_text()'
+    fetch = 'result["cached"] = locate_checkpoint("me/captioner").read_text()'
     run(tmp_path, server.url, fetch)
     assert run(tmp_path, server.url, fetch, ALL_PROXY=proxy)["cached"] == "weights"
     code = """
 try:
-    download_checkpoint("me/other")
+    locate_checkpoint("me/other")
 except UserError as error:
     result["error"] = str(error)
 pusher = HubPusher("me/captioner", report=lines.append)

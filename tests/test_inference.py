@@ -223,7 +223,7 @@ def test_a_table_takes_any_sign_on_any_python(tmp_path):
 def test_a_text_s_place_is_checked_before_the_work(tmp_path):
     (tmp_path / "a.txt").mkdir()
     photo = Photo(tmp_path / "a.jpg", "a.jpg")
-    with pytest.raises(UserError, match="a.txt is a folder"):
+    with pytest.raises(UserError, match="a.txt is no file"):
         TextFiles(None, "skip", [photo], []).wanted(photo, "")
 
 
@@ -390,11 +390,11 @@ def test_a_folder_that_cannot_be_read_is_said_to_be_passed_over(tmp_path, capsys
 
 def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
     for args, message in (
-        (["https://example.org/a.jpg"], "is an address: download the photo"),
+        (["https://example.org/a.jpg"], "/a.jpg'], an address: give a file"),
         ([folder, "--attention", "x.png"], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is what is read"),
-        ([folder, ""], "a path is empty"),
+        ([folder, ""], "PHOTO is empty"),
         ([folder / "none"], "there is no such picture"),
         ([folder / "a.jpg", "--write", "txt", "--question", "why?"], "--write txt is for captions"),
     ):

@@ -144,7 +144,7 @@ def test_cider_d_takes_words_or_ids_one_by_one():
 
     scorer = CiderD({name: [ids(text) for text in group] for name, group in references.items()})
     twice = list(captions) * 2
-    found = scorer.scores(twice, [ids(captions[name]) for name in twice])
+    found = [scorer.score(name, ids(captions[name])) for name in twice]
     assert found == pytest.approx(np.array(CORPUS["per_image"] * 2), **FOUR_DECIMALS)
 
 

@@ -199,7 +199,7 @@ def test_what_its_user_has_set_for_matplotlib_spoils_nothing(
     data = write_photos(tmp_path / "data", 24)
     flags = [*small_flags(data, encoder_dir), "--epochs", 1]
     result = run("train.py", *flags, pictures=True, MATPLOTLIBRC=str(tmp_path))
-    assert result.returncode == 0 and "best checkpoint" in result.stdout, result.stderr
+    assert result.returncode == 0 and "best val loss" in result.stdout, result.stderr
     assert (data / "samples.png").exists() == drawn
     assert ("pictures can't be drawn" in result.stdout) != drawn
 
@@ -218,8 +218,8 @@ def test_the_best_answers_are_not_named_as_the_best_captions(joint, encoder_dir,
     more += ["--output_dir", tmp_path, "--resume_checkpoint_path", tmp_path / "last.pt"]
     result = run("train.py", *small_flags(joint, encoder_dir), *more)
     assert result.returncode == 0 and "nothing to train" in result.stdout, result.stderr
-    assert f"% right): {tmp_path / 'captioner_best_accuracy.safetensors'}" in result.stdout
-    assert "best captions" not in result.stdout
+    assert f"% right: {tmp_path / 'captioner_best_accuracy.safetensors'}" in result.stdout
+    assert "best CIDEr" not in result.stdout
 
 
 def test_the_command_in_the_end_is_about_a_photo_that_was_read(trained, encoder_dir, tmp_path):

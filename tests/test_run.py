@@ -206,7 +206,7 @@ def test_the_files_of_the_best_losses_may_be_gone(six, tmp_path):
     more = ["--output_dir", tmp_path, "--epochs", 6]
     again = run("train.py", *flags, *more, "--resume_checkpoint_path", tmp_path / "last.pt")
     assert again.returncode == 0, again.stderr
-    assert "nothing to train" in again.stdout and "best checkpoint" not in again.stdout
+    assert "nothing to train" in again.stdout and "best val loss" not in again.stdout
     assert "only 12 updates" not in again.stdout
     assert again.stdout.split()[-1] == str(tmp_path / BEST)
 

@@ -130,10 +130,8 @@ def test_what_people_write_into_the_configuration_is_checked(edited, line, says)
 def test_a_setting_that_was_renamed_or_removed_is_said_at_once(edited):
     with pytest.raises(UserError, match="config.py lacks BATCH_SIZE"):
         edited("BATCH_SIZE = 32; BACH_SIZE = BATCH_SIZE; del BATCH_SIZE")
-    with pytest.raises(UserError, match="lacks NUM_EPOCHS and has EPOCHS, now NUM_EPOCHS: compare"):
+    with pytest.raises(UserError, match="config.py lacks NUM_EPOCHS: compare it"):
         edited("NUM_EPOCHS = 20; EPOCHS = NUM_EPOCHS; del NUM_EPOCHS")
-    with pytest.raises(UserError, match="config.py has EPOCHS, now NUM_EPOCHS"):
-        edited("EPOCHS = 50", instead=False)
 
 
 def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):

@@ -118,9 +118,9 @@ def test_accumulation_changes_memory_only(tmp_path, encoder_dir, capsys, critica
             group.append(rows.load(batch, None))
             first += size
         done = train.update(state, found, group)
-        loss = (done.totals[0] / done.totals[1]).item()
+        loss = (done.figures[0] / done.figures[1]).item()
         moved = [p.detach().clone() for p in state.model.parameters()]
-        weights.append([loss, done.norm.item(), *moved])
+        weights.append([loss, done.figures[4].item(), *moved])
     state.settings.GRADIENT_ACCUMULATION_STEPS = 3
     assert len([*train.batch_groups(state, found)]) == state.updates_per_epoch(rows) == 2
     for other in weights[1:]:
@@ -321,8 +321,7 @@ def test_a_gpus_figures_are_on_their_way_before_the_next_step_begins(
         with Waits() as waits:
             update = train.update(state, data, [pair])
         assert not waits.found
-        for name in ("totals", "norm", "bad"):
-            setattr(update, name, getattr(update, name).as_subclass(OnGpu))
+        update.figures = update.figures.as_subclass(OnGpu)
         ledger.note(update)
     ledger.settle()
     assert told == ["copied 1", "copied 2", "waited for 1", "waited for 2"]

@@ -44,7 +44,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from demo import scenes
 from encoder import ImageError
 from inference import Captioner, Explained, captioner_of
-from utils import UserError, run_script
+from utils import UserError, refused, run_script
 
 PAGE = Path(__file__).with_name("app.html")
 # What may be asked for: the kind of number, the least and the most.
@@ -338,12 +338,8 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
+    with refused(f"can't listen on {host}, port {port}: give others with --host and --port"):
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError, TypeError) as error:  # TypeError: a name that is none
-        raise UserError(
-            f"can't listen on {host}, port {port} ({error}): give others with --host and --port"
-        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

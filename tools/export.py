@@ -28,19 +28,9 @@ from safetensors.torch import save
 
 from checkpoint import Checkpoint, load_checkpoint
 from encoder import FrozenEncoder
-from hub import locate_checkpoint
-from standalone import repository_files
+from hub import locate_checkpoint, repository_files
 from tokenizer import START_ID
-from utils import (
-    UserError,
-    check_output,
-    lock,
-    require_extra,
-    run_script,
-    size_text,
-    write_error,
-    write_file,
-)
+from utils import UserError, check_output, lock, require_extra, run_script, size_text, write_file
 
 LIMIT = 1e-4  # what logits may differ by; rounding alone gives some 1e-6
 
@@ -88,10 +78,8 @@ def as_folder(args: argparse.Namespace) -> None:
     """The folder for `transformers`, with the encoder unless told otherwise."""
     out = Path(args.out).expanduser()
     made = out / "unfinished"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(error, out) from error
+    check_output("--out", out / "config.json")
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         held.callback(os.close, place := os.open(out, os.O_RDONLY))
         if lock(place) is False or any(path != made for path in out.iterdir()):
