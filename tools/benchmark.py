@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset import CaptionRows
+from dataset import Batch, CaptionRows
 from decoder import DecoderConfig
 from device import autocast, choose_device, choose_dtype
 from encoder import FrozenEncoder
@@ -223,6 +223,26 @@ def cached_rivals(
 # --- Training -------------------------------------------------------------------------------
 
 
+def useful_multiply_adds(batch: Batch, size: DecoderConfig) -> float:
+    """What the mathematics of one training step's forward pass needs, padding left out."""
+    tokens, images = len(batch.targets), len(batch.names)
+    w = size.width
+    linear = size.layers * (4 * w * w + 2 * w * w + 2 * w * size.ff_dim) + w * size.vocab_size
+    lengths = torch.stack([(batch.segments == k).sum(1) for k in range(CAPTIONS)]).double()
+    own = size.layers * w * float((lengths * (lengths + 1)).sum())  # causal: half of the square
+    cross = size.layers * 2 * PATCHES * w * tokens
+    memory = images * PATCHES * (WIDTH * w + size.layers * 2 * w * w)
+    return tokens * linear + own + cross + memory
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second in the matrix products of the decoder's feed-forward layer."""
+    a = torch.randn(2048, 512, device=device, dtype=dtype)
+    b = torch.randn(2048, 512, device=device, dtype=dtype)
+    taken = interleaved({"mm": lambda: [a @ b.T for _ in range(10)]}, 5, device)["mm"]
+    return 10 * 2048 * 512 * 2048 / statistics.median(taken)
+
+
 def check_losses(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """The loss a token and the gradient's length of one batch, here and on a CPU in fp32."""
     rows = CaptionRows(flickr_like_captions(32), None)
@@ -246,7 +266,7 @@ def check_losses(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
 def measure_training(
     device: torch.device, dtype: torch.dtype, repeats: int, compiled: bool
 ) -> dict[str, object]:
-    """Captions a second over 20 epochs, ours beside the rival's."""
+    """Captions a second over 20 epochs, ours beside the rival's, and how near the limit."""
     texts = flickr_like_captions(2048)
     rows = CaptionRows(texts, None)
     batches = list(rows.batches(32, 0, 0))
@@ -281,6 +301,10 @@ def measure_training(
         times = interleaved(works, repeats, device)
     took = {name: statistics.median(taken) for name, taken in times.items()}
     best = min(cached, key=took.get)
+    timed = itertools.islice(itertools.cycle(batches), 1, repeats + 1)
+    useful = [3 * useful_multiply_adds(batch, ours.config) for batch in timed]
+    rates = [work / taken for work, taken in zip(useful, times["ours"], strict=True)]
+    limit = matmul_rate(device, dtype)
     padding = [float((batch.segments < 0).double().mean()) for batch in batches]
     return {
         "our_step_seconds": median(times["ours"]),
@@ -290,6 +314,8 @@ def measure_training(
         "train_vs_best_rival": took[best] / took["ours"],
         "our_captions_per_second_decoder": 32 * CAPTIONS / took["ours"],
         "rival_captions_per_second": 8 / took["rival"],
+        "matmul_gflops": 2 * limit / 1e9,
+        "train_matmul_share": statistics.median(rates) / limit,
         "padding_share": statistics.mean(padding),
     }
 
