@@ -160,9 +160,12 @@ def check_ranges(settings: object) -> None:
     """Refuse settings, or a script's own flags, of another kind or outside of `RANGES`, and
     addresses where a file is meant."""
     for name, value in vars(settings).items():
-        if "://" in str(value) and name.upper().endswith(NO_ADDRESS):
-            use = "give a file or folder here, or of what is on the Hub user/repo"
-            raise UserError(f"{name} is {value}, an address: {use}")
+        given = value if isinstance(value, list) else [value]
+        for each in given if name.upper().endswith(NO_ADDRESS) else ():
+            if "://" in str(each):
+                on_hub = name.upper().endswith((*OR_ON_HUB, "ENCODER", "CLIP"))
+                hub = ", or user/repo of the Hub" * on_hub
+                raise UserError(f"{name} is {each}, an address: give a file or folder here{hub}")
         text = isinstance(value, str) or (not value and name in TEXTS_OR_NONE)
         if name in (*TEXTS, *TEXTS_OR_NONE) and not text:
             raise UserError(f'{name} is {value!r}: it must be a text, in quotes ("...")')

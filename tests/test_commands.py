@@ -253,8 +253,8 @@ def test_an_edit_counts_while_a_notebook_lasts(monkeypatch, tmp_path):
 @pytest.mark.parametrize("presets", [None, {"small": None}, {"small": {"DATA_DIR": 5}}])
 def test_presets_of_another_kind_are_refused(monkeypatch, tmp_path, presets):
     edit_config(monkeypatch, tmp_path, f"presets = {presets}")
-    with pytest.raises(UserError, match="config.py: (presets must be|DATA_DIR is 5: it must be)"):
-        commands.train([])
+    with pytest.raises(UserError, match="config.py: presets must be|DATA_DIR is 5: it must be"):
+        commands.train(["--preset", "small"])
 
 
 def test_a_preset_with_a_slip_is_refused(monkeypatch, tmp_path):

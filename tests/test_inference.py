@@ -390,7 +390,7 @@ def test_a_folder_that_cannot_be_read_is_said_to_be_passed_over(tmp_path, capsys
 
 def test_what_cannot_be_done_is_said_before_the_models_load(folder, caption):
     for args, message in (
-        (["https://example.org/a.jpg"], "/a.jpg'], an address: give a file"),
+        (["https://example.org/a.jpg"], "/a.jpg, an address: give a file"),
         ([folder, "--attention", "x.png"], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", "x.png", "--n_best", 2], "--attention draws one photo"),
         ([folder / "a.jpg", "--attention", folder / "a.jpg"], "is what is read"),
