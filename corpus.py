@@ -104,7 +104,7 @@ def load_data(
     if settings.MAX_IMAGES:
         splits = first_photos(splits, settings.MAX_IMAGES)
     needed = ("val",) if settings.TRAIN_SHARDS else ("train", "val")
-    check_splits(splits, f"TASKS {settings.TASKS!r}", needed)
+    check_splits(splits, f"leaving out photos without {' or '.join(tasks)}", needed)
     tokenizer = given_tokenizer(settings, begun)
     name, revision = settings.ENCODER_MODEL_NAME, settings.ENCODER_REVISION or None
     layers = parse_layers(settings.ENCODER_LAYERS)
@@ -130,7 +130,7 @@ def load_data(
     items += [(name, 0) for name in splits["val"]]
     cache, bad = build_features(encoder, paths.images, items, paths.features, **how)
     splits = {split: [n for n in names if n not in bad] for split, names in splits.items()}
-    check_splits(splits, "what can be read", needed)
+    check_splits(splits, "leaving out photos that can't be read", needed)
     if len(texts) > MANY:
         print(f"tokens    of the texts about {len(texts):,} photos are made: a minute or several")
     if tokenizer is None:

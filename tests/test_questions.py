@@ -400,7 +400,7 @@ def test_questions_alone(tmp_path, encoder_dir):
     flags = [*small_flags(data, encoder_dir), "--tasks", "questions", "--scst_epochs", 3]
     result = run("train.py", *flags)
     assert result.returncode == 0, result.stderr
-    assert f"% right): {data / 'captioner_best_accuracy.safetensors'}" in result.stdout
+    assert f"% right: {data / 'captioner_best_accuracy.safetensors'}" in result.stdout
     assert "epoch 2/2" in result.stdout  # no self-critical stage: it is about captions
     assert load_checkpoint(data / "captioner_best_accuracy.safetensors").tasks == ("questions",)
     refused = run(
@@ -490,12 +490,12 @@ def test_what_answers_weigh_can_be_set(tmp_path, encoder_dir):
             tokens += counts * len(alone.targets)
         update = train.update(state, found, [(batch, feature)])
         # What is shown is nats a token, however much an answer's weigh.
-        shown = (update.totals[0] / update.totals[1]).item()
+        shown = (update.figures[0] / update.figures[1]).item()
         assert shown == pytest.approx(summed / tokens, rel=1e-3)
         # A batch may hold questions alone, and where nothing else is learned they weigh 1.
         rows = [[ids for ids in found.train.groups[n] if ANSWER_ID in ids] for n in batch.names]
         alone = make_batch(batch.names, rows), feature
-        assert not train.update(state, found, [alone]).bad
+        assert train.update(state, found, [alone]).figures[-1] == 0  # nothing bad
         found.tasks = ("questions",)
         plain = state.model.loss(feature.float(), alone[0], 0.1).item()
         loss, *_ = train.step_loss(state, found, *alone, weight)

@@ -424,16 +424,17 @@ def test_the_critic_knows_a_human_caption_and_its_end(tmp_path, encoder_dir, mon
     whole, cut, poor = data.critic.rewards(name, hypotheses)
     assert whole > cut > poor
     # A decoder that has learned nothing doesn't know when to end.
-    found = data.critic.search(state.model, [name], data.cache.read([(name, 0)]))
+    found, *_ = data.critic.search(state.model, [name], data.cache.read([(name, 0)]))
     captions = [
         state.tokenizer.encode([t.target])[0] for n in data.train.names for t in data.texts[n]
     ]
-    assert max(map(len, found[0].ids)) == 2 + max(map(len, captions)) < 20
+    assert max(map(len, found[0])) == 2 + max(map(len, captions)) < 20
     searched: list[torch.Tensor] = []
     beams = [[hypotheses[0]]]
     monkeypatch.setattr("self_critical.generate", lambda _, x, __: searched.append(x) or beams)
-    found = data.critic.search(state.model, ["asked.png", name], torch.arange(2.0).view(2, 1, 1))
-    assert searched[0].tolist() == [[[1.0]]] and not found[0].ids  # of a photo without captions
+    pair = torch.arange(2.0).view(2, 1, 1)
+    found, *_ = data.critic.search(state.model, ["asked.png", name], pair)
+    assert searched[0].tolist() == [[[1.0]]] and not found[0]  # of a photo without captions
     assert advantages([3.0, 1.0, 2.0]) == [1.5, -1.5, 0.0]
     assert advantages([7.0]) == [0.0]
     with pytest.raises(UserError, match="is 0 for every caption here .* --scst_epochs 0"):
