@@ -340,9 +340,8 @@ class Bar(contextlib.AbstractContextManager):
         self.bar.update(count)
         if self.bar.disable and not self.quiet and now - self.spoken > self.PAUSE:
             self.spoken = now
-            each = (now - self.started) / (self.done - self.before) / 60
+            left = (now - self.started) / (self.done - self.before) * (self.total - self.done) / 60
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
-            left = each * (self.total - self.done)
             print(f"{said}{left:.1f} min left", file=self.lines, flush=True)
 
     def close(self) -> None:
@@ -390,8 +389,7 @@ def files_in(folder: Path, recursive: bool = True, passed: Counter | None = None
 
 def changed_at(path: str | os.PathLike[str]) -> float:
     """When a file was changed here: a camera's, or another time zone's, may be of the future."""
-    stat = os.stat(path)
-    return min(stat.st_mtime, stat.st_ctime)
+    return min(os.path.getmtime(path), os.path.getctime(path))
 
 
 def leads_out(path: Path, *homes: Path) -> bool:
