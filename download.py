@@ -61,11 +61,12 @@ def _size(path: Path) -> int:
 def _head(url: str) -> Mapping[str, str]:
     """What the server says of a file; if nothing, its answer to who wants the file says why."""
     how = {"headers": UNPACKED, "allow_redirects": True, "stream": True, "timeout": TIMEOUT}
-    for ask in (requests.head, requests.get):  # some servers refuse the first
-        with contextlib.suppress(requests.RequestException), ask(url, **how) as response:
-            if response.ok:
-                return response.headers
-    return {}
+    said: Mapping[str, str] = {}
+    for ask in (requests.head, requests.get):  # some servers refuse the first, or say nothing then
+        if not (_validator(said) or _length(said)):
+            with contextlib.suppress(requests.RequestException), ask(url, **how) as response:
+                said = response.headers if response.ok else {}
+    return said
 
 
 def _length(headers: Mapping[str, str]) -> int | None:
@@ -92,6 +93,8 @@ def _download_one(url: str, target: Path, head: Mapping[str, str]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         while not target.exists():
+            head = head or _head(url)  # which may have failed as well
+            partial = _partial(target, head)
             try:
                 if (reason := _fetch(url, partial, head)) == "":
                     with open(partial, "rb+") as file:
@@ -151,7 +154,7 @@ def _receive(response: requests.Response, url: str, partial: Path, total: int | 
             "open it in a browser"
         )
     pause = 0.1 if sys.stderr.isatty() else 30  # a log file wants few lines
-    bar = tqdm(desc=partial.stem, total=total, unit="B", unit_scale=True, mininterval=pause)
+    bar = tqdm(desc=Path(url).name, total=total, unit="B", unit_scale=True, mininterval=pause)
     with open(partial, "wb" if response.status_code == 200 else "ab") as file, bar:
         bar.update(file.tell())
         for chunk in itertools.chain([first], chunks):

@@ -23,7 +23,7 @@ class Remote:
     always_416: bool = False  # to a Range request
     heeds_if_range: bool = True  # False: goes on with the new file where the old one broke off
     content_type: str = "application/octet-stream"
-    heads: bool = True  # False: HEAD is refused
+    heads: str = "told"  # or "refused", or "untold": HEAD says nothing of the size
     claims: int | None = None  # size in the answer to HEAD
     cuts: list[int] = field(default_factory=list)  # bytes after which one answer each breaks off
     statuses: list[int] = field(default_factory=list)  # statuses of one answer each
@@ -67,11 +67,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         remote = self._find()
-        if remote and not remote.heads:
+        if remote and remote.heads == "refused":
             self._head(405, remote, {})
         elif remote:
             size = len(remote.body) if remote.claims is None else remote.claims
-            self._head(200, remote, {"Content-Length": size} if remote.length == "told" else {})
+            told = remote.length == remote.heads == "told"
+            self._head(200, remote, {"Content-Length": size} if told else {})
 
     def do_GET(self) -> None:
         remote = self._find()

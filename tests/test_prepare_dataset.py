@@ -318,11 +318,20 @@ def test_cut_bodies_are_continued(
 
 
 @pytest.mark.fault
-def test_where_head_is_refused_a_cut_body_is_continued(
-    server: DownloadServer, tmp_path: Path
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"heads": "refused"},
+        {"heads": "untold", "etag": None},
+        {"heads": "refused", "statuses": [503] * 3},
+    ],
+)
+def test_where_head_tells_nothing_a_cut_body_is_continued(
+    server: DownloadServer, tmp_path: Path, answers: dict[str, object], capsys
 ) -> None:
-    server.files["flickr8k.zip"] = Remote(ZIP, heads=False, cuts=[10, 100_000])
+    server.files["flickr8k.zip"] = Remote(ZIP, cuts=[10, 100_000, 100_000], **answers)
     prepare_from(server, tmp_path)
+    assert "flickr8k.zip: " in capsys.readouterr().err  # the bar, without the version
     assert_complete(tmp_path)
     assert server.ranges_asked("flickr8k.zip")[-1] not in (None, "bytes=0-")
 
