@@ -519,6 +519,8 @@ def _read_rows(
         if is_rejected(cells):
             found.passed.append(f"{where} was rejected")
             continue
+        if not any(cells.values()):  # `"",""`, as a blank line
+            continue
         if wrong := [cells[key] for key in others if strict and not cells[key].isdigit()]:
             raise UserError(f"{where}: {wrong[0]!r} is not the number of a caption")
         if name := found.name_of(where, cells[photo], ROW, bare, strict):

@@ -71,6 +71,13 @@ def test_a_row_has_its_caption_in_another_column_where_the_usual_one_is_blank(tm
     assert "imagedescription, comment are ignored" in found.form
 
 
+@pytest.mark.parametrize("blank", ["", ",", '"",""', " , "])
+def test_a_row_of_blank_cells_says_nothing(tmp_path, blank):
+    (tmp_path / "a.csv").write_text(f'"image","caption"\n"1.jpg","A dog"\n{blank}\n"2.jpg","B"\n')
+    found = read_captions(tmp_path / "a.csv")
+    assert found.texts == {"1.jpg": ["A dog"], "2.jpg": ["B"]} and not found.passed
+
+
 @pytest.mark.parametrize("of", [["en", "de"], ["en", "en"]])
 def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
     table, objects = tmp_path / "a.csv", tmp_path / "a.jsonl"
