@@ -218,7 +218,7 @@ def unpack_shards(pattern: str, paths: DataPaths, max_bad: int) -> None:
             captions[name] = sample.captions
         bad += unreadable.values()
     check_bad(bad, max_bad)
-    say_samples(len(captions), passed, len(bad))
+    say_samples(len(captions), passed, len(bad), label)
     splits = {"train": [], "val": list(captions), "test": []}
     write_changed(paths.captions, json.dumps(captions, ensure_ascii=False))
     write_changed(paths.splits, json.dumps(splits, ensure_ascii=False))

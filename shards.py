@@ -55,7 +55,7 @@ OPEN_TABLES = 16  # shards whose table is in RAM, a few MB each
 TEXTS = 1_000_000  # captions that the tokenizer learns from, of the first shards
 
 
-def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
+def say_samples(photos: int, passed: Counter[str], bad: int, label: str = "the shards") -> None:
     """Say how many samples shards hold, and what became of them; refuse those without a photo."""
     passed = passed + Counter({"that can't be read": bad})
     listing = ", ".join(f"{count:,} {what}" for what, count in passed.items())
@@ -70,7 +70,7 @@ def say_samples(photos: int, passed: Counter[str], bad: int) -> None:
         )
     if not photos:
         raise UserError(
-            f"the shards hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
+            f"{label} hold no photo ({', '.join(sorted(PHOTO_SUFFIXES))}) with a caption, which "
             'is a .txt of the same name, or "caption" in a .json'
         )
 

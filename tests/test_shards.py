@@ -818,6 +818,13 @@ def test_tars_that_validate_are_unpacked_again_if_they_changed(tmp_path):
     unpack_shards(pattern, paths, 0)  # what is unpacked needs it no more
 
 
+def test_tars_of_which_no_photo_validates_are_named(tmp_path):
+    paths = data_paths(commands.train(["--data_dir", str(tmp_path / "data")]))
+    (tmp_path / "0.tar").write_bytes(pack([("a.jpg", b"")]))
+    with pytest.raises(UserError, match="the shards .*/0.tar hold no photo"):  # not TRAIN_SHARDS
+        unpack_shards(str(tmp_path / "0.tar"), paths, 0)
+
+
 def test_how_a_tar_is_packed_amiss_is_said(tmp_path, capsys):
     dotted = [("a.b.jpg", b""), ("a.b.txt", b"words")]
     apart = [("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"words"), ("b.txt", b"words")]
