@@ -223,10 +223,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     with refused(damaged + lfs_note(path)):
         content = _read_pt(path) if packed else _read_safetensors(path)
         if "captioner" not in content:
-            raise ValueError("it is not a captioner of ours, as an export is none")
+            raise UserError("it is not a captioner of ours, as an export is none")
         stored = content.pop("digest", None)
         if stored != digest(content if packed else [content["captioner"], content["model"]]):
-            raise ValueError("its content doesn't match its checksum")
+            raise UserError("its content doesn't match its checksum")
     # Its digest is right, so nobody changed it by accident: it was never one of ours.
     other = "is not a checkpoint of this project, or of another decoder.py or model.py"
     with refused(f"{path} {other}"):

@@ -366,10 +366,10 @@ class FrozenEncoder(nn.Module):
             first = self({name: alone[name].to(device) for name in alone})
             both = self({name: torch.cat([alone[name], other[name]]).to(device) for name in alone})
             if both.dim() != 3 or len(both) != 2 or both.shape[2] != self.width:
-                raise ValueError(f"it gives {tuple(both.shape)} for two pictures")
+                raise UserError(f"it gives {tuple(both.shape)} for two pictures")
             apart = (both[:1] - first).norm() if both[:1].shape == first.shape else torch.inf
             if apart > 0.05 * first.norm():
-                raise ValueError("the same picture gives others")
+                raise UserError("the same picture gives others")
 
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -402,7 +402,7 @@ def loading_options(name: str, revision: str | None = None) -> dict[str, Any]:
     options = {"trust_remote_code": False, "revision": revision}
     if not os.path.isdir(name) and (problem := hub_problem()):
         if not huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision):
-            raise OSError(f"the Hub doesn't answer ({problem})")
+            raise UserError(f"the Hub doesn't answer ({problem})")
         options["local_files_only"] = True
     return options
 
@@ -454,7 +454,7 @@ def check_sizes(processor: Any, *configs: Any) -> None:
     layers += [sum(getattr(config, "depths", ())) for config in configs]  # of a network's stages
     for what, said in {"layers": layers, "pixels along a side": sides}.items():
         if max(said, default=0) > MOST_SAID:
-            raise ValueError(f"it says that it has {max(said):,} {what}")
+            raise UserError(f"it says that it has {max(said):,} {what}")
 
 
 def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
@@ -462,7 +462,7 @@ def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
     files = ("preprocessor_config.json", "processor_config.json")
     if os.path.isdir(name) and not any(map(os.path.isfile, (f"{name}/{each}" for each in files))):
         # A folder of the library's Trainer, which saves only what it was given.
-        raise OSError(f"it has no {files[0]}: copy that of the model it was trained from into it")
+        raise UserError(f"it has no {files[0]}: copy that of the model it was trained from into it")
     if config.model_type == "dinov3_vit":  # its own needs torchvision, for the same steps
         return transformers.ViTImageProcessorPil.from_pretrained(name, **where)
     return transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **where)
@@ -471,14 +471,14 @@ def _load_processor(name: str, config: Any, where: dict[str, Any]) -> Any:
 def _tower_class(config: Any) -> tuple[type, dict[str, Any]]:
     patches = hasattr(config, "patch_size") and hasattr(config, "num_hidden_layers")
     if not (patches or hasattr(config, "hidden_sizes")):  # as networks of convolutions have
-        raise ValueError(f"it is a {config.model_type} model, not a vision model of a known kind")
+        raise UserError(f"it is a {config.model_type} model, not a vision model of a known kind")
     if type(config) not in transformers.AutoModel._model_mapping:
         # AutoModel doesn't know the towers of BLIP, BLIP-2 or MetaCLIP 2, nor do all of them know
         # their weights' prefix in the whole model.
         named = type(config).__name__.replace("Config", "Model")
         if tower_class := getattr(transformers, named, None):
             return tower_class, {"key_mapping": {r"^vision_model\.": ""}}
-        raise ValueError(f"the tower of a {config.model_type} model can't be loaded by itself")
+        raise UserError(f"the tower of a {config.model_type} model can't be loaded by itself")
     tower_class = transformers.AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters:
         return tower_class, {"add_pooling_layer": False}

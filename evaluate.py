@@ -351,7 +351,7 @@ def load_clip(name: str, device: torch.device) -> tuple[Any, Any, Any]:
             words = transformers.AutoTokenizer.from_pretrained(name, **options)
         # The library fills both gaps by chance or with nothing, and any score would come out.
         if info["missing_keys"] or {*words("a dog").input_ids} <= {*words.all_special_ids}:
-            raise ValueError("it has no CLIP's weights, or no tokenizer")
+            raise UserError("it has no CLIP's weights, or no tokenizer")
     return model.to(device).eval(), pictures, words
 
 

@@ -160,10 +160,10 @@ def test_what_is_no_encoder_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match="give another with --encoder .Val"):
         FrozenEncoder.load_as_trained(trained, 32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="with --encoder_model_name .*a gpt2 model, not a vision"):
+    with pytest.raises(UserError, match="with --encoder_model_name .it is a gpt2 model, not a v"):
         FrozenEncoder.load(str(tmp_path))
     (build_encoder("vit", tmp_path) / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="no preprocessor_config.json: copy that of the model"):
+    with pytest.raises(UserError, match="[(]it has no preprocessor_config.json: copy that of"):
         FrozenEncoder.load(str(tmp_path))
 
 
