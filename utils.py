@@ -145,6 +145,8 @@ def refused(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - what is cut off or made up fails in any way
+        if re.search(NO_MEMORY, repr(error)):
+            raise  # which is no fault of theirs
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{what} ({kind}{first_line(error)[:300]})") from None
 
@@ -269,8 +271,9 @@ def say_error(error: object) -> int:
 
 # What is said of errors that are no class of their own, such as torch's plain RuntimeErrors: by
 # where their class comes from, and their text.
+NO_MEMORY = "MemoryError|out of memory|an(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
 REMEDIES = {
-    "out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED": (
+    NO_MEMORY: (
         "out of memory ({}): halve --batch_size (where it trains, double "
         "--gradient_accumulation_steps), or --feature_batch_size while photos are encoded, or take "
         "a smaller decoder; checkpoints are as before"
@@ -303,8 +306,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         remedy = ": set HF_HOME to a folder where you may write" * cache
         code = say_error(f"{error.filename or 'a file that was read'}: {error.strerror}{remedy}")
     except (MemoryError, RuntimeError) as error:
-        kind = "out of memory" if isinstance(error, MemoryError) else type(error).__module__
-        found = (said for sign, said in REMEDIES.items() if re.search(sign, f"{kind}: {error}"))
+        text = f"{type(error).__module__}: {error!r}"
+        found = (said for sign, said in REMEDIES.items() if re.search(sign, text))
         if not (said := next(found, "")):
             raise
         code = say_error(said.format(first_line(getattr(error, "inner_exception", error))))

@@ -24,7 +24,17 @@ from device import choose_device, choose_dtype
 from run import on_record
 from settings import Parser, load_settings
 from tests.conftest import REPO, run
-from utils import Bar, Output, UserError, atomic_write, bounded_memory, shown, sole_user
+from utils import (
+    Bar,
+    Output,
+    UserError,
+    atomic_write,
+    bounded_memory,
+    refused,
+    run_script,
+    shown,
+    sole_user,
+)
 
 
 @pytest.fixture
@@ -426,6 +436,24 @@ def test_what_a_gpu_lacks_is_said_without_a_traceback(error, says):
     program = f"import utils\ndef main(): raise RuntimeError({error!r})\nutils.run_script(main)"
     result = run("-c", program)
     assert result.returncode == 1 and says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Cannot allocate memory (os error 12)"),
+        RuntimeError("unable to mmap 9 bytes from file <c.safetensors>: Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_sound_file_is_not_called_damaged_where_memory_is_short(error, capfd):
+    def load():
+        with refused("c.safetensors is damaged"):
+            raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        run_script(load)
+    assert capfd.readouterr().err.startswith("error: out of memory (")
 
 
 def test_windows_is_told_what_to_install():
