@@ -119,7 +119,7 @@ def begin(read: Callable[[], Any]) -> None:
 def say_versions(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """What isn't there to be imported, where libraries are missing or of other versions than the
     pinned ones; for `sys.excepthook`, as most imports come after `begin`."""
-    wrong = []
+    missing, wrong = [], []
     for line in Path(__file__).with_name("requirements.txt").read_text("utf-8").splitlines():
         pin, _, condition = line.partition("; python_version ")
         name, _, pinned = pin.partition("==")
@@ -127,9 +127,10 @@ def say_versions(kind: type[BaseException], error: BaseException, trace: Any) ->
             continue
         try:
             here = metadata.version(name).partition("+")[0]
+            wrong += [f"{name} is {here}, not {pinned}"] * (here != pinned)
         except metadata.PackageNotFoundError:
-            here = "missing"
-        wrong += [f"{name} is {here}, not {pinned}"] * (here != pinned)
+            missing.append(name)
+    wrong += [f"missing: {', '.join(missing)}"] * bool(missing)
     if not issubclass(kind, ImportError) or not wrong:
         sys.__excepthook__(kind, error, trace)
         return

@@ -328,7 +328,7 @@ import runpy, sys
 from importlib import metadata
 pinned = metadata.version
 def version(name):
-    if name == "pillow" and {here!r} == "missing":
+    if name in ("pillow", "tqdm") and {here!r} == "missing":
         raise metadata.PackageNotFoundError(name)
     return {here!r} if name == "pillow" and {here!r} else pinned(name)
 metadata.version, sys.modules["PIL"] = version, None
@@ -339,7 +339,8 @@ runpy.run_path("inference.py", run_name="__main__")
     assert result.returncode == 1 and ("Traceback" in result.stderr) == (not here)
     if here:  # else nothing differs: a bug of ours, told in full
         (said,) = result.stderr.splitlines()
-        assert f"(pillow is {here}, not 12" in said and pip("requirements.txt") in said
+        wrong = "(missing: pillow, tqdm): " if here == "missing" else f"(pillow is {here}, not 12"
+        assert wrong in said and pip("requirements.txt") in said
 
 
 def test_an_older_python_is_told_which_to_use():
