@@ -269,9 +269,8 @@ def say_error(error: object) -> int:
     return 1
 
 
-# What is said of errors that are no class of their own, such as torch's plain RuntimeErrors: by
-# where their class comes from, and their text.
 NO_MEMORY = "MemoryError|out of memory|an(no|')t allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+# What is said of errors such as torch's plain RuntimeErrors, by their module, class and text.
 REMEDIES = {
     NO_MEMORY: (
         "out of memory ({}): halve --batch_size (where it trains, double "
@@ -347,11 +346,10 @@ class Bar(contextlib.AbstractContextManager):
             said = f"  {self.label} {self.done / self.total:4.0%}  {text + ', ' if text else ''}"
             print(f"{said}{left:.1f} min left", file=self.lines, flush=True)
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.bar.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 @contextlib.contextmanager
@@ -552,13 +550,12 @@ def read_json(path: Path, older: bool = False) -> Any:
         table = dict(pairs)
         if len(table) < len(pairs):  # else there is nothing to count, which takes long
             key = next(k for k, n in Counter(key for key, _ in pairs).items() if n > 1)
-            raise UserError(f"{path}: the key {key!r} stands twice: merge the two entries")
+            raise UserError(f"the key {key!r} stands twice: merge the two entries")
         return table
 
-    try:
-        return json.loads(read_text(path, older), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # also numbers of too many digits
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    text = read_text(path, older)
+    with refused(f"{path} is not valid JSON"):  # which may nest without end, or hold any number
+        return json.loads(text, object_pairs_hook=unique)
 
 
 @contextlib.contextmanager
