@@ -794,6 +794,9 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -867,6 +870,10 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
             {"1.jpg": ["A dog"]},
         ),  # exiftool's
         ("SourceFile,EXIF:ImageDescription\n./1.jpg,A dog\n", {"1.jpg": ["A dog"]}),
+        # Namesakes in several folders are told apart by the column that has these, and only then.
+        ("FileName,path,caption\n1.jpg,x/1.jpg,A\n1.jpg,C:\\y\\1.jpg,B\n", NAMESAKE_ROWS),
+        ("filename,crop,caption\n1.jpg,x/1_1.jpg,A\n1.jpg,x/2_1.jpg,B\n", {"1.jpg": ["A", "B"]}),
+        ("filename,path,caption\n1.jpg,x/1.jpg,A\n", {"1.jpg": ["A"]}),
         # Toloka's, and Mechanical Turk's, of which the task's own description is no caption.
         (
             "INPUT:image\tOUTPUT:caption\tGOLDEN:caption\tHINT:text\tASSIGNMENT:status\n"
