@@ -51,7 +51,7 @@ from utils import (
 )
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
-TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
+TAKEOUT = ".supplemental-metadata"  # .json, beside a photo.jpg, or before 2024 .json alone
 DEPTH = 4  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 KARPATHY_FILES = "dataset_*.json"
@@ -302,9 +302,9 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
         suffix = photos[0].suffix
         ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
-        ends += f"{suffix}.json", suffix + TAKEOUT
-        files = (photo.with_suffix(end) for photo in photos for end in ends)
-        told = ((file, lines) for file in files if os.path.isfile(file) and (lines := _lines(file)))
+        beside = ([*map(photo.with_suffix, ends), *objects_of(photo)] for photo in photos)
+        files = filter(os.path.isfile, itertools.chain(*beside))
+        told = ((file, lines) for file in files if (lines := _lines(file)))
         file, lines = next(told, ("", []))  # a blank one doesn't hide another
         if lines:
             found.add(name, lines, file)
@@ -320,6 +320,15 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         found.passed.insert(0, said)
     found.drop_nothing(place or folder)
     return found
+
+
+def objects_of(photo: Path) -> list[Path]:
+    """The objects that a photo's whole name may stand for: its own, and Google Takeout's, which
+    cuts it to 46 signs and ends it with the number of one of several photos of a name."""
+    number = re.search(r"(\(\d+\))?$", photo.stem)[0]
+    ways = (photo.name, ""), (photo.stem.removesuffix(number) + photo.suffix, number)
+    called = ((name, f"{name}{more}", end) for name, end in ways for more in ("", TAKEOUT))
+    return [photo.with_name(f"{n[: max(46, len(name))]}{end}.json") for name, n, end in called]
 
 
 def without_text(photo: Path) -> str:
@@ -509,7 +518,7 @@ def state_of(source: Path, begun: float = math.inf) -> str:
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
     objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet", *(() if objects else (".json",)))
-    objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
+    objects |= {str(at) for name in filter(is_photo, there) for at in objects_of(Path(name))}
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     if any(state.st_ctime > begun for state in states.values()):

@@ -264,6 +264,24 @@ def test_an_object_beside_a_photo_may_have_its_name_for_a_title(tmp_path, end):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A dog"]}
 
 
+def test_objects_of_google_takeout_have_cut_names_and_numbers_at_their_end(tmp_path):
+    objects = {
+        "PXL_20230412_183045123.jpg": "PXL_20230412_183045123.jpg.supplemental-metada.json",
+        "PXL_20230412_183045123(2).jpg": "PXL_20230412_183045123.jpg.supplemental-metada(2).json",
+        "1(1).jpg": "1.jpg.supplemental-metadata(1).json",
+        "2(1).jpg": "2(1).jpg.supplemental-metadata.json",  # which was called so when it was new
+        "3(1).jpg": "3.jpg(1).json",  # before 2024
+        f"{'x' * 45}.jpg": f"{'x' * 45}.jpg.json",
+    }
+    told = {
+        f"images/{at}": json.dumps({"description": f"A {name}!"}) for name, at in objects.items()
+    }
+    folder = lay_out(tmp_path, told, [*objects, "1.jpg", f"{'x' * 45}.png"])
+    assert prepared(folder) == {name: [f"A {name}!"] for name in objects}
+    (folder / f"images/{objects['1(1).jpg']}").write_text('{"description": "A dog"}')
+    assert prepared(folder)["1(1).jpg"] == ["A dog"]
+
+
 def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
     blank = {"short_caption": " ", "raw": {"width": 3}}
