@@ -57,6 +57,8 @@ CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 KARPATHY_FILES = "dataset_*.json"
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
 BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
+# What a page for Stable Diffusion adds to the prompt, in a text beside the picture made from it.
+PARAMETERS = re.compile(r"Negative prompt: |Steps: \d+, ")
 
 
 def find_captions(
@@ -344,7 +346,8 @@ def _lines(file: Path) -> list[str]:
         told = (text for text in like if isinstance(text, str) and text.strip())
         texts = texts_of(said) or sorted(told, key=len)[-1:]  # DCI's short_caption, and extra_
         return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
-    lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
+    whole = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
+    lines = [*itertools.takewhile(lambda line: not PARAMETERS.match(line), whole)]
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
 

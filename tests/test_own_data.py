@@ -290,6 +290,14 @@ def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog runs"]}
 
 
+def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
+    """As Stable Diffusion's web interfaces write it below the prompt."""
+    text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
+    plain = "A cat\nSteps: 20, Sampler: Euler a"
+    folder = lay_out(tmp_path, {"images/1.txt": text, "images/2.txt": plain})
+    assert prepared(folder) == {"1.jpg": ["A red dog,", "running"], "2.jpg": ["A cat"]}
+
+
 def test_a_column_of_names_is_none_of_captions(tmp_path):
     """As doccano writes it, whose captions are labels."""
     (tmp_path / "all.jsonl").write_text('{"filename": "x/1.jpg", "text": "1.jpg", "label": ["A"]}')
