@@ -341,6 +341,9 @@ def _lines(file: Path) -> list[str]:
     """The captions, one a line, of a text, or those of a photo's own JSON object."""
     if file.suffix == ".json":
         said = read_json(file, older=True)
+        if isinstance(said, list) and [*map(type, said)] == [dict] and "SourceFile" in said[0]:
+            # exiftool's, of one photo
+            said = {plain_key(key): value for key, value in said[0].items()}
         said = said if isinstance(said, dict) else {}
         like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
         told = (text for text in like if isinstance(text, str) and text.strip())

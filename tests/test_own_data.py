@@ -290,6 +290,14 @@ def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog runs"]}
 
 
+def test_an_object_beside_a_photo_may_be_exiftools(tmp_path):
+    """As osxphotos writes it: in a list of one, with keys that say where a text stood."""
+    said = {"EXIF:ImageDescription": "SONY DSC", "XMP:Title": "T", "XMP:Description": "A dog"}
+    names = ["Beach.jpeg", "DSC_1.jpeg", "Our house.jpeg"]
+    told = {f"images/{n}.json": json.dumps([{"SourceFile": n, **said}]) for n in names}
+    assert prepared(lay_out(tmp_path, told, names)) == {name: ["A dog"] for name in names}
+
+
 def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
     """As Stable Diffusion's web interfaces write it below the prompt."""
     text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
