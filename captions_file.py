@@ -281,7 +281,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    lists = [v for v in values if isinstance(v, list) and v and all(map(names_photo, v))]
+    lists = [[*v.values()] if isinstance(v, dict) else v for v in values]  # VIA's are by an id
+    lists = [v for v in lists if isinstance(v, list) and v and all(map(names_photo, v))]
     if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
         return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]

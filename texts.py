@@ -18,7 +18,7 @@ CAPTION_KEYS = (
     *TEXT_KEYS,
     *"sentence sentences description raw caption_str reference_strs caption_text".split(),
     *"caption_en caption_abstract imagedescription alt_text report findings".split(),
-    *"taskanswers productdisplayname title comment prompt".split(),
+    *"paragraph file_attributes taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.

@@ -904,6 +904,11 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
             {"1.jpg": ["A dog"]},
         ),  # exiftool's
         ("SourceFile,EXIF:ImageDescription\n./1.jpg,A dog\n", {"1.jpg": ["A dog"]}),
+        (  # VGG Image Annotator's
+            "filename,file_size,file_attributes,region_count,region_attributes\n"
+            '1.jpg,12,"{""quality"":""good"",""caption"":""A, B""}",0,"{}"\n2.jpg,9,"{}",0,"{}"\n',
+            {"1.jpg": ["A, B"]},
+        ),
         # Namesakes in several folders are told apart by the column that has these, and only then.
         ("FileName,path,caption\n1.jpg,x/1.jpg,A\n1.jpg,C:\\y\\1.jpg,B\n", NAMESAKE_ROWS),
         ("filename,crop,caption\n1.jpg,x/1_1.jpg,A\n1.jpg,x/2_1.jpg,B\n", {"1.jpg": ["A", "B"]}),
@@ -939,6 +944,10 @@ def test_the_header_decides(tmp_path, text, expected):
 
 COCO_OF_STRINGS = {**COCO, "images": [i | {"id": str(i["id"])} for i in COCO["images"]]}
 AB = {"1.jpg": ["A"], "2.jpg": ["B"]}
+VIA = {
+    f"{n}.jpg99": {"filename": f"{n}.jpg", "size": 99, "regions": [], "file_attributes": told}
+    for n, told in ((1, {"caption": "A", "public": "no"}), (2, {"caption": "B"}))
+}
 ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
 
 
@@ -1081,6 +1090,12 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
         ({"version": 1, "captions": AB}, AB),
+        (  # VGG Image Annotator's project, and its export, which is the object below the second key
+            {"_via_settings": {"ui": {"name": "x"}}, "_via_img_metadata": VIA, "_via_version": "2"},
+            AB,
+        ),
+        (VIA, AB),
+        ([{"url": "x/1.jpg", "image_id": 7, "paragraph": "A"}], {"x/1.jpg": ["A"]}),  # Stanford's
         ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
         (
