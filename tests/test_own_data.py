@@ -581,6 +581,20 @@ def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path)
         check(folder)
 
 
+def test_lists_of_other_names_about_photos_of_their_own_are_told_how_to_become_parts(tmp_path):
+    """As Localized Narratives' and RedCaps' are called."""
+    names = "open_images_train_v6_captions.jsonl", "open_images_validation_captions.jsonl"
+    folder = lay_out(tmp_path, {name: lines_of("train") for name in names}, SIX)
+    with pytest.raises(UserError, match=r"validation_captions\.jsonl\?\)"):  # of the same photos
+        check(folder)
+    (folder / names[1]).write_text(lines_of("val"))
+    with pytest.raises(UserError, match=r"\?, or several, each renamed like captions_train\.jsonl"):
+        check(folder)
+    (folder / names[0]).rename(folder / "captions_train.jsonl")
+    (folder / names[1]).rename(folder / "captions_val.jsonl")
+    assert len(prepared(folder)) == 5
+
+
 def test_files_of_one_name_beside_their_photos_are_parts(tmp_path):
     folder = lay_out(tmp_path, {}, ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"])
     for kind in ("cat", "dog"):
