@@ -461,7 +461,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         names = brief(", ".join(filter(None, table.names)))  # or a photo in base64
         raise UserError(
             f"{table.rows[0][0]}: of the columns {names} none is known to name {what}: call it "
-            f"{usual[0]} ({', '.join(usual[1:])} are known too), and begin with a row like "
+            f"{usual[0]} ({', '.join(usual[1:12])} are known too), and begin with a row like "
             "image,caption, or like photo.jpg,A caption; or name another file, or a folder of "
             "texts, with --captions_file"
         )
