@@ -306,8 +306,8 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         # Its own text counts before one that a photo of another suffix may share, unless that of
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
         suffix = photos[0].suffix
-        ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
-        beside = ([*map(photo.with_suffix, ends), *objects_of(photo)] for photo in photos)
+        ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT")[name in stems :]
+        beside = ((*map(p.with_suffix, ends), *map(Path, objects_of(str(p)))) for p in photos)
         files = filter(os.path.isfile, itertools.chain(*beside))
         told = ((file, lines) for file in files if (lines := _lines(file)))
         file, lines = next(told, ("", []))  # a blank one doesn't hide another
@@ -327,13 +327,17 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     return found
 
 
-def objects_of(photo: Path) -> list[Path]:
-    """The objects that a photo's whole name may stand for: its own, and Google Takeout's, which
-    cuts it to 46 signs and ends it with the number of one of several photos of a name."""
-    number = re.search(r"(\(\d+\))?$", photo.stem)[0]
-    ways = (photo.name, ""), (photo.stem.removesuffix(number) + photo.suffix, number)
-    called = ((name, f"{name}{more}", end) for name, end in ways for more in ("", TAKEOUT))
-    return [photo.with_name(f"{n[: max(46, len(name))]}{end}.json") for name, n, end in called]
+def objects_of(photo: str) -> list[str]:
+    """What objects about a photo may be called: as it is, without its suffix or with it, and as by
+    Google Takeout, to 46 signs and with the number of one of several photos of a name at the end.
+    """
+    stem, suffix = os.path.splitext(photo)
+    number = f"({stem.rpartition('(')[2]}" if stem.endswith(")") else ""
+    called = [stem]
+    for name, end in ((photo, ""), (stem.removesuffix(number) + suffix, number)):
+        room = max(0, 46 - len(os.path.basename(name)))
+        called += [name + end, name + TAKEOUT[:room] + end]
+    return [f"{each}.json" for each in called]
 
 
 def without_text(photo: Path) -> str:
@@ -345,8 +349,7 @@ def _lines(file: Path) -> list[str]:
     if file.suffix == ".json":
         said = read_json(file, older=True)
         if isinstance(said, list) and [*map(type, said)] == [dict] and "SourceFile" in said[0]:
-            # exiftool's, of one photo
-            said = {plain_key(key): value for key, value in said[0].items()}
+            said = {plain_key(key): value for key, value in said[0].items()}  # exiftool's
         said = said if isinstance(said, dict) else {}
         like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
         told = (text for text in like if isinstance(text, str) and text.strip())
@@ -525,9 +528,8 @@ def state_of(source: Path, begun: float = math.inf) -> str:
         return state if source.stat().st_ctime <= begun else ""
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
-    objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    objects = {*itertools.chain(*map(objects_of, filter(is_photo, there)))}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet", *(() if objects else (".json",)))
-    objects |= {str(at) for name in filter(is_photo, there) for at in objects_of(Path(name))}
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     if any(state.st_ctime > begun for state in states.values()):
