@@ -75,10 +75,11 @@ def choose_columns(
     headed = usual or captions or "question" in keys
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
     like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
+    called_so = [key for key in like if "caption" in key]
     if usual and all(map(is_same, captions)):
-        captions += like
+        captions += called_so or like  # of WIT not `context_page_description`, an article's
     elif captions == ["title"]:
-        captions = [key for key in like if "caption" in key] or captions
+        captions = called_so or captions
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]

@@ -918,6 +918,11 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
             {"1.jpg": ["A dog"]},
         ),  # exiftool's
         ("SourceFile,EXIF:ImageDescription\n./1.jpg,A dog\n", {"1.jpg": ["A dog"]}),
+        (  # as WIT has them: an article's text is none
+            "image_url,context_page_description,caption_reference_description\n"
+            "x/1.jpg,Dogs are animals that bark,A red dog\n",
+            {"x/1.jpg": ["A red dog"]},
+        ),
         (  # VGG Image Annotator's
             "filename,file_size,file_attributes,region_count,region_attributes\n"
             '1.jpg,12,"{""quality"":""good"",""caption"":""A, B""}",0,"{}"\n2.jpg,9,"{}",0,"{}"\n',
