@@ -2002,6 +2002,13 @@ CHAT = turns("user", "assistant", "content", "role")
             ),
         ),
         ("a.txt", "".join(f"{n[0]}|Which?|red\n" for n in IDS)),  # VQA-Med
+        (  # POPE
+            "a.json",
+            "\n".join(
+                json.dumps({"question_id": 1, "image": n, "text": "Which?", "label": "red"})
+                for n in IDS
+            ),
+        ),
         ("a.csv", 2 * "image,question,answer\n" + "".join(f"{n},Which?,red\n" for n in IDS)),
         ("a.csv", ",question,answer,img_id\n" + "".join(f"0,Which?,red,{n[0]}\n" for n in IDS)),
         *(
