@@ -281,7 +281,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     entries = table.get("images") or table.get("data", table.get("annotations"))
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         return entries  # `data` as TextCaps has it
-    lists = [v for v in values if isinstance(v, list) and v and all(map(names_photo, v))]
+    lists = [[*v.values()] if isinstance(v, dict) else v for v in values]  # VIA's are by an id
+    lists = [v for v in lists if isinstance(v, list) and v and all(map(names_photo, v))]
     if len(lists) in (1, len(values)) and not any(map(is_photo, table)):
         return [*itertools.chain(*lists)]  # one, or those of kinds of scenes, as NWPU has them
     tables = [v for v in values if isinstance(v, dict) and v and all(map(is_photo, v))]
@@ -460,7 +461,7 @@ def _read_table(path: Path, lines: list[tuple[str, str]], folder: Path | None) -
         names = brief(", ".join(filter(None, table.names)))  # or a photo in base64
         raise UserError(
             f"{table.rows[0][0]}: of the columns {names} none is known to name {what}: call it "
-            f"{usual[0]} ({', '.join(usual[1:])} are known too), and begin with a row like "
+            f"{usual[0]} ({', '.join(usual[1:12])} are known too), and begin with a row like "
             "image,caption, or like photo.jpg,A caption; or name another file, or a folder of "
             "texts, with --captions_file"
         )

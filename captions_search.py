@@ -51,12 +51,14 @@ from utils import (
 )
 
 OURS = "captions.json questions.json splits.json vocab.json merges.txt prepared.json".split()
-TAKEOUT = ".supplemental-metadata.json"  # beside a photo.jpg, or before 2024 its .json
+TAKEOUT = ".supplemental-metadata"  # .json, beside a photo.jpg, or before 2024 .json alone
 DEPTH = 4  # of folders, in which lists of captions are looked for
 CAPTION_KEY = f'"({"|".join(CAPTION_KEYS)})"'  # in a file that is JSON
 KARPATHY_FILES = "dataset_*.json"
 # A line of boxes, as YOLO, DOTA, KITTI and ICDAR label them: four numbers after a word at most.
 BOX = re.compile(r"(\S+ )?(-?(\d+(\.\d*)?|\.\d+)[ ,]){4}")
+# What a page for Stable Diffusion adds to the prompt, in a text beside the picture made from it.
+PARAMETERS = re.compile(r"Negative prompt: |Steps: \d+, ")
 
 
 def find_captions(
@@ -151,6 +153,9 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
         seen = f" (one of {', '.join(map(str, places[:9]))}?)"
+        if count == 1:  # each is about photos of its own
+            own = f"captions_train{places[0].suffix} or captions_1{places[0].suffix}"
+            seen = f"{seen[:-1]}, or several, each renamed like {own})"
         if are_alike(others):
             own = f"move each file into the folder of its photos, if these are {count}"
             seen += f"; {count} of them name {again!r}: {own}"
@@ -301,10 +306,10 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
         # Its own text counts before one that a photo of another suffix may share, unless that of
         # photo.jpg may be photo.jpg.png's. Beside a .caption, a .txt may hold tags: kohya's do.
         suffix = photos[0].suffix
-        ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT", ".json")[name in stems :]
-        ends += f"{suffix}.json", suffix + TAKEOUT
-        files = (photo.with_suffix(end) for photo in photos for end in ends)
-        told = ((file, lines) for file in files if os.path.isfile(file) and (lines := _lines(file)))
+        ends = (f"{suffix}.txt", ".caption", ".txt", ".TXT")[name in stems :]
+        beside = ((*map(p.with_suffix, ends), *map(Path, objects_of(str(p)))) for p in photos)
+        files = filter(os.path.isfile, itertools.chain(*beside))
+        told = ((file, lines) for file in files if (lines := _lines(file)))
         file, lines = next(told, ("", []))  # a blank one doesn't hide another
         if lines:
             found.add(name, lines, file)
@@ -322,6 +327,19 @@ def read_texts_beside(folder: Path, place: Path | None = None) -> Captions:
     return found
 
 
+def objects_of(photo: str) -> list[str]:
+    """What objects about a photo may be called: as it is, without its suffix or with it, and as by
+    Google Takeout, to 46 signs and with the number of one of several photos of a name at the end.
+    """
+    stem, suffix = os.path.splitext(photo)
+    number = f"({stem.rpartition('(')[2]}" if stem.endswith(")") else ""
+    called = [stem]
+    for name, end in ((photo, ""), (stem.removesuffix(number) + suffix, number)):
+        room = max(0, 46 - len(os.path.basename(name)))
+        called += [name + end, name + TAKEOUT[:room] + end]
+    return [f"{each}.json" for each in called]
+
+
 def without_text(photo: Path) -> str:
     return f"{photo}: no caption beside it"
 
@@ -330,12 +348,15 @@ def _lines(file: Path) -> list[str]:
     """The captions, one a line, of a text, or those of a photo's own JSON object."""
     if file.suffix == ".json":
         said = read_json(file, older=True)
+        if isinstance(said, list) and [*map(type, said)] == [dict] and "SourceFile" in said[0]:
+            said = {plain_key(key): value for key, value in said[0].items()}  # exiftool's
         said = said if isinstance(said, dict) else {}
         like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
         told = (text for text in like if isinstance(text, str) and text.strip())
         texts = texts_of(said) or sorted(told, key=len)[-1:]  # DCI's short_caption, and extra_
         return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
-    lines = [line.strip() for line in LINE_END.split(read_text(file, older=True))]
+    whole = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
+    lines = [*itertools.takewhile(lambda line: not PARAMETERS.match(line), whole)]
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]
 
 
@@ -507,9 +528,8 @@ def state_of(source: Path, begun: float = math.inf) -> str:
         return state if source.stat().st_ctime <= begun else ""
     # A table at the top is read as such, not as one of the texts of the photos there.
     there = [name for name in files_in(source) if name not in (*OURS, *TABLES)]
-    objects = {f"{os.path.splitext(name)[0]}.json" for name in there if is_photo(name)}
+    objects = {*itertools.chain(*map(objects_of, filter(is_photo, there)))}
     ends = (*TEXT_SUFFIXES, ".csv", ".jsonl", ".parquet", *(() if objects else (".json",)))
-    objects |= {f"{name}{end}" for name in there for end in (".json", TAKEOUT)}
     told = [name for name in there if name in objects or name.lower().endswith(ends)]
     states = {name: (source / name).stat() for name in told if os.path.isfile(source / name)}
     if any(state.st_ctime > begun for state in states.values()):

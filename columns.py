@@ -75,15 +75,16 @@ def choose_columns(
     headed = usual or captions or "question" in keys
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
     like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
+    called_so = [key for key in like if "caption" in key]
     if usual and all(map(is_same, captions)):
-        captions += like
+        captions += called_so or like  # of WIT not `context_page_description`, an article's
     elif captions == ["title"]:
-        captions = [key for key in like if "caption" in key] or captions
+        captions = called_so or captions
     captions = [key for key in captions if share(key) < 0.5]  # a file's name, as `text` or `title`
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
     others.sort(key=is_given)
-    photos = [key for key in (*usual, *others) if share(key) >= 0.5]
+    photos = whole_first([key for key in (*usual, *others) if share(key) >= 0.5], rows)
     # An `id` may count rows, which would be taken for 1.jpg and so on.
     photos += [key for key in usual if key != "id"]
     photos += [key for key in others if share(key, address=True) >= 0.5]
@@ -98,6 +99,22 @@ def choose_columns(
     return photos, captions, next(filter(tells_split, splits), None)
 
 
+def whole_first(keys: list[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that name photos, the first one unless another has its names with their folders,
+    which tell namesakes apart: exiftool's `SourceFile` before `FileName`."""
+
+    def said(key: str) -> list[str]:
+        return [str(photo_in(row.get(key)) or "").replace("\\", "/") for row in rows]
+
+    names = said(keys[0]) if keys[1:] else []
+    for key in keys[1:]:
+        whole = said(key)
+        longer = all(f"/{w}".endswith(f"/{n}") for w, n in zip(whole, names, strict=True))
+        if longer and len({*whole}) > len({*names}):
+            return [*dict.fromkeys((key, *keys))]
+    return keys
+
+
 def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
     """The columns that name photos, the first one that names some of the `folder` before others:
     whoever fetched them may have called them by their addresses, or by the `id` beside these."""
@@ -106,7 +123,7 @@ def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path
         said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
         counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
         if said not in counts and find_names({*map(plain_name, {*said})}, there):
-            return [key, *(other for other in keys if other != key)]
+            return [*dict.fromkeys((key, *keys))]
     return keys
 
 

@@ -18,7 +18,7 @@ CAPTION_KEYS = (
     *TEXT_KEYS,
     *"sentence sentences description raw caption_str reference_strs caption_text".split(),
     *"caption_en caption_abstract imagedescription alt_text report findings".split(),
-    *"taskanswers productdisplayname title comment prompt".split(),
+    *"paragraph file_attributes taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.
@@ -66,8 +66,8 @@ def as_asked(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what its prompt asks for, a question and its answer or a caption, called so."""
     if "question_id" in row and not {*row} & {"question", "prompt"}:  # as LLaVA asks
         row["question"] = row.pop("text", None)
-    asking = "query" in row or is_asked(row.get("prompt"))
-    if asking and isinstance(row.get("label"), str | list):  # as ChartQA and VisualGLM answer
+    asking = {*row} & {"query", "question_id"} or is_asked(row.get("prompt"))
+    if asking and isinstance(row.get("label"), str | list):  # as ChartQA, POPE and VisualGLM answer
         row["response"] = row.pop("label")
     if "question" in row and "response" in row and not {*row} & {"answer", "answers"}:
         row["answer"] = row.pop("response")

@@ -271,12 +271,46 @@ def test_an_object_beside_a_photo_may_have_its_name_for_a_title(tmp_path, end):
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A dog"]}
 
 
+def test_objects_of_google_takeout_have_cut_names_and_numbers_at_their_end(tmp_path):
+    objects = {
+        "PXL_20230412_183045123.jpg": "PXL_20230412_183045123.jpg.supplemental-metada.json",
+        "PXL_20230412_183045123(2).jpg": "PXL_20230412_183045123.jpg.supplemental-metada(2).json",
+        "1(1).jpg": "1.jpg.supplemental-metadata(1).json",
+        "2(1).jpg": "2(1).jpg.supplemental-metadata.json",  # which was called so when it was new
+        "3(1).jpg": "3.jpg(1).json",  # before 2024
+        f"{'x' * 45}.jpg": f"{'x' * 45}.jpg.json",
+    }
+    told = {
+        f"images/{at}": json.dumps({"description": f"A {name}!"}) for name, at in objects.items()
+    }
+    folder = lay_out(tmp_path, told, [*objects, "1.jpg", f"{'x' * 45}.png"])
+    assert prepared(folder) == {name: [f"A {name}!"] for name in objects}
+    (folder / f"images/{objects['1(1).jpg']}").write_text('{"description": "A dog"}')
+    assert prepared(folder)["1(1).jpg"] == ["A dog"]
+
+
 def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
     blank = {"short_caption": " ", "raw": {"width": 3}}
     texts = {"images/1.json": json.dumps(said), "images/2.json": json.dumps(blank)}
     folder = lay_out(tmp_path, texts)
     assert prepared(folder, "--split", "test") == {"1.jpg": ["A red dog runs"]}
+
+
+def test_an_object_beside_a_photo_may_be_exiftools(tmp_path):
+    """As osxphotos writes it: in a list of one, with keys that say where a text stood."""
+    said = {"EXIF:ImageDescription": "SONY DSC", "XMP:Title": "T", "XMP:Description": "A dog"}
+    names = ["Beach.jpeg", "DSC_1.jpeg", "Our house.jpeg"]
+    told = {f"images/{n}.json": json.dumps([{"SourceFile": n, **said}]) for n in names}
+    assert prepared(lay_out(tmp_path, told, names)) == {name: ["A dog"] for name in names}
+
+
+def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
+    """As Stable Diffusion's web interfaces write it below the prompt."""
+    text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
+    plain = "A cat\nSteps: 20, Sampler: Euler a"
+    folder = lay_out(tmp_path, {"images/1.txt": text, "images/2.txt": plain})
+    assert prepared(folder) == {"1.jpg": ["A red dog,", "running"], "2.jpg": ["A cat"]}
 
 
 def test_a_column_of_names_is_none_of_captions(tmp_path):
@@ -554,6 +588,20 @@ def test_what_is_said_where_texts_are_no_captions_or_names_are_several(tmp_path)
         check(folder)
 
 
+def test_lists_of_other_names_about_photos_of_their_own_are_told_how_to_become_parts(tmp_path):
+    """As Localized Narratives' and RedCaps' are called."""
+    names = "open_images_train_v6_captions.jsonl", "open_images_validation_captions.jsonl"
+    folder = lay_out(tmp_path, {name: lines_of("train") for name in names}, SIX)
+    with pytest.raises(UserError, match=r"validation_captions\.jsonl\?\)"):  # of the same photos
+        check(folder)
+    (folder / names[1]).write_text(lines_of("val"))
+    with pytest.raises(UserError, match=r"\?, or several, each renamed like captions_train\.jsonl"):
+        check(folder)
+    (folder / names[0]).rename(folder / "captions_train.jsonl")
+    (folder / names[1]).rename(folder / "captions_val.jsonl")
+    assert len(prepared(folder)) == 5
+
+
 def test_files_of_one_name_beside_their_photos_are_parts(tmp_path):
     folder = lay_out(tmp_path, {}, ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"])
     for kind in ("cat", "dog"):
@@ -801,6 +849,9 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -874,6 +925,20 @@ def test_what_is_no_form_is_refused_in_a_line(tmp_path, name, text):
             {"1.jpg": ["A dog"]},
         ),  # exiftool's
         ("SourceFile,EXIF:ImageDescription\n./1.jpg,A dog\n", {"1.jpg": ["A dog"]}),
+        (  # as WIT has them: an article's text is none
+            "image_url,context_page_description,caption_reference_description\n"
+            "x/1.jpg,Dogs are animals that bark,A red dog\n",
+            {"x/1.jpg": ["A red dog"]},
+        ),
+        (  # VGG Image Annotator's
+            "filename,file_size,file_attributes,region_count,region_attributes\n"
+            '1.jpg,12,"{""quality"":""good"",""caption"":""A, B""}",0,"{}"\n2.jpg,9,"{}",0,"{}"\n',
+            {"1.jpg": ["A, B"]},
+        ),
+        # Namesakes in several folders are told apart by the column that has these, and only then.
+        ("FileName,path,caption\n1.jpg,x/1.jpg,A\n1.jpg,C:\\y\\1.jpg,B\n", NAMESAKE_ROWS),
+        ("filename,crop,caption\n1.jpg,x/1_1.jpg,A\n1.jpg,x/2_1.jpg,B\n", {"1.jpg": ["A", "B"]}),
+        ("filename,path,caption\n1.jpg,x/1.jpg,A\n", {"1.jpg": ["A"]}),
         # Toloka's, and Mechanical Turk's, of which the task's own description is no caption.
         (
             "INPUT:image\tOUTPUT:caption\tGOLDEN:caption\tHINT:text\tASSIGNMENT:status\n"
@@ -905,6 +970,10 @@ def test_the_header_decides(tmp_path, text, expected):
 
 COCO_OF_STRINGS = {**COCO, "images": [i | {"id": str(i["id"])} for i in COCO["images"]]}
 AB = {"1.jpg": ["A"], "2.jpg": ["B"]}
+VIA = {
+    f"{n}.jpg99": {"filename": f"{n}.jpg", "size": 99, "regions": [], "file_attributes": told}
+    for n, told in ((1, {"caption": "A", "public": "no"}), (2, {"caption": "B"}))
+}
 ROWS = [{"image_id": "1.jpg", "caption": "A"}, {"image_id": 42, "caption": "B"}]
 
 
@@ -1047,6 +1116,12 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ([{"id": f"{n}.jpg", "name": "x", "caption": "AB"[n - 1]} for n in (1, 2)], AB),
         ({"1.jpg": ["A", float("nan")], "2.jpg": ["B"]}, AB),
         ({"version": 1, "captions": AB}, AB),
+        (  # VGG Image Annotator's project, and its export, which is the object below the second key
+            {"_via_settings": {"ui": {"name": "x"}}, "_via_img_metadata": VIA, "_via_version": "2"},
+            AB,
+        ),
+        (VIA, AB),
+        ([{"url": "x/1.jpg", "image_id": 7, "paragraph": "A"}], {"x/1.jpg": ["A"]}),  # Stanford's
         ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
         (
@@ -1934,6 +2009,13 @@ CHAT = turns("user", "assistant", "content", "role")
             ),
         ),
         ("a.txt", "".join(f"{n[0]}|Which?|red\n" for n in IDS)),  # VQA-Med
+        (  # POPE
+            "a.json",
+            "\n".join(
+                json.dumps({"question_id": 1, "image": n, "text": "Which?", "label": "red"})
+                for n in IDS
+            ),
+        ),
         ("a.csv", 2 * "image,question,answer\n" + "".join(f"{n},Which?,red\n" for n in IDS)),
         ("a.csv", ",question,answer,img_id\n" + "".join(f"0,Which?,red,{n[0]}\n" for n in IDS)),
         *(
