@@ -423,6 +423,7 @@ def split_by_own(
 
 
 def check_splits(splits: Splits, source: str, needed: Sequence[str] = ("train", "val")) -> Splits:
+    """The splits as they are, refused if `source` has left one of those `needed` without photos."""
     for split in needed:
         if not splits[split]:
             remedy = "more photos, another split, or --split test to score a trained model on all"

@@ -144,8 +144,8 @@ class HubPusher:
             return
         with contextlib.suppress(Exception):  # the first push asks again
             get_session().timeout = LOGIN_TIMEOUT
-            if refusal := _forbidden(repo_id, HfApi(token=True).whoami()):
-                report(f"Hub: nothing is pushed: {refusal}")
+            if why := _forbidden(repo_id, HfApi(token=True).whoami()):
+                report(f"Hub: nothing is pushed: {why}")
                 return
         self.active = True
         # The client's bars and retry notices would break into the training's own bar.
@@ -253,8 +253,8 @@ class HubPusher:
         get_session().timeout = STALL_TIMEOUT
         api = HfApi(token=True)  # reads the login each time: it may have been renewed
         if not self._ready:
-            if refusal := _forbidden(self.repo_id, api.whoami()):
-                raise UserError(refusal)
+            if why := _forbidden(self.repo_id, api.whoami()):
+                raise UserError(why)
             api.create_repo(self.repo_id, exist_ok=True)
             self._ready = True
         files = upload.files | {WEIGHTS: upload.weights}

@@ -14,7 +14,8 @@ from utils import UserError, redact
 
 # How settings and flags are called that name a file or a folder, or else what is on the Hub.
 FILES, OR_ON_HUB = ("_DIR", "_FILE", "CHECKPOINT_PATH"), ("ENCODER_MODEL_NAME", "CHECKPOINT")
-NO_ADDRESS = (*FILES, *OR_ON_HUB, "ENCODER", "CLIP", "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
+OF_HUB = (*OR_ON_HUB, "ENCODER", "CLIP")  # with those of flags
+NO_ADDRESS = (*FILES, *OF_HUB, "OUTPUT", "REPORT", "OUT", "SAVE_CAPTIONS")
 NO_ADDRESS += ("ATTENTION", "ARCHIVE", "PHOTO", "IMAGE_PATH")
 TEXTS = (
     "DATASET DATA_DIR TASKS SPLIT ENCODER_MODEL_NAME ENCODER_LAYERS CHECKPOINT_PREFIX DEVICE "
@@ -163,8 +164,7 @@ def check_ranges(settings: object) -> None:
         given = value if isinstance(value, list) else [value]
         for each in given if name.upper().endswith(NO_ADDRESS) else ():
             if "://" in str(each):
-                on_hub = name.upper().endswith((*OR_ON_HUB, "ENCODER", "CLIP"))
-                hub = ", or user/repo of the Hub" * on_hub
+                hub = ", or user/repo of the Hub" * name.upper().endswith(OF_HUB)
                 raise UserError(f"{name} is {each}, an address: give a file or folder here{hub}")
         text = isinstance(value, str) or (not value and name in TEXTS_OR_NONE)
         if name in (*TEXTS, *TEXTS_OR_NONE) and not text:
