@@ -152,12 +152,15 @@ class Scored:
 
 
 def table(columns: dict[str, dict[str, float]], digits: int) -> str:
-    """Figures by column and row as text; the first column has all rows."""
-    lines = ["".join(f"{name:>16}" for name in ("", *columns))]
-    for row in next(iter(columns.values())):
-        found = (column.get(row) for column in columns.values())
-        cells = ("-" if value is None else f"{value:.{digits}f}" for value in found)
-        lines.append(f"{row:<16}" + "".join(f"{cell:>16}" for cell in cells))
+    """Figures by column and row as text that fits a phone; the first column has all rows."""
+    rows = [*next(iter(columns.values()))]
+    begin, lines = max(map(len, rows)), []
+    for row in ("", *rows):
+        line = f"{row:<{begin}}"
+        for name, column in columns.items():
+            value = "-" if column.get(row) is None else f"{column[row]:.{digits}f}"
+            line += f"{value if row else name:>{max(6, len(name)) + 3}}"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -56,6 +56,7 @@ def test_evaluate_scores_and_reports(trained, clip_dir):
     for line in re.search("<pre>(.*?)</pre>", report, re.S)[1].splitlines()[2:]:
         name = re.match("[^:, ]+", line)[0]
         assert name.rstrip("1234") in terms, f"{name} is not explained"
+        assert not re.fullmatch(r"\S+( +[\d.]+)+", line) or len(line) <= 32, "wider than a phone"
 
 
 def test_the_way_of_writing_can_be_chosen(tmp_path, trained):
