@@ -27,6 +27,7 @@ from utils import (
     files_in,
     lock,
     read_text,
+    refused,
     shown,
     write_error,
     write_file,
@@ -154,21 +155,19 @@ class Table:
 
     def _read(self, content: bytes) -> set[tuple[str, ...]]:
         """What is in the file already, as (name,) or (name, question)."""
-        try:
+        excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
+        with refused(
+            f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "
+            "give another --output, or --existing overwrite"
+        ):
             text = content.decode("utf-8-sig")  # with Excel's mark or without
             if self.csv:
                 rows = csv.DictReader(io.StringIO(text), strict=True)
                 if text and rows.fieldnames != self.columns:
-                    raise ValueError
+                    raise UserError(f"its columns are {', '.join(rows.fieldnames)}")
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
-            excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
-            raise UserError(
-                f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "
-                "give another --output, or --existing overwrite"
-            ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
         return (photo.name, question)[: 1 + self.asked] not in self.done
