@@ -340,16 +340,9 @@ def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def pretrain_encoder(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of("demo/pretrain_encoder.py")
-    add = parser.add_argument
-    add("--out", default=str(Path(__file__).parent / "demo" / "encoder"), help="the folder")
-    add("--scenes", type=int, default=40000, help="scenes drawn [%(default)s]")
-    add("--epochs", type=int, default=4, help="passes over them [%(default)s]")
-    add("--batch_size", type=int, default=64, help="scenes at once [%(default)s]")
-    add("--learning_rate", type=float, default=1.5e-3)
-    add("--seed", type=int, default=0)
+    folder = str(Path(__file__).parent / "demo" / "encoder")
+    parser.add_argument("--out", default=folder, help="the folder [demo/encoder]")
     args = parser.parse_args(argv)
-    if args.scenes < args.batch_size:
-        raise UserError(f"--scenes {args.scenes} are less than a batch: lower --batch_size")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"--out {args.out} is a file: name a folder")
     return args
