@@ -74,21 +74,12 @@ WITHOUT_EFFECT = (
 )
 
 
-class Held:
-    """Notes Ctrl-C until `run_script` obeys it. PyTorch that is half imported can't be imported
-    again: that kills the process, which is a notebook's with all that its user has made."""
-
-    pressed = False
-
-    def __call__(self, *_: object) -> None:
-        self.pressed = True
-
-
 def begin(read: Callable[[], Any]) -> None:
     """Before a script's imports: read its command line, and answer --help or a mistake at once.
 
-    Ctrl-C while they last ends the program without a word of theirs, but in a notebook's process
-    only once they are over.
+    Ctrl-C while they last ends the program without a word of theirs, but does nothing in a
+    notebook's process: PyTorch that is half imported can't be imported again, which kills it, with
+    all that its user has made.
     """
     # Threads that wait for each other sleep instead of spinning: beside another program training is
     # half as fast again, captioning several times as fast, and alone both are as fast as before
@@ -101,14 +92,13 @@ def begin(read: Callable[[], Any]) -> None:
         os.environ["MPLBACKEND"] = "agg"
     # A photo of more pixels is decoded small, or refused by name.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
-    stop = Held() if notebook else lambda *_: os._exit(130)
     guard_output()
     if sys.version_info < (3, 10):  # noqa: UP036 - macOS brings 3.9
         said = f"this is Python {sys.version.split()[0]}, too old"
         leave(say_error(f"{said}: run bash 01_setup.sh, and then .venv/bin/python in its place"))
     sys.excepthook = say_versions
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, lambda *_: None if notebook else os._exit(130))
     try:
         settings = read() if os.environ.get("LOCAL_RANK", "0") == "0" else _read_silently(read)
         say_without_effect(settings, sys.argv[1:])
@@ -350,16 +340,9 @@ def benchmark(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def pretrain_encoder(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of("demo/pretrain_encoder.py")
-    add = parser.add_argument
-    add("--out", default=str(Path(__file__).parent / "demo" / "encoder"), help="the folder")
-    add("--scenes", type=int, default=40000, help="scenes drawn [%(default)s]")
-    add("--epochs", type=int, default=4, help="passes over them [%(default)s]")
-    add("--batch_size", type=int, default=64, help="scenes at once [%(default)s]")
-    add("--learning_rate", type=float, default=1.5e-3)
-    add("--seed", type=int, default=0)
+    folder = str(Path(__file__).parent / "demo" / "encoder")
+    parser.add_argument("--out", default=folder, help="the folder [demo/encoder]")
     args = parser.parse_args(argv)
-    if args.scenes < args.batch_size:
-        raise UserError(f"--scenes {args.scenes} are less than a batch: lower --batch_size")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"--out {args.out} is a file: name a folder")
     return args

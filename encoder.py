@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import glob
 import hashlib
@@ -319,18 +318,10 @@ class FrozenEncoder(nn.Module):
         tower |= {"class": tower_class.__name__, "options": options, "call": self.call}
         return tower | {"processor": self.processor.to_json_string()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """As another process may get it: without the library's hooks, which are laid there anew."""
-        tower = copy.deepcopy(self.tower, {id(each): each for each in self.tower.parameters()})
-        for module in tower.modules():
-            module._forward_hooks.clear()
-            vars(module).pop("_output_capturing_hooks_installed", None)
-        return vars(self) | {"_modules": {"tower": tower}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        with torch.device("meta"):  # by which the library learns what the class can tell
-            type(self.tower)(self.tower.config)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, it is loaded there: the library's hooks can't be sent."""
+        device = next(self.parameters()).device
+        return _loaded_again, (self.identity(), self.width, device)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Do nothing: frozen means frozen."""
@@ -380,6 +371,10 @@ class FrozenEncoder(nn.Module):
         if last.dim() == 4:  # convolutions make maps (images, width, rows, columns)
             last = last.flatten(2).mT
         return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
+
+
+def _loaded_again(identity: dict[str, Any], width: int, device: torch.device) -> FrozenEncoder:
+    return FrozenEncoder.load_as_trained(identity, width).to(device)
 
 
 def decisive(identity: dict[str, Any]) -> dict[str, Any]:

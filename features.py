@@ -317,25 +317,22 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     """The folder for features of this encoder; says what changed if there are others."""
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     counts = decisive(identity)
-    older = {name: counts[name] for name in counts if name != "activation"}
-    texts = (json.dumps(each, sort_keys=True).encode() for each in (counts, older))
-    key, older_key = (hashlib.sha256(text).hexdigest()[:12] for text in texts)
-    found = {path.parent: _read_identity(path) for path in root.glob("*/identity.json")}
+    found = {path.parent: _read_identity(path) for path in sorted(root.glob("*/identity.json"))}
+    for folder, known in found.items():  # the encoder may have had another name: its weights count
+        if {"activation": counts["activation"]} | decisive(known) == counts:
+            return folder
+    key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{Path(identity['name']).name}-{key}"
-    if folder not in found:  # the encoder may have had another name: its weights count
-        named = (f for end in (key, older_key) for f in found if f.name.endswith(f"-{end}"))
-        folder = next(named, folder)
-    if not older.keys() <= found.get(folder, {}).keys():
-        if folder in found:
-            print(f"{folder}/identity.json is damaged: it is made anew")
-        for other in sorted(found.keys() - {folder}):
-            changed = [name for name in counts if found[other].get(name) != counts[name]]
-            print(
-                f"features in {other} are of another kind ({', '.join(changed)} differ): "
-                "not used; delete that folder if you no longer need it"
-            )
-        encoder.check()
-        write_table(folder / "identity.json", identity)
+    if folder in found:
+        print(f"{folder}/identity.json is damaged: it is made anew")
+    for other in sorted(found.keys() - {folder}):
+        changed = [name for name in counts if found[other].get(name) != counts[name]]
+        print(
+            f"features in {other} are of another kind ({', '.join(changed)} differ): "
+            "not used; delete that folder if you no longer need it"
+        )
+    encoder.check()
+    write_table(folder / "identity.json", identity)
     return folder
 
 

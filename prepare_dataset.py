@@ -71,6 +71,7 @@ from utils import (
     files_in,
     lock,
     redact,
+    refused,
     require_room,
     run_script,
     write_changed,
@@ -97,11 +98,9 @@ def read_marker(paths: DataPaths, dataset: str = "") -> dict[str, Any] | None:
     path = paths.data_dir / "prepared.json"
     if not path.exists():
         return None
-    try:
+    with refused(f"{path} is damaged: delete it and run again"):
         marker = json.loads(path.read_text(encoding="utf-8"))
         known, photos = marker["dataset"], dict(marker["photos"] or {})
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged: delete it and run again") from None
     if dataset and known != dataset:
         raise UserError(
             f"{paths.data_dir} holds {known}, not {dataset}: choose another folder with --data_dir"

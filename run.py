@@ -103,12 +103,7 @@ class Progress:
     def restored(cls, saved: dict[str, Any]) -> Progress:
         """As it was saved, or an error; what older versions kept and can be derived is left out."""
         known = {part.name for part in fields(cls)}
-        saved = {name: value for name, value in saved.items() if name in known}
-        if isinstance(saved.get("written"), list):  # without suffix and digest, in older versions
-            names = [f"{stem}{s}" for stem in saved["written"] for s in (".pt", ".safetensors")]
-            # Without a history, what comes can't be compared with them: they are set aside.
-            saved["written"] = dict.fromkeys(names if saved.get("history") else (), "")
-        progress = typed(cls, saved)
+        progress = typed(cls, {name: value for name, value in saved.items() if name in known})
         check_ranges(progress)
         for entry in progress.history:
             figures = [entry[name] for name in entry if name.startswith(("train_", "val_"))]
@@ -390,11 +385,9 @@ def keep_apart(run: Run) -> Progress:
     newest = [run.file_of("val_loss", e).with_suffix(".pt").name for e in run.bests("val_loss")]
     known = (*standing, *progress.written, *newest[-1:])
     there = {name: stored_digest(run.output / name) for name in known}
-    # A file is this run's if its digest is one that it noted, or of what it goes on from. An older
-    # version noted none: then all that stands beside its checkpoint is its own.
-    mine = {stored_digest(source), *progress.written.values()}
-    trusted = "" in mine and source.resolve().parent == run.output.resolve()
-    progress.written = {n: d for n, d in there.items() if d and (trusted or d in mine)}
+    # A file is this run's if its digest is one that it noted, or of what it goes on from.
+    mine = {stored_digest(source), *progress.written.values()} - {None}
+    progress.written = {name: digest for name, digest in there.items() if digest in mine}
     set_aside([run.output / name for name in standing if name not in progress.written])
     for measure in KEPT:
         bests = run.bests(measure)

@@ -47,7 +47,7 @@ from features import (
 )
 from tars import Sample, elsewhere, identity, read_shard, shard_name
 from tokenizer import CaptionTokenizer
-from utils import Bar, UserError, require_extra, require_room, size_text
+from utils import Bar, UserError, refused, require_extra, require_room, size_text
 
 T = TypeVar("T")
 Place = tuple[int, int]  # a photo's shard, by number, and its row there
@@ -203,17 +203,13 @@ def table_path(folder: Path, url: str) -> Path:
 
 def _read_table(path: Path) -> dict[str, Any]:
     """A shard's table: `items` are each photo's key, captions and checksum of features."""
-    try:
+    with refused(f"{path} is gone or damaged: run the same command again, which makes it anew"):
         table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
         if "items" not in table:  # as earlier versions wrote it
             sums = table["checksums"] or itertools.repeat(0)
             table["items"] = zip(table["keys"], table["captions"], sums, strict=False)
         table["items"] = [(key, list(texts), number) for key, texts, number in table["items"]]
         return {key: table[key] for key in ("version", "shape", "items", "passed", "bad")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{path} is gone or damaged: run the same command again, which makes it anew"
-        ) from None
 
 
 # --- Batches --------------------------------------------------------------------------------

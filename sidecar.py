@@ -27,6 +27,7 @@ from utils import (
     files_in,
     lock,
     read_text,
+    refused,
     shown,
     write_error,
     write_file,
@@ -61,13 +62,11 @@ class TextFiles:
             for place in {photo.file.parent for photo in photos}
         }
         taken = {Path(os.path.abspath(file)) for file in inputs}
-        shared = set()
         for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
             parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
             place = folder.joinpath(*parts) if folder else photo.file
             target = Path(os.path.abspath(place.with_suffix(".txt")))
             if beside[photo.file.parent][photo.file.stem] > 1:
-                shared.add(target)
                 target = target.with_name(f"{photo.file.name}.txt")
             if target in taken:
                 raise UserError(
@@ -76,9 +75,6 @@ class TextFiles:
                 )
             taken.add(target)
             self.targets[photo] = target
-        if unclear := sorted(filter(os.path.isfile, shared - taken)):
-            said = f"{len(unclear)} texts may be of any of several photos, such as {unclear[0]}"
-            print(shown(f"{said}: each gets photo.jpg.txt, which counts first"), file=sys.stderr)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""
@@ -154,21 +150,19 @@ class Table:
 
     def _read(self, content: bytes) -> set[tuple[str, ...]]:
         """What is in the file already, as (name,) or (name, question)."""
-        try:
+        excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
+        with refused(
+            f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "
+            "give another --output, or --existing overwrite"
+        ):
             text = content.decode("utf-8-sig")  # with Excel's mark or without
             if self.csv:
                 rows = csv.DictReader(io.StringIO(text), strict=True)
                 if text and rows.fieldnames != self.columns:
-                    raise ValueError
+                    raise UserError(f"its columns are {', '.join(rows.fieldnames)}")
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
             return {tuple(row[column] for column in self.columns)[:-1] for row in rows}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error):
-            excel = " with commas (Excel: save as CSV UTF-8)" * self.csv
-            raise UserError(
-                f"{self.path} holds other rows than this run would write, or is not UTF-8{excel}: "
-                "give another --output, or --existing overwrite"
-            ) from None
 
     def wanted(self, photo: Photo, question: str) -> bool:
         return (photo.name, question)[: 1 + self.asked] not in self.done
@@ -222,11 +216,4 @@ def open_output(
             f"--output {path}: with --write {args.write} its name must end in .{args.write}"
         )
     check_output("--output", path, *read)
-    table = Table(path, args.existing, asked, files)
-    known = {photo.name for photo in photos}
-    names = () if place else sorted({name for name, *_ in table.done} - known)  # of what is beside
-    if gone := [name for name in names if not os.path.lexists(path.parent / name)]:
-        said = f"{path} has rows of {len(gone)} photos that are gone, such as {gone[0]}, which no"
-        said += " training finds: take them out, or write all anew with --existing overwrite"
-        print(shown(said), file=sys.stderr)
-    return table
+    return Table(path, args.existing, asked, files)

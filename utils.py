@@ -289,12 +289,9 @@ REMEDIES = {
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`, turning a user's mistake into one message and exit code 1."""
     guard_output()
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `commands.begin` has another
     try:
-        if getattr(before, "pressed", False):
-            raise KeyboardInterrupt
         code = main()
     except UserError as error:
         code = say_error(error)

@@ -23,7 +23,6 @@ import commands
 if __name__ == "__main__":
     commands.begin(commands.pretrain_encoder)
 
-import argparse
 import random
 import time
 
@@ -76,24 +75,26 @@ UNNAMED = (  # black, grey, brown, pink, cyan, lime, navy, maroon, olive, teal, 
     (0, 105, 105),
     (225, 40, 175),
 )
+DRAWN, EPOCHS = 40_000, 4  # scenes, and passes over them
+BATCH_SIZE, LEARNING_RATE = 64, 1.5e-3
 COVERED = 0.06  # share of a patch that a shape must cover to be asked for there
 
 
 def main() -> None:
     """Draw scenes, pretrain, report the heads' accuracy on fresh scenes, save the encoder."""
-    options = commands.pretrain_encoder()
-    torch.manual_seed(options.seed)
-    rng = random.Random(f"pretraining {options.seed}")
+    out = commands.pretrain_encoder().out
+    torch.manual_seed(0)
+    rng = random.Random("pretraining 0")
     start = time.perf_counter()
-    images, labels = draw_scenes(options.scenes, rng, held_out=False)
-    print(f"drew {options.scenes} scenes in {time.perf_counter() - start:.0f} s", flush=True)
-    encoder, heads = pretrain(images, labels, options)
+    images, labels = draw_scenes(DRAWN, rng, held_out=False)
+    print(f"drew {DRAWN} scenes in {time.perf_counter() - start:.0f} s", flush=True)
+    encoder, heads = pretrain(images, labels)
     for held_out in (False, True):
         name = "held-out" if held_out else "familiar"
         print(f"per patch, {name} combinations:", accuracies(encoder, heads, rng, held_out))
-    encoder.cpu().save_pretrained(options.out)
-    processor().save_pretrained(options.out)
-    print(f"saved {options.out} after {time.perf_counter() - start:.0f} s")
+    encoder.cpu().save_pretrained(out)
+    processor().save_pretrained(out)
+    print(f"saved {out} after {time.perf_counter() - start:.0f} s")
 
 
 def new_encoder() -> ViTModel:
@@ -164,25 +165,23 @@ def _names() -> tuple[tuple[object, ...], ...]:
     return tuple(ASPECTS.values())
 
 
-def pretrain(
-    images: torch.Tensor, labels: torch.Tensor, options: argparse.Namespace
-) -> tuple[ViTModel, nn.Linear]:
+def pretrain(images: torch.Tensor, labels: torch.Tensor) -> tuple[ViTModel, nn.Linear]:
     """Train encoder and heads together; one line per epoch."""
     device = choose_device()
     dtype = choose_dtype("auto", device)
     encoder = new_encoder().to(device).train()
     heads = nn.Linear(encoder.config.hidden_size, sum(map(len, ASPECTS.values()))).to(device)
     parameters = [*encoder.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.05)
-    steps = options.epochs * (len(images) // options.batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
+    steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=steps, pct_start=0.1
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     start = time.perf_counter()
-    for epoch in range(1, options.epochs + 1):
+    for epoch in range(1, EPOCHS + 1):
         total = 0.0
-        batches = torch.randperm(len(images)).split(options.batch_size)
-        batches = [batch for batch in batches if len(batch) == options.batch_size]
+        batches = torch.randperm(len(images)).split(BATCH_SIZE)
+        batches = [batch for batch in batches if len(batch) == BATCH_SIZE]
         for batch in batches:
             with autocast(device, dtype):
                 logits = heads(encode(encoder, images[batch].to(device)))
@@ -195,7 +194,7 @@ def pretrain(
             total += loss.item()
         elapsed = time.perf_counter() - start
         print(
-            f"epoch {epoch}/{options.epochs}  loss {total / len(batches):.4f}  {elapsed:.0f} s",
+            f"epoch {epoch}/{EPOCHS}  loss {total / len(batches):.4f}  {elapsed:.0f} s",
             flush=True,
         )
     return encoder.eval(), heads

@@ -121,9 +121,9 @@ def test_the_encoder_can_be_made_anew(tmp_path):
     few = (  # also to measure on, where the script takes a thousand
         "from demo import pretrain_encoder as script; draw = script.draw_scenes\n"
         "script.draw_scenes = lambda count, *how, **more: draw(min(count, 64), *how, **more)\n"
-        "script.run_script(script.main)"
+        "script.EPOCHS = 1; script.run_script(script.main)"
     )
-    result = run("-c", few, "--out", tmp_path, "--scenes", 64, "--epochs", 1)
+    result = run("-c", few, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     kept = transformers.AutoConfig.from_pretrained(HERE / "encoder").to_dict()
     made = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()

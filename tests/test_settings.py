@@ -403,7 +403,6 @@ WRONG = [
     ("tools.app", "--port", "70000"),
     ("tools.benchmark", "--repeats", "0"),
     ("prepare_dataset", "--max_bad_images", "-1"),
-    ("demo.pretrain_encoder", "--epochs", "0"),
 ]
 
 
