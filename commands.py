@@ -85,8 +85,9 @@ def begin(read: Callable[[], Any]) -> None:
     # half as fast again, captioning several times as fast, and alone both are as fast as before
     # (docs/performance.md). It is read while PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if os.path.expanduser("~") == "~":  # no HOME and a user without a name, as in containers
-        os.environ["HOME"] = os.getcwd()  # or matplotlib, which is loaded at the end, fails
+    home = os.path.expanduser("~")  # of a user without a name, as in containers, it is ~ or /
+    if not os.access(home, os.W_OK) and not os.path.exists(f"{home}/.cache"):
+        os.environ["HOME"] = os.getcwd()  # or matplotlib fails, and tracking stops halfway
     notebook = "IPython" in sys.modules  # in whose own process matplotlib is its user's
     if not notebook:  # which names its backend to all programs, if they have it or not
         os.environ["MPLBACKEND"] = "agg"

@@ -83,7 +83,7 @@ class Tracker:
             finish_timeout=FINISH_TIMEOUT,
             finish_timeout_raises=True,
         )
-        known = wandb.login(prompt=False, verify=False) or "WANDB_MODE" in os.environ
+        known = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
         try:
             return wandb.init(**options, mode=None if known else "offline", settings=settings)
         except (wandb.Error, OSError) as error:

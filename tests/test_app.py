@@ -277,6 +277,20 @@ def started(server, content: bytes) -> socket.socket:
     return connection
 
 
+def test_programs_and_proxies_are_answered_whatever_they_add_or_leave_out(slow, photo):
+    """HAProxy asks how it is by HTTP/1.0, without a name; Java's client asks for another protocol
+    with each photo; people write a slash too many."""
+    with started(slow, b"GET /health HTTP/1.0\r\n\r\n") as connection:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    wish = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAAB"}
+    assert slow.ask("POST", "/caption", photo, **wish)[0] == 200
+    status, _, answer = slow.ask("POST", "/caption/", photo)
+    assert status == 404 and json.loads(answer)["error"]
+    slow.process.send_signal(signal.SIGINT)
+    _, err = slow.process.communicate(timeout=20)
+    assert slow.process.returncode == 0 and err == ""
+
+
 @pytest.mark.parametrize(
     "begun",
     [

@@ -74,15 +74,20 @@ def test_a_bar_starts_no_process_that_outlives_a_kill():
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-def test_a_user_without_a_home_can_draw_curves(tmp_path):
-    """As in a container that runs under a number: no HOME, and no name in the list of users. A
-    notebook names its own way of drawing to all programs, which may lack it."""
+@pytest.mark.parametrize("home", [None, "/proc/none"])
+def test_a_user_without_a_home_can_draw_curves(tmp_path, home):
+    """As in a container that runs under a number: no HOME, or one that can't be written to, and no
+    name in the list of users. A notebook names its own way of drawing to all programs, which may
+    lack it."""
     code = "import pwd; pwd.getpwuid = {}.__getitem__; import commands; commands.begin(lambda: 0)"
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
     env |= {"PYTHONPATH": str(REPO), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, "-c", f"{code}; import matplotlib.figure"]
+    env |= {"HOME": home} if home else {}
+    code += "; import matplotlib.figure; print(matplotlib.get_configdir())"
+    command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(str(tmp_path)), found.stderr
 
 
 NOTES = [

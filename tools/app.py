@@ -152,7 +152,7 @@ class Service:
 def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlette:
     """The server; `host` is the name that it is opened by, beside localhost and addresses."""
     service = Service(captioner, max_megabytes)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", service.page),
             Route("/health", service.health),
@@ -167,6 +167,8 @@ def build_app(captioner: Captioner, host: str, max_megabytes: float) -> Starlett
             Exception: lambda *_: problem(500, "Something went wrong; the terminal says more."),
         },
     )
+    app.router.redirect_slashes = False  # to an address that only a proxy before it knows
+    return app
 
 
 def problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -194,7 +196,7 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     can't be pointed elsewhere), and what a foreign page sends by its origin or by what the
     browser says of it. A link to the page may stand anywhere.
     """
-    asked = headers.get("host", "")
+    asked = headers.get("host", "localhost")  # HTTP/1.0 wants none: no browser's, a proxy's check
     try:
         name = urlsplit(f"//{asked}").hostname or ""
         origin = headers.get("origin")
@@ -351,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             http=Connection,
             ws="none",
             lifespan="off",
-            log_level="warning",
+            log_level="error",  # not of each request that asks for another protocol as well
             access_log=False,
             server_header=False,
             headers=list(HEADERS.items()),
