@@ -45,8 +45,9 @@ ENDS = re.compile(
     r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$", re.IGNORECASE
 )
 MOST_ENDS = 48  # characters of three of them, so that no more of a text is searched for them
-# What programs write for empty cells, and spreadsheets for what they took for a formula.
-NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
+# What programs and databases write for empty cells, and spreadsheets for failed formulas.
+NOTHING = r"nan NaN NA None null NULL \N undefined <NA> N/A n/a #N/A #NAME? #REF! #VALUE!".split()
+NOTHING += ["#DIV/0!", "#ERROR!"]
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 
 

@@ -37,7 +37,7 @@ from photo_names import find_names
 from questions_file import convert_vqa, find_questions, read_questions
 from settings import Parser, load_settings
 from tests.conftest import run, small_flags, write_photos
-from texts import texts_of
+from texts import NOTHING, texts_of
 from utils import UserError, decoded
 
 
@@ -1504,6 +1504,15 @@ def test_what_programs_write_for_no_caption_is_passed_over_beside_photos_too(tmp
     folder = lay_out(tmp_path, {f"images/{n[:-4]}.txt": text for n, text in said.items()})
     found = captions_search.read_texts_beside(folder / "images")
     assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == 2
+
+
+def test_what_databases_and_scripts_write_for_no_caption_is_passed_over(tmp_path):
+    """R's NA, MySQL's and PostgreSQL's \\N, JavaScript's undefined."""
+    rows = ["1.jpg\tA dog", *(f"{n}.jpg\t{text}" for n, text in enumerate(NOTHING, 2))]
+    (tmp_path / "all.tsv").write_text("\n".join(rows))
+    found = read_captions(tmp_path / "all.tsv")
+    assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == len(NOTHING)
+    assert {"NA", "\\N", "undefined"} <= {*NOTHING}
 
 
 def written_by_hand(place: str, text: str) -> dict[str, str]:
