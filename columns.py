@@ -9,7 +9,7 @@ from typing import Any
 
 from dataset import SPLIT_WORD, split_in
 from photo_names import find_names, is_photo, photos_in, plain_name
-from texts import ASIDE, CAPTION_KEYS, PAIRS, is_asked, texts_of
+from texts import ASIDE, CAPTION_KEYS, LIKE_CAPTIONS, PAIRS, is_asked, texts_of
 from utils import brief
 
 # What a table's header, or an object's keys, call the photo and its caption.
@@ -19,10 +19,6 @@ NAME_KEYS = (
     "captioning photo_id image_urls picture coco_id cocoid imgid name jpg png id"
 ).split()
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
-LIKE_CAPTIONS = re.compile(
-    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
-    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
-)
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 IDS = "image_id image_name img_id photo_id picture coco_id cocoid imgid id".split()  # or numbers
 SAMPLE = 1000  # rows by which it is decided what is what

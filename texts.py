@@ -21,6 +21,10 @@ CAPTION_KEYS = (
     *"paragraph file_attributes taskanswers productdisplayname title comment prompt".split(),
     *"conversations messages texts".split(),
 )
+LIKE_CAPTIONS = re.compile(
+    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
+    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
+)
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.
 ASIDE = ("title", "comment", "prompt", "imagedescription")
 TALKS = ("conversations", "messages", "texts")
@@ -112,8 +116,19 @@ def texts_of(said: Any) -> list[Any]:
     if isinstance(said, dict):
         keys = [key for key in CAPTION_KEYS if key in said]
         keys = [key for key in keys if key not in ASIDE] or keys
-        return texts_of(next((said[key] for key in keys if said[key]), None))
+        if told := next((said[key] for key in keys if said[key]), None):
+            return texts_of(told)
+        like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(str(key))))
+        told = [text for text in like if isinstance(text, str) and text.strip()]
+        return sorted(told, key=len)[-1:]  # of DCI's short_caption and extra_caption the longer
     return [] if said is None or said != said else [said]  # nor NaN
+
+
+def plain_key(name: str) -> str:
+    """In lower case and one word, without what Mechanical Turk (`Answer.caption`), Toloka
+    (`OUTPUT:caption`) and exiftool (`XMP:Description`) put before it, or Florence-2 around it."""
+    name = re.sub("[ -]+", "_", name.strip().strip("<>").lower())
+    return re.sub(r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp)[.:](?=\w)", "", name)
 
 
 def talk_in(said: Any) -> list[tuple[str, str]]:

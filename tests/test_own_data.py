@@ -305,6 +305,30 @@ def test_an_object_beside_a_photo_may_be_exiftools(tmp_path):
     assert prepared(lay_out(tmp_path, told, names)) == {name: ["A dog"] for name in names}
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            {"image": "1", "Description": {"Caption": "A red dog", "Sex": "male"}},
+            {"image": "2", "Description": {"Caption": "A cat"}},
+        ),
+        ({"1.jpg": {"keywords": "b", "clinical-description": "A red dog"}}, {"2.jpg": ["A cat"]}),
+        ({"image": "1", "caption": {"<CAPTION>": "A red dog"}}, {"image": "2", "caption": "A cat"}),
+    ],
+    ids=["MedPix", "DeepEyeNet", "Florence-2"],
+)
+def test_an_object_that_holds_a_caption_may_call_it_in_other_ways(tmp_path, first, second):
+    folder = lay_out(tmp_path, {"all.json": json.dumps([first, second])})
+    assert prepared(folder) == {"1.jpg": ["A red dog"], "2.jpg": ["A cat"]}
+
+
+def test_an_object_that_names_no_caption_is_not_called_a_blank_one(tmp_path):
+    entries = [{"image": "1.jpg", "caption": {"en": "A dog"}}, {"image": "2.jpg", "caption": "B"}]
+    (tmp_path / "all.json").write_text(json.dumps(entries))
+    [why] = read_captions(tmp_path / "all.json").passed
+    assert why.endswith("entry 1 has no caption in {'en': 'A dog'}")
+
+
 def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
     """As Stable Diffusion's web interfaces write it below the prompt."""
     text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
