@@ -68,11 +68,11 @@ def choose_columns(
     asked = sum(is_asked(row.get("prompt")) for row in sample) > len(sample) / 2
     if asked or any((key, "prompt") in PAIRS for key in keys):  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
-    headed = usual or captions or "question" in keys
+    headed = not any(is_photo(plain_name(key)) for key in keys)
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
     like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
     called_so = [key for key in like if "caption" in key]
-    if usual and all(map(is_same, captions)):
+    if headed and all(map(is_same, captions)):
         captions += called_so or like  # of WIT not `context_page_description`, an article's
     elif captions == ["title"]:
         captions = called_so or captions

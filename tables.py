@@ -109,7 +109,7 @@ def is_comment(line: str) -> bool:
     """Is it a comment before the rows, and no header, which numpy writes so as well?"""
     keys = [plain_key(cell) for cell in re.split(r"[,|\t;]", line.lstrip("# "))]
     headed = keys[1:] and {*keys} & {*CAPTION_KEYS, "question"}
-    return f"{line} ".startswith("# ") and not headed
+    return f"{line} ".startswith(("# ", "#TYPE ")) and not headed  # PowerShell's
 
 
 def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:

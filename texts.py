@@ -17,13 +17,17 @@ from dataset import TEXT_KEYS
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"sentence sentences description raw caption_str reference_strs caption_text".split(),
-    *"caption_en caption_abstract imagedescription alt_text report findings".split(),
-    *"paragraph file_attributes taskanswers productdisplayname title comment prompt".split(),
+    *"caption_en caption_abstract imagedescription alt_text alt report findings".split(),
+    *"paragraph file_attributes task_answers product_display_name title comment prompt".split(),
     *"conversations messages texts".split(),
+)
+AROUND = re.compile(
+    r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp|(xmp_)?dc(terms)?|dublin_core)[.:]"
+    r"(?=\w)|\[[a-z_]*\]$"
 )
 LIKE_CAPTIONS = re.compile(
     r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
-    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
+    r"|captions?_(?!(id|url|choice|option)s?$)[a-z]\w*"
 )
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.
 ASIDE = ("title", "comment", "prompt", "imagedescription")
@@ -56,10 +60,10 @@ LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes
 
 
 def is_rejected(row: Mapping[str, Any]) -> bool:
-    """Has who looked it over rejected it, in Mechanical Turk, Toloka or Prodigy?"""
+    """Has who looked it over rejected it, in Mechanical Turk, Toloka, Prodigy or SNLI-VE?"""
     judged = row.get("assignmentstatus") or row.get("assignment:status")
-    judged = judged or ("_task_hash" in row and row.get("answer"))
-    return str(judged).lower() in ("rejected", "reject", "ignore")
+    judged = judged or ("_task_hash" in row and row.get("answer")) or row.get("gold_label")
+    return str(judged).lower() in ("rejected", "reject", "ignore", "contradiction", "neutral")
 
 
 def is_asked(said: Any) -> bool:
@@ -125,10 +129,11 @@ def texts_of(said: Any) -> list[Any]:
 
 
 def plain_key(name: str) -> str:
-    """In lower case and one word, without what Mechanical Turk (`Answer.caption`), Toloka
-    (`OUTPUT:caption`) and exiftool (`XMP:Description`) put before it, or Florence-2 around it."""
-    name = re.sub("[ -]+", "_", name.strip().strip("<>").lower())
-    return re.sub(r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp)[.:](?=\w)", "", name)
+    """In lower case and words apart, without what Mechanical Turk (`Answer.caption`), Toloka
+    (`OUTPUT:caption`), exiftool (`XMP:Description`) and archives (`dc.description[en]`) put around
+    it, or Florence-2."""
+    between = "[ -]+|(?<=[a-z])(?=[A-Z])" if name[:1].islower() else "[ -]+"  # imageName
+    return AROUND.sub("", re.sub(between, "_", name.strip().strip("<>")).lower())
 
 
 def talk_in(said: Any) -> list[tuple[str, str]]:

@@ -329,6 +329,33 @@ def test_an_object_that_names_no_caption_is_not_called_a_blank_one(tmp_path):
     assert why.endswith("entry 1 has no caption in {'en': 'A dog'}")
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'file,Dublin Core:Title,Dublin Core:Description\n{0},Nothing,"{1}"\n',
+        'id,filename,dc.description[en]\n7,{0},"{1}"\n',
+        'caption_id,english_caption,bengali_caption\n{0}#0,"{1}",কুকুর\n',
+        'photoPath,imageCaption,createdAt\n{0},"{1}",2023\n',
+        '#TYPE System.IO.FileInfo\n"Name","Caption"\n"{0}","{1}"\n',
+    ],
+    ids=["Omeka", "DSpace", "BAN-Cap", "JavaScript", "PowerShell"],
+)
+def test_a_header_may_be_as_archives_and_scripts_write_it(tmp_path, rows):
+    text = rows.format("1.jpg", "A red dog, running")
+    (tmp_path / "all.csv").write_text(text)
+    assert read_captions(tmp_path / "all.csv").texts == {"1.jpg": ["A red dog, running"]}
+
+
+def test_objects_may_be_called_as_pages_and_scripts_do(tmp_path):
+    """A page's photos, and SNLI-VE, whose contradictions are no captions."""
+    entries = [{"src": "1.jpg", "alt": "A red dog", "width": 3}]
+    told = {"captionID": "2.jpg#0", "sentence1": "A cat", "sentence2": "An animal"}
+    entries = [entries, [told | {"gold_label": said} for said in ("neutral", "entailment")]]
+    for n, wanted in enumerate(({"1.jpg": ["A red dog"]}, {"2.jpg": ["A cat", "An animal"]})):
+        (tmp_path / f"{n}.json").write_text(json.dumps(entries[n]))
+        assert read_captions(tmp_path / f"{n}.json").texts == wanted
+
+
 def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
     """As Stable Diffusion's web interfaces write it below the prompt."""
     text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
@@ -850,6 +877,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.json", '["1.jpg"]'),
         ("captions.jsonl", "{" + '"a":{' * 50_000),
         ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
+        ("captions.json", '[{"image": "1.jpg", "caption_choices": ["A dog", "B"]}]'),
         ("captions.csv", "image,split\n1.jpg,train\n"),
         ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
