@@ -23,7 +23,8 @@ CAPTION_KEYS = (
 )
 AROUND = re.compile(
     r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp|(xmp_)?dc(terms)?|dublin_core)[.:]"
-    r"(?=\w)|\[[a-z_]*\]$"
+    r"(?=\w)|\[[a-z_]*\]$",
+    re.IGNORECASE,
 )
 LIKE_CAPTIONS = re.compile(
     r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
@@ -45,12 +46,14 @@ PROMPTS |= dict(suffix=["prefix"], output=["instruction"])
 PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in prompts]
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
-TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-STARTS = re.compile(
-    r"\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}", re.IGNORECASE
+TAGS = re.compile(r"\s?(</?(a|p|br|b|i|u|em|strong|div|span|img|ul|li)(\s[^<>]*)?/?>\s*)+", re.I)
+STARTS = re.compile(  # after what a reasoning model thought
+    r"\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
+    r"|<\|\w{1,16}\|>)\s?){1,3}",
+    re.IGNORECASE | re.DOTALL,
 )
 ENDS = re.compile(
-    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$", re.IGNORECASE
+    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|\w{1,16}\|>)){1,3}\s*$", re.IGNORECASE
 )
 MOST_ENDS = 48  # characters of three of them, so that no more of a text is searched for them
 # What programs and databases write for empty cells, and spreadsheets for failed formulas.
@@ -132,8 +135,9 @@ def plain_key(name: str) -> str:
     """In lower case and words apart, without what Mechanical Turk (`Answer.caption`), Toloka
     (`OUTPUT:caption`), exiftool (`XMP:Description`) and archives (`dc.description[en]`) put around
     it, or Florence-2."""
-    between = "[ -]+|(?<=[a-z])(?=[A-Z])" if name[:1].islower() else "[ -]+"  # imageName
-    return AROUND.sub("", re.sub(between, "_", name.strip().strip("<>")).lower())
+    name = AROUND.sub("", re.sub("[ -]+", "_", name.strip().strip("<>")))
+    camel = name[:1].islower()  # imageName
+    return (re.sub("(?<=[a-z])(?=[A-Z])", "_", name) if camel else name).lower()
 
 
 def talk_in(said: Any) -> list[tuple[str, str]]:
@@ -152,7 +156,8 @@ def talk_in(said: Any) -> list[tuple[str, str]]:
 
 
 def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
-    """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    """The texts in a cell that holds a list of them, as JSON, Python, numpy or models write it."""
+    text = re.sub(r"\A\s*```\w*\s|```\s*\Z", "", text) if "```" in text else text
     if len(text) > LONGEST_LIST or not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -1672,11 +1673,24 @@ def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     # As Keras', TensorFlow's and PyTorch's lessons have them, and models' tokenizers.
     ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
     ends = f"{ends[0]}\n</s><s>D</s>\n[CLS] E [SEP]\nA <s> F<|endoftext|>", ends[1]
+    ends = f"{ends[0]}\n<image>G<|im_end|>\n<think>Well.</think> H\n<|startoftext|>I", ends[1]
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F"]
+    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F", *"GHI"]
     assert found["3.jpg"] == ["a startseq"]
+
+
+def test_what_a_model_answers_and_a_page_shows_is_read_without_its_marks(tmp_path):
+    answer = '```json\n{"caption": "A red dog", "tags": ["dog"]}\n```'
+    link = 'A cat by <a href="https://a.org/x" rel="n">Ann</a>'
+    rows = [("1.jpg", answer), ("2.jpg", link)]
+    with open(tmp_path / "all.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    assert read_captions(tmp_path / "all.csv").texts == {
+        "1.jpg": ["A red dog"],
+        "2.jpg": ["A cat by Ann"],
+    }
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
