@@ -276,7 +276,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
 
     def names_photo(entry: Any) -> bool:
-        return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
+        said = [photo_in(entry), *entry.values()] if isinstance(entry, dict) else []
+        return any(isinstance(each, str) and is_photo(each) for each in said)
 
     values = [*table.values()]
     entries = table.get("images") or table.get("data", table.get("annotations"))

@@ -151,7 +151,8 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
         seen = f" (one of {', '.join(map(str, places[:9]))}?)"
-        if count == 1:  # each is about photos of its own
+        called = Counter(os.path.splitext(os.path.basename(name))[0] for name in photos)
+        if count == 1 == max(called.values()):  # each is about photos of its own
             own = f"captions_train{places[0].suffix} or captions_1{places[0].suffix}"
             seen = f"{seen[:-1]}, or several, each renamed like {own})"
         if are_alike(others):

@@ -90,8 +90,10 @@ def choose_columns(
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     captions[1:] = [key for key in captions[1:] if key not in ASIDE]
     photos = [*dict.fromkeys((*photos, *usual))]
-    if folder and any("://" in str(photo_in(row.get(key))) for row in sample for key in photos):
-        photos = there_first(photos, rows, folder)
+    links = any("://" in str(photo_in(row.get(key))) for row in sample for key in photos)
+    named = [key for key in photos if links or share(key) >= 0.5]  # no numbers alone
+    if folder and named[1:]:
+        photos = [*dict.fromkeys((*there_first(named, rows, folder), *photos))]
     return photos, captions, next(filter(tells_split, splits), None)
 
 
@@ -115,7 +117,7 @@ def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path
     """The columns that name photos, the first one that names some of the `folder` before others:
     whoever fetched them may have called them by their addresses, or by the `id` beside these."""
     there = photos_in(folder)
-    for key in keys if len(keys) > 1 else ():
+    for key in keys:
         said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
         counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
         if said not in counts and find_names({*map(plain_name, {*said})}, there):

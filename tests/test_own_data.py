@@ -357,6 +357,35 @@ def test_objects_may_be_called_as_pages_and_scripts_do(tmp_path):
         assert read_captions(tmp_path / f"{n}.json").texts == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (  # what osxphotos says of Apple's library, whose photos were exported by the other name
+            "all.csv",
+            "filename,original_filename,description,path\n"
+            "0A-9.jpeg,2.JPG,A cat,/Users/a/originals/0/0A-9.jpeg\n",
+            {"2.jpg": ["A cat"]},
+        ),
+        ("all.csv", "title,description\nFile:A red dog.jpg,A dog\n", {"A_red_dog.jpg": ["A dog"]}),
+        ("all.json", {"n": 1, "items": [{"file": "2.jpg", "caption": "A"}]}, {"2.jpg": ["A"]}),
+        ("all.json", {"photos": {"-Mx": {"file": "2.jpg", "caption": "A"}}}, {"2.jpg": ["A"]}),
+    ],
+    ids=["osxphotos", "Wikimedia", "a page of an API", "Firebase"],
+)
+def test_photos_are_known_by_the_names_that_exports_give_them(tmp_path, name, content, expected):
+    text = content if isinstance(content, str) else json.dumps(content)
+    folder = lay_out(tmp_path, {name: text}, [*IDS, "A_red_dog.jpg"])
+    assert prepared(folder, "--split", "test") == expected
+
+
+def test_lists_of_the_same_photos_are_not_told_to_become_parts(tmp_path):
+    """UCM's and Sydney's captions, in Karpathy's form and as lines."""
+    images = [{"filename": "1.tif", "sentences": [{"raw": "A dog"}], "split": "train"}]
+    texts = {"dataset.json": json.dumps({"images": images}), "descriptions_UCM.txt": "1 A dog\n"}
+    with pytest.raises(UserError, match=r"descriptions_UCM.txt\?\)$"):
+        prepared(lay_out(tmp_path, texts))
+
+
 def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
     """As Stable Diffusion's web interfaces write it below the prompt."""
     text = "A red dog,\nrunning\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 1"
