@@ -79,9 +79,7 @@ def open_zip(parts: Sequence[Path], downloaded: bool) -> Iterator[zipfile.ZipFil
         order = "" if len(parts) == 1 else ", or its parts are out of order"
         for part in parts if downloaded else ():
             part.unlink()
-        remedy = "removed, run the same command again to download it"
-        if not downloaded:
-            remedy = "download it again, or unpack another kind of archive into DATA_DIR"
+        remedy = "run the same command again" if downloaded else "unpack others into DATA_DIR"
         raise UserError(f"{name} is not a whole zip file{order} ({error}): {remedy}") from None
 
 

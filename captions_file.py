@@ -33,7 +33,6 @@ from tables import Table, is_comment, parquet_rows, table_of
 from texts import (
     ASIDE,
     CAPTION_KEYS,
-    LIKE_CAPTIONS,
     NOTHING,
     TALKS,
     as_asked,
@@ -292,11 +291,9 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return tables[0]
 
     def is_row(v: Any) -> bool:
-        """One by pandas' index, or by a photo with captions of a less usual name?"""
-        if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
-            return isinstance(v, dict)
-        like = any(LIKE_CAPTIONS.fullmatch(k) or NUMBERED.fullmatch(k) for k in map(plain_key, v))
-        return like and not any(v.get(key) for key in CAPTION_KEYS if key != "title")
+        """One by pandas' index, or by a photo with captions that are numbered?"""
+        keys = {plain_key(key) for key in v} if isinstance(v, dict) else {}
+        return any(key in NAME_KEYS or NUMBERED.fullmatch(key) for key in keys)
 
     if all(map(is_row, values)):
         return [{"image_id": key} | value for key, value in table.items()]

@@ -22,9 +22,8 @@ CAPTION_KEYS = (
     *"conversations messages texts".split(),
 )
 AROUND = re.compile(
-    r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp|(xmp_)?dc(terms)?|dublin_core)[.:]"
-    r"(?=\w)|\[[a-z_]*\]$",
-    re.IGNORECASE,
+    r"(?i)^(input(?=.(image|question))|output|answer|exif|iptc|xmp|(xmp_)?dc(terms)?|dublin_core)"
+    r"[.:](?=\w)|\[\w*\]$"
 )
 LIKE_CAPTIONS = re.compile(
     r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
@@ -48,9 +47,8 @@ PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 TAGS = re.compile(r"\s?(</?(a|p|br|b|i|u|em|strong|div|span|img|ul|li)(\s[^<>]*)?/?>\s*)+", re.I)
 STARTS = re.compile(  # after what a reasoning model thought
-    r"\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
-    r"|<\|\w{1,16}\|>)\s?){1,3}",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
+    r"|<\|\w{1,16}\|>)\s?){1,3}"
 )
 ENDS = re.compile(
     r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|\w{1,16}\|>)){1,3}\s*$", re.IGNORECASE
@@ -122,12 +120,14 @@ def texts_of(said: Any) -> list[Any]:
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
         keys = [key for key in CAPTION_KEYS if key in said]
-        keys = [key for key in keys if key not in ASIDE] or keys
-        if told := next((said[key] for key in keys if said[key]), None):
+        usual = [key for key in keys if key not in ASIDE]
+        if told := next(filter(None, map(said.get, usual)), None):
             return texts_of(told)
         like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(str(key))))
         told = [text for text in like if isinstance(text, str) and text.strip()]
-        return sorted(told, key=len)[-1:]  # of DCI's short_caption and extra_caption the longer
+        if told or usual:  # of DCI's short_caption and extra_caption the longer counts
+            return sorted(told, key=len)[-1:]
+        return texts_of(next(filter(None, map(said.get, keys)), None))
     return [] if said is None or said != said else [said]  # nor NaN
 
 

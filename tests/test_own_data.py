@@ -292,6 +292,7 @@ def test_objects_of_google_takeout_have_cut_names_and_numbers_at_their_end(tmp_p
 
 def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
+    said["title"] = "T"
     blank = {"short_caption": " ", "raw": {"width": 3}}
     texts = {"images/1.json": json.dumps(said), "images/2.json": json.dumps(blank)}
     folder = lay_out(tmp_path, texts)

@@ -569,7 +569,7 @@ def test_names_in_a_zip_that_a_mac_packed_are_read_as_unicode(tmp_path: Path) ->
 
 def test_another_archive_than_a_zip_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "photos.tar.gz").write_bytes(b"\x1f\x8b" + bytes(99))
-    with pytest.raises(UserError, match="unpack another kind of archive into DATA_DIR"):
+    with pytest.raises(UserError, match="is not a whole zip file .*: unpack others into DATA_DIR"):
         prepare(settings_for(tmp_path / "d", "--archive", tmp_path / "photos.tar.gz"))
 
 
