@@ -83,6 +83,9 @@ def as_asked(row: dict[str, Any]) -> dict[str, Any]:
         row["answer"] = row.pop("response")
     if all(isinstance(row.get(key), list) for key in ("prompt", "completion")):  # TRL's messages
         row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+    more = row.get("input")  # Alpaca's: what an instruction is about, such as the question itself
+    if isinstance(more, str) and more.strip() and isinstance(row.get("instruction"), str):
+        row["instruction"] = more if ASKS.search(more) else f"{row['instruction']} {more}"
     for answer, prompts in PROMPTS.items():
         prompt = next((key for key in prompts if isinstance(row.get(key), str)), "")
         if answer in row and prompt:

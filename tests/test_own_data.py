@@ -2132,8 +2132,13 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["blue", "red"], "answer": "b"},
+                {"options": ["A. blue", "B. red"], "answer": "B. red"},
+                {"instruction": "Answer briefly.", "input": "Which?", "output": "red"},  # Alpaca
+                {"ground_truth": [{"full_answer": "red", "ui_elements": []}]},  # ScreenQA
+                {"correct_answer": "red"},
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
                 {"Choice A": "blue", "Choice B": "red", "answer": 1},
+                {"Choice A": " A:blue ", "Choice B": " B:red ", "answer": "B"},
                 {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
                 {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
