@@ -2133,7 +2133,6 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["blue", "red"], "answer": "b"},
                 {"options": ["A. blue", "B. red"], "answer": "B. red"},
-                {"instruction": "Answer briefly.", "input": "Which?", "output": "red"},  # Alpaca
                 {"ground_truth": [{"full_answer": "red", "ui_elements": []}]},  # ScreenQA
                 {"correct_answer": "red"},
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
@@ -2143,6 +2142,11 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": ["1", "red"], "answer": "red"},
                 {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
             )
+        ),
+        (
+            "a.csv",  # Alpaca
+            "image,instruction,input,output\n"
+            + "".join(f"{n},Answer briefly.,Which?,red\n" for n in IDS),
         ),
         (
             "a.csv",  # Mechanical Turk
