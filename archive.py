@@ -79,8 +79,8 @@ def open_zip(parts: Sequence[Path], downloaded: bool) -> Iterator[zipfile.ZipFil
         order = "" if len(parts) == 1 else ", or its parts are out of order"
         for part in parts if downloaded else ():
             part.unlink()
-        anew = ": removed, run the same command again to download it" * downloaded
-        raise UserError(f"{name} is not a whole zip file{order} ({error}){anew}") from None
+        remedy = "run the same command again" if downloaded else "unpack others into DATA_DIR"
+        raise UserError(f"{name} is not a whole zip file{order} ({error}): {remedy}") from None
 
 
 def check_unpacked(source: object, packed: int, unpacked: int, largest: int = 0) -> None:
@@ -128,9 +128,13 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
 def _members(archive: zipfile.ZipFile) -> Iterator[Member]:
     """The files of a zip, less hidden ones; a path that leads elsewhere is refused."""
     for info in archive.infolist():
-        path = PurePosixPath(info.filename.replace("\\", "/"))
+        name = info.filename
+        if not info.flag_bits & 0x800:  # macOS writes UTF-8 all the same
+            with contextlib.suppress(UnicodeError):
+                name = name.encode("cp437").decode()
+        path = PurePosixPath(name.replace("\\", "/"))
         entry = f"the archive's entry {info.filename!r}"
-        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", info.filename):
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
             raise UserError(f"{entry} leads out of the folder")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{entry} is a link, not a file")

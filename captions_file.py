@@ -19,7 +19,6 @@ from typing import Any
 
 from columns import (
     IDS,
-    LIKE_CAPTIONS,
     NAME_KEYS,
     NUMBERED,
     caption_columns,
@@ -30,7 +29,7 @@ from columns import (
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
 from photo_names import LONGEST, is_photo, is_there, is_unread, plain_name
-from tables import Table, is_comment, parquet_rows, plain_key, table_of
+from tables import Table, is_comment, parquet_rows, table_of
 from texts import (
     ASIDE,
     CAPTION_KEYS,
@@ -41,6 +40,7 @@ from texts import (
     has_word,
     is_rejected,
     listed,
+    plain_key,
     talk_in,
     texts_of,
     unescaped,
@@ -275,7 +275,8 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     """Photos' objects that stand below a key, by their index, alone, or as columns; or a table."""
 
     def names_photo(entry: Any) -> bool:
-        return isinstance(entry, dict) and is_photo(str(photo_in(entry)))
+        said = [photo_in(entry), *entry.values()] if isinstance(entry, dict) else []
+        return any(isinstance(each, str) and is_photo(each) for each in said)
 
     values = [*table.values()]
     entries = table.get("images") or table.get("data", table.get("annotations"))
@@ -290,11 +291,9 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return tables[0]
 
     def is_row(v: Any) -> bool:
-        """One by pandas' index, or by a photo with captions of a less usual name?"""
-        if not isinstance(v, dict) or set(v) & {*NAME_KEYS}:
-            return isinstance(v, dict)
-        like = any(LIKE_CAPTIONS.fullmatch(k) or NUMBERED.fullmatch(k) for k in map(plain_key, v))
-        return like and not texts_of(v | {"title": None})
+        """One by pandas' index, or by a photo with captions that are numbered?"""
+        keys = {plain_key(key) for key in v} if isinstance(v, dict) else {}
+        return any(key in NAME_KEYS or NUMBERED.fullmatch(key) for key in keys)
 
     if all(map(is_row, values)):
         return [{"image_id": key} | value for key, value in table.items()]
@@ -359,6 +358,8 @@ def read_objects(entries: Sequence[Entry], usage: str) -> list[tuple[str, dict[s
             row = json.loads(entry) if isinstance(entry, str) else entry
             if isinstance(row, list) and len(row) > 1:
                 row = {"image": row[0], "captions": row[1:]}
+            elif len(row) == 1 and is_photo(str(name := next(iter(row)))):  # {"1.jpg": ...}
+                row = {"image": name, "captions": row[name]}
             if isinstance(row.get("data"), dict):
                 row = as_labelled(row)
             row = as_asked({plain_key(key): value for key, value in row.items()})
@@ -418,10 +419,12 @@ def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> C
         elif name := found.name_of(where, shown, OBJECT, isinstance(shown, str) or photo in IDS):
             texts = texts_of([row[key] for key in columns if row.get(key)])
             texts = texts or texts_of(next(filter(None, map(row.get, captions)), None))
-            if texts or not any(map(talk_in, told)):
+            odd = next((each for each in told if each and isinstance(each, list | dict)), None)
+            if texts or odd is None:
                 found.add(name, texts, where, row.get(split))
             else:
-                found.passed.append(f"{where} {QUESTION}")
+                why = QUESTION if talk_in(odd) else f"has no caption in {brief(str(odd))}"
+                found.passed.append(f"{where} {why}")
     return found
 
 

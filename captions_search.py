@@ -33,11 +33,9 @@ from captions_file import (
     merged,
     read_captions,
 )
-from columns import LIKE_CAPTIONS
 from dataset import PLAIN, SPLIT_WORD, WRITTEN, DataPaths, apart, converted_file, place_of
 from photo_names import are_meant, ends_of, find_names, is_photo, match_names, photos_in
-from tables import plain_key
-from texts import CAPTION_KEYS, texts_of
+from texts import CAPTION_KEYS, plain_key, texts_of
 from utils import (
     UserError,
     changed_at,
@@ -153,7 +151,8 @@ def read_parts(paths: DataPaths) -> tuple[list[Path], Captions]:
         raise UserError(f"{paths.questions} is there, but no captions: use --tasks questions")
     if others:
         seen = f" (one of {', '.join(map(str, places[:9]))}?)"
-        if count == 1:  # each is about photos of its own
+        called = Counter(os.path.splitext(os.path.basename(name))[0] for name in photos)
+        if count == 1 == max(called.values()):  # each is about photos of its own
             own = f"captions_train{places[0].suffix} or captions_1{places[0].suffix}"
             seen = f"{seen[:-1]}, or several, each renamed like {own})"
         if are_alike(others):
@@ -351,10 +350,8 @@ def _lines(file: Path) -> list[str]:
         if isinstance(said, list) and [*map(type, said)] == [dict] and "SourceFile" in said[0]:
             said = {plain_key(key): value for key, value in said[0].items()}  # exiftool's
         said = said if isinstance(said, dict) else {}
-        like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(key)))
-        told = (text for text in like if isinstance(text, str) and text.strip())
-        texts = texts_of(said) or sorted(told, key=len)[-1:]  # DCI's short_caption, and extra_
-        return [text for text in texts if not is_photo(str(text))]  # as a `title` may be its name
+        # As a `title` may be its name.
+        return [text for text in texts_of(said) if not is_photo(str(text))]
     whole = (line.strip() for line in LINE_END.split(read_text(file, older=True)))
     lines = [*itertools.takewhile(lambda line: not PARAMETERS.match(line), whole)]
     return [] if any(map(BOX.match, lines)) else [line for line in lines if line]

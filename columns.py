@@ -9,7 +9,7 @@ from typing import Any
 
 from dataset import SPLIT_WORD, split_in
 from photo_names import find_names, is_photo, photos_in, plain_name
-from texts import ASIDE, CAPTION_KEYS, PAIRS, is_asked, texts_of
+from texts import ASIDE, CAPTION_KEYS, LIKE_CAPTIONS, PAIRS, is_asked, texts_of
 from utils import brief
 
 # What a table's header, or an object's keys, call the photo and its caption.
@@ -19,10 +19,6 @@ NAME_KEYS = (
     "captioning photo_id image_urls picture coco_id cocoid imgid name jpg png id"
 ).split()
 SPLIT_KEYS = ("split", "set_name", "subset", "partition")
-LIKE_CAPTIONS = re.compile(
-    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
-    r"|captions?_(?!ids?$|urls?$)[a-z]\w*"
-)
 PLAINLY = ("caption", "captions", "caption_str")  # which count before the other names
 IDS = "image_id image_name img_id photo_id picture coco_id cocoid imgid id".split()  # or numbers
 SAMPLE = 1000  # rows by which it is decided what is what
@@ -72,11 +68,11 @@ def choose_columns(
     asked = sum(is_asked(row.get("prompt")) for row in sample) > len(sample) / 2
     if asked or any((key, "prompt") in PAIRS for key in keys):  # it asks for the caption
         captions = [key for key in captions if key != "prompt"]
-    headed = usual or captions or "question" in keys
+    headed = not any(is_photo(plain_name(key)) for key in keys)
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
     like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
     called_so = [key for key in like if "caption" in key]
-    if usual and all(map(is_same, captions)):
+    if headed and all(map(is_same, captions)):
         captions += called_so or like  # of WIT not `context_page_description`, an article's
     elif captions == ["title"]:
         captions = called_so or captions
@@ -94,8 +90,10 @@ def choose_columns(
     captions.sort(key=lambda key: (is_same(key), key not in plain, -words(key)))
     captions[1:] = [key for key in captions[1:] if key not in ASIDE]
     photos = [*dict.fromkeys((*photos, *usual))]
-    if folder and any("://" in str(photo_in(row.get(key))) for row in sample for key in photos):
-        photos = there_first(photos, rows, folder)
+    links = any("://" in str(photo_in(row.get(key))) for row in sample for key in photos)
+    named = [key for key in photos if links or share(key) >= 0.5]  # no numbers alone
+    if folder and named[1:]:
+        photos = [*dict.fromkeys((*there_first(named, rows, folder), *photos))]
     return photos, captions, next(filter(tells_split, splits), None)
 
 
@@ -119,7 +117,7 @@ def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path
     """The columns that name photos, the first one that names some of the `folder` before others:
     whoever fetched them may have called them by their addresses, or by the `id` beside these."""
     there = photos_in(folder)
-    for key in keys if len(keys) > 1 else ():
+    for key in keys:
         said = [str(cell) for row in rows if (cell := photo_in(row.get(key))) not in (None, "")]
         counts = [[*map(str, range(first, first + len(said)))] for first in (0, 1)]  # of rows
         if said not in counts and find_names({*map(plain_name, {*said})}, there):

@@ -22,9 +22,9 @@ from columns import IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, is
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
-from tables import MOST_MEMORY, opened_parquet, plain_key
+from tables import MOST_MEMORY, opened_parquet
 from tars import MOST_BYTES
-from texts import CAPTION_KEYS, PAIRS, TO_CAPTION, as_asked, texts_of, unescaped
+from texts import CAPTION_KEYS, PAIRS, TO_CAPTION, as_asked, plain_key, texts_of, unescaped
 from utils import UserError, interpreter
 
 # The type of a column of bytes, or of objects, alone or in lists, with `bytes`.

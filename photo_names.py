@@ -16,6 +16,7 @@ from encoder import PHOTO_SUFFIXES
 from utils import SURROGATES, UserError, files_in
 
 Way = Callable[[str], str]  # of cutting a name to what counts of it
+ALIKE = str.maketrans("\\ ", "/_")  # Windows' folders, and what becomes of spaces in the web
 # Byte order marks within a file, and what Windows puts before a path that is copied.
 UNSEEN = "\u200b\u200e\u200f\u202a\u202c\u2060\ufeff"
 LONGEST = 4096  # bytes that a path may have
@@ -33,7 +34,7 @@ def plain_name(name: str) -> str:
     Airtable's address after it, `photo.jpg (https://...)`, or Label Studio's before it,
     `/data/local-files/?d=photo.jpg`, or unseen signs around it."""
     name = re.sub(r" \(https?://[^ ()]+\)$", "", name.strip().strip(UNSEEN))
-    name = re.sub(r"^\S*/local-files/\?d=", "", name)
+    name = re.sub(r"^(\S*/local-files/\?d=|File:)", "", name)  # Wikimedia's, the latter
     name = name.strip().partition("?")[0] if "://" in name else name.strip()
     parts = name.split("#")
     while len(parts) > 1 and re.fullmatch(r"\w+", parts[-1]):
@@ -168,8 +169,8 @@ def _index(names: Iterable[str], way: Way) -> dict[str, str]:
 
 
 def _spelled(name: str) -> str:
-    """In Unicode's usual spelling, without an address's signs or case."""
-    return unicodedata.normalize("NFC", unquote(name)).casefold().replace("\\", "/")
+    """In Unicode's usual spelling, without an address's signs, spaces or case."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold().translate(ALIKE)
 
 
 def _bare(name: str) -> str:

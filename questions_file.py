@@ -21,11 +21,12 @@ from tables import Table, table_of
 from texts import TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
 from utils import UserError, brief, read_json, uncollected, write_file
 
-ANSWERS = ("multiple_choice_answer", "answer", "answers", "direct_answers")
+ANSWERS = "multiple_choice_answer answer answers direct_answers ground_truth correct_answer".split()
 CHOICES = ("choices", "options", "choice")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", "questions", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
+LETTER = re.compile(r"\s*\(?([A-H])[.):]\s*(?=\S)")  # before a choice: "A. a dog"
 PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
 Questions = dict[str, list[dict[str, Any]]]  # about each photo, as questions.json has them
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
@@ -226,11 +227,17 @@ def _chosen(where: str, answer: Any, choices: Any) -> Any:
     """An answer; where it is the number (from 0), letter or key of one of the choices, that one.
     Numbers that seem to count from 1 are refused: by them all answers but these would be others."""
     said = str(as_text(answer)).strip(" .()")
+    texts = [*choices.values()] if isinstance(choices, dict) else choices
+    texts = listed(texts) if isinstance(texts, str) else texts_of(texts)
+    marks = [*filter(None, (LETTER.match(str(each)) for each in texts))]
+    if texts[1:] and [mark[1] for mark in marks] == [*"ABCDEFGH"[: len(texts)]]:
+        choices = {mark[1]: mark.string[mark.end() :].strip() for mark in marks}
+        said = mark[1] if (mark := LETTER.match(str(answer))) else said
     if isinstance(choices, dict):  # {"A": "a dog", "B": "a cat"}
         if named := choices.get(said, choices.get(said.upper())):
             return named
-        choices = [*choices.values()]
-    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
+        texts = [*choices.values()]
+    choices = texts
     # Among texts a number is a place, as IconQA's 0 of ["2", "0"]; as a text it may be one of them.
     counted = isinstance(answer, int | float) and all(isinstance(each, str) for each in choices)
     if len(choices) < 2 or (said in map(str, choices) and not counted):
@@ -251,7 +258,7 @@ def _people(said: Any) -> list[Any]:
     if isinstance(said, dict) and isinstance(inner := said.get("answer", said.get("text")), list):
         said = inner
     said = said if isinstance(said, list) else [said]
-    answers = [each.get("answer") if isinstance(each, dict) else each for each in said]
+    answers = [v.get("answer", v.get("full_answer")) if isinstance(v, dict) else v for v in said]
     return [each for each in map(as_text, answers) if str(each or "").strip()]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from photo_names import is_photo, is_there, plain_name
-from texts import CAPTION_KEYS
+from texts import CAPTION_KEYS, plain_key
 from utils import UserError, bounded_memory, first_line, lfs_note, require_extra, size_text
 
 # Bytes that rows, and the pages they are packed in, may take at a time beside four times the file's
@@ -105,18 +105,11 @@ def delimiter_of(first: str, folder: Path | None) -> str:
     return sign or usual
 
 
-def plain_key(name: str) -> str:
-    """In lower case and one word, without what Mechanical Turk (`Answer.caption`), Toloka
-    (`OUTPUT:caption`) and exiftool (`XMP:Description`) put before it."""
-    name = re.sub("[ -]+", "_", name.strip().lower())
-    return re.sub(r"^(input(?=.(image|question))|output|answer|exif|iptc|xmp)[.:](?=\w)", "", name)
-
-
 def is_comment(line: str) -> bool:
     """Is it a comment before the rows, and no header, which numpy writes so as well?"""
     keys = [plain_key(cell) for cell in re.split(r"[,|\t;]", line.lstrip("# "))]
     headed = keys[1:] and {*keys} & {*CAPTION_KEYS, "question"}
-    return f"{line} ".startswith("# ") and not headed
+    return f"{line} ".startswith(("# ", "#TYPE ")) and not headed  # PowerShell's
 
 
 def whole_rows(lines: list[tuple[str, str]], delimiter: str) -> Iterator[Row]:

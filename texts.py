@@ -17,9 +17,17 @@ from dataset import TEXT_KEYS
 CAPTION_KEYS = (
     *TEXT_KEYS,
     *"sentence sentences description raw caption_str reference_strs caption_text".split(),
-    *"caption_en caption_abstract imagedescription alt_text report findings".split(),
-    *"paragraph file_attributes taskanswers productdisplayname title comment prompt".split(),
+    *"caption_en caption_abstract imagedescription alt_text alt report findings".split(),
+    *"paragraph file_attributes task_answers product_display_name title comment prompt".split(),
     *"conversations messages texts".split(),
+)
+AROUND = re.compile(
+    r"(?i)^(input(?=.(image|question))|output|answer|exif|iptc|xmp|(xmp_)?dc(terms)?|dublin_core)"
+    r"[.:](?=\w)|\[\w*\]$"
+)
+LIKE_CAPTIONS = re.compile(
+    r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
+    r"|captions?_(?!(id|url|choice|option)s?$)[a-z]\w*"
 )
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.
 ASIDE = ("title", "comment", "prompt", "imagedescription")
@@ -37,24 +45,26 @@ PROMPTS |= dict(suffix=["prefix"], output=["instruction"])
 PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in prompts]
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
-TAGS = re.compile(r"\s?(</?(p|br|b|i|em|strong|div|span|ul|li)(\s[^<>]*)?/?>\s*)+", re.IGNORECASE)
-STARTS = re.compile(
-    r"\s*(startseq\s|([<\[]start[>\]]|<[bs]os>|</?s>|\[cls\])\s?){1,3}", re.IGNORECASE
+TAGS = re.compile(r"\s?(</?(a|p|br|b|i|u|em|strong|div|span|img|ul|li)(\s[^<>]*)?/?>\s*)+", re.I)
+STARTS = re.compile(  # after what a reasoning model thought
+    r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
+    r"|<\|\w{1,16}\|>)\s?){1,3}"
 )
 ENDS = re.compile(
-    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|endoftext\|>)){1,3}\s*$", re.IGNORECASE
+    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|\w{1,16}\|>)){1,3}\s*$", re.IGNORECASE
 )
 MOST_ENDS = 48  # characters of three of them, so that no more of a text is searched for them
-# What programs write for empty cells, and spreadsheets for what they took for a formula.
-NOTHING = "nan NaN None null NULL <NA> N/A n/a #N/A #NAME? #REF! #VALUE! #DIV/0! #ERROR!".split()
+# What programs and databases write for empty cells, and spreadsheets for failed formulas.
+NOTHING = r"nan NaN NA None null NULL \N undefined <NA> N/A n/a #N/A #NAME? #REF! #VALUE!".split()
+NOTHING += ["#DIV/0!", "#ERROR!"]
 LONGEST_LIST = 100_000  # characters of a cell that is read as one: Python takes 300 times its size
 
 
 def is_rejected(row: Mapping[str, Any]) -> bool:
-    """Has who looked it over rejected it, in Mechanical Turk, Toloka or Prodigy?"""
+    """Has who looked it over rejected it, in Mechanical Turk, Toloka, Prodigy or SNLI-VE?"""
     judged = row.get("assignmentstatus") or row.get("assignment:status")
-    judged = judged or ("_task_hash" in row and row.get("answer"))
-    return str(judged).lower() in ("rejected", "reject", "ignore")
+    judged = judged or ("_task_hash" in row and row.get("answer")) or row.get("gold_label")
+    return str(judged).lower() in ("rejected", "reject", "ignore", "contradiction", "neutral")
 
 
 def is_asked(said: Any) -> bool:
@@ -73,6 +83,9 @@ def as_asked(row: dict[str, Any]) -> dict[str, Any]:
         row["answer"] = row.pop("response")
     if all(isinstance(row.get(key), list) for key in ("prompt", "completion")):  # TRL's messages
         row["messages"] = [*row.pop("prompt"), *row.pop("completion")]
+    more = row.get("input")  # Alpaca's: what an instruction is about, such as the question itself
+    if isinstance(more, str) and more.strip() and isinstance(row.get("instruction"), str):
+        row["instruction"] = more if ASKS.search(more) else f"{row['instruction']} {more}"
     for answer, prompts in PROMPTS.items():
         prompt = next((key for key in prompts if isinstance(row.get(key), str)), "")
         if answer in row and prompt:
@@ -110,9 +123,24 @@ def texts_of(said: Any) -> list[Any]:
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):
         keys = [key for key in CAPTION_KEYS if key in said]
-        keys = [key for key in keys if key not in ASIDE] or keys
-        return texts_of(next((said[key] for key in keys if said[key]), None))
+        usual = [key for key in keys if key not in ASIDE]
+        if told := next(filter(None, map(said.get, usual)), None):
+            return texts_of(told)
+        like = (said[key] for key in said if LIKE_CAPTIONS.fullmatch(plain_key(str(key))))
+        told = [text for text in like if isinstance(text, str) and text.strip()]
+        if told or usual:  # of DCI's short_caption and extra_caption the longer counts
+            return sorted(told, key=len)[-1:]
+        return texts_of(next(filter(None, map(said.get, keys)), None))
     return [] if said is None or said != said else [said]  # nor NaN
+
+
+def plain_key(name: str) -> str:
+    """In lower case and words apart, without what Mechanical Turk (`Answer.caption`), Toloka
+    (`OUTPUT:caption`), exiftool (`XMP:Description`) and archives (`dc.description[en]`) put around
+    it, or Florence-2."""
+    name = AROUND.sub("", re.sub("[ -]+", "_", name.strip().strip("<>")))
+    camel = name[:1].islower()  # imageName
+    return (re.sub("(?<=[a-z])(?=[A-Z])", "_", name) if camel else name).lower()
 
 
 def talk_in(said: Any) -> list[tuple[str, str]]:
@@ -131,7 +159,8 @@ def talk_in(said: Any) -> list[tuple[str, str]]:
 
 
 def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[str]:
-    """The texts in a cell that holds a list of them, as JSON, Python or numpy writes it."""
+    """The texts in a cell that holds a list of them, as JSON, Python, numpy or models write it."""
+    text = re.sub(r"\A\s*```\w*\s|```\s*\Z", "", text) if "```" in text else text
     if len(text) > LONGEST_LIST or not re.match(r"\s*(\{|[\[(]\s*['\"{])", text):
         return [text]
     commas = re.sub(r"(?<=['\"])\s+(?=['\"])", ",", text.strip())

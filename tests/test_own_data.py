@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from photo_names import find_names
 from questions_file import convert_vqa, find_questions, read_questions
 from settings import Parser, load_settings
 from tests.conftest import run, small_flags, write_photos
-from texts import texts_of
+from texts import NOTHING, texts_of
 from utils import UserError, decoded
 
 
@@ -291,6 +292,7 @@ def test_objects_of_google_takeout_have_cut_names_and_numbers_at_their_end(tmp_p
 
 def test_an_object_beside_a_photo_may_call_its_caption_as_columns_do(tmp_path):
     said = {"short_caption": "A dog", "extra_caption": "A red dog runs", "num_text": 3}
+    said["title"] = "T"
     blank = {"short_caption": " ", "raw": {"width": 3}}
     texts = {"images/1.json": json.dumps(said), "images/2.json": json.dumps(blank)}
     folder = lay_out(tmp_path, texts)
@@ -303,6 +305,86 @@ def test_an_object_beside_a_photo_may_be_exiftools(tmp_path):
     names = ["Beach.jpeg", "DSC_1.jpeg", "Our house.jpeg"]
     told = {f"images/{n}.json": json.dumps([{"SourceFile": n, **said}]) for n in names}
     assert prepared(lay_out(tmp_path, told, names)) == {name: ["A dog"] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            {"image": "1", "Description": {"Caption": "A red dog", "Sex": "male"}},
+            {"image": "2", "Description": {"Caption": "A cat"}},
+        ),
+        ({"1.jpg": {"keywords": "b", "clinical-description": "A red dog"}}, {"2.jpg": ["A cat"]}),
+        ({"image": "1", "caption": {"<CAPTION>": "A red dog"}}, {"image": "2", "caption": "A cat"}),
+    ],
+    ids=["MedPix", "DeepEyeNet", "Florence-2"],
+)
+def test_an_object_that_holds_a_caption_may_call_it_in_other_ways(tmp_path, first, second):
+    folder = lay_out(tmp_path, {"all.json": json.dumps([first, second])})
+    assert prepared(folder) == {"1.jpg": ["A red dog"], "2.jpg": ["A cat"]}
+
+
+def test_an_object_that_names_no_caption_is_not_called_a_blank_one(tmp_path):
+    entries = [{"image": "1.jpg", "caption": {"en": "A dog"}}, {"image": "2.jpg", "caption": "B"}]
+    (tmp_path / "all.json").write_text(json.dumps(entries))
+    [why] = read_captions(tmp_path / "all.json").passed
+    assert why.endswith("entry 1 has no caption in {'en': 'A dog'}")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'file,Dublin Core:Title,Dublin Core:Description\n{0},Nothing,"{1}"\n',
+        'id,filename,dc.description[en]\n7,{0},"{1}"\n',
+        'caption_id,english_caption,bengali_caption\n{0}#0,"{1}",কুকুর\n',
+        'photoPath,imageCaption,createdAt\n{0},"{1}",2023\n',
+        '#TYPE System.IO.FileInfo\n"Name","Caption"\n"{0}","{1}"\n',
+    ],
+    ids=["Omeka", "DSpace", "BAN-Cap", "JavaScript", "PowerShell"],
+)
+def test_a_header_may_be_as_archives_and_scripts_write_it(tmp_path, rows):
+    text = rows.format("1.jpg", "A red dog, running")
+    (tmp_path / "all.csv").write_text(text)
+    assert read_captions(tmp_path / "all.csv").texts == {"1.jpg": ["A red dog, running"]}
+
+
+def test_objects_may_be_called_as_pages_and_scripts_do(tmp_path):
+    """A page's photos, and SNLI-VE, whose contradictions are no captions."""
+    entries = [{"src": "1.jpg", "alt": "A red dog", "width": 3}]
+    told = {"captionID": "2.jpg#0", "sentence1": "A cat", "sentence2": "An animal"}
+    entries = [entries, [told | {"gold_label": said} for said in ("neutral", "entailment")]]
+    for n, wanted in enumerate(({"1.jpg": ["A red dog"]}, {"2.jpg": ["A cat", "An animal"]})):
+        (tmp_path / f"{n}.json").write_text(json.dumps(entries[n]))
+        assert read_captions(tmp_path / f"{n}.json").texts == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (  # what osxphotos says of Apple's library, whose photos were exported by the other name
+            "all.csv",
+            "filename,original_filename,description,path\n"
+            "0A-9.jpeg,2.JPG,A cat,/Users/a/originals/0/0A-9.jpeg\n",
+            {"2.jpg": ["A cat"]},
+        ),
+        ("all.csv", "title,description\nFile:A red dog.jpg,A dog\n", {"A_red_dog.jpg": ["A dog"]}),
+        ("all.json", {"n": 1, "items": [{"file": "2.jpg", "caption": "A"}]}, {"2.jpg": ["A"]}),
+        ("all.json", {"photos": {"-Mx": {"file": "2.jpg", "caption": "A"}}}, {"2.jpg": ["A"]}),
+    ],
+    ids=["osxphotos", "Wikimedia", "a page of an API", "Firebase"],
+)
+def test_photos_are_known_by_the_names_that_exports_give_them(tmp_path, name, content, expected):
+    text = content if isinstance(content, str) else json.dumps(content)
+    folder = lay_out(tmp_path, {name: text}, [*IDS, "A_red_dog.jpg"])
+    assert prepared(folder, "--split", "test") == expected
+
+
+def test_lists_of_the_same_photos_are_not_told_to_become_parts(tmp_path):
+    """UCM's and Sydney's captions, in Karpathy's form and as lines."""
+    images = [{"filename": "1.tif", "sentences": [{"raw": "A dog"}], "split": "train"}]
+    texts = {"dataset.json": json.dumps({"images": images}), "descriptions_UCM.txt": "1 A dog\n"}
+    with pytest.raises(UserError, match=r"descriptions_UCM.txt\?\)$"):
+        prepared(lay_out(tmp_path, texts))
 
 
 def test_what_made_a_picture_is_no_caption_of_it(tmp_path):
@@ -826,6 +908,7 @@ def test_what_cant_be_learned_from_is_told(tmp_path, text, kept, says, capsys):
         ("captions.json", '["1.jpg"]'),
         ("captions.jsonl", "{" + '"a":{' * 50_000),
         ("captions.csv", "photo_key,words\n1.jpg,A dog\n"),
+        ("captions.json", '[{"image": "1.jpg", "caption_choices": ["A dog", "B"]}]'),
         ("captions.csv", "image,split\n1.jpg,train\n"),
         ("captions.csv", "image,prompt,response\n1.jpg,Describe it,A dog\n"),
         ("captions.csv", 'id,image,caption\n1,1.jpg,"Stop\n2,2.jpg,Go\n3,3.jpg,"No" way\n'),
@@ -1506,6 +1589,15 @@ def test_what_programs_write_for_no_caption_is_passed_over_beside_photos_too(tmp
     assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == 2
 
 
+def test_what_databases_and_scripts_write_for_no_caption_is_passed_over(tmp_path):
+    """R's NA, MySQL's and PostgreSQL's \\N, JavaScript's undefined."""
+    rows = ["1.jpg\tA dog", *(f"{n}.jpg\t{text}" for n, text in enumerate(NOTHING, 2))]
+    (tmp_path / "all.tsv").write_text("\n".join(rows))
+    found = read_captions(tmp_path / "all.tsv")
+    assert found.texts == {"1.jpg": ["A dog"]} and len(found.passed) == len(NOTHING)
+    assert {"NA", "\\N", "undefined"} <= {*NOTHING}
+
+
 def written_by_hand(place: str, text: str) -> dict[str, str]:
     """Files that say `text` of 1.jpg and 2.jpg, which for metadata in a sub-folder lie there."""
     if place == "images/1.txt":
@@ -1611,11 +1703,24 @@ def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     # As Keras', TensorFlow's and PyTorch's lessons have them, and models' tokenizers.
     ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
     ends = f"{ends[0]}\n</s><s>D</s>\n[CLS] E [SEP]\nA <s> F<|endoftext|>", ends[1]
+    ends = f"{ends[0]}\n<image>G<|im_end|>\n<think>Well.</think> H\n<|startoftext|>I", ends[1]
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F"]
+    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F", *"GHI"]
     assert found["3.jpg"] == ["a startseq"]
+
+
+def test_what_a_model_answers_and_a_page_shows_is_read_without_its_marks(tmp_path):
+    answer = '```json\n{"caption": "A red dog", "tags": ["dog"]}\n```'
+    link = 'A cat by <a href="https://a.org/x" rel="n">Ann</a>'
+    rows = [("1.jpg", answer), ("2.jpg", link)]
+    with open(tmp_path / "all.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    assert read_captions(tmp_path / "all.csv").texts == {
+        "1.jpg": ["A red dog"],
+        "2.jpg": ["A cat by Ann"],
+    }
 
 
 def test_what_captions_were_made_of_is_known_from_elsewhere(tmp_path, monkeypatch):
@@ -2027,12 +2132,21 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": [{"text": "blue"}, {"text": "red"}], "answer": "B"},
                 {"options": {"A": "blue", "B": "red"}, "answer": "B"},
                 {"options": ["blue", "red"], "answer": "b"},
+                {"options": ["A. blue", "B. red"], "answer": "B. red"},
+                {"ground_truth": [{"full_answer": "red", "ui_elements": []}]},  # ScreenQA
+                {"correct_answer": "red"},
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
                 {"Choice A": "blue", "Choice B": "red", "answer": 1},
+                {"Choice A": " A:blue ", "Choice B": " B:red ", "answer": "B"},
                 {"question": "<image>\nWhich?", "answer": "red"},
                 {"options": ["1", "red"], "answer": "red"},
                 {"answers": ["red"], "answer_type": ["single span"]},  # InfographicVQA
             )
+        ),
+        (
+            "a.csv",  # Alpaca
+            "image,instruction,input,output\n"
+            + "".join(f"{n},Answer briefly.,Which?,red\n" for n in IDS),
         ),
         (
             "a.csv",  # Mechanical Turk

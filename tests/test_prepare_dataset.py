@@ -553,6 +553,26 @@ def test_only_photos_and_the_table_are_taken(tmp_path: Path) -> None:
     assert names == {"images", "captions.txt", "captions.json", "splits.json", "prepared.json"}
 
 
+def test_names_in_a_zip_that_a_mac_packed_are_read_as_unicode(tmp_path: Path) -> None:
+    """They are, though its entries don't say so, and Python takes them for those of DOS."""
+    photos = {f"Größe {n}": photo for n, photo in PHOTOS.items()}
+    table = TABLE.replace("\n", "\nGröße ").removesuffix("Größe ")
+    archive = bytearray(make_zip({"captions.csv": table, **photos}, zipfile.ZIP_STORED))
+    for signature, offset in ((b"PK\x01\x02", 9), (b"PK\x03\x04", 7)):
+        for found in re.finditer(re.escape(signature), bytes(archive)):
+            archive[found.start() + offset] &= ~8
+    (tmp_path / "mac.zip").write_bytes(archive)
+    prepare(settings_for(tmp_path / "d", "--archive", tmp_path / "mac.zip"))
+    assert {path.name for path in (tmp_path / "d" / "images").iterdir()} == {*photos}
+    assert {*load_captions(tmp_path / "d" / "captions.json")} == {*photos}
+
+
+def test_another_archive_than_a_zip_is_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "photos.tar.gz").write_bytes(b"\x1f\x8b" + bytes(99))
+    with pytest.raises(UserError, match="is not a whole zip file .*: unpack others into DATA_DIR"):
+        prepare(settings_for(tmp_path / "d", "--archive", tmp_path / "photos.tar.gz"))
+
+
 @pytest.mark.fault
 def test_declared_size_is_checked_against_the_content(tmp_path: Path) -> None:
     name, content = "liar.jpg", RNG.randbytes(1000)
