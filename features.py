@@ -317,12 +317,12 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     """The folder for features of this encoder; says what changed if there are others."""
     identity = encoder.identity() | {"dtype": str(dtype), "format": FORMAT}
     counts = decisive(identity)
-    found = {path.parent: _read_identity(path) for path in sorted(root.glob("*/identity.json"))}
-    for folder, known in found.items():  # the encoder may have had another name: its weights count
-        if {"activation": counts["activation"]} | decisive(known) == counts:
-            return folder
     key = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
     folder = root / f"{Path(identity['name']).name}-{key}"
+    found = {path.parent: _read_identity(path) for path in sorted(root.glob("*/identity.json"))}
+    for place in (folder, *found):  # the encoder may have had another name: its weights count
+        if {"activation": counts["activation"]} | decisive(found.get(place, {})) == counts:
+            return place
     if folder in found:
         print(f"{folder}/identity.json is damaged: it is made anew")
     for other in sorted(found.keys() - {folder}):

@@ -98,8 +98,9 @@ def read_marker(paths: DataPaths, dataset: str = "") -> dict[str, Any] | None:
     path = paths.data_dir / "prepared.json"
     if not path.exists():
         return None
+    text = path.read_bytes()  # another user's, or on a disk that fails, it may be whole
     with refused(f"{path} is damaged: delete it and run again"):
-        marker = json.loads(path.read_text(encoding="utf-8"))
+        marker = json.loads(text)
         known, photos = marker["dataset"], dict(marker["photos"] or {})
     if dataset and known != dataset:
         raise UserError(

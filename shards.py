@@ -203,8 +203,9 @@ def table_path(folder: Path, url: str) -> Path:
 
 def _read_table(path: Path) -> dict[str, Any]:
     """A shard's table: `items` are each photo's key, captions and checksum of features."""
+    there = path.read_bytes() if path.exists() else b""  # another user's may be whole
     with refused(f"{path} is gone or damaged: run the same command again, which makes it anew"):
-        table = {"passed": {}, "bad": {}} | json.loads(path.read_text(encoding="utf-8"))
+        table = {"passed": {}, "bad": {}} | json.loads(there)
         if "items" not in table:  # as earlier versions wrote it
             sums = table["checksums"] or itertools.repeat(0)
             table["items"] = zip(table["keys"], table["captions"], sums, strict=False)

@@ -62,11 +62,13 @@ class TextFiles:
             for place in {photo.file.parent for photo in photos}
         }
         taken = {Path(os.path.abspath(file)) for file in inputs}
+        shared = set()
         for photo in photos:  # an absolute name, or one with "..", would lead out of the folder
             parts = [part for part in Path(photo.name).parts if part not in ("/", "..")]
             place = folder.joinpath(*parts) if folder else photo.file
             target = Path(os.path.abspath(place.with_suffix(".txt")))
             if beside[photo.file.parent][photo.file.stem] > 1:
+                shared.add(target)
                 target = target.with_name(f"{photo.file.name}.txt")
             if target in taken:
                 raise UserError(
@@ -75,6 +77,9 @@ class TextFiles:
                 )
             taken.add(target)
             self.targets[photo] = target
+        if unclear := sorted(filter(os.path.isfile, shared - taken)):
+            said = f"{len(unclear)} texts may be of any of several photos, such as {unclear[0]}"
+            print(shown(f"{said}: each gets photo.jpg.txt, which counts first"), file=sys.stderr)
 
     def wanted(self, photo: Photo, question: str) -> bool:
         """Whether something is to be written about the photo."""

@@ -262,6 +262,8 @@ def test_an_encoder_whose_folder_is_renamed_finds_its_features(setting, encoder_
     moved = shutil.copytree(encoder_dir, tmp_path / "renamed")
     again, _ = build(encoder=FrozenEncoder.load(str(moved)))
     assert again.folder == cache.folder and not said
+    shutil.copytree(cache.folder, cache.folder.with_name("a copy"))  # as somebody keeps one
+    assert build()[0].folder == cache.folder and not said
 
 
 def test_an_encoder_that_does_something_else_with_its_weights_is_another(

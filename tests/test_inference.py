@@ -176,6 +176,9 @@ def test_photos_given_one_by_one_take_no_text_of_anothers(folder, caption):
     for name in ("a.jpg", "a.png"):
         result = caption(folder / name, "--write", "txt")
         assert result.stdout and (folder / f"{name}.txt").read_text() == result.stdout
+    (folder / "a.txt").write_text("whose?\n")
+    result = caption(folder, "--write", "txt")
+    assert "1 texts may be of any of several photos" in result.stderr and "a.txt: " in result.stderr
     for place in (folder, folder / "sub"):  # one folder after the other, into one place
         paint("blue", "left", 7).save(place / "e.png")
         result = caption(place / "e.png", "--write", "csv", "--output", folder / "all.csv")

@@ -793,6 +793,24 @@ def kill_when(process: Forked, reached: Iterator[bool]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def test_a_note_of_what_is_there_that_can_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """As another user's: who deletes it has all downloaded and unpacked again."""
+    paths = SimpleNamespace(data_dir=tmp_path)
+    prepare_dataset.write_marker(paths, "flickr8k", {})
+
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, refused)
+    with pytest.raises(PermissionError):
+        prepare_dataset.read_marker(paths)
+    monkeypatch.undo()
+    (tmp_path / "prepared.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        prepare_dataset.read_marker(paths)
+
+
 @pytest.mark.fault(count=3)
 def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
     photos = {f"{n}.jpg": RNG.randbytes(400) for n in range(2000)}

@@ -453,6 +453,22 @@ def test_stock_is_taken_once_and_again_of_what_changed(tmp_path, encoder, capsys
         assert again.shards == first.shards and "1 of 3 to read" in said
 
 
+def test_a_table_that_can_not_be_read_now_is_not_made_anew(tmp_path, encoder, monkeypatch):
+    """As where too many files are open, or another user's: it may stand for hours of encoding."""
+    urls = expand_shards(write_shards(tmp_path / "tars", [3]))
+    (shard,) = take_stock(encoder, urls, tmp_path / "f").shards
+    before = shard.table.stat().st_mtime_ns
+
+    def refused(path, **_):
+        raise OSError(24, "Too many open files", str(path))
+
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, refused)
+    with pytest.raises(OSError):
+        take_stock(encoder, urls, tmp_path / "f")
+    assert shard.table.stat().st_mtime_ns == before
+
+
 @pytest.mark.fault
 def test_photos_that_cannot_be_read_are_left_out_or_too_many(tmp_path, encoder, capsys):
     files = []
