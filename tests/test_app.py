@@ -682,6 +682,24 @@ def test_a_browser_loses_nothing_on_the_way(browser, server, joint):
     browser.fits()  # as in a window of 1280 at 400 %
 
 
+def test_a_browser_says_what_a_proxy_answers_and_goes_on(browser, server, joint):
+    """A proxy's limits, and the page that it sends to who is no longer logged in."""
+    browser.open(server)
+    browser.until(lambda: browser.find("#samples button"))
+    browser.driver.execute_script(
+        """const real = fetch, answers = [504, 413, 200], headers = { "Retry-After": 0.1 };
+        fetch = (...what) => answers.length
+            ? Promise.resolve(new Response("<html>", { status: answers.shift(), headers }))
+            : real(...what);"""
+    )
+    files = [joint / "images" / name for name in ("000.png", "001.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 3 photos")
+    large, login, captioned = browser.texts("#list li")
+    assert "413: this photo is too large" in large and "200: reload" in login
+    assert "square" in captioned
+
+
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
     browser.open(server)
     browser.until(lambda: browser.find("#samples button"))
