@@ -150,7 +150,7 @@ if [[ $active == no ]] && ! { supported "$python" && has_pip "$python"; }; then
 fi
 rm -f "$stamp"
 echo "Installing $last into $environment (the first time a gigabyte or more is downloaded)"
-"$python" -I -m pip install -q --no-input --disable-pip-version-check -r "$last"
+"$python" -I -m pip install -q --no-user --no-input --disable-pip-version-check -r "$last"
 report=$(whole) || fail "the installed packages don't work:" \
     "run $python -m pip install --force-reinstall -r $PWD/$last"
 {

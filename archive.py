@@ -171,6 +171,6 @@ def extract_photos(archive: zipfile.ZipFile, photos: Entries, folder: Path) -> N
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, folder / name)
     except OSError as error:
-        raise write_error(error, folder) from error
+        raise write_error(error, Path(error.filename2 or folder)) from error
     finally:
         temporary.unlink(missing_ok=True)

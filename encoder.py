@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -193,6 +194,8 @@ class FrozenEncoder(nn.Module):
         place = "folder" if os.path.isdir(name) else "Hub name (is there a network?) or folder"
         place += next(filter(None, map(lfs_note, glob.glob(f"{glob.escape(name)}/*"))), "")
         wrong = f"the encoder {name!r} can't be loaded from that {place}: give another with {flag}"
+        with refused("temporary files can't be written: set TMPDIR to where they can"):
+            tempfile.gettempdir()  # the library needs it, or says that the folder is wrong
         # A program may have set another default device, by `torch.set_default_device`.
         with refused(wrong), quiet_library(), torch.device("cpu"):
             where = loading_options(name, revision)

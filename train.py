@@ -42,7 +42,7 @@ from run import MEASURES, Run, Written, check_settings, find_checkpoint, keep_ap
 from self_critical import critical_epochs
 from shards import Rows, StreamedRows
 from tokenizer import ANSWER_ID
-from utils import UserError, run_script, sole_user
+from utils import UserError, refused, run_script, sole_user
 
 # --- The whole run --------------------------------------------------------------------------
 
@@ -398,6 +398,8 @@ def claim_folders(settings: SimpleNamespace, lock: contextlib.ExitStack) -> None
         from demo.scenes import build_dataset
         from demo.settings import OUTPUT, SCENES
 
+        with refused("the demo's pictures can't be drawn: copy this project to a folder of yours"):
+            OUTPUT.mkdir(exist_ok=True)
         build_dataset(OUTPUT, **SCENES)
     lock.enter_context(sole_user(output_dir(settings)))
 

@@ -237,6 +237,9 @@ def test_foreign_names_and_foreign_pages_are_refused(server, photo):
     for site, expected in {"cross-site": 403, "same-site": 403, "same-origin": 200}.items():
         assert status("POST", "/caption", **{"Sec-Fetch-Site": site}) == expected
         assert status("GET", "/health", **{"Sec-Fetch-Site": site}) == expected
+    # As a proxy passes it on that asks by the server's own address (Apache).
+    proxied = {"Origin": "https://captions.example", "Sec-Fetch-Site": "same-origin"}
+    assert status("POST", "/caption", **proxied) == 200
     link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert status("GET", "/", **link) == 200 and status("POST", "/caption", **link) == 403
     assert status("GET", "/caption") == 405
@@ -680,6 +683,24 @@ def test_a_browser_loses_nothing_on_the_way(browser, server, joint):
     narrow = {"width": 320, "height": 256, "deviceScaleFactor": 4, "mobile": False}
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
     browser.fits()  # as in a window of 1280 at 400 %
+
+
+def test_a_browser_says_what_a_proxy_answers_and_goes_on(browser, server, joint):
+    """A proxy's limits, and the page that it sends to who is no longer logged in."""
+    browser.open(server)
+    browser.until(lambda: browser.find("#samples button"))
+    browser.driver.execute_script(
+        """const real = fetch, answers = [504, 413, 200], headers = { "Retry-After": 0.1 };
+        fetch = (...what) => answers.length
+            ? Promise.resolve(new Response("<html>", { status: answers.shift(), headers }))
+            : real(...what);"""
+    )
+    files = [joint / "images" / name for name in ("000.png", "001.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 3 photos")
+    large, login, captioned = browser.texts("#list li")
+    assert "413: this photo is too large" in large and "200: reload" in login
+    assert "square" in captioned
 
 
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 import config
+import train
 from demo.report import wholly_right
 from demo.scenes import (
     COLOURS,
@@ -32,6 +35,7 @@ from demo.scenes import (
 from demo.settings import DEMO, HERE
 from settings import constants
 from tests.conftest import run
+from utils import UserError
 
 
 def scenes(count: int, held_out: bool) -> list[Scene]:
@@ -133,3 +137,10 @@ def test_the_encoder_can_be_made_anew(tmp_path):
 @pytest.mark.parametrize("name", DEMO)
 def test_the_demo_sets_only_what_there_is(name):
     assert name in constants(config)
+
+
+def test_where_the_project_is_only_to_be_read_it_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "demo").touch()
+    monkeypatch.setattr("demo.settings.OUTPUT", tmp_path / "demo" / "output")
+    with ExitStack() as lock, pytest.raises(UserError, match="copy this project"):
+        train.claim_folders(SimpleNamespace(demo=True), lock)

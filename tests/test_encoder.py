@@ -8,6 +8,7 @@ import pty
 import shutil
 import socket
 import struct
+import tempfile
 import time
 import tracemalloc
 import zlib
@@ -661,3 +662,11 @@ def _text_resolution() -> bytes:
     entries = [(0x0112, 3, 1, struct.pack(">HH", 6, 0)), (0x011A, 2, 4, b"72.\0")]
     body = b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + body + struct.pack(">I", 0)
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_apart_from_a_wrong_folder(monkeypatch):
+    """As a container whose file system is to be read only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(UserError, match="TMPDIR"):
+        FrozenEncoder.load("demo/encoder")

@@ -904,6 +904,11 @@ def test_an_archive_with_captions_json_and_odd_names(tmp_path: Path) -> None:
         paths = prepare(settings_for(tmp_path / "data", "--archive", archive))
         assert load_captions(paths.captions) == {name: [name] for name in names}
     assert (tmp_path / "data" / "captions.json").read_text() == table
+    # Some disks take no such name: what can't be written is named.
+    taken = tmp_path / "other" / "images" / "12:30.jpg"
+    taken.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{taken} can't be written"):
+        prepare(settings_for(tmp_path / "other", "--archive", archive))
 
 
 @pytest.mark.parametrize(

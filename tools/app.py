@@ -200,7 +200,7 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     try:
         name = urlsplit(f"//{asked}").hostname or ""
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != asked
+        foreign = method != "GET" and origin is not None and urlsplit(origin).netloc != asked
     except ValueError:
         return "The address is not valid."
     try:
@@ -208,9 +208,10 @@ def refuse(method: str, headers: Mapping[str, str], host: str) -> str | None:
     except ValueError:
         if name not in ("localhost", host.lower()):
             return "This page is not served under that name: open it by its address or by --host's."
-    elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-    link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
-    if (method != "GET" and foreign) or (elsewhere and not link):
+    if site := headers.get("sec-fetch-site"):  # right also where a proxy asks by another name
+        link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        foreign = site not in ("none", "same-origin") and not link
+    if foreign:
         return "Requests from other pages are not served."
     return None
 
