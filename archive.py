@@ -79,7 +79,9 @@ def open_zip(parts: Sequence[Path], downloaded: bool) -> Iterator[zipfile.ZipFil
         order = "" if len(parts) == 1 else ", or its parts are out of order"
         for part in parts if downloaded else ():
             part.unlink()
-        remedy = "run the same command again" if downloaded else "unpack others into DATA_DIR"
+        remedy = "unpack others into DATA_DIR"
+        if downloaded:
+            remedy = "removed, run the same command again to download it"
         raise UserError(f"{name} is not a whole zip file{order} ({error}): {remedy}") from None
 
 
