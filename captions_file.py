@@ -376,7 +376,7 @@ def pairs_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     `caption_1` and so on, as a task of Mechanical Turk has them; or the row itself."""
     photos, captions = {}, {}
     for key in (key for key in row if key[-1:].isdigit()):  # few are, of millions of rows
-        stem, number = re.fullmatch(r"(.*?)_?(\d*)", key).groups()
+        stem, number = re.fullmatch(r"(?s)(.*?)_?(\d*)", key).groups()
         if number and stem in NAME_KEYS:
             photos[number] = key
         elif NUMBERED.fullmatch(key):
