@@ -77,10 +77,10 @@ def open_zip(parts: Sequence[Path], downloaded: bool) -> Iterator[zipfile.ZipFil
             yield archive
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, *ODD) as error:
         order = "" if len(parts) == 1 else ", or its parts are out of order"
-        for part in parts if downloaded else ():
-            part.unlink()
         remedy = "unpack others into DATA_DIR"
         if downloaded:
+            for part in parts:
+                part.unlink()
             remedy = "removed, run the same command again to download it"
         raise UserError(f"{name} is not a whole zip file{order} ({error}): {remedy}") from None
 

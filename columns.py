@@ -80,9 +80,9 @@ def choose_columns(
     # A column without a name may be pandas' index.
     others = [key for key in keys if (headed or not key) and key not in (*usual, *captions)]
     others.sort(key=is_given)
-    photos = whole_first([key for key in (*usual, *others) if share(key) >= 0.5], rows)
+    named = whole_first([key for key in (*usual, *others) if share(key) >= 0.5], rows)
     # An `id` may count rows, which would be taken for 1.jpg and so on.
-    photos += [key for key in usual if key != "id"]
+    photos = [*named, *(key for key in usual if key != "id")]
     photos += [key for key in others if share(key, address=True) >= 0.5]
     plain = {key for key in PLAINLY if key in captions and words(key)}
     if not plain and any(re.fullmatch(r"caption[_ ]?\d+", key) for key in keys):
@@ -91,7 +91,7 @@ def choose_columns(
     captions[1:] = [key for key in captions[1:] if key not in ASIDE]
     photos = [*dict.fromkeys((*photos, *usual))]
     links = any("://" in str(photo_in(row.get(key))) for row in sample for key in photos)
-    named = [key for key in photos if links or share(key) >= 0.5]  # no numbers alone
+    named = photos if links else named  # no numbers alone
     if folder and named[1:]:
         photos = [*dict.fromkeys((*there_first(named, rows, folder), *photos))]
     return photos, captions, next(filter(tells_split, splits), None)

@@ -31,7 +31,7 @@ from dataset import (
 )
 from device import choose_dtype
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, decisive, parse_layers
+from encoder import FrozenEncoder, completed, decisive, parse_layers
 from features import FeatureCache, build_features, resident_or_cached
 from options import parse_tasks
 from rerank import Reranker, fit_reranker
@@ -112,7 +112,7 @@ def load_data(
     encoder = FrozenEncoder.load(name, revision, layers, image_size=size).to(device)
     identity = encoder.identity()
     if begun:  # before photos are encoded
-        before = {"activation": identity.get("activation")} | begun.encoder
+        before = completed(begun.encoder, identity)
         check_same(decisive(before), decisive(identity), "encoder ")
         if not begun.training:  # a training that goes on compares the photos themselves
             say_other_split(paths, begun.settings)

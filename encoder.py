@@ -262,7 +262,7 @@ class FrozenEncoder(nn.Module):
         size = identity.get("image_size", 0)
         encoder = cls.load(name, revision, identity.get("layers"), "--encoder", size)
         here = encoder.identity()
-        there = {"activation": here["activation"]} | identity
+        there = completed(identity, here)
         parts = "weights", "activation", "preprocessing"
         changed = [key for key in parts if here[key] != there.get(key)]
         changed += ["width"] if encoder.width != width else []
@@ -382,8 +382,14 @@ def _loaded_again(identity: dict[str, Any], width: int, device: torch.device) ->
 
 def decisive(identity: dict[str, Any]) -> dict[str, Any]:
     """Of an `identity()` what features depend on: a folder that moved, or a branch that was
-    renamed, holds the same weights all the same. Older ones have no "activation"."""
+    renamed, holds the same weights all the same."""
     return {key: identity[key] for key in identity if key not in ("name", "revision")}
+
+
+def completed(older: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """An `identity()` that was noted before, to be compared with today's: the first versions didn't
+    note the activation, which is taken for the same."""
+    return {"activation": identity["activation"]} | older
 
 
 def public(identity: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from device import autocast
 from distributed import ALONE, Team
-from encoder import FrozenEncoder, ImageError, decisive
+from encoder import FrozenEncoder, ImageError, completed, decisive
 from utils import Bar, UserError, atomic_write, require_room, size_text, sole_user, write_file
 
 FORMAT = 1
@@ -321,7 +321,7 @@ def open_folder(root: Path, encoder: FrozenEncoder, dtype: torch.dtype) -> Path:
     folder = root / f"{Path(identity['name']).name}-{key}"
     found = {path.parent: _read_identity(path) for path in sorted(root.glob("*/identity.json"))}
     for place in (folder, *found):  # the encoder may have had another name: its weights count
-        if {"activation": counts["activation"]} | decisive(found.get(place, {})) == counts:
+        if decisive(completed(found.get(place, {}), identity)) == counts:
             return place
     if folder in found:
         print(f"{folder}/identity.json is damaged: it is made anew")

@@ -227,17 +227,16 @@ def _chosen(where: str, answer: Any, choices: Any) -> Any:
     """An answer; where it is the number (from 0), letter or key of one of the choices, that one.
     Numbers that seem to count from 1 are refused: by them all answers but these would be others."""
     said = str(as_text(answer)).strip(" .()")
-    texts = [*choices.values()] if isinstance(choices, dict) else choices
-    texts = listed(texts) if isinstance(texts, str) else texts_of(texts)
-    marks = [*filter(None, (LETTER.match(str(each)) for each in texts))]
-    if texts[1:] and [mark[1] for mark in marks] == [*"ABCDEFGH"[: len(texts)]]:
-        choices = {mark[1]: mark.string[mark.end() :].strip() for mark in marks}
+    named = choices if isinstance(choices, dict) else {}  # {"A": "a dog", "B": "a cat"}
+    choices = [*named.values()] or choices
+    choices = listed(choices) if isinstance(choices, str) else texts_of(choices)
+    marks = [*filter(None, (LETTER.match(str(each)) for each in choices))]
+    if choices[1:] and [mark[1] for mark in marks] == [*"ABCDEFGH"[: len(choices)]]:
+        choices = [mark.string[mark.end() :].strip() for mark in marks]
+        named = dict(zip("ABCDEFGH", choices, strict=False))
         said = mark[1] if (mark := LETTER.match(str(answer))) else said
-    if isinstance(choices, dict):  # {"A": "a dog", "B": "a cat"}
-        if named := choices.get(said, choices.get(said.upper())):
-            return named
-        texts = [*choices.values()]
-    choices = texts
+    if found := named.get(said, named.get(said.upper())):
+        return found
     # Among texts a number is a place, as IconQA's 0 of ["2", "0"]; as a text it may be one of them.
     counted = isinstance(answer, int | float) and all(isinstance(each, str) for each in choices)
     if len(choices) < 2 or (said in map(str, choices) and not counted):

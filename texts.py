@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import html
 import json
 import re
@@ -134,6 +135,7 @@ def texts_of(said: Any) -> list[Any]:
     return [] if said is None or said != said else [said]  # nor NaN
 
 
+@functools.lru_cache(1000)
 def plain_key(name: str) -> str:
     """In lower case and words apart, without what Mechanical Turk (`Answer.caption`), Toloka
     (`OUTPUT:caption`), exiftool (`XMP:Description`) and archives (`dc.description[en]`) put around
