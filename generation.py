@@ -7,6 +7,7 @@ when beams are reordered, and the memory's keys and values exist once per photo.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,13 +34,14 @@ class Hypothesis:
 
     `log_probability` is the model's own, END included, whatever the options were; `score` is
     that over length ** length_penalty, with what a `Reranker` added; `ended` is False where
-    max_length cut it short.
+    max_length cut it short; `group` is which of a diverse search's found it.
     """
 
     tokens: list[int]
     log_probability: float
     score: float
     ended: bool
+    group: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -97,7 +99,7 @@ def generate(
             [replace(h, score=h.score + weight * cider) for h, cider in zip(*each, strict=True)]
             for weight, *each in zip(weights, found, expected, strict=True)
         ]
-    return [_ranked(group, options.beam_size) for group in found]
+    return [_ranked(group, options) for group in found]
 
 
 def dice_of(options: GenerationOptions) -> torch.Generator:
@@ -133,8 +135,15 @@ def generate_cached(
         yield from (group[0] for group in found)
 
 
-def _ranked(found: list[Hypothesis], count: int) -> list[Hypothesis]:
-    return sorted(found, key=lambda hypothesis: -hypothesis.score)[:count]
+def _ranked(found: list[Hypothesis], options: GenerationOptions) -> list[Hypothesis]:
+    """Best first, of each group as many as it has beams: else one could crowd out the others."""
+    size, kept = options.beam_size // options.groups, []
+    taken: Counter[int] = Counter()
+    for hypothesis in sorted(found, key=lambda hypothesis: -hypothesis.score):
+        taken[hypothesis.group] += 1
+        if taken[hypothesis.group] <= size:
+            kept.append(hypothesis)
+    return kept
 
 
 def largest(scores: Tensor, count: int, part: int = 100) -> tuple[Tensor, Tensor]:
@@ -369,13 +378,16 @@ class _Rows:
         if self.options.sample:
             return self.ended.all(1).nonzero().flatten().tolist()
         length = self.history.shape[2] ** self.options.length_penalty
-        open_scores = (self.log_probability.max(1).values / length).tolist()
+        by_group = self.log_probability.unflatten(1, (self.options.groups, -1))
+        open_scores = (by_group.max(2).values / length).tolist()
         greedy_ended = (self.greedy < 0).tolist()
         done = []
         for row, image in enumerate(self.images):
-            found = _ranked(self.found[image], self.options.beam_size)
+            found = _ranked(self.found[image], self.options)
             full = len(found) == self.options.beam_size
-            if full and greedy_ended[row] and open_scores[row] <= found[-1].score:
+            worst = {h.group: h.score for h in found}  # of each group the last
+            over = full and all(open_scores[row][group] <= worst[group] for group in worst)
+            if over and greedy_ended[row]:
                 done.append(row)
         return done
 
@@ -392,15 +404,16 @@ class _Rows:
     ) -> None:
         """Note the hypotheses that beams hold, up to their END if it stands there already, where
         `ended` (None: here) they end: all at once, as a GPU is waited for each time it is asked."""
-        parts = [part.tolist() for part in (row, self.history[row, beam], log_probability)]
+        group = beam // (self.options.beam_size // self.options.groups)
+        parts = [part.tolist() for part in (row, self.history[row, beam], log_probability, group)]
         parts.append([True] * len(row) if ended is None else ended.tolist())
-        for number, tokens, total, over in zip(*parts, strict=True):
+        for number, tokens, total, group, over in zip(*parts, strict=True):
             image = self.images[number]
             if image in self.done:
                 continue
             if END_ID in tokens:
                 tokens = tokens[: tokens.index(END_ID)]
             score = total / (len(tokens) + over) ** self.options.length_penalty
-            found = Hypothesis(tokens, total, score, over)
+            found = Hypothesis(tokens, total, score, over, group)
             if self.options.sample or all(other.tokens != tokens for other in self.found[image]):
                 self.found[image].append(found)

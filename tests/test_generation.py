@@ -228,6 +228,14 @@ def test_groups_differ_more_than_beams(ending):
     assert {len(group) for group in generate(build_model(), feature, options)} == {6}
 
 
+def test_each_group_gives_as_many_captions_as_it_has_beams(ending):
+    """A few had filled all places with variants of theirs, and those of the others were lost."""
+    for found in generate(ending, features(8), GenerationOptions(6, groups=6, diversity=20.0)):
+        assert len({h.tokens[0] for h in found}) == len(found) == 6  # none begins as another
+    for found in generate(ending, features(8), GenerationOptions(6, groups=3, diversity=2.0)):
+        assert Counter(h.group for h in found) == {0: 2, 1: 2, 2: 2}
+
+
 def test_about_no_photo_nothing_is_written(ending):
     assert generate(ending, features(2)[:0], GenerationOptions()) == []
 
