@@ -365,12 +365,16 @@ def encode(
 ) -> Tensor:
     """Preprocessed pictures -> features (images, patches, width) in half precision.
 
-    `dtype` is the precision of matrix products; the result is on the encoder's device.
+    `dtype` is the precision of matrix products; the result is on the encoder's device, and finite.
     """
     device = next(encoder.parameters()).device
     batch = {name: torch.cat([part[name] for part in inputs]).to(device) for name in inputs[0]}
     with autocast(device, dtype):
-        return encoder(batch).half()
+        features = encoder(batch).half()
+    if not features.isfinite().all():
+        wrong = "the encoder gave features that are not finite in half precision (65,504)"
+        raise UserError(f"{wrong}: take other --encoder_layers, or another encoder")
+    return features
 
 
 def encode_photos(
@@ -426,9 +430,6 @@ def write_pack(pack: Path, parts: Iterable[Part], about: dict[str, Any]) -> dict
     items, shape = [], None
     with atomic_write(pack) as path, open(path, "wb") as file:
         for labels, features in parts:
-            if not features.isfinite().all():
-                wrong = "the encoder gave features that are not finite in half precision (65,504)"
-                raise UserError(f"{wrong}: take other --encoder_layers, or another encoder")
             for label, row in zip(labels, features.cpu().numpy(), strict=True):
                 content = row.tobytes()
                 file.write(content)

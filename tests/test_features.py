@@ -19,7 +19,7 @@ import features
 from corpus import views_to_show
 from dataset import CaptionRows, Text, make_batch
 from encoder import FrozenEncoder, open_image
-from features import build_features, prefetch, view_of
+from features import build_features, encode, prefetch, view_of
 from tests.conftest import build_encoder, paint, write_photos
 from utils import Bar, UserError
 
@@ -328,13 +328,16 @@ def test_a_photo_that_is_gone_is_left_out_or_too_many(setting):
 
 @pytest.mark.fault
 def test_features_that_are_no_numbers_in_half_precision_are_refused(setting):
-    """They are kept in it whatever --precision is."""
+    """They are kept in it whatever --precision is, and captions are of such numbers too."""
     _, encoder, _, build, _ = setting
+    photo = encoder.preprocess([Image.new("RGB", (8, 8))])
     for value in (float("nan"), 1e5):
         for parameter in encoder.parameters():
             parameter.data.fill_(value)
         with pytest.raises(UserError, match="not finite in half precision .*: take other --enc"):
             build()
+        with pytest.raises(UserError, match="not finite in half precision"):  # as captioning does
+            encode(encoder, [photo], torch.float32)
 
 
 @pytest.mark.fault
