@@ -46,6 +46,7 @@ PROMPTS |= dict(suffix=["prefix"], output=["instruction"])
 PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in prompts]
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
+PLACES = re.compile(r"<loc|[\[({<]\W?[\d.]+([,<>() ]{1,3}[\d.]+){3}")  # of what was asked for
 TAGS = re.compile(r"\s?(</?(a|p|br|b|i|u|em|strong|div|span|img|ul|li)(\s[^<>]*)?/?>\s*)+", re.I)
 STARTS = re.compile(  # after what a reasoning model thought
     r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
@@ -113,13 +114,13 @@ def as_labelled(row: dict[str, Any]) -> dict[str, Any]:
 def texts_of(said: Any) -> list[Any]:
     """The captions in a JSON value: a text, an object that has it by a usual key, a list, or the
     answers in a conversation to who asks for a caption, or the only one, unless it answers a
-    question in a word or three, or with places (`<loc_92>`)."""
+    question in a word or three, or with places (`<loc_92>`, `[12, 34, 56, 78]`)."""
     if talk := talk_in(said):
         asks = [bool(TO_CAPTION.search(asked)) and not ASKS.search(asked) for asked, _ in talk]
         if len(talk) == 1:
             asks = [not ASKS.search(talk[0][0]) or len(talk[0][1].split()) > 3]
         told = [answer for (_, answer), wanted in zip(talk, asks, strict=True) if wanted]
-        return [answer for answer in told if "<loc" not in answer]
+        return [answer for answer in told if not PLACES.search(answer)]
     if isinstance(said, list):
         return [text for each in said for text in texts_of(each)]
     if isinstance(said, dict):

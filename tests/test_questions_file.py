@@ -67,6 +67,10 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
     said["3.jpg"] = ("Describe it.", "Dogs")
     said["4.jpg"] = ("这是谁？", "他是来自拜仁慕尼黑的托马斯")
     said["5.jpg"] = ("<OD>", "table<loc_92><loc_84><loc_911><loc_245>")
+    said["6.jpg"] = ("Please box the <p>ship</p>", "{<25><1><100><38>}")  # MiniGPT's, VRSBench's
+    said["7.jpg"] = ("Find the dog.", "<ref>dog</ref><box>(51,12),(33,44)</box>")  # Qwen-VL's
+    said["8.jpg"] = ("Locate it.", '```json\n[{"bbox_2d": [1, 22, 333, 44], "label": "dog"}]\n```')
+    said["9.jpg"] = ("Where is it, exactly.", "[0.12, 0.34, 0.56, 0.78]")
     entries = [
         {
             "image": name,
@@ -80,7 +84,7 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
     folder = lay_out(tmp_path, {"llava.json": json.dumps(entries)})
     assert prepared(folder) == {name: [said[name][1]] for name in ("2.jpg", "3.jpg")}
     told = read_captions(folder / "llava.json").passed
-    assert len(told) == 3 and all("asks a question: --tasks questions" in line for line in told)
+    assert len(told) == 7 and all("asks a question: --tasks questions" in line for line in told)
 
 
 @pytest.mark.parametrize("asked", ["请描述这张图片", "Décrivez l'image", "画像を説明してください"])
