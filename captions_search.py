@@ -187,7 +187,8 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
     """What can be read in files of other names, and in folders of texts, by their names in
     DATA_DIR; and why others can't."""
     root, there = paths.data_dir, photos_in(paths.images)
-    ends = {end for name in there for end in ends_of(os.path.splitext(name)[0])}
+    stems = {stem for name in there for stem in (name, os.path.splitext(name)[0])}  # im.jpg.txt
+    ends = {end for stem in stems for end in ends_of(stem)}
     names = names_in(root)
 
     def read_folders(*ends_of_texts: str) -> dict[str, Captions]:

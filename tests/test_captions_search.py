@@ -524,6 +524,17 @@ def test_a_folder_of_texts_may_lie_beside_that_of_the_photos(tmp_path, photos, t
     assert prepared(folder) == {name: [f"Of {name}"] for name in photos}
 
 
+@pytest.mark.parametrize("end", [".jpg.txt", ".jpg.json"])
+def test_texts_in_a_folder_of_their_own_may_keep_the_suffix_of_their_photos(tmp_path, end):
+    """As Supervisely's objects do, in `ann` beside `img`."""
+    folder = lay_out(tmp_path, {})
+    (folder / "ann").mkdir()
+    for name in IDS:
+        said = json.dumps({"description": "A dog"}) if end.endswith("json") else "A dog"
+        (folder / "ann" / name).with_suffix(end).write_text(said)
+    assert prepared(folder) == {name: ["A dog"] for name in IDS}
+
+
 def test_a_text_in_one_of_several_folders_is_not_missed_in_the_others(tmp_path, capsys):
     folder = lay_out(tmp_path, {}, [f"{n}.jpg" for n in range(5)])
     for n in range(4):
