@@ -21,13 +21,15 @@ from tables import Table, table_of
 from texts import TALKS, TO_CAPTION, is_rejected, listed, talk_in, texts_of
 from utils import UserError, brief, read_json, uncollected, write_file
 
-ANSWERS = "multiple_choice_answer answer answers direct_answers ground_truth correct_answer".split()
+ANSWERS = "multiple_choice_answer answer answers direct_answers ground_truth".split()
+ANSWERS += ["correct_answer", "gt_answer"]
 CHOICES = ("choices", "options", "choice")
 KINDS = ("type", "question_type", "answer_type")
 ASKED = ("question", "questions", *ANSWERS, *CHOICES, *KINDS, *TALKS)
 LETTERED = re.compile("(choice_|option_)?[a-h]")  # columns of choices, as PMC-VQA's "Choice A"
 LETTER = re.compile(r"\s*\(?([A-H])[.):]\s*(?=\S)")  # before a choice: "A. a dog"
-PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?image>")  # a photo's, in a conversation
+# A photo's, in a conversation, as Qwen-VL, LLaVA, MMMU, Phi and Llama have it.
+PLACE = re.compile(r"(Picture \d+:\s*)?<img>[^<]+</img>|</?\|?image[_ \w]{0,12}\|?>")
 Questions = dict[str, list[dict[str, Any]]]  # about each photo, as questions.json has them
 USAGE = 'write {"image": "photo.jpg", "question": "...", "answer": "..."}'
 

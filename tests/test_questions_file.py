@@ -260,6 +260,9 @@ CHAT = turns("user", "assistant", "content", "role")
                 {"options": ["A. blue", "B. red"], "answer": "B. red"},
                 {"ground_truth": [{"full_answer": "red", "ui_elements": []}]},  # ScreenQA
                 {"correct_answer": "red"},
+                {"gt_answer": "red", "option_A": "blue", "option_B": "red"},  # OmniMedVQA
+                {"question": "<image 1> Which?", "answer": "red"},  # MMMU
+                {"question": "<|image_1|>\nWhich?", "answer": "red"},  # Phi
                 {"Choice A": "blue", "Choice B": "red", "answer": "B"},  # PMC-VQA
                 {"Choice A": "blue", "Choice B": "red", "answer": 1},
                 {"Choice A": " A:blue ", "Choice B": " B:red ", "answer": "B"},
