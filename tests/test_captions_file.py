@@ -429,6 +429,13 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
         ("FileName,path,caption\n1.jpg,x/1.jpg,A\n1.jpg,C:\\y\\1.jpg,B\n", NAMESAKE_ROWS),
         ("filename,crop,caption\n1.jpg,x/1_1.jpg,A\n1.jpg,x/2_1.jpg,B\n", {"1.jpg": ["A", "B"]}),
         ("filename,path,caption\n1.jpg,x/1.jpg,A\n", {"1.jpg": ["A"]}),
+        (  # Shopify's: a product's title stands beside the first of its photos only
+            "Handle,Title,Image Src,Image Alt Text\n"
+            "a,A blue shirt,https://x.org/1.jpg?v=1,A man in a shirt\na,,https://x.org/2.jpg,B\n",
+            {"https://x.org/1.jpg": ["A man in a shirt"], "https://x.org/2.jpg": ["B"]},
+        ),
+        ("image,title,alt_text\n1.jpg,A shirt,\n", {"1.jpg": ["A shirt"]}),
+        ("Title,Image Src,Image Alt Text\nA shirt,1.jpg,\n", {"1.jpg": ["A shirt"]}),
         # Toloka's, and Mechanical Turk's, of which the task's own description is no caption.
         (
             "INPUT:image\tOUTPUT:caption\tGOLDEN:caption\tHINT:text\tASSIGNMENT:status\n"
