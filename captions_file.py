@@ -33,6 +33,7 @@ from tables import Table, is_comment, parquet_rows, table_of
 from texts import (
     ASIDE,
     CAPTION_KEYS,
+    LIKE_CAPTIONS,
     NOTHING,
     TALKS,
     as_asked,
@@ -290,12 +291,15 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     if len(tables) == 1 and not any(map(is_photo, table)):
         return tables[0]
 
-    def is_row(v: Any) -> bool:
-        """One by pandas' index, or by a photo with captions that are numbered?"""
+    def is_row(called: str, v: Any) -> bool:
+        """One by pandas' index, or by a photo, with captions?"""
         keys = {plain_key(key) for key in v} if isinstance(v, dict) else {}
-        return any(key in NAME_KEYS or NUMBERED.fullmatch(key) for key in keys)
+        if any(key in NAME_KEYS or NUMBERED.fullmatch(key) for key in keys):
+            return True
+        told = any(key in CAPTION_KEYS or LIKE_CAPTIONS.fullmatch(key) for key in keys)
+        return told and bool(is_photo(called) or BARE.fullmatch(called))
 
-    if all(map(is_row, values)):
+    if all(itertools.starmap(is_row, table.items())):
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
         return None

@@ -650,6 +650,10 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({n: {"caption": AB[n][0] * (n == "1.jpg"), "title": "x"} for n in AB}, {"1.jpg": ["A"]}),
         ({n: {"tags": ["x"], "vibe_description": AB[n][0]} for n in AB}, AB),
         ({n: {"title": "x", "blip_caption": AB[n][0]} for n in AB}, AB),
+        (  # one key for all photos, not the longer one of each
+            {n: {"english_caption": AB[n][0], "hindi_caption": "क" * int(n[0])} for n in AB},
+            AB,
+        ),
         ({"1.jpg": {"caption_1": "A", "caption_2": "B"}}, {"1.jpg": ["A", "B"]}),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
