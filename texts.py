@@ -28,7 +28,7 @@ AROUND = re.compile(
 )
 LIKE_CAPTIONS = re.compile(
     r"(?!question|answer|ocr)(\w{1,30}_)?(captions?|texts?|txt|descriptions?|raw)"
-    r"|captions?_(?!(id|url|choice|option)s?$)[a-z]\w*"
+    r"|captions?_(?!(id|url|choice|option)s?$)[a-z]\w*|_content"  # Flickr's, the last
 )
 # Notes, names and cameras' own words: none counts in the place of another key that is blank.
 ASIDE = ("title", "comment", "prompt", "imagedescription")

@@ -654,6 +654,13 @@ TWICE[2]["value"] = "Can you describe its colour?"
             {n: {"english_caption": AB[n][0], "hindi_caption": "क" * int(n[0])} for n in AB},
             AB,
         ),
+        (  # Flickr's API
+            [
+                {"id": n, "title": {"_content": "x"}, "description": {"_content": AB[n][0] + " b"}}
+                for n in AB
+            ],
+            {n: [AB[n][0] + " b"] for n in AB},
+        ),
         ({"1.jpg": {"caption_1": "A", "caption_2": "B"}}, {"1.jpg": ["A", "B"]}),
         ([{"question_id": 1, "image": "1.jpg", "text": "How many points?\nAnswer in a word."}], {}),
         ({"image_urls": ["http://x/1.jpg"], "captions": ["A"]}, {"http://x/1.jpg": ["A"]}),  # SBU
