@@ -47,7 +47,8 @@ PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in p
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 PLACES = re.compile(r"<loc|[\[({<]\W?[\d.]+([,<>() ]{1,3}[\d.]+){3}")  # of what was asked for
-TAGS = re.compile(r"\s?(</?(a|p|br|b|i|u|em|strong|div|span|img|ul|li)(\s[^<>]*)?/?>\s*)+", re.I)
+NAMES = "a|p|br|b|i|u|em|strong|div|span|img|ul|ol|li|h[1-6]|table|tbody|tr|t[dh]|su[bp]"
+TAGS = re.compile(rf"\s?(((?i:</?({NAMES})(\s[^<>]*)?/?>)|\\[nrt](?![a-z]))\s*)+")  # or literal \n
 STARTS = re.compile(  # after what a reasoning model thought
     r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
     r"|<\|\w{1,16}\|>)\s?){1,3}"
@@ -182,14 +183,14 @@ def listed(text: str, texts_in: Callable[[Any], list[Any]] = texts_of) -> list[s
 def unescaped(text: str) -> str:
     """With `&amp;` and the like as what they mean, escaped up to ten times; without its semicolon
     `&not` is no such sign. Flickr30k Entities' marks around phrases go as well, other programs' of
-    a caption's start and end, and a page's tags, such as `<br>`."""
+    a caption's start and end, and a page's tags, such as `<br>`, and line ends written as `\\n`."""
     text = re.sub(r"\[/EN#\d[^\s\[\]]* ([^\[\]]*)\]", r"\1", text)
     for _ in range(10 if "&" in text else 0):
         text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
     text = text[begun.end() :] if (begun := STARTS.match(text)) else text
     last = max(0, len(text.rstrip()) - MOST_ENDS)
     text = text[:last] + ENDS.sub("", text[last:])
-    return TAGS.sub(" ", text) if "<" in text else text  # which is quicker
+    return TAGS.sub(" ", text) if "<" in text or "\\" in text else text  # which is quicker
 
 
 def has_word(text: str) -> bool:

@@ -436,6 +436,11 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
         ),
         ("image,title,alt_text\n1.jpg,A shirt,\n", {"1.jpg": ["A shirt"]}),
         ("Title,Image Src,Image Alt Text\nA shirt,1.jpg,\n", {"1.jpg": ["A shirt"]}),
+        (  # WooCommerce's: a page, with its line ends as signs
+            "Name,Description,Images\n"
+            "X,<h2>A</h2>\\n<table><tr><td>B\\nC \\nu</td></tr></table>,1.jpg",
+            {"1.jpg": ["A B C \\nu"]},
+        ),
         # Toloka's, and Mechanical Turk's, of which the task's own description is no caption.
         (
             "INPUT:image\tOUTPUT:caption\tGOLDEN:caption\tHINT:text\tASSIGNMENT:status\n"
