@@ -176,7 +176,6 @@ class Table:
         return os.path.getmtime(self.path)  # before this run writes; of one row nobody knows it
 
     def write(self, rows: Sequence[tuple[Photo, str, str]]) -> None:
-        table = csv.writer(self.file, lineterminator="\n")
         try:
             if self.begin is not None:  # what was there stays until more is written
                 self.file.truncate(self.keep)
@@ -185,8 +184,10 @@ class Table:
             for photo, question, text in rows:
                 row = [photo.name, question, text] if self.asked else [photo.name, text]
                 if self.csv:
-                    # Python 3.10 can't write a zero, nor read it.
-                    table.writerow([cell.replace("\0", "\ufffd") for cell in row])
+                    # Python 3.10 can't write a zero, nor read it; before 3.13 "\r" gets no quotes.
+                    cells = [cell.replace("\0", "\ufffd") for cell in row]
+                    quotes = csv.QUOTE_ALL if "\r" in "".join(cells) else csv.QUOTE_MINIMAL
+                    csv.writer(self.file, quoting=quotes, lineterminator="\n").writerow(cells)
                 else:
                     record = dict(zip(self.columns, row, strict=True))
                     self.file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -218,6 +218,11 @@ def test_a_table_takes_any_sign_on_any_python(tmp_path):
     with contextlib.ExitStack() as files:
         Table(tmp_path / "x.csv", "skip", False, files).write([(photo, "", "a\0dog\7")])
     assert (tmp_path / "x.csv").read_text().splitlines()[1] == "a.jpg,a\ufffddog\7"
+    photo = Photo(tmp_path / "b\r.jpg", "b\r.jpg")  # from a list with Windows' line ends
+    with contextlib.ExitStack() as files:
+        Table(tmp_path / "y.csv", "skip", True, files).write([(photo, "a dog?\r", "yes")])
+    with contextlib.ExitStack() as files:
+        assert not Table(tmp_path / "y.csv", "skip", True, files).wanted(photo, "a dog?\r")
 
 
 def test_a_text_s_place_is_checked_before_the_work(tmp_path):
