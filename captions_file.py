@@ -291,15 +291,13 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     if len(tables) == 1 and not any(map(is_photo, table)):
         return tables[0]
 
-    def is_row(called: str, v: Any) -> bool:
-        """One by pandas' index, or by a photo, with captions?"""
-        keys = {plain_key(key) for key in v} if isinstance(v, dict) else {}
-        if any(key in NAME_KEYS or NUMBERED.fullmatch(key) for key in keys):
-            return True
-        told = any(key in CAPTION_KEYS or LIKE_CAPTIONS.fullmatch(key) for key in keys)
-        return told and bool(is_photo(called) or BARE.fullmatch(called))
-
-    if all(itertools.starmap(is_row, table.items())):
+    keys = [{*map(plain_key, v)} if isinstance(v, dict) else set() for v in values]
+    like = [{*filter(LIKE_CAPTIONS.fullmatch, each)} for each in keys]
+    # Several captions of which none is a usual one, that all photos may have one key's.
+    told = not set().union(*keys) & ({*CAPTION_KEYS} - {*ASIDE}) and max(map(len, like)) > 1
+    told = told and all(like) and all(is_photo(key) or BARE.fullmatch(key) for key in table)
+    # By pandas' index, or by a photo, with captions that are numbered?
+    if told or all(any(k in NAME_KEYS or NUMBERED.fullmatch(k) for k in each) for each in keys):
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
         return None

@@ -659,6 +659,17 @@ TWICE[2]["value"] = "Can you describe its colour?"
             {n: {"english_caption": AB[n][0], "hindi_caption": "क" * int(n[0])} for n in AB},
             AB,
         ),
+        (  # Unsplash's, of which most lack the first
+            {
+                n: {"description": "A" * (n == "1.jpg") or None, "alt_description": AB[n][0]}
+                for n in AB
+            },
+            AB,
+        ),
+        (
+            {n[0]: {"caption": AB[n][0], "thumbnail": f"small_{n}"} for n in AB},
+            {"1": ["A"], "2": ["B"]},
+        ),
         (  # Flickr's API
             [
                 {"id": n, "title": {"_content": "x"}, "description": {"_content": AB[n][0] + " b"}}
