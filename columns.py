@@ -71,7 +71,9 @@ def choose_columns(
     headed = not any(is_photo(plain_name(key)) for key in keys)
     # Such as blip_caption, re_caption, sentences_raw; a title may be a page's.
     like = [key for key in keys if LIKE_CAPTIONS.fullmatch(key) and key not in captions]
-    called_so = [key for key in like if re.search("caption|alt_", key) and words(key)]
+    # A shop's alt texts, one a photo, say more than its titles unless most are blank.
+    alt = [key for key in like if re.search("(^|_)alt_", key) and words(key) > words("title")]
+    called_so = [key for key in like if "caption" in key or key in alt]
     if headed and all(map(is_same, captions)):
         captions += called_so or like  # of WIT not `context_page_description`, an article's
     elif captions == ["title"]:

@@ -436,6 +436,10 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
         ),
         ("image,title,alt_text\n1.jpg,A shirt,\n", {"1.jpg": ["A shirt"]}),
         ("Title,Image Src,Image Alt Text\nA shirt,1.jpg,\n", {"1.jpg": ["A shirt"]}),
+        (  # most products have none
+            "Title,Image Src,Image Alt Text\nA shirt,1.jpg,\nA hat,2.jpg,Hat\n",
+            {"1.jpg": ["A shirt"], "2.jpg": ["A hat"]},
+        ),
         (  # WooCommerce's: a page, with its line ends as signs
             "Name,Description,Images\n"
             "X,<h2>A</h2>\\n<table><tr><td>B\\nC \\nu</td></tr></table>,1.jpg",
