@@ -48,7 +48,8 @@ PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 PLACES = re.compile(r"<loc|[\[({<]\W?[\d.]+([,<>() ]{1,3}[\d.]+){3}")  # of what was asked for
 NAMES = "a|p|br|b|i|u|em|strong|div|span|img|ul|ol|li|h[1-6]|table|tbody|tr|t[dh]|su[bp]"
-TAGS = re.compile(rf"\s?(((?i:</?({NAMES})(\s[^<>]*)?/?>)|\\[nrt](?![a-z]))\s*)+")  # or literal \n
+LINES = r"(?<!\\)(\\r\\n|\\[nrt](?![a-z{]))"  # ends as \n, not TeX's \nu, \r{A} and \\n
+TAGS = re.compile(rf"\s?(((?i:</?({NAMES})(\s[^<>]*)?/?>)|{LINES})\s*)+")
 STARTS = re.compile(  # after what a reasoning model thought
     r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
     r"|<\|\w{1,16}\|>)\s?){1,3}"

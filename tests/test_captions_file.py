@@ -440,6 +440,10 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
             "Title,Image Src,Image Alt Text\nA shirt,1.jpg,\nA hat,2.jpg,Hat\n",
             {"1.jpg": ["A shirt"], "2.jpg": ["A hat"]},
         ),
+        (  # no line ends, but TeX's rows and rings
+            "image,caption\n1.jpg,a & b \\\\n & c\n2.jpg,5 \\r{A}\n3.jpg,A\\r\\nb\n",
+            {"1.jpg": ["a & b \\\\n & c"], "2.jpg": ["5 \\r{A}"], "3.jpg": ["A b"]},
+        ),
         (  # WooCommerce's: a page, with its line ends as signs
             "Name,Description,Images\n"
             "X,<h2>A</h2>\\n<table><tr><td>B\\nC \\nu</td></tr></table>,1.jpg",
