@@ -46,7 +46,8 @@ PROMPTS |= dict(suffix=["prefix"], output=["instruction"])
 PAIRS = [(answer, prompt) for answer, prompts in PROMPTS.items() for prompt in prompts]
 PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
-PLACES = re.compile(r"<loc|[\[({<]\W?[\d.]+([,<>() ]{1,3}[\d.]+){3}")  # of what was asked for
+# Of what was asked for, and no years, sums or telephones in brackets: these are captions' own.
+PLACES = re.compile(r"<loc|<\|?box|\{<\d|\[\s*[\d.]+(,\s*[\d.]+){3}\s*\]")
 NAMES = "a|p|br|b|i|u|em|strong|div|span|img|ul|ol|li|h[1-6]|table|tbody|tr|t[dh]|su[bp]"
 LINES = r"(?<!\\)(\\r\\n|\\[nrt](?![a-z{]))"  # ends as \n, not TeX's \nu, \r{A} and \\n
 TAGS = re.compile(rf"\s?(((?i:</?({NAMES})(\s[^<>]*)?/?>)|{LINES})\s*)+")

@@ -71,6 +71,8 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
     said["7.jpg"] = ("Find the dog.", "<ref>dog</ref><box>(51,12),(33,44)</box>")  # Qwen-VL's
     said["8.jpg"] = ("Locate it.", '```json\n[{"bbox_2d": [1, 22, 333, 44], "label": "dog"}]\n```')
     said["9.jpg"] = ("Where is it, exactly.", "[0.12, 0.34, 0.56, 0.78]")
+    said["a.jpg"] = ("Describe it.", "Sales of four years (2018, 2019, 2020, 2021)")
+    said["b.jpg"] = ("Describe it.", "A card that says to call (495) 123 45 67")
     entries = [
         {
             "image": name,
@@ -82,7 +84,7 @@ def test_a_word_that_answers_a_question_is_no_caption(tmp_path):
         for name, (asked, answer) in said.items()
     ]
     folder = lay_out(tmp_path, {"llava.json": json.dumps(entries)})
-    assert prepared(folder) == {name: [said[name][1]] for name in ("2.jpg", "3.jpg")}
+    assert prepared(folder) == {f"{n}.jpg": [said[f"{n}.jpg"][1]] for n in "23ab"}
     told = read_captions(folder / "llava.json").passed
     assert len(told) == 7 and all("asks a question: --tasks questions" in line for line in told)
 
