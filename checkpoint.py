@@ -165,14 +165,12 @@ def save_for_training(path: Path, checkpoint: Checkpoint) -> str:
         "training": checkpoint.training,
     }
     content["digest"] = digest(content)
-    with atomic_write(path) as temporary:
+    # An open file: what goes wrong with one that torch opens itself, it says in its own words.
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(content, temporary)
-        except RuntimeError as error:
-            # What torch makes of a full disk; the file system's own error is its cause or context.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise UserError(f"{path} can't be written (is the disk full?): {error}") from error
+            torch.save(content, file)
+        except RuntimeError as error:  # in closing what the file system's own error cut off
+            raise error.__context__ or error from None
     return content["digest"]
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,9 +49,9 @@ def counted(original: Callable, count: int, last: Callable[..., Any]) -> Callabl
 
 
 def half_saved(save: Callable) -> Callable[..., None]:
-    def save_half(content: Any, path: Path) -> None:
-        save(content, path)
-        os.truncate(path, os.path.getsize(path) // 2)
+    def save_half(content: Any, file: IO[bytes]) -> None:
+        save(content, file)
+        file.truncate(file.tell() // 2)
 
     return save_half
 
