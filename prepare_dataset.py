@@ -72,6 +72,7 @@ from utils import (
     lock,
     redact,
     refused,
+    remove_leftovers,
     require_room,
     run_script,
     write_changed,
@@ -415,6 +416,8 @@ def sole_preparer(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(folder / ".prepare.lock", "a"))
             lock(file, f"waiting for another process to prepare {folder}")
+            # A killed one's; a training may be at work here, and has others.
+            remove_leftovers(folder, ".*.json.*.tmp")
         yield
 
 

@@ -885,11 +885,12 @@ def test_who_comes_second_waits_and_finds_all_done(tmp_path: Path) -> None:
     assert_complete(tmp_path / "data")
 
 
-def test_a_living_writers_file_is_not_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [sole_user, prepare_dataset.sole_preparer])
+def test_a_dead_writers_file_is_removed_and_a_living_ones_is_not(tmp_path: Path, keep) -> None:
     (tmp_path / ".left.json.x.tmp").touch()
     with atomic_write(tmp_path / "captions.json") as temporary:
         temporary.write_text("{}")
-        with sole_user(tmp_path):
+        with keep(tmp_path):
             assert [path.name for path in tmp_path.glob(".*.tmp")] == [temporary.name]
     assert (tmp_path / "captions.json").read_text() == "{}"
 
