@@ -555,8 +555,7 @@ def test_a_browser_uses_the_page_with_the_keyboard_alone(browser, server, joint)
     assert focus.get_attribute("aria-pressed") == "true"
 
     browser.find("#question").send_keys(QUESTION, Keys.ENTER)
-    browser.until(lambda: browser.texts("#asked li"))
-    assert browser.texts("#asked .caption") == ["Green"]
+    browser.until(lambda: browser.texts("#asked .caption") == ["Green"])
 
     browser.find("summary").send_keys(Keys.ENTER)
     assert not browser.find("[name=temperature]").is_displayed()
@@ -675,7 +674,7 @@ def test_a_browser_loses_nothing_on_the_way(browser, server, joint):
 
     browser.driver.execute_script("document.querySelector('[name=others]').value = 2")
     browser.find("#question").send_keys(QUESTION, Keys.ENTER, Keys.ENTER)
-    browser.until(lambda: browser.texts("#asked li"))
+    browser.until(lambda: browser.texts("#asked .word"))
     time.sleep(0.5)
     assert len(browser.texts("#asked li")) == 1
     browser.find("#csv").send_keys(Keys.ENTER)
@@ -701,6 +700,69 @@ def test_a_browser_says_what_a_proxy_answers_and_goes_on(browser, server, joint)
     large, login, captioned = browser.texts("#list li")
     assert "413: this photo is too large" in large and "200: reload" in login
     assert "square" in captioned
+
+
+def test_a_browser_says_that_it_looks_and_that_the_server_is_away(browser, server, joint):
+    from selenium.webdriver.common.keys import Keys
+
+    def faint() -> list[str]:  # what can hardly be read
+        return browser.driver.execute_script(
+            """const own = (x) => getComputedStyle(x).opacity;
+            const opacity = (x) => x ? own(x) * opacity(x.parentElement) : 1;
+            return [...document.querySelectorAll("#captions *, #ask *")]
+                .filter((x) => x.offsetParent && opacity(x) < .7).map((x) => x.textContent);"""
+        )
+
+    browser.open(server)
+    browser.until(lambda: browser.find("#samples button"))
+    browser.driver.execute_script(  # each request waits to be let through, or is refused
+        """const real = fetch, headers = { "Retry-After": 0.1 };
+        window.next = null;
+        fetch = (url, ...how) => url.pathname != "/caption" ? real(url, ...how)
+            : new Promise((done) => { next = done; }).then((status) => status
+                ? new Response("{}", { status, headers }) : real(url, ...how));"""
+    )
+
+    def let(status: int) -> None:  # the request that waits
+        browser.until(lambda: browser.driver.execute_script("return !!next"))
+        browser.driver.execute_script("next(arguments[0]); next = null", status)
+
+    browser.find("#file").send_keys(str(joint / "images" / "000.png"))
+    browser.until(lambda: browser.find("#written").text == "Looking…")
+    assert faint() == []
+    let(400)
+    browser.until(lambda: "answered 400" in browser.find("#captions-error").text)
+    again = "document.querySelector('#options').requestSubmit()"
+    browser.driver.execute_script(again)
+    browser.until(lambda: browser.find("#written").text == "Looking…")
+    assert not browser.find("#captions-error").is_displayed()
+    let(0)
+    browser.until(lambda: browser.texts("#written .word"))
+    browser.driver.execute_script(again)  # what was written stays, and can be read
+    browser.until(lambda: browser.texts("#written .row .soft") == ["Looking…"])
+    assert browser.texts("#written .word") and faint() == []
+    let(503)
+    browser.until(lambda: "trying again" in browser.texts("#written .row .soft")[0])
+    let(0)
+    browser.until(lambda: "%" in browser.texts("#written .row .soft")[0])
+
+    word = browser.find("#written .word")
+    browser.find("#question").send_keys(QUESTION, Keys.ENTER)
+    browser.until(lambda: browser.texts("#asked p") == ["Looking…"])
+    assert browser.texts("#asked .soft") == [QUESTION]
+    let(503)
+    browser.until(lambda: "trying again" in browser.texts("#asked p")[0])
+    let(0)
+    browser.until(lambda: browser.texts("#asked .caption") == ["Red"])
+    assert browser.find("#asked").get_attribute("aria-live") == "polite"
+    answer = browser.find("#asked .word")
+    browser.find("#question").send_keys("why?", Keys.ENTER)
+    let(400)
+    browser.until(lambda: "answered 400" in browser.find("#ask-error").text)
+    assert browser.texts("#asked p") == ["Red"]
+    assert browser.find("#question").get_attribute("value") == "why?"
+    assert word.is_displayed() and answer.is_displayed()  # who reads them keeps his place
+    browser.fits()
 
 
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
