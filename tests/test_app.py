@@ -765,6 +765,38 @@ def test_a_browser_says_that_it_looks_and_that_the_server_is_away(browser, serve
     browser.fits()
 
 
+def test_a_browser_reads_captions_from_the_right(browser, server, joint):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(server)
+    browser.until(lambda: browser.find("#samples button"))
+    browser.driver.execute_script(
+        """const real = fetch, text = "כלב שחור רץ.";
+        const words = text.split(" ").map((word) => ({ word, map: [255] }));
+        const found = [{ text, words, confidence: 0.9 }];
+        const answer = { rows: 1, columns: 1, area: [0, 0, 1, 1], answers: found, others: [] };
+        fetch = (url, ...how) => url.pathname != "/caption" ? real(url, ...how)
+            : Promise.resolve(Response.json({ ...answer, captions: found }));"""
+    )
+    files = [joint / "images" / name for name in ("000.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
+    browser.find("#question").send_keys("יש כלב?", Keys.ENTER)
+    browser.until(lambda: browser.texts("#asked .word"))
+    browser.find("#question").send_keys("יש כלב?")
+    # Its full stop and its question mark stand on the left.
+    for place in ("#list span span", "#written .caption", "#question", "#asked .soft"):
+        assert browser.find(place).value_of_css_property("direction") == "rtl", place
+
+    first, second, _ = browser.driver.find_elements("css selector", "#written .word")
+    browser.driver.execute_script("arguments[0].focus()", first)
+    assert browser.press(Keys.ARROW_LEFT) == second and browser.press(Keys.ARROW_RIGHT) == first
+    go_back = """const keys = { key: "ArrowLeft", altKey: true, bubbles: true, cancelable: true };
+    return document.activeElement.dispatchEvent(new KeyboardEvent("keydown", keys));"""
+    assert browser.driver.execute_script(go_back)  # left to the browser
+    browser.fits()
+
+
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
     browser.open(server)
     browser.until(lambda: browser.find("#samples button"))
