@@ -797,6 +797,29 @@ def test_a_browser_reads_captions_from_the_right(browser, server, joint):
     browser.fits()
 
 
+def test_a_browser_shows_what_is_chosen_in_high_contrast_and_an_example_in_the_dark(
+    browser, server, joint
+):
+    def system(name: str, value: str) -> None:
+        media = {"features": [{"name": name, "value": value}]}
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    browser.open(server)
+    files = [joint / "images" / name for name in ("000.png", "002.png")]
+    browser.find("#file").send_keys("\n".join(map(str, files)))
+    browser.until(lambda: browser.find("#all-title").text == "All 2 photos")
+    word, other, *_ = browser.driver.find_elements("css selector", "#written .word")
+    browser.driver.execute_script("arguments[0].click()", word)
+    system("forced-colors", "active")
+    rows = browser.driver.find_elements("css selector", "#list button")
+    for pair in ((word, other), rows):
+        shots = [Image.open(io.BytesIO(x.screenshot_as_png)).convert("RGB") for x in pair]
+        assert len({max(shot.getcolors(1 << 24))[1] for shot in shots}) == 2  # what is behind it
+    system("prefers-color-scheme", "dark")
+    example = "return getComputedStyle($('question'), '::placeholder').color"
+    assert browser.driver.execute_script(example) == "rgb(173, 163, 151)"  # Chromium's is 3.6 : 1
+
+
 def test_a_browser_lists_photos_to_ask_about_without_captions(browser, server, joint):
     browser.open(server)
     browser.until(lambda: browser.find("#samples button"))
