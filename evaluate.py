@@ -396,12 +396,14 @@ EXPLAINED = {
 }
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em;
+  overflow-wrap: anywhere }
 pre { background: light-dark(#eee, #333); padding: 1em; white-space: pre-wrap }
-article { display: flex; flex-wrap: wrap; gap: 0 1.5em; margin: 1.5em 0; overflow-wrap: anywhere }
+article { display: flex; flex-wrap: wrap; gap: 0 1.5em; margin: 1.5em 0 }
 article > div { flex: 1 1 16em }
 img { width: 224px; height: auto; align-self: start }
 p, ul { margin: .3em 0 }
+ul { padding: 0 1.5em }
 p, li, dd { color: light-dark(#555, #bbb) }
 """
 

@@ -486,7 +486,8 @@ class Browser:
         return self.driver.switch_to.active_element
 
     def fits(self) -> None:
-        wide = "return [document.documentElement.scrollWidth, innerWidth]"
+        wide = "const { scrollWidth, clientWidth } = document.documentElement;"
+        wide += "return [scrollWidth, clientWidth]"  # innerWidth grows on a phone
         content, window = self.driver.execute_script(wide)
         assert content <= window
 
@@ -873,6 +874,20 @@ def test_a_browser_takes_a_photo_with_the_camera(browser, captions_only):
     assert browser.find("#no-questions").is_displayed() and not browser.find("#ask").is_displayed()
     on = "return used.map((track) => track.readyState)"
     browser.until(lambda: browser.driver.execute_script(on) == ["ended", "ended"])
+
+
+def test_a_browser_shows_the_report(browser, tmp_path):
+    """On a phone too nothing stands beside the page: a long name, bullets on the right."""
+    evaluate = pytest.importorskip("evaluate")
+    paint("red", "left", 1).save(tmp_path / "a.png")
+    captions, references = {"a.png": "כלב."}, {"a.png": ["כלב שחור רץ."]}
+    summary = "captioner_epoch_12_val_loss_2.9137.safetensors, split 'val'"
+    report = tmp_path / "report.html"
+    evaluate.write_report(report, tmp_path, captions, references, {"a.png": 1.0}, summary)
+    browser.driver.get(report.as_uri())
+    browser.fits()
+    room = "return parseFloat(getComputedStyle(document.querySelector('ul')).paddingRight)"
+    assert browser.driver.execute_script(room) >= 16
 
 
 def test_a_photo_that_lies_on_its_side_is_seen_as_it_is_shown(server):
