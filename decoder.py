@@ -8,7 +8,6 @@ the mask says which earlier tokens each beam descends from.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -221,36 +220,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.seen += tokens.shape[1]
         return self.norm(x)
-
-    def cross_attention(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        memory: list[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """How much each token attends to each patch: (rows, layers, heads, length, patches).
-
-        The arguments are as in `forward`, which runs as it is: only the queries are looked at.
-        """
-        weights, here = [], threading.get_ident()
-
-        def look(_: nn.Module, __: tuple, query: Tensor) -> None:
-            if threading.get_ident() != here:  # another thread writes about another photo
-                return
-            with torch.autocast(query.device.type, enabled=False):
-                query = split_heads(query, self.config.heads).float()
-                keys = memory[len(weights)][0].float()
-                scores = query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5
-                weights.append(scores.softmax(-1))
-
-        hooks = [block.cross_q.register_forward_hook(look) for block in self.blocks]
-        try:
-            self(tokens, positions, mask, memory)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(weights, dim=1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., width) -> (..., vocab), through the tied embedding."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from decoder import Decoder, DecoderConfig, Dropout, as_autocast
+from decoder import Decoder, DecoderConfig, Dropout, as_autocast, split_heads
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -130,9 +132,25 @@ class CaptionModel(nn.Module):
             tokens: (captions, length), from START; what stands at place i of the result is how
                 the token after the i-th was chosen. Padding may follow.
         """
+        weights, here, memory = [], threading.get_ident(), self.memory(features)
+
+        def look(_: nn.Module, __: tuple, query: Tensor) -> None:
+            if threading.get_ident() != here:  # another thread writes about another photo
+                return
+            with torch.autocast(query.device.type, enabled=False):
+                query = split_heads(query, self.config.heads).float()
+                keys = memory[len(weights)][0].float()
+                scores = query @ keys.transpose(-2, -1) * query.shape[-1] ** -0.5
+                weights.append(scores.softmax(-1))
+
+        hooks = [block.cross_q.register_forward_hook(look) for block in self.decoder.blocks]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = row_mask(torch.zeros_like(tokens))
-        return self.decoder.cross_attention(tokens, positions, mask, self.memory(features))
+        try:
+            self.decoder(tokens, positions, row_mask(torch.zeros_like(tokens)), memory)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(weights, dim=1)
 
     def loss(
         self,

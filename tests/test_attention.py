@@ -17,7 +17,7 @@ from attention import PatchGrid, WordMap, draw_attention, patch_grid, word_maps
 from encoder import FrozenEncoder
 from generation import generate
 from inference import load_captioner
-from model import CaptionModel, row_mask
+from model import CaptionModel
 from tests.conftest import build_encoder, run
 from tests.test_model import build_model, captions, features
 from tokenizer import ANSWER_ID, START_ID, CaptionTokenizer
@@ -33,7 +33,6 @@ SIZES = [(60, 40), (40, 100)]
 def test_the_weights_are_those_of_the_decoders_own_attention():
     model = build_model()
     tokens = torch.tensor(captions([6]))
-    positions, mask = torch.arange(8)[None], row_mask(torch.zeros_like(tokens))
     keys = [keys for keys, _ in model.memory(torch.randn(1, 8, 24))]
     # With 8 patches, heads of width 8, and as the value of a patch 1 at its own place: what a
     # head mixes are its weights.
@@ -43,7 +42,8 @@ def test_the_weights_are_those_of_the_decoders_own_attention():
         block.cross_out.register_forward_pre_hook(
             lambda _, given: mixed.append(given[0].unflatten(2, (4, 8)).transpose(1, 2))
         )
-    weights = model.decoder.cross_attention(tokens, positions, mask, memory)
+    model.memory = lambda _: memory
+    weights = model.cross_attention(features(1), tokens)
     assert weights.shape == (1, 3, 4, 8, 8)
     assert weights.std(-1).mean() > 0.02  # far from uniform
     torch.testing.assert_close(weights, torch.stack(mixed, dim=1), rtol=0, atol=1e-5)
