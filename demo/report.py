@@ -32,10 +32,8 @@ def report(checkpoint: Path, paths: DataPaths) -> None:
 def report_captions(captioner: Captioner, paths: DataPaths, names: Sequence[str]) -> None:
     table = json.loads((paths.data_dir / "scenes.json").read_text(encoding="utf-8"))["scenes"]
     scenes = {name: Scene.from_dict(table[name]) for name in names}
-    captions: dict[str, str] = {}
-    for start in range(0, len(names), 50):
-        part = names[start : start + 50]
-        captions |= zip(part, captioner.caption([paths.images / n for n in part]), strict=True)
+    said = captioner.caption([paths.images / name for name in names])
+    captions = dict(zip(names, said, strict=True))
     for name in names[:SHOWN]:
         mark = "right" if matches(captions[name], scenes[name]) else "WRONG"
         print(f"  {name}  {mark}  {captions[name]}")
@@ -48,16 +46,14 @@ def report_answers(captioner: Captioner, paths: DataPaths, names: Sequence[str])
     table = load_questions(paths.questions)
     asked = [(name, text) for name in names for text in table[name]]
     right: dict[str, list[bool]] = {}
-    for start in range(0, len(asked), 50):
-        part = asked[start : start + 50]
-        answers = captioner.answer(
-            [paths.images / name for name, _ in part], [text.question for _, text in part]
-        )
-        for place, ((name, text), answer) in enumerate(zip(part, answers, strict=True), start):
-            right.setdefault(text.kind, []).append(answer == text.target)
-            if place < SHOWN:
-                mark = "right" if answer == text.target else f"WRONG ({text.target})"
-                print(f"  {name}  {text.question} {answer}  {mark}")
+    answers = captioner.answer(
+        [paths.images / name for name, _ in asked], [text.question for _, text in asked]
+    )
+    for place, ((name, text), answer) in enumerate(zip(asked, answers, strict=True)):
+        right.setdefault(text.kind, []).append(answer == text.target)
+        if place < SHOWN:
+            mark = "right" if answer == text.target else f"WRONG ({text.target})"
+            print(f"  {name}  {text.question} {answer}  {mark}")
     for kind, marks in sorted(right.items()):
         print(f"  {kind}: {sum(marks)} of {len(marks)} answers right")
     total = [mark for marks in right.values() for mark in marks]
