@@ -82,7 +82,7 @@ class Service:
     def __init__(self, captioner: Captioner, max_megabytes: float):
         self.captioner, self.max_megabytes = captioner, max_megabytes
         self.turn = asyncio.Lock()  # one photo at a time: each has the whole machine
-        self.waiting = 0  # photos, the one that is being captioned included
+        self.places = asyncio.Semaphore(WAITING)
         self.room = int(ROOM * max_megabytes * 1e6)  # bytes of photos that may still come
 
     async def page(self, _: Request) -> Response:
@@ -138,13 +138,10 @@ class Service:
                 else:  # read but not kept: a browser listens only after it has sent all
                     self.room += len(body)
                     body.clear()
-            if refusal or self.waiting == WAITING:
+            if refusal or self.places.locked():
                 raise refusal or busy
-            self.waiting += 1
-            try:
+            async with self.places:
                 yield body
-            finally:
-                self.waiting -= 1
         finally:
             self.room += len(body)
 
