@@ -22,7 +22,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -170,9 +169,7 @@ def table(columns: dict[str, dict[str, float]], digits: int) -> str:
 def score_captions(scored: Scored) -> dict[str, object]:
     """Print and report the captions' scores; returns what the JSON line holds of them."""
     settings, names, images = scored.settings, scored.names, scored.paths.images
-    started = time.monotonic()
     hypotheses = scored.write(scored.prompts)
-    seconds = time.monotonic() - started
     said = [scored.checkpoint.tokenizer.decode(h.tokens) for h in hypotheses]
     captions = dict(zip(names, said, strict=True))
     if settings.save_captions:  # before what may fail, as where a photo has gone meanwhile
@@ -204,7 +201,6 @@ def score_captions(scored: Scored) -> dict[str, object]:
     summary = "\n".join(lines)
     print(summary)
     write_report(settings.report, images, captions, references, values, summary)
-    print(f"{len(names) / seconds:.0f} captions/s")
     print(f"report: {settings.report}")
     return {
         **{metric: round(value, 4) for metric, value in found.items()},
