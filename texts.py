@@ -48,9 +48,9 @@ PAIRS += [("label", "query"), ("response", "question")]  # ChartQA's
 ASKS = re.compile("[?？؟]")
 # Of what was asked for, and no years, sums or telephones in brackets: these are captions' own.
 PLACES = re.compile(r"<loc|<\|?box|\{<\d|\[\s*[\d.]+(,\s*[\d.]+){3}\s*\]")
-NAMES = "a|p|br|b|i|u|em|strong|div|span|img|ul|ol|li|h[1-6]|table|tbody|tr|t[dh]|su[bp]"
-LINES = r"(?<!\\)(\\r\\n|\\[nrt](?![a-z{]))"  # ends as \n, not TeX's \nu, \r{A} and \\n
-TAGS = re.compile(rf"\s?(((?i:</?({NAMES})(\s[^<>]*)?/?>)|{LINES})\s*)+")
+TAG_NAMES = "a|p|br|b|i|u|em|strong|div|span|img|ul|ol|li|h[1-6]|table|tbody|tr|t[dh]|su[bp]"
+WRITTEN_ENDS = r"(?<!\\)(\\r\\n|\\[nrt](?![a-z{]))"  # of lines, as \n, not TeX's \nu, \r{A} and \\n
+TAGS = re.compile(rf"\s?(((?i:</?({TAG_NAMES})(\s[^<>]*)?/?>)|{WRITTEN_ENDS})\s*)+")
 STARTS = re.compile(  # after what a reasoning model thought
     r"(?is)\s*((<think>.*?</think>|startseq\s|[<\[]start[>\]]|<[bs]os>|</?s>|\[cls\]|<image>"
     r"|<\|\w{1,16}\|>)\s?){1,3}"
