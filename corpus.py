@@ -97,7 +97,7 @@ def load_data(
     """
     tasks = parse_tasks(settings.TASKS)
     splits = load_splits(paths.splits)  # at once, as another preparation may split otherwise
-    texts = load_texts(paths, tasks)
+    texts = load_texts(paths, tasks, quiet=True)  # as its preparation has said what is left out
     splits = {split: [name for name in names if name in texts] for split, names in splits.items()}
     if settings.TRAIN_SHARDS:
         splits["train"] = []

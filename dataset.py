@@ -216,8 +216,11 @@ def as_text(value: Any) -> Any:
 
 
 @uncollected()
-def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
-    """What the tasks want said about each photo: its captions, then the answers about it."""
+def load_texts(
+    paths: DataPaths, tasks: Sequence[str], quiet: bool = False
+) -> dict[str, list[Text]]:
+    """What the tasks want said about each photo: its captions, then the answers about it; says,
+    unless `quiet`, how many are left out."""
     said: dict[str, list[Text]] = {}
     if "captions" in tasks:
         for name, captions in load_captions(paths.captions).items():
@@ -231,7 +234,7 @@ def load_texts(paths: DataPaths, tasks: Sequence[str]) -> dict[str, list[Text]]:
         what = "captions" if task == "captions" else "answers"
         if not kept[task]:
             raise UserError(f"no {what} have a word: there is nothing to learn for TASKS {task!r}")
-        if left := all_of[task] - kept[task]:
+        if (left := all_of[task] - kept[task]) and not quiet:
             print(f"left out {left:,} {what} without a word")
     return {name: group for name, group in texts.items() if group}
 

@@ -423,8 +423,10 @@ def test_a_split_without_questions_is_said(tmp_path, encoder_dir):
     assert run("prepare_dataset.py", *flags[:8], *flags[-4:-2]).returncode == 0
     asked = json.loads((data / "questions.json").read_text())
     learned = json.loads((data / "splits.json").read_text())["train"]
+    asked[learned[0]].append({"question": "what?", "answer": "..."})
     (data / "questions.json").write_text(json.dumps({name: asked[name] for name in learned}))
     result = run("train.py", *flags)
+    assert result.stdout.count("left out 1 answers without a word") == 1
     assert "none      of the questions are of the split 'val': they are not scored" in result.stdout
     command = ["--checkpoint", data / "last.pt", "--data_dir", data, "--task", "questions"]
     refused = run("evaluate.py", *command)
