@@ -15,6 +15,7 @@ import re
 import stat
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -49,6 +50,7 @@ MOST_SAID = 4096  # layers of an encoder, and pixels along a side of what it see
 SIDES = "height width longest_edge shortest_edge".split()
 TILE = (322, 323)  # the TIFF tags, a tile's width and length, which is unpacked whole
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
+LOADING = threading.Lock()  # what the library says is set for all threads at once
 
 
 class ImageError(UserError):
@@ -426,15 +428,16 @@ def hub_problem() -> str:
 def quiet_library() -> Iterator[None]:
     """Keep the library's loading report off the screen: what matters in it we check and say."""
     library = transformers.utils.logging
-    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
+    with LOADING:
+        level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
 
 
 def _middle(image: Image.Image, ratio: int) -> Image.Image:

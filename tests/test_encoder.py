@@ -12,6 +12,7 @@ import tempfile
 import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from encoder import (
     as_rgb,
     open_image,
     parse_layers,
+    quiet_library,
 )
 from features import open_folder
 from tests.conftest import build_encoder, run, vision_sizes
@@ -670,3 +672,18 @@ def test_a_machine_without_room_for_temporary_files_is_told_apart_from_a_wrong_f
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
     with pytest.raises(UserError, match="TMPDIR"):
         FrozenEncoder.load("demo/encoder")
+
+
+def test_the_library_says_what_it_said_after_threads_have_loaded_encoders():
+    library = transformers.utils.logging
+    seen, before = [], (library.get_verbosity(), library.is_progress_bar_enabled())
+
+    def load(seconds: float) -> None:
+        with quiet_library():
+            time.sleep(seconds)
+            seen.append((library.get_verbosity(), library.is_progress_bar_enabled()))
+
+    with ThreadPoolExecutor(2) as threads:
+        [*threads.map(load, (0.05, 0.1))]
+    assert seen == [(library.ERROR, False)] * 2
+    assert before == (library.get_verbosity(), library.is_progress_bar_enabled())
