@@ -68,7 +68,7 @@ KEPT = [name for name, measure in MEASURES.items() if measure.keep]
 LASTING = [name for name in KEPT if name != "val_loss"]  # kept under one name for all epochs
 # The parts of a decoder's configuration, and the settings that say them.
 SIZES = dict(width="DECODER_EMBED_DIM", layers="DECODER_LAYERS", heads="DECODER_HEADS")
-SIZES |= dict(ff_dim="DECODER_FF_DIM", max_length="MAX_CAPTION_LENGTH", dropout="DROPOUT")
+SIZES |= dict(ff_dim="DECODER_FF_DIM", max_length="MAX_CAPTION_LENGTH")
 
 
 class Written(NamedTuple):
@@ -133,7 +133,9 @@ class Run:
         self.encoder = data.encoder  # FrozenEncoder.identity() of what made the features
         torch.manual_seed(settings.SEED)
         size = decoder_config(settings, len(data.tokenizer))
-        made = begun.model if begun else CaptionModel(data.cache.shape[1], size)
+        made = CaptionModel(data.cache.shape[1], size)
+        if begun:
+            made.load_state_dict(begun.model.state_dict())
         self.average = made.to(device)  # what is validated and saved
         # What the optimizer moves: the same, or what the average follows.
         self.model = copy.deepcopy(self.average) if settings.EMA_DECAY else self.average
@@ -466,7 +468,7 @@ def decoder_config(settings: SimpleNamespace, vocab_size: int) -> DecoderConfig:
             f"DECODER_HEADS = {settings.DECODER_HEADS}: change one of them"
         )
     sizes = {part: vars(settings)[name] for part, name in SIZES.items()}
-    return DecoderConfig(vocab_size=vocab_size, **sizes)
+    return DecoderConfig(vocab_size=vocab_size, dropout=settings.DROPOUT, **sizes)
 
 
 # --- Random numbers -------------------------------------------------------------------------

@@ -619,15 +619,18 @@ def test_a_training_can_begin_with_a_checkpoint(tmp_path, trained, encoder_dir):
     data = write_photos(tmp_path / trained.name)
     checkpoint = load_checkpoint(best(trained, ".safetensors"))
     flags = [*small_flags(data, encoder_dir), "--start_checkpoint", best(trained, ".pt")]
-    result = run("train.py", *flags, "--epochs", 1, "--learning_rate", 1e-12)  # of its own
+    own = ["--learning_rate", 1e-12, "--dropout", 0.3]  # with which it may be trained further
+    result = run("train.py", *flags, "--epochs", 1, *own)
     assert result.returncode == 0, result.stderr
     assert "beginning with the decoder and tokenizer of" in result.stdout
     assert "another split" not in result.stdout and "will be poor" not in result.stdout
     ours = load_checkpoint(best(data, ".safetensors"))
     assert ours.scores["val_loss"] == pytest.approx(checkpoint.scores["val_loss"], abs=1e-4)
     assert ours.tokenizer.to_json() == checkpoint.tokenizer.to_json()
+    assert ours.model.config.dropout == 0.3
     more = ["--resume_checkpoint_path", data / "last.pt", "--epochs", 2]
-    assert run("train.py", *flags[:-2], *more).returncode == 0
+    resumed = run("train.py", *flags[:-2], *more)
+    assert resumed.returncode == 0 and "DROPOUT 0.1 (was 0.3)" in resumed.stdout
     began = load_checkpoint(data / "last.pt").settings["START_CHECKPOINT"]
     assert began == best(trained, ".pt").name
     other = ["--decoder_layers", 1, "--output_dir", tmp_path / "other", "--feature_views", 2]
