@@ -513,8 +513,8 @@ from inference import load_captioner
 print(load_captioner("{repo_id}"{here}).{call})
 ```
 
-`tokenizer.json` loads with `transformers.AutoTokenizer`, `preprocessor_config.json` (the
-encoder's) with `transformers.AutoImageProcessor`.
+`tokenizer.json` loads with `transformers.PreTrainedTokenizerFast`, `preprocessor_config.json`
+(the encoder's) with `transformers.AutoImageProcessor`.
 
 ## Scores
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -492,7 +493,7 @@ def test_the_newest_on_the_hub_captions_as_the_best_does(pushed, encoder_dir, tm
     assert values[0] == pytest.approx(values[1])
 
 
-def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_path):
+def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_path, monkeypatch):
     data, commit, _ = pushed
     files = commit.files
     assert files.keys() == {
@@ -514,7 +515,10 @@ def test_what_was_pushed_is_of_use_to_other_programs(pushed, encoder_dir, tmp_pa
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     checkpoint = load_checkpoint(tmp_path / "model.safetensors")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    # The card names what loads it without the question whether to run code.
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail(*asked))
+    (named,) = re.findall(rb"tokenizer.json` loads with `transformers.(\w+)", files["README.md"])
+    theirs = getattr(transformers, named.decode()).from_pretrained(tmp_path)
     again = CaptionTokenizer.load(tmp_path / "vocab.json", tmp_path / "merges.txt")
     for text in ("A red square  on the LEFT .", "É, what else?", "on <the> left", "कुत्ता है।"):
         [ids] = checkpoint.tokenizer.encode([text])
