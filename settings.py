@@ -65,7 +65,7 @@ def constants(config: ModuleType | SimpleNamespace) -> dict[str, Any]:
 
 def constant_comments(config: ModuleType) -> dict[str, str]:
     """The comment at the end of each constant's line: it is the flag's help text."""
-    source = Path(config.__file__).read_text(encoding="utf-8")
+    source = Path(config.__file__).read_text(encoding="utf-8", errors="replace")
     return dict(re.findall(r"^ *(\w+)(?:: [^=]+)? = .*?  # (.+)$", source, re.M))
 
 

@@ -107,7 +107,7 @@ def edited(tmp_path, monkeypatch):
         name, source = line.split()[0], (REPO / "config.py").read_text()
         found = re.search(rf"^{name} = .*\n", source, re.M) if instead else None
         source = source.replace(found[0], f"{line}\n") if found else f"{line}\n{source}"
-        (tmp_path / "config.py").write_text(source)
+        (tmp_path / "config.py").write_text(source, encoding="cp1252")  # as on Windows
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "config", raising=False)
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -147,6 +147,8 @@ def test_a_setting_that_was_renamed_or_removed_is_said_at_once(edited):
 def test_a_configuration_may_be_written_in_other_ways(edited, tmp_path):
     assert edited("BATCH_SIZE = 64").BATCH_SIZE == 64  # without a comment
     assert edited("MINE = 64", instead=False).MINE == 64
+    mine = "# -*- coding: cp1252 -*-\nMINE = 'café'"
+    assert edited(mine, instead=False).MINE == "café"
     record = on_record(edited("import os as T; SEEN = {T}", instead=False))
     assert json.loads(json.dumps(record)) == record and not {"T", "SEEN"} & record.keys()
     assert edited("DROPOUT = 0", "--dropout", "0.5").DROPOUT == 0.5
