@@ -277,7 +277,7 @@ def check_name(path: object, name: str) -> None:
     """Refuse a photo's name that leads out of the photo folder."""
     parts = name.split("/")
     leads_out = re.fullmatch("([A-Za-z]:)?", parts[0]) or ".." in parts
-    if leads_out or len(name) > LONGEST or re.search("[\\\\\0\ud800-\udfff]", name):
+    if leads_out or len(name) > LONGEST or re.search("[\0\ud800-\udfff]", name):
         raise UserError(f"{path}: {name!r} is not a name within the photo folder")
 
 

@@ -35,7 +35,7 @@ WRONG = {
     '{"a.jpg": ["  "]}': "'a.jpg' has a caption that is no text",
     '{"../a.jpg": ["x"]}': "not a name within",
     '{"/etc/a.jpg": ["x"]}': "not a name within",
-    '{"b\\\\a.jpg": ["x"]}': "not a name within",
+    '{"b/../../a.jpg": ["x"]}': "not a name within",
     '{"C:/a.jpg": ["x"]}': "not a name within",
     '{"": ["x"]}': "not a name within",
 }

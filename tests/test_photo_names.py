@@ -238,6 +238,17 @@ def test_names_that_were_absolute_elsewhere_find_their_photos(tmp_path, root):
     assert list(prepared(data)) == [f"{i:03d}.png" for i in range(4)]
 
 
+def test_photos_of_a_zip_of_windows_may_have_its_folders_in_their_names(tmp_path):
+    data = write_photos(tmp_path / "data", 4)  # as Python unpacks them
+    (data / "captions.json").unlink()
+    for photo in [*(data / "images").iterdir()]:
+        photo.rename(photo.with_name(f"photos\\{photo.name}"))
+    names = [f"photos\\{i:03d}.png" for i in range(4)]
+    rows = "".join(f"{name},a dog\n" for name in names)
+    (data / "captions.csv").write_text("image,caption\n" + rows)
+    assert list(prepared(data)) == names
+
+
 def test_names_of_a_list_are_looked_for_below_its_own_folder(tmp_path):
     names = {f"{split}/images/{n}.jpg": f"{split} {n}" for split in ("train", "val") for n in "123"}
     missing = "val/images/4.jpg"  # which is not the one to train on
