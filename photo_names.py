@@ -169,8 +169,8 @@ def _index(names: Iterable[str], way: Way) -> dict[str, str]:
 
 
 def _spelled(name: str) -> str:
-    """In Unicode's usual spelling, without an address's signs, spaces or case."""
-    return unicodedata.normalize("NFC", unquote(name)).casefold().translate(ALIKE)
+    """In Unicode's usual spelling, without an address's signs, spaces or case, as cells are cut."""
+    return unicodedata.normalize("NFC", unquote(name).strip()).casefold().translate(ALIKE)
 
 
 def _bare(name: str) -> str:

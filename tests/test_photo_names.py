@@ -76,6 +76,7 @@ def test_a_table_without_header_may_lack_suffixes(tmp_path, mark, number):
         ("images/x/a.jpg", "a.jpg"),
         ("https://x.org/y/a.jpg", "a.jpg"),
         ("my%20photo.jpg", "my photo.jpg"),
+        ("first.jpg", " first.jpg"),  # as cells are read, whose spaces at the ends are cut
         ("1.0", "1.png"),
         ("img.v1", "img.v1.jpg"),
         ("x/img.v1", "img.v1.jpg"),
