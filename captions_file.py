@@ -303,8 +303,10 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
         return None
     if any(isinstance(table.get(key), str) for key in NAME_KEYS):
         return [table]
-    columns = [[*v.values()] if isinstance(v, dict) else v for v in values]
-    return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
+    if any(isinstance(v, dict) for v in values):  # by an index, of which each has its own order
+        index = dict.fromkeys(itertools.chain(*values))
+        return [{name: column[at] for name, column in table.items()} for at in index]
+    return [dict(zip(table, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def merged(form: str, parts: Mapping[Any, Captions]) -> Captions:

@@ -524,6 +524,7 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ({"image": ["1.jpg", "2.jpg"], "caption": ["A", "B"]}, AB),
         ({"image": "1.jpg", "caption": "A dog"}, {"1.jpg": ["A dog"]}),
         ({"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "A", "1": "B"}}, AB),
+        ({"images": {"0": "1.jpg", "1": "2.jpg"}, "captions": {"1": "B", "0": "A"}}, AB),
         ([{"image_id": n, "img": f"{3 - n}.jpg", "caption": "BA"[n - 1]} for n in (1, 2)], AB),
         ([["1.jpg", "A"], ["2.jpg", "B"]], AB),
         (
