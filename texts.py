@@ -56,9 +56,9 @@ STARTS = re.compile(  # after what a reasoning model thought
     r"|<\|\w{1,16}\|>)\s?){1,3}"
 )
 ENDS = re.compile(
-    r"(\sendseq|\s?([<\[]end[>\]]|<eos>|</s>|\[sep\]|<\|\w{1,16}\|>)){1,3}\s*$", re.IGNORECASE
+    r"(\sendseq|\s?([<\[](end|pad)[>\]]|<eos>|</s>|\[sep\]|<\|\w{1,16}\|>)){1,3}\s*$", re.IGNORECASE
 )
-MOST_ENDS = 48  # characters of three of them, so that no more of a text is searched for them
+MOST_ENDS = 48  # characters of three of them: no more of a text is searched at a time
 # What programs and databases write for empty cells, and spreadsheets for failed formulas.
 NOTHING = r"nan NaN NA None null NULL \N undefined <NA> N/A n/a #N/A #NAME? #REF! #VALUE!".split()
 NOTHING += ["#DIV/0!", "#ERROR!"]
@@ -190,8 +190,10 @@ def unescaped(text: str) -> str:
     for _ in range(10 if "&" in text else 0):
         text = re.sub(r"&#?\w+;", lambda sign: html.unescape(sign[0]), text)
     text = text[begun.end() :] if (begun := STARTS.match(text)) else text
-    last = max(0, len(text.rstrip()) - MOST_ENDS)
-    text = text[:last] + ENDS.sub("", text[last:])
+    end = whole = len(text.rstrip())
+    while mark := ENDS.search(text, max(0, end - MOST_ENDS), end):  # batches are filled up by them
+        end = mark.start()
+    text = text[:end] if end < whole else text
     return TAGS.sub(" ", text) if "<" in text or "\\" in text else text  # which is quicker
 
 

@@ -751,10 +751,12 @@ def test_marks_of_phrases_and_of_ends_are_no_words(tmp_path):
     ends = "startseq a dog endseq\n<sos> B <EOS>\n[START] C [END]", "<start> a startseq <end> "
     ends = f"{ends[0]}\n</s><s>D</s>\n[CLS] E [SEP]\nA <s> F<|endoftext|>", ends[1]
     ends = f"{ends[0]}\n<image>G<|im_end|>\n<think>Well.</think> H\n<|startoftext|>I", ends[1]
+    filled = "[CLS] J [SEP]" + " [PAD]" * 40, "<s>K</s>" + "<pad>" * 40, "L" + "<|endoftext|>" * 40
+    ends = "\n".join((ends[0], *filled)), ends[1]  # as a batch is, to its longest caption
     texts = {f"images/{n}.txt": text for n, text in enumerate((marked, *ends), 1)}
     found = prepared(lay_out(tmp_path, texts))
     assert found["1.jpg"] == ["Two young guys with shaggy hair ."]
-    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F", *"GHI"]
+    assert found["2.jpg"] == ["a dog", *"BCDE", "A <s> F", *"GHIJKL"]
     assert found["3.jpg"] == ["a startseq"]
 
 
