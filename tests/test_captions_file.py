@@ -380,6 +380,10 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
         ("image,caption\n1.jpg,\"('A', 'B')\"", {"1.jpg": ["A", "B"]}),
         ("image,caption\n1.jpg,\"[{'raw': 'A', 'tokens': ['a']}]\"", {"1.jpg": ["A"]}),
         ("image,caption\n1.HEIC,A\n1.jpg,B\n", {"1.jpg": ["B"]}),
+        *(  # what is said of several photos is none of the last one's
+            (f'image;caption\n"1.jpg{mark} https://x.org/2.jpg?v=1";A\n3.jpg;B\n', {"3.jpg": ["B"]})
+            for mark in ",;|"
+        ),
         ("image,caption\nv1.1,A\ntrain/1,B\n", {"v1.1": ["A"], "train/1": ["B"]}),
         ("image,caption\n1.jpg,NaN\n2.jpg,#N/A\n4.jpg,#NAME?\n3.jpg,A\n", {"3.jpg": ["A"]}),
         (",caption\n1.jpg,A\n", {"1.jpg": ["A"]}),  # by pandas' index
