@@ -101,6 +101,9 @@ def find_captions(
             print(f"{usual} was made before {', '.join(late)} came: {remedy}")
         return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
+        alike = [file for file in sorted(paths.data_dir.glob("caption*")) if may_list(file)]
+        alike = [file for file in alike if not file.name.endswith((*OURS, ".prepared.json"))]
+        others += [file for file in alike if file not in (table, *others)]
         if others:
             told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
             print(f"captions are read from {table}, {told}")

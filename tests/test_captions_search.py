@@ -245,9 +245,11 @@ def test_a_part_that_comes_later_is_said_until_it_is_read(tmp_path, capsys):
 
 def test_two_tables_are_said(tmp_path, capsys):
     table = rows("image,caption", "{},{}")
-    folder = lay_out(tmp_path, {"captions.csv": table, "metadata.csv": table})
+    others = dict.fromkeys(("metadata.csv", "captions_val.csv", "captions_de.txt"), table)
+    folder = lay_out(tmp_path, {"captions.csv": table} | others)
     assert prepared(folder) == EXPECTED
-    assert "captions.csv, not from" in capsys.readouterr().out
+    said = re.search("captions.csv, not from (.*): --captions_file", capsys.readouterr().out)
+    assert {Path(place).name for place in said[1].split(", ")} == {*others}
 
 
 def test_captions_of_ones_own_give_way_to_no_newer_table(tmp_path, capsys):
