@@ -38,6 +38,7 @@ from photo_names import are_meant, ends_of, find_names, is_photo, match_names, p
 from texts import CAPTION_KEYS, plain_key, texts_of
 from utils import (
     UserError,
+    brief,
     changed_at,
     files_in,
     leads_out,
@@ -204,14 +205,14 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
         texts = {name: read_texts_beside(paths.images, root / name) for name in sorted(folders)}
         return {name: captions for name, captions in texts.items() if captions.texts}
 
-    foreign = []
+    told, foreign = [], []
 
     def read(file: Path) -> Captions | None:
         captions = read_own(file, paths.images)
         if any(map(is_photo, captions.texts)) or find_names(captions.texts, there):
             return captions
         wanted = [f"{file}: no photo is called {name!r}" for name in captions.texts]
-        foreign.extend([*wanted, *captions.passed][:1])
+        (foreign if wanted else told).extend([*wanted, *captions.passed][:1])
 
     lists = [name for name in lists_in(root, names) if Path(name).stem not in ends]
     lists, refused = read_lists(root, lists, "caption[^/]*$", read)
@@ -227,7 +228,12 @@ def find_others(paths: DataPaths) -> tuple[dict[str, Captions], list[str]]:
                 unasked.append(f"{file}?")
     if unasked[1:]:  # one alone would leave out the others' photos
         unasked = [", ".join([*unasked, "or several, each renamed like captions_train.txt"])]
-    return found, [*unasked, *refused.values(), *foreign]
+    why = [*unasked, *refused.values(), *told, *foreign]
+    unread = [n for n in names if not (is_photo(n) or n in OURS)] if not (found or why) else []
+    if unread:  # such as captions.xml, captions.csv.gz, or 1.gt.txt beside 1.png
+        which = ", ".join(sorted(unread, key=lambda name: name.count("/"))[:5])
+        why = [f"in no form that is read, so unpack it or make a table of it: {brief(which)}"]
+    return found, why
 
 
 def read_lists(

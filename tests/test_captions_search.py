@@ -575,6 +575,14 @@ def test_a_text_that_may_be_of_several_photos_is_of_none(tmp_path):
             "(.*/train.txt., .*/val.txt., or several",
         ),
         ({"x.xls": "PK\3\4"}, "(.*x.xls is a spreadsheet, or packed: save"),
+        (
+            {"images/1.gt.txt": "A", "x.xml": "<a>"},
+            "(in no form that is read, so .*: x.xml, images/1",
+        ),
+        (  # FiftyOne's, beside what describes it
+            {"a.json": '{"name": "x"}', "b.json": '[["1.jpg", {"label": "A"}]]'},
+            "(.*b.json, entry 1 has no caption in .*'label': 'A'",
+        ),
         (dict.fromkeys(("a.json", "b.json"), json.dumps(COCO)), "(one of .*a.json, .*b.json?)"),
     ],
 )
