@@ -273,6 +273,10 @@ def _read_json(path: Path, table: Any, folder: Path | None) -> Captions:
             found.add(name, texts, path, said.get("split") if isinstance(said, dict) else "")
         else:  # or it is the file's version
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
+    keys = dict.fromkeys(key for said in table.values() if isinstance(said, dict) for key in said)
+    others = [key for key in keys if plain_key(key) not in (*CAPTION_KEYS, "split")]
+    others = [key for key in others if not LIKE_CAPTIONS.fullmatch(plain_key(key))]
+    found.form += f", of which {brief(', '.join(others))} are ignored" if others else ""
     return found
 
 
@@ -304,7 +308,9 @@ def _objects(table: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any] | N
     if told or all(any(k in NAME_KEYS or NUMBERED.fullmatch(k) for k in each) for each in keys):
         return [{"image_id": key} | value for key, value in table.items()]
     if not (set(table) & {*CAPTION_KEYS} and set(table) & {*NAME_KEYS}):
-        return None
+        lists = [v for v in values if isinstance(v, list) and v and isinstance(v[0], dict)]
+        alone = len(lists) == 1 < len(table) and not any(map(is_photo, table))
+        return lists[0] if alone else None  # of Pexels' photos, by number
     if any(isinstance(table.get(key), str) for key in NAME_KEYS):
         return [table]
     if any(isinstance(v, dict) for v in values):  # by an index, of which each has its own order

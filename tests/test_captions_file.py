@@ -51,6 +51,13 @@ def test_a_row_of_blank_cells_says_nothing(tmp_path, blank):
     assert found.texts == {"1.jpg": ["A dog"], "2.jpg": ["B"]} and not found.passed
 
 
+def test_what_is_ignored_of_objects_by_photo_is_said(tmp_path):
+    said = {"title": "A dog", "split": "val", "visual_sentences": ["It is red."], "year": 1500}
+    (tmp_path / "a.json").write_text(json.dumps({"1": said}))  # Artpedia's
+    found = read_captions(tmp_path / "a.json")
+    assert found.form == "a table of photos, of which visual_sentences, year are ignored"
+
+
 @pytest.mark.parametrize("of", [["en", "de"], ["en", "en"]])
 def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
     table, objects = tmp_path / "a.csv", tmp_path / "a.jsonl"
@@ -635,6 +642,7 @@ TWICE[2]["value"] = "Can you describe its colour?"
         ([{"url": "x/1.jpg", "image_id": 7, "paragraph": "A"}], {"x/1.jpg": ["A"]}),  # Stanford's
         ({"data": [{"image": n} | {"caption": AB[n][0]} for n in AB], "urls": {"1.jpg": "x"}}, AB),
         ({"annotations": AB}, AB),
+        ({"page": 1, "photos": [{"id": 1, "src": {}, "alt": "A"}]}, {"1": ["A"]}),  # Pexels'
         (
             {"columns": ["image", "caption"], "data": [{"image": n, "caption": AB[n]} for n in AB]},
             AB,
