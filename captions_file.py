@@ -342,7 +342,7 @@ def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Capti
         str(image["id"]): next((image[k] for k in keys if k in image), None) or image["file_name"]
         for image in images
     }
-    found = Captions("COCO's captions")
+    found = Captions("COCO's captions" + languages_in(annotations))
     for entry in annotations:
         name = names.get(str(entry.get("image_id")))
         if entry.get("is_rejected") or entry.get("is_precanned"):  # as VizWiz marks what is none
@@ -414,7 +414,7 @@ def _read_objects(entries: Sequence[Entry], form: str, folder: Path | None) -> C
     columns = caption_columns(keys, captions)
     others = [key for key in keys if key and key not in (*photos[:1], *columns, split)]
     form += f", of which {', '.join(others)} are ignored" if others else ""
-    found = Captions(form + languages_in(objects))
+    found = Captions(form + languages_in(objects, columns))
     for where, row in rows:
         photo = next((key for key in photos if key in row), None)
         told = [row[key] for key in (*columns, *captions, *ASIDE) if key in row]

@@ -127,10 +127,14 @@ def there_first(keys: list[str], rows: Sequence[Mapping[str, Any]], folder: Path
     return keys
 
 
-def languages_in(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of rows that say to be in several languages."""
-    for key in filter(LANGUAGE_KEY.fullmatch, rows[0] if rows else ()):
-        said = sorted({str(row[key]) for row in rows if row.get(key)})
+def languages_in(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """What is to be said of rows that say to be in several languages, or of lists of such objects
+    in these columns."""
+    lists = [row[key] for key in columns for row in rows if isinstance(row.get(key), list)]
+    inner = [each for said in lists for each in said if isinstance(each, dict)]
+    keys = dict.fromkeys((*(rows[0] if rows else ()), *(inner[0] if inner else ())))
+    for key in filter(LANGUAGE_KEY.fullmatch, keys):
+        said = sorted({str(row[key]) for row in (*rows, *inner) if row.get(key)})
         if len(said) > 1:
             which = brief(", ".join(said))
             return f", in several languages ({key}: {which}; the rows of one alone teach it alone)"

@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from archive import check_unpacked
 from captions_file import BARE
-from columns import IDS, SAMPLE, SPLIT_KEYS, caption_columns, choose_columns, is_given
+from columns import (
+    IDS,
+    SAMPLE,
+    SPLIT_KEYS,
+    caption_columns,
+    choose_columns,
+    is_given,
+    languages_in,
+)
 from dataset import split_in
 from photo_names import is_photo, plain_name
 from questions_file import ANSWERS, ASKED, LETTERED, questions_in, read_entry
@@ -158,6 +166,8 @@ def _columns(file: Path, schema: Any, read: Any, kinds: Mapping[str, str]) -> Co
     if ignored := [name for name in kinds if name not in itertools.chain(*columns.values())]:
         used = ", ".join(f"{what} in {', '.join(said)}" for what, said in columns.items() if said)
         tqdm.write(f"{file}: {used}; ignored: {', '.join(ignored)}", file=sys.stdout)
+    if languages := languages_in(rows, captions):
+        tqdm.write(f"{file} has rows{languages}", file=sys.stdout)
     return columns
 
 

@@ -68,6 +68,10 @@ def test_rows_in_several_languages_are_said(tmp_path, of, capsys):
     said = [read_captions(table).form, read_captions(objects).form, capsys.readouterr().out]
     told = ["(lang: de, en;" in said[0], "(q_lang: de, en;" in said[1], "(q_lang: de" in said[2]]
     assert told == [of[0] != of[1]] * 3
+    captions = [{"image_id": 1, "caption": "A", "language": each} for each in of]
+    for table in ([{"image": "1.jpg", "captions": captions}], COCO | {"annotations": captions}):
+        (tmp_path / "a.json").write_text(json.dumps(table))
+        assert ("(language: de, en;" in read_captions(tmp_path / "a.json").form) == told[0]
 
 
 @pytest.mark.parametrize(

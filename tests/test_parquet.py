@@ -238,6 +238,16 @@ def test_parts_are_named_and_questions_alone_want_their_task(tmp_path, capsys):
     prepare_dataset.main([*FLAGS, str(tmp_path), "--tasks", "questions"])
 
 
+def test_rows_or_captions_in_several_languages_are_said(tmp_path, capsys):
+    said = [[{"lang": "en", "text": f"A {n}"}, {"lang": "de", "text": f"Ein {n}"}] for n in "ab"]
+    write(tmp_path / "x/a.parquet", {"image": images(2), "captions": said})
+    columns = {"image": images(2), "caption": ["A", "Ein"], "language": ["en", "de"]}
+    write(tmp_path / "y/a.parquet", columns)
+    for folder in ("x", "y"):
+        prepare_dataset.main([*FLAGS, str(tmp_path / folder)])
+        assert "in several languages (lang" in capsys.readouterr().out
+
+
 def test_columns_that_are_not_used_are_named_once_for_files_alike(tmp_path, capsys):
     files = []
     for n, shortest in enumerate(("title", "text")):  # in each file another has more words
