@@ -110,7 +110,8 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
                 found = max(found, _ending(wanted, there, _bare), key=len)
             if found:
                 return found
-    for way, cut in itertools.product(if_none_is_there, (_bare, _stem)):
+    # At last by the suffix: x/1.jpg is the photo, and masks/1.png is not.
+    for way, cut in (*itertools.product(if_none_is_there, (_bare, _stem)), (_ending, _spelled)):
         found = found or way(wanted, there, cut)
     return found
 

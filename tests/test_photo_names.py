@@ -104,6 +104,12 @@ def test_numbers_that_lost_their_zeros_are_found_beside_others_that_had_none():
     assert find_names([*found, "z/7.jpg"], there) == found
 
 
+def test_a_suffix_tells_a_photo_from_its_mask_in_another_folder():
+    there = ["rgb/1.jpg", "masks/1.png", "rgb/2.jpg", "masks/2.png"]
+    assert find_names(["1.jpg", "2.jpg"], there) == {"1.jpg": there[0], "2.jpg": there[2]}
+    assert not find_names(["1", "2"], there)
+
+
 NAMESAKES = ["2.jpg", "b/2.JPG", "sub/2.jpg", "sub/deep/2.jpg", "6.jpg", "6.JPG", "a.jpg", "a.png"]
 
 
