@@ -87,6 +87,11 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
         key = plain_key(value.lstrip("# "))
         again = f"{place}_{key}" if re.search("[.:]", value) else f"{key}_{place}"
         names.append(again if key and key in names else key)
+    # R's rows begin with their number, of which its header says nothing.
+    count = [row[0][0] for _, row in rows[1:] if len(row) > len(names)]
+    shown = any(is_photo(plain_name(value)) for _, row in rows[1:2] for value, _ in row[1:])
+    if shown and count == [*map(str, range(1, len(rows)))]:
+        names.insert(0, "")
     return Table(delimiter, names, rows)
 
 

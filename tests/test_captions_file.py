@@ -401,6 +401,7 @@ NAMESAKE_ROWS = {"x/1.jpg": ["A"], "y/1.jpg": ["B"]}
         ("image,caption\n1.jpg,A\nimage,caption\n2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
         ("image,caption\n\u202a1.jpg,A\n\ufeff2.jpg,B\n", {"1.jpg": ["A"], "2.jpg": ["B"]}),
         (",image,caption\n0,1.jpg,A\n", {"1.jpg": ["A"]}),
+        ("image,caption\n1,a.jpg,A, B\n2,b.jpg,C\n", {"a.jpg": ["A, B"], "b.jpg": ["C"]}),  # R's
         ("image,caption\n1.jpg,None\n3.jpg,A\n", {"1.jpg": ["None"], "3.jpg": ["A"]}),
         ("photo,caption\n1.jpg (https://x.org/a/9),A\n", {"1.jpg": ["A"]}),  # as Airtable has it
         ("image_url,caption\nhttps://x.org/1.jpg?w=2,A\n", {"https://x.org/1.jpg": ["A"]}),
