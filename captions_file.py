@@ -21,10 +21,12 @@ from columns import (
     IDS,
     NAME_KEYS,
     NUMBERED,
+    SPLIT_KEYS,
     caption_columns,
     choose_columns,
     languages_in,
     photo_in,
+    split_told,
 )
 from dataset import OTHER_SPLITS, PLAIN, SPLIT_WORD, check_name, split_in
 from options import SPLITS
@@ -270,11 +272,11 @@ def _read_json(path: Path, table: Any, folder: Path | None) -> Captions:
     for name, said in table.items():
         texts = texts_of(said)
         if texts and (is_photo(name) or isinstance(said, str | list | dict)):
-            found.add(name, texts, path, said.get("split") if isinstance(said, dict) else "")
+            found.add(name, texts, path, split_told(said))
         else:  # or it is the file's version
             found.passed.append(f"{path}: {name!r} needs a list of at least one caption: {PLAIN}")
     keys = dict.fromkeys(key for said in table.values() if isinstance(said, dict) for key in said)
-    others = [key for key in keys if plain_key(key) not in (*CAPTION_KEYS, "split")]
+    others = [key for key in keys if plain_key(key) not in (*CAPTION_KEYS, *SPLIT_KEYS)]
     others = [key for key in others if not LIKE_CAPTIONS.fullmatch(plain_key(key))]
     found.form += f", of which {brief(', '.join(others))} are ignored" if others else ""
     return found
@@ -342,13 +344,15 @@ def _read_coco(path: Path, images: list[dict], annotations: list[dict]) -> Capti
         str(image["id"]): next((image[k] for k in keys if k in image), None) or image["file_name"]
         for image in images
     }
+    splits = {str(image["id"]): split_told(image) for image in images}
     found = Captions("COCO's captions" + languages_in(annotations))
     for entry in annotations:
-        name = names.get(str(entry.get("image_id")))
+        name = names.get(number := str(entry.get("image_id")))
         if entry.get("is_rejected") or entry.get("is_precanned"):  # as VizWiz marks what is none
             found.passed.append(f"annotation {entry.get('id')}: marked as no caption of the photo")
         elif isinstance(name, str):
-            found.add(name, map(str, texts_of(entry)), path)
+            split = split_told(entry) or splits[number]
+            found.add(name, map(str, texts_of(entry)), path, split)
         else:
             found.passed.append(f"annotation {entry.get('id')}: no such image")
     return found

@@ -154,6 +154,12 @@ def caption_columns(keys: Iterable[str], captions: Sequence[str]) -> list[str]:
     return [key for key in keys if key and key in (likeliest, *numbered)]
 
 
+def split_told(said: Any) -> Any:
+    """What an object about a photo, if it is one, says of its split."""
+    known = said if isinstance(said, dict) else {}
+    return next((known[key] for key in SPLIT_KEYS if known.get(key)), "")
+
+
 def photo_in(said: Any) -> Any:
     """The name in `"1.jpg"`, `["1.jpg"]` or `{"path": "1.jpg"}`."""
     if isinstance(said, list) and len(said) == 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 from captions_file import Entry, name_within, read_file, read_objects
 from captions_search import are_alike, held_or_converted, holds, lists_in, read_lists
-from columns import choose_columns, languages_in, photo_in
+from columns import choose_columns, languages_in, photo_in, split_told
 from dataset import OTHER_SPLITS, DataPaths, as_text, load_questions, read_question, split_in
 from options import SPLITS
 from photo_names import is_photo, match_names, plain_name
@@ -154,7 +154,8 @@ def _without_ids(table: dict[str, Any]) -> Any:
         images, asked = table["images"], table["annotations"]  # lists, or OpenViVQA's by their ids
         of = images if isinstance(images, dict) else {str(each["id"]): each for each in images}
         asked = [*asked.values()] if isinstance(asked, dict) else asked
-        return [q | {"image": of.get(str(q["image_id"])), "image_id": None} for q in asked]
+        asked = [(q, of.get(str(q["image_id"]))) for q in asked]
+        return [{"split": split_told(i)} | q | {"image": i, "image_id": None} for q, i in asked]
     lists = {key: v for key, v in table.items() if isinstance(v, list) and _are_objects(v)}
     if len(lists) == len(table) and {*table} <= {*SPLITS, *OTHER_SPLITS}:
         return [{"split": split} | each for split, part in lists.items() for each in part]

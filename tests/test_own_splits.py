@@ -35,6 +35,9 @@ def coco_of(split: str) -> str:
     return json.dumps({"images": images, "annotations": texts})
 
 
+COCOS = [{"id": n, "image_id": n, "file_name": name, "caption": "A"} for n, name in enumerate(SIX)]
+TOLD = [each | {"split": OF[each["file_name"]]} for each in COCOS]
+
 SPLIT_FORMS = {
     "a column": {
         "captions.csv": "image,caption,Split\n" + "".join(f"{n},A,{OF[n]}\n" for n in SIX)
@@ -42,6 +45,9 @@ SPLIT_FORMS = {
     "a key of objects": {
         "captions.json": json.dumps({n: {"raw": "A", "split": OF[n]} for n in SIX})
     },
+    "another key": {"captions.json": json.dumps({n: {"raw": "A", "subset": OF[n]} for n in SIX})},
+    "COCO's images": {"captions.json": json.dumps({"images": TOLD, "annotations": COCOS})},
+    "COCO's captions": {"captions.json": json.dumps({"images": COCOS, "annotations": TOLD})},
     "a key": {
         "x.jsonl": "".join(lines_of(s, split=LONG.get(s, s)) for s in ("train", "val", "test"))
     },
@@ -93,6 +99,14 @@ def test_a_split_of_ones_own_is_kept(tmp_path, form, capsys):
         assert check(folder, "--split", "karpathy") == 0
         splits = load_splits(folder / "splits.json")
         assert {split: sorted(names) for split, names in splits.items()} == wanted
+
+
+def test_questions_are_of_the_split_of_cocos_images(tmp_path):
+    table = {"images": TOLD, "annotations": [{"image_id": n} | ASKED for n in range(len(SIX))]}
+    folder = lay_out(tmp_path, {"questions.json": json.dumps(table)}, SIX)
+    assert check(folder, "--tasks", "questions", "--split", "karpathy") == 0
+    splits = load_splits(folder / "splits.json")
+    assert {name: split for split in splits for name in splits[split]} == {n: OF[n] for n in SIX}
 
 
 def test_files_that_share_photos_are_no_splits(tmp_path):
