@@ -254,9 +254,11 @@ def _read_json(path: Path, table: Any, folder: Path | None) -> Captions:
         return _read_objects(entries, "a list of objects", folder)
     if not isinstance(table, dict) or not table:
         raise UserError(f"{path} holds no captions: write {PLAIN}")
-    if set(table) <= {*SPLITS, *OTHER_SPLITS}:
-        parts = {split: _read_json(path, part, folder) for split, part in table.items()}
-        return merged("captions by split", parts)
+    by_split = table.keys() & {*SPLITS, *OTHER_SPLITS}
+    if len(by_split) in (len(table), 2, 3):
+        others = ", ".join(name for name in table if name not in by_split)
+        form = "captions by split" + f", of which {brief(others)} are ignored" * bool(others)
+        return merged(form, {s: _read_json(path, table[s], folder) for s in table if s in by_split})
     images, annotations = table.get("images"), table.get("annotations")
     try:
         if isinstance(images, list) and isinstance(annotations, list):

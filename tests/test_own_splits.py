@@ -54,6 +54,11 @@ SPLIT_FORMS = {
     "an object": {
         "captions.json": json.dumps({s: {n: ["A"] for n in SIX if OF[n] == s} for s in OF.values()})
     },
+    "an object with more": {
+        "x.json": json.dumps(
+            {"info": {}, **{s: {n: "A" for n in SIX if OF[n] == s} for s in SPLITS}}
+        )
+    },
     "COCO's pair": {
         **{f"annotations/captions_{s}2017.json": coco_of(s) for s in OF.values()},
         "annotations/instances_val2017.json": "{",  # is never read
