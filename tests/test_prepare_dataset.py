@@ -851,6 +851,15 @@ def test_killed_in_every_phase(server: DownloadServer, tmp_path: Path) -> None:
     assert not (tmp_path / "temp_download").exists()
 
 
+def test_lists_that_stay_in_an_archive_are_named(tmp_path: Path, capsys) -> None:
+    others = {"questions.json": "{}", "x/captions_de.csv": TABLE, "__MACOSX/._captions.csv": "x"}
+    photos = {f"Images/{name}": content for name, content in PHOTOS.items()}
+    archive = write_archive(tmp_path, make_zip({"captions.txt": TABLE, **others, **photos}))
+    prepare(settings_for(tmp_path / "data", "--archive", archive))
+    said = f"left in {archive}, whose table counts: questions.json, x/captions_de.csv\n"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.fault(count=3)
 @pytest.mark.parametrize("pause", [0, 0.05, 0.1])
 def test_two_at_once_make_one_data_set(tmp_path: Path, pause: float) -> None:
