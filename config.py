@@ -31,7 +31,7 @@ SHUFFLE_BUFFER = 5000  # photos, one of which is drawn next; in memory if featur
 # --- Frozen image encoder -------------------------------------------------------------------
 ENCODER_MODEL_NAME = "openai/clip-vit-base-patch16"  # Hub name or local folder
 ENCODER_REVISION = None  # branch, tag or commit on the Hub; None: the newest
-ENCODER_LAYERS = "-1,-4"  # hidden layers to attend to, joined along the width: "-1" or "-1,-4"
+ENCODER_LAYERS = "cls,-2"  # hidden layers, joined ("-1,-4"); cls: their first vector is the last's
 ENCODER_IMAGE_SIZE = 0  # pixels along each side of what it sees; 0: as it was trained (mostly 224)
 FEATURES_DIR = None  # the feature cache; None: features/ in DATA_DIR
 FEATURE_VIEWS = 1  # cached views per training photo: 1 plain, 2 adds its mirror image, more: crops
@@ -97,7 +97,6 @@ HF_REPO_ID = "wazzuck/multimodal_image_transformer"  # where each new best is pu
 # Several settings at once, by `python train.py --preset small`; a flag given as well counts.
 presets = {
     "small": {  # for some thousand photos: Flickr8k's recipe, see docs/results.md
-        "FEATURE_VIEWS": 2,
         "DECODER_EMBED_DIM": 256,
         "DECODER_LAYERS": 3,
         "DECODER_HEADS": 4,

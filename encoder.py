@@ -51,6 +51,9 @@ SIDES = "height width longest_edge shortest_edge".split()
 TILE = (322, 323)  # the TIFF tags, a tile's width and length, which is unpacked whole
 STRETCHED = 8  # longer side by shorter: beyond, a picture is cut before it is resized
 LOADING = threading.Lock()  # what the library says is set for all threads at once
+CLASS = "cls"  # among layers: the first vector, which often is CLS, is the last layer's
+
+Layer = int | str  # -1 is the last one; or CLASS
 
 
 class ImageError(UserError):
@@ -166,7 +169,7 @@ class FrozenEncoder(nn.Module):
     that holds it can't wake its dropout or change its weights.
     """
 
-    def __init__(self, tower: nn.Module, processor: Any, layers: Sequence[int], source: dict):
+    def __init__(self, tower: nn.Module, processor: Any, layers: Sequence[Layer], source: dict):
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
         self.processor = processor
@@ -180,7 +183,7 @@ class FrozenEncoder(nn.Module):
         cls,
         name: str,
         revision: str | None = None,
-        layers: Sequence[int] = (-1,),
+        layers: Sequence[Layer] = (-1,),
         flag: str = "--encoder_model_name",
         image_size: int = 0,
     ) -> FrozenEncoder:
@@ -188,7 +191,8 @@ class FrozenEncoder(nn.Module):
 
         Args:
             layers: hidden layers whose vectors are joined along the width; -1 is the last one,
-                after the tower's closing norm, where it has one for all vectors (CLIP's has none).
+                after the tower's closing norm, where it has one for all vectors (CLIP's has none);
+                with "cls" the first vector is that of -1, as CLIP's loss sees no other of them.
             flag: with which another one is given.
             image_size: pixels along each side of what it sees; 0: as its preprocessing says.
         """
@@ -217,8 +221,8 @@ class FrozenEncoder(nn.Module):
             )
         depth = getattr(config, "num_hidden_layers", 0)  # stages of convolutions are none to join
         known = range(-depth - 1, 0)
-        few = isinstance(layers, Sequence) and len(layers) <= len(known)
-        if not few or any(layer not in known for layer in layers):
+        joined = [i for i in layers if i != CLASS] if isinstance(layers, Sequence) else []
+        if not 1 <= len(joined) <= len(known) or any(layer not in known for layer in joined):
             there = f"the layers -{depth + 1} to -1" if depth else "the layer -1 alone"
             others = ", or other layers" if depth else ", or --encoder_layers=-1"
             raise UserError(
@@ -280,7 +284,7 @@ class FrozenEncoder(nn.Module):
         """Width of a feature vector: that of the tower times the number of layers joined."""
         config = self.tower.config
         last = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
-        return last * len(self.layers)
+        return last * sum(layer != CLASS for layer in self.layers)
 
     @property
     def patch_size(self) -> int:
@@ -375,7 +379,10 @@ class FrozenEncoder(nn.Module):
         last, hidden = output.last_hidden_state, output.hidden_states
         if last.dim() == 4:  # convolutions make maps (images, width, rows, columns)
             last = last.flatten(2).mT
-        return torch.cat([last if i == -1 else hidden[i] for i in self.layers], dim=-1)
+        joined = [last if i == -1 else hidden[i] for i in self.layers if i != CLASS]
+        if CLASS in self.layers:
+            joined = [torch.cat([last[:, :1], vectors[:, 1:]], dim=1) for vectors in joined]
+        return torch.cat(joined, dim=-1)
 
 
 def _loaded_again(identity: dict[str, Any], width: int, device: torch.device) -> FrozenEncoder:
@@ -447,10 +454,11 @@ def _middle(image: Image.Image, ratio: int) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """ENCODER_LAYERS, such as "-1" or "-1,-4", as numbers."""
-    with refused(f'ENCODER_LAYERS is {text!r}: write it like "-1" or "-1,-4"'):
-        return tuple(int(part) for part in text.split(","))
+def parse_layers(text: str) -> tuple[Layer, ...]:
+    """ENCODER_LAYERS, such as "cls,-2" or "-1,-4", as numbers and CLASS."""
+    parts = map(str.strip, text.split(","))
+    with refused(f'ENCODER_LAYERS is {text!r}: write it like "cls,-2", "-1" or "-1,-4"'):
+        return tuple(part if part == CLASS else int(part) for part in parts)
 
 
 def check_sizes(processor: Any, *configs: Any) -> None:

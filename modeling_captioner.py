@@ -214,8 +214,10 @@ class VisionCaptioner(transformers.PreTrainedModel, transformers.GenerationMixin
         last, hidden = output.last_hidden_state, output.hidden_states
         if last.dim() == 4:  # maps, as in our encoder.py
             last = last.flatten(2).mT
-        features = [last if i == -1 else hidden[i] for i in self.config.layers]
-        return torch.cat(features, dim=-1)
+        joined = [last if i == -1 else hidden[i] for i in self.config.layers if i != "cls"]
+        if "cls" in self.config.layers:
+            joined = [torch.cat([last[:, :1], vectors[:, 1:]], dim=1) for vectors in joined]
+        return torch.cat(joined, dim=-1)
 
     def memory(self, features: Tensor) -> Tensor:
         """Features -> keys and values (photos, layers, 2, heads, patches, head width).

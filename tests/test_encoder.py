@@ -73,6 +73,10 @@ def test_layers_are_joined_along_the_width(family, tmp_path):
     assert both.width == 64
     torch.testing.assert_close(joined[..., :32], last(inputs))
     assert not torch.allclose(joined[..., 32:], joined[..., :32])
+    apart = FrozenEncoder.load(folder, layers=parse_layers("cls, -2,-1"))(inputs)
+    torch.testing.assert_close(apart[:, 1:, :32], joined[:, 1:, 32:])
+    torch.testing.assert_close(apart[:, :1, :32], joined[:, :1, :32])
+    torch.testing.assert_close(apart[..., 32:], joined[..., :32])
 
 
 def test_of_a_network_of_convolutions_the_last_maps_alone_are_taken(tmp_path):
@@ -246,8 +250,11 @@ def test_layers_outside_the_tower_are_refused(encoder_dir):
     deeper = {"name": "moved", "layers": [-9]}
     with pytest.raises(UserError, match="-1: give another with --encoder$"):  # and no other flag
         FrozenEncoder.load_as_trained(deeper, 32, str(encoder_dir))
+    for text in ("last", "cls,", "CLS,-2"):
+        with pytest.raises(UserError, match="ENCODER_LAYERS"):
+            parse_layers(text)
     with pytest.raises(UserError, match="ENCODER_LAYERS"):
-        parse_layers("last")
+        FrozenEncoder.load(str(encoder_dir), layers=parse_layers("cls"))
 
 
 def test_pictures_of_all_kinds_become_8_bit_rgb(tmp_path):

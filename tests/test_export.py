@@ -699,10 +699,10 @@ def test_classes_of_the_library_refuse_it(folder, kind):
         getattr(transformers, kind).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, tmp_path, family):
+@pytest.mark.parametrize(("family", "layers"), [("vit", "cls,-2"), ("resnet", "-1")])
+def test_an_encoder_that_sees_larger_pictures_does_so_elsewhere(export, tmp_path, family, layers):
     data, tower = write_photos(tmp_path / "data"), build_encoder(family, tmp_path / "encoder")
-    train_small(data, tower, "--encoder_image_size", 48)
+    train_small(data, tower, "--encoder_image_size", 48, "--encoder_layers", layers)
     checkpoint = data / "captioner_best_cider.safetensors"
     photos = [str(path) for path in sorted((data / "images").iterdir())[:3]]
     captioner = load_captioner(checkpoint, precision="fp32")
