@@ -149,10 +149,10 @@ def test_a_split_written_for_another_run_meanwhile_changes_nothing(
     """As of one with other tasks, which prepares the same data while this one reads captions."""
     load = corpus.load_texts
 
-    def written_after(paths, tasks):
+    def written_after(paths, tasks, **how):
         splits = json.loads(paths.splits.read_text())
         paths.splits.write_text(json.dumps(splits | {"train": splits["train"][:2]}))
-        return load(paths, tasks)
+        return load(paths, tasks, **how)
 
     monkeypatch.setattr(corpus, "load_texts", written_after)
     assert len(start_state(tmp_path, encoder_dir)[1].train) > 2
