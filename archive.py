@@ -102,7 +102,7 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
     Without a captions table of a usual name, or with one of them twice, all that may hold captions
     is for the photo folder too. What is unsafe is refused before anything is written.
     """
-    members = [*_members(archive)]
+    members = [*members_of(archive)]
     lists = [(path, info) for path, info in members if path.name.lower() in TABLE_NAMES]
     tables = {path.name.lower(): (path, info) for path, info in lists}
     if not tables or len(tables) < len(lists):
@@ -127,7 +127,7 @@ def select_entries(archive: zipfile.ZipFile, packed: int) -> tuple[Entries, Entr
     return entries, {name: tables[name.lower()][1] for name in ordered}
 
 
-def _members(archive: zipfile.ZipFile) -> Iterator[Member]:
+def members_of(archive: zipfile.ZipFile) -> Iterator[Member]:
     """The files of a zip, less hidden ones; a path that leads elsewhere is refused."""
     for info in archive.infolist():
         name = info.filename

@@ -131,8 +131,8 @@ class Captions:
         name = plain_name(said) if isinstance(said, str) else said
         unread = is_unread(name)
         bare = bare and isinstance(name, str | int) and bool(BARE.fullmatch(str(name)))
-        several = [*map(plain_name, re.split("[,;|]", str(said)))]
-        if several[1:] and all(map(is_photo, several)):  # as shops have all of a product in a cell
+        several = re.split("[,;|]", str(said))  # as shops have all of a product in a cell
+        if several[1:] and all(is_photo(plain_name(each)) for each in several):
             self.passed.append(f"{where} shows {len(several)} photos, not one")
             return ""
         if is_photo(str(name)) or (bare and not unread):

@@ -102,8 +102,9 @@ def find_captions(
             print(f"{usual} was made before {', '.join(late)} came: {remedy}")
         return [usual], Captions("", read_json(usual)) if made_of else read_captions(usual)
     if table:
-        alike = [file for file in sorted(paths.data_dir.glob("caption*")) if may_list(file)]
-        alike = [file for file in alike if not file.name.endswith((*OURS, ".prepared.json"))]
+        names = files_in(paths.data_dir, recursive=False)
+        alike = lists_in(paths.data_dir, [name for name in names if name.startswith("caption")])
+        alike = [paths.data_dir / name for name in alike]
         others += [file for file in alike if file not in (table, *others)]
         if others:
             told = f"not from {', '.join(map(str, others))}: --captions_file PATH chooses"
@@ -268,10 +269,10 @@ def names_in(root: Path) -> list[str]:
     return sorted(name for name in files_in(root) if not name.startswith(WRITTEN))
 
 
-def lists_in(root: Path, names: Sequence[str] = ()) -> list[str]:
+def lists_in(root: Path, names: Sequence[str] | None = None) -> list[str]:
     """Those of the files in DATA_DIR, not far down, that may be lists of captions; of all there, or
     of these `names`."""
-    names = names or names_in(root)
+    names = names_in(root) if names is None else names
     near = [name for name in names if name.count("/") < DEPTH and name not in OURS]
     paths = [Path(name) for name in near if not name.endswith(".prepared.json")]
     return [str(path) for path in paths if may_list(path)]

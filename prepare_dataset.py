@@ -31,7 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from archive import MAX_ENTRY_BYTES, extract_photos, open_zip, select_entries
+from archive import MAX_ENTRY_BYTES, extract_photos, members_of, open_zip, select_entries
 from captions_file import TABLES, may_list
 from captions_search import (
     ensure_captions,
@@ -153,8 +153,8 @@ def extract(parts: Sequence[Path], paths: DataPaths, dataset: str, downloaded: b
             name, info = next(iter(tables.items()))
             write_file(paths.data_dir / name, archive.read(info))
         taken = {info.filename for info in (*entries.values(), *[*tables.values()][:1])}
-        lists = [name for name in archive.namelist() if may_list(PurePosixPath(name))]
-        if left := [n for n in lists if n not in taken and not re.search(r"(^|/)(\.|__MACOSX)", n)]:
+        lists = [(path, info) for path, info in members_of(archive) if may_list(path)]
+        if left := [str(path) for path, info in lists if info.filename not in taken]:
             print(f"left in {parts[0]}, whose table counts: {', '.join(left[:9])}")
     write_marker(paths, dataset, photos)
 

@@ -88,9 +88,9 @@ def table_of(lines: list[tuple[str, str]], folder: Path | None = None) -> Table:
         again = f"{place}_{key}" if re.search("[.:]", value) else f"{key}_{place}"
         names.append(again if key and key in names else key)
     # R's rows begin with their number, of which its header says nothing.
-    count = [row[0][0] for _, row in rows[1:] if len(row) > len(names)]
     shown = any(is_photo(plain_name(value)) for _, row in rows[1:2] for value, _ in row[1:])
-    if shown and count == [*map(str, range(1, len(rows)))]:
+    counted = ((number, row) for number, (_, row) in enumerate(rows[1:], start=1))
+    if shown and all(len(row) > len(names) and row[0][0] == str(n) for n, row in counted):
         names.insert(0, "")
     return Table(delimiter, names, rows)
 
